@@ -1,0 +1,221 @@
+"""Checkpoints one can resume from, and the final folder that PEFT and transformers load.
+
+safetensors and JSON only: nothing is ever unpickled. A checkpoint is a committed folder
+`step-000123/`; a damaged one is passed over for the next older, saying so. The loader's whole state
+is the step; draws are seeded by identity, so there is no random state to keep.
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from smbfast.files import committed_folder, verify_folder
+from smbfast.model.backbone import PatientEncoder, load_adapter, load_lm
+from smbfast.model.target import TargetEncoder
+from smbfast.optim import trained
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `latest` found: its record and where it stands."""
+
+    folder: Path
+    record: dict
+
+
+def save(
+    run: Path,
+    step: int,
+    encoder: PatientEncoder,
+    target: TargetEncoder | None,
+    optimizer: torch.optim.Optimizer,
+    record: dict,
+    keep: int,
+) -> Path:
+    """Write `checkpoints/step-NNNNNN` (steps done) and drop all but the newest `keep`.
+
+    Raises:
+        ValueError: a tensor is not finite. Nothing is written, older checkpoints stay.
+    """
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    tensors = {f"model.{n}": p.detach() for n, p in trained(encoder).items()}
+    moments, steps = _optimizer_state(encoder, optimizer)
+    tensors |= moments
+    if target is not None:
+        tensors |= {f"target.{n}": w for n, w in target.state().items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} must be finite to be saved at step {step}; it is not")
+    if folder.is_dir():
+        return folder
+    content = {
+        **record,
+        "step": step,
+        "optimizer_steps": steps,
+        "target_updates": target.updates if target else None,
+    }
+    with committed_folder(folder) as staging:
+        save_file(_contiguous(tensors), staging / "state.safetensors")
+        (staging / "record.json").write_text(json.dumps(content, indent=1))
+    for old in _folders(run)[:-keep]:
+        _remove(old)
+    return folder
+
+
+def latest(run: Path) -> Checkpoint | None:
+    """The newest checkpoint that verifies; a damaged one is named on stderr and passed over."""
+    for folder in reversed(_folders(run)):
+        try:
+            verify_folder(folder)
+            return Checkpoint(folder, json.loads((folder / "record.json").read_text()))
+        except ValueError as error:
+            print(f"smbfast: passing over a checkpoint: {error}", file=sys.stderr)
+    return None
+
+
+def load(
+    checkpoint: Checkpoint, encoder: PatientEncoder, optimizer: torch.optim.Optimizer
+) -> TargetEncoder | None:
+    """Restore encoder and optimizer in place, and the target encoder if there was one.
+
+    Raises:
+        ValueError: names or shapes are not those of this model.
+    """
+    tensors = load_file(checkpoint.folder / "state.safetensors")
+    restore(encoder, _part(tensors, "model."), checkpoint.folder)
+    parameters = trained(encoder)
+    for name, parameter in parameters.items():
+        steps = checkpoint.record["optimizer_steps"].get(name)
+        if steps is not None:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(steps)),
+                "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
+            }
+    averages = _part(tensors, "target.")
+    if not averages:
+        return None
+    target = TargetEncoder(encoder)
+    target.load(averages)
+    target.updates = checkpoint.record["target_updates"]
+    return target
+
+
+def restore(encoder: PatientEncoder, state: dict[str, Tensor], source: Path) -> None:
+    """Copy trained parameters into the encoder.
+
+    Raises:
+        ValueError: names or shapes are not those of this model.
+    """
+    parameters = trained(encoder)
+    if set(parameters) != set(state):
+        raise ValueError(
+            f"{source} must hold the {len(parameters)} trained tensors of this model; it holds "
+            f"{len(set(state) & set(parameters))} of them and {len(set(state) - set(parameters))} "
+            "others: it is of another model"
+        )
+    for name, parameter in parameters.items():
+        if parameter.shape != state[name].shape:
+            raise ValueError(
+                f"{source}: {name} must be {list(parameter.shape)}, got {list(state[name].shape)}; "
+                "the checkpoint is of another model"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def save_final(
+    folder: Path,
+    encoder: PatientEncoder,
+    target: TargetEncoder | None,
+    tokenizer: PreTrainedTokenizerBase,
+    record: dict,
+) -> None:
+    """A folder that `AutoTokenizer` and PEFT (or, trained whole, transformers) load by themselves.
+
+    Beside the adapter or model: `predictor.safetensors` (predictor and mask vector),
+    `target.safetensors` (the averaged weights, fp32) and `smbfast.json`.
+    """
+    with committed_folder(folder, replace=True) as staging:
+        encoder.lm.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        extra = {f"predictor.{n}": p for n, p in encoder.predictor.state_dict().items()}
+        extra["mask_vector"] = encoder.mask_vector.detach()
+        save_file(_contiguous(extra), staging / "predictor.safetensors")
+        if target is not None:
+            save_file(_contiguous(target.state()), staging / "target.safetensors")
+        (staging / "smbfast.json").write_text(json.dumps(record, indent=1))
+
+
+def _optimizer_state(
+    encoder: PatientEncoder, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    tensors, steps = {}, {}
+    for name, parameter in trained(encoder).items():
+        state = optimizer.state.get(parameter)
+        if state:
+            tensors[f"exp_avg.{name}"] = state["exp_avg"]
+            tensors[f"exp_avg_sq.{name}"] = state["exp_avg_sq"]
+            steps[name] = int(state["step"])
+    return tensors, steps
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+
+
+def _folders(run: Path) -> list[Path]:
+    found = (run / "checkpoints").glob("step-??????")
+    return sorted(f for f in found if f.is_dir())
+
+
+def _remove(folder: Path) -> None:
+    """By rename first, so that a crash never leaves a checkpoint with half its files."""
+    trash = folder.with_name(folder.name + ".trash")
+    folder.rename(trash)
+    shutil.rmtree(trash)
+
+
+def restore_final(
+    folder: Path, device: torch.device
+) -> tuple[PatientEncoder, TargetEncoder | None, dict]:
+    """The encoder of a final folder, its target encoder if it had one, and its record.
+
+    Raises:
+        ValueError: not such a folder, damaged, or of a backbone that cannot be found.
+    """
+    folder = Path(folder)
+    if not (folder / "smbfast.json").is_file():
+        raise ValueError(f"{folder} must be the `final` folder of a run; it has no smbfast.json")
+    verify_folder(folder)
+    record = json.loads((folder / "smbfast.json").read_text())
+    if record["trains"] == "lora":
+        lm = load_lm(record["backbone"], getattr(torch, record["dtype"]))
+        if record["vocabulary"] > lm.get_input_embeddings().num_embeddings:
+            lm.resize_token_embeddings(record["vocabulary"], mean_resizing=False)
+        lm = load_adapter(lm, str(folder), trainable=True)
+    else:
+        lm = load_lm(str(folder), getattr(torch, record["dtype"]))
+    encoder = PatientEncoder(lm, record["predictor_layers"]).to(device)
+    extra = load_file(folder / "predictor.safetensors")
+    encoder.predictor.load_state_dict(_part(extra, "predictor."))
+    with torch.no_grad():
+        encoder.mask_vector.copy_(extra["mask_vector"])
+    averages = folder / "target.safetensors"
+    if not averages.is_file():
+        return encoder, None, record
+    target = TargetEncoder(encoder)
+    target.load(load_file(averages))
+    return encoder, target, record

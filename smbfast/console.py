@@ -1,0 +1,176 @@
+"""What a person reads: the header of a run, warnings on the way, the card at its end."""
+
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from smbfast.data.loader import WindowSet
+from smbfast.data.prepared import Prepared
+from smbfast.model.backbone import PatientEncoder, parameter_counts
+from smbfast.optim import total_steps
+from smbfast.runlog import GOOD_RATIO
+from smbfast.runtime import GIB, duration, git_state, versions
+from smbfast.settings import TrainSettings
+
+
+def header(
+    settings: TrainSettings,
+    prepared: Prepared,
+    encoder: PatientEncoder,
+    windows: WindowSet,
+    tuning: WindowSet,
+    first: int,
+    device: torch.device,
+) -> dict:
+    """Print the start header; return it as the first record of `metrics.jsonl`."""
+    trained, total = parameter_counts(encoder)
+    counts = prepared.counts
+    unmapped = sum(prepared.record["unmapped"].values()) / max(counts["events"], 1)
+    backbone = settings.model.path or "Qwen3 from scratch"
+    how = f"LoRA r{settings.lora.r}" if encoder.is_lora else "trained whole"
+    held = sum(p.numel() * p.element_size() for p in encoder.parameters())
+    moments, average = 8 * trained, 4 * _averaged(encoder)
+    found = versions()
+    per_split = prepared.record["counts"]
+    data = {
+        "simulated": settings.data.path is None,
+        "subjects": {s: c.get("subjects", 0) for s, c in per_split.items()},
+        "tokens": {s: c.get("tokens", 0) for s, c in per_split.items()},
+        "windows": len(windows),
+        "window_tokens": windows.tokens,
+        "tokens_lost": windows.lost,
+        "unmapped_share": round(unmapped, 6),
+        "values_left_out": counts["values_left_out"],
+        "texts_cut": counts["texts_cut"],
+        "nonfinite_values": counts["nonfinite_values"],
+    }
+    run = settings.folder
+    rows = [
+        ("run", f"{run}  ({'resumed after step ' + str(first) if first else 'new'})"),
+        (
+            "on",
+            f"{device}, {torch.get_num_threads()} threads   torch {found['torch']}  "
+            f"transformers {found['transformers']}  {git_state()}",
+        ),
+        (
+            "model",
+            f"{backbone}, {how}: {_si(trained)} of {_si(total)} parameters trained "
+            f"({trained / total:.1%})",
+        ),
+        (
+            "data",
+            f"{_few(data['subjects']['train'])} train / {_few(data['subjects'].get('tuning', 0))} "
+            f"tuning subjects, {_si(data['tokens']['train'])} tokens, vocabulary "
+            f"{len(prepared.tokenizer):,}",
+        ),
+        (
+            "windows",
+            f"{len(windows):,} of up to {settings.data.window} tokens; "
+            f"{windows.lost / max(counts['tokens'], 1):.2%} of tokens lost to longer buckets",
+        ),
+        (
+            "left out",
+            f"unmapped codes {unmapped:.2%} of events, values beyond the latest "
+            f"{settings.data.values_per_line} of a line {data['values_left_out']:,}, texts cut "
+            f"{data['texts_cut']:,}, values not finite {data['nonfinite_values']:,}",
+        ),
+        (
+            "step",
+            f"{settings.optim.batch} windows in micro-batches of {settings.optim.micro_batch}; "
+            f"{total_steps(settings)} steps: "
+            + ", ".join(f"{p.name} {p.steps}" for p in settings.phases),
+        ),
+        (
+            "memory",
+            f"weights {held / GIB:.2f} GiB, AdamW moments {moments / GIB:.2f}, target "
+            f"{average / GIB:.2f}; activations not estimated",
+        ),
+        ("writes", f"{run}/  metrics.jsonl, tensorboard, checkpoints, best, final, report.html"),
+    ]
+    table = Table.grid(padding=(0, 2))
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=True, highlight=False, width=None).print(table)
+    return {
+        "config": settings.model_dump(mode="json"),
+        "versions": found,
+        "git": git_state(),
+        "device": str(device),
+        "model": {"backbone": backbone, "trained": trained, "parameters": total, "how": how},
+        "data": data,
+    }
+
+
+def warn(health: dict) -> None:
+    """Say so when the predictor is no better than a constant, with what to try."""
+    if health.get("ratio") is not None and health["ratio"] > 1.5:
+        print(
+            f"warning: JEPA loss is {health['ratio']:.2f} of the best trivial predictor's "
+            f"(good: below {GOOD_RATIO}); if it stays, lower the learning rate or raise w_sft",
+            file=sys.stderr,
+        )
+
+
+def end_card(
+    run: Path,
+    settings: TrainSettings,
+    training: float,
+    total: float,
+    best: dict,
+    health: dict | None,
+) -> None:
+    """What came out, and the next commands."""
+    rows = [("trained", f"{total_steps(settings)} steps in {duration(training)}")]
+    rows += [
+        (f"best {name}", f"step {b['step']}, tuning loss {b['loss']:.4f}: {run}/best/{name}")
+        for name, b in best.items()
+    ]
+    if health and health.get("target_rank") is not None:
+        rows.append(
+            (
+                "target",
+                f"effective rank {health['target_rank']:.1f}, std {health['target_std']:.2f}, loss "
+                f"{health['ratio']:.2f} of the best trivial predictor's",
+            )
+        )
+    data = settings.data.path or f"{run}/cohort"
+    rows += [
+        ("report", f"{run}/report.html"),
+        (
+            "embed",
+            f"python -m smbfast.embed --model={run}/final --data={data} --labels=TASK --out=F",
+        ),
+        ("probe", f"python -m smbfast.probe --embeddings=F --data={data} --labels=TASK"),
+        ("adapt", f"python -m smbfast.train lora --model.path={run}/final --data.path=MEDS_FOLDER"),
+    ]
+    if settings.trains == "lora":
+        rows.pop()
+    table = Table.grid(padding=(0, 2))
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=True, highlight=False).print(table)
+
+
+def already_done(run: Path) -> None:
+    """A finished run says so."""
+    print(f"{run} is finished: {run}/report.html. Name another --run.dir for a new run.")
+
+
+def _averaged(encoder: PatientEncoder) -> int:
+    if encoder.is_lora:
+        return sum(m.get_base_layer().weight.numel() for m in encoder.lora_layers().values())
+    return sum(p.numel() for p in encoder.trunk.parameters())
+
+
+def _si(value: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return str(int(value))
+
+
+def _few(count: int) -> str:
+    return "<=10" if 0 < count <= 10 else f"{count:,}"

@@ -1,0 +1,273 @@
+"""Labels of one task, read from parquet and checked before anything uses them.
+
+Two kinds of task, recognised by their columns and never by their name:
+
+    binary          subject_id, prediction_time, boolean_value           (MEDS `LabelSchema`)
+    time to event   subject_id, prediction_time, duration_days, event    (our choice; MEDS has none)
+
+Other columns are ignored. `patient_id` (MEDS before 0.3.3) stands for a missing `subject_id`.
+Shape suffixes: N label rows, S subjects. Row numbers in errors count from 0, within the file named.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from smbfast.data.meds import SPLITS, MedsDataset
+from smbfast.data.parquet import column_names, open_parquet
+
+_UTC = {"utc", "etc/utc", "gmt", "z", "+00:00", "-00:00", "+0000"}
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The label rows of one task, in the order of its files.
+
+    subject_N int64; time_N int64, microseconds since 1970; split_N str, one of `SPLITS` or "" where
+    the files do not say (see `with_splits`). Binary: value_N bool. Time to event: duration_N
+    float64 days from the prediction time to the event or to censoring, event_N bool (False =
+    censored). The arrays of the other kind are None.
+    """
+
+    task: str
+    kind: Literal["binary", "time_to_event"]
+    subject_N: np.ndarray
+    time_N: np.ndarray
+    split_N: np.ndarray
+    value_N: np.ndarray | None = None
+    duration_N: np.ndarray | None = None
+    event_N: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.subject_N)
+
+    def counts(self) -> dict[str, int]:
+        """Rows per split."""
+        return {split: int(np.sum(self.split_N == split)) for split in SPLITS}
+
+    def positives(self) -> dict[str, int]:
+        """True labels (binary) or observed events (time to event) per split."""
+        true_N = self.value_N if self.kind == "binary" else self.event_N
+        return {split: int(np.sum(true_N[self.split_N == split])) for split in SPLITS}
+
+    def take(self, rows: np.ndarray) -> "Labels":
+        """The given rows (indices or a mask) as labels of their own."""
+        names = ("subject_N", "time_N", "split_N", "value_N", "duration_N", "event_N")
+        arrays = {name: getattr(self, name) for name in names}
+        return replace(self, **{k: v[rows] for k, v in arrays.items() if v is not None})
+
+
+def read_labels(path: Path) -> Labels:
+    """Read a task: a folder with `{train,tuning,held_out}.parquet`, or with such folders, or any
+    parquet files whose splits the dataset knows (`with_splits`); or one parquet file.
+
+    Raises ValueError, naming file and row but no value, for: nothing there, an unreadable file, a
+    missing or mistyped column, a null, a negative or non-finite duration, a subject and time given
+    twice, a subject in two splits, files of two kinds.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"labels must be a task folder or a parquet file; {path} does not exist")
+    files = [path] if path.is_file() else _parquet_files(path)
+    if not files:
+        raise ValueError(f"label folder {path} must hold parquet files (train.parquet, ...); none")
+    tables = [_read_label_file(file) for file in files]
+    kinds = [kind for kind, _ in tables]
+    if len(set(kinds)) > 1:
+        other = kinds.index(next(kind for kind in kinds if kind != kinds[0]))
+        raise ValueError(
+            f"the files of a task must have the same columns: {files[0]} is {kinds[0]}, "
+            f"{files[other]} is {kinds[other]}"
+        )
+    arrays = {
+        name: np.concatenate([columns[name] for _, columns in tables]) for name in tables[0][1]
+    }
+    file_split = [_split_of(path, file) for file in files]
+    sizes = [len(columns["subject_N"]) for _, columns in tables]
+    labels = Labels(
+        task=_task_of(path),
+        kind=kinds[0],
+        split_N=np.repeat(np.array(file_split, dtype="<U16"), sizes),
+        **arrays,
+    )
+    _refuse_repeats(labels, files, sizes)
+    _refuse_two_splits(labels, path)
+    return labels
+
+
+def with_splits(labels: Labels, dataset: MedsDataset) -> Labels:
+    """Fill the splits that the label files leave open from those of the dataset.
+
+    Rows of subjects the dataset does not know keep what they have. Raises ValueError where label
+    files and dataset disagree: splits are by subject and never made anew.
+    """
+    dataset_N = np.full(len(labels), "", dtype="<U16")
+    for split in SPLITS:
+        dataset_N[np.isin(labels.subject_N, dataset.subjects(split))] = split
+    wrong_N = (dataset_N != "") & (labels.split_N != "") & (labels.split_N != dataset_N)
+    if wrong_N.any():
+        raise ValueError(
+            f"labels of {labels.task} must follow the splits of {dataset.path}; "
+            f"{int(wrong_N.sum())} rows stand in a file of another split"
+        )
+    return replace(labels, split_N=np.where(labels.split_N == "", dataset_N, labels.split_N))
+
+
+def require_splits(labels: Labels) -> None:
+    """ValueError unless train, tuning and held_out each have a row."""
+    empty = [split for split, rows in labels.counts().items() if rows == 0]
+    if empty:
+        raise ValueError(
+            f"labels of {labels.task} must have rows in train, tuning and held_out; "
+            f"no row in {', '.join(empty)}"
+        )
+
+
+def key_table(file: Path, columns: list[str]) -> pa.Table:
+    """`subject_id`, `prediction_time` and further `columns` of a parquet file, in this order.
+
+    Raises ValueError for an unreadable file and for a column that is missing or there twice.
+    """
+    parquet = open_parquet(file)
+    names = parquet.schema_arrow.names
+    old = "subject_id" not in names and "patient_id" in names
+    wanted = ["patient_id" if old else "subject_id", "prediction_time", *columns]
+    for name in wanted:
+        if names.count(name) != 1:
+            problem = "have a column" if name not in names else "have only one column"
+            shown = column_names(parquet.schema_arrow)
+            raise ValueError(f"{file} must {problem} `{name}`; it has {shown}")
+    try:
+        table = parquet.read(columns=wanted)
+    except (pa.ArrowException, OSError):
+        raise ValueError(f"{file} is damaged: its pages cannot be read") from None
+    # parquet gives columns in file order, whatever was asked
+    return table.select(wanted).rename_columns(["subject_id", *wanted[1:]])
+
+
+def integer_column(table: pa.Table, name: str, file: Path) -> np.ndarray:
+    """An integer column without nulls as int64 [N]."""
+    column = _without_null(table, name, file)
+    if not pa.types.is_integer(column.type):
+        raise ValueError(f"column `{name}` of {file} must be int64, is {column.type}")
+    return _cast(column, pa.int64(), name, file).to_numpy()
+
+
+def time_column(table: pa.Table, name: str, file: Path) -> np.ndarray:
+    """A timestamp column without nulls as int64 [N], microseconds since 1970.
+
+    Other units are converted where nothing is lost. UTC is taken as it stands; another time zone is
+    refused, since MEDS times have none and the shift cannot be known.
+    """
+    column = _without_null(table, name, file)
+    if not pa.types.is_timestamp(column.type):
+        raise ValueError(f"column `{name}` of {file} must be timestamp[us], is {column.type}")
+    if column.type.tz is not None and column.type.tz.lower() not in _UTC:
+        raise ValueError(
+            f"column `{name}` of {file} must be timestamp[us] without time zone, is {column.type}"
+        )
+    column = _cast(column, pa.timestamp("us"), name, file)
+    return column.cast(pa.int64()).to_numpy()
+
+
+def _read_label_file(
+    file: Path,
+) -> tuple[Literal["binary", "time_to_event"], dict[str, np.ndarray]]:
+    names = open_parquet(file).schema_arrow.names
+    survival = "duration_days" in names or ("event" in names and "boolean_value" not in names)
+    table = key_table(file, ["duration_days", "event"] if survival else ["boolean_value"])
+    arrays = {
+        "subject_N": integer_column(table, "subject_id", file),
+        "time_N": time_column(table, "prediction_time", file),
+    }
+    if not survival:
+        return "binary", arrays | {"value_N": _bool_column(table, "boolean_value", file)}
+    duration = _without_null(table, "duration_days", file)
+    if not (pa.types.is_floating(duration.type) or pa.types.is_integer(duration.type)):
+        raise ValueError(f"column `duration_days` of {file} must be double, is {duration.type}")
+    duration_N = _cast(duration, pa.float64(), "duration_days", file).to_numpy()
+    bad_N = ~np.isfinite(duration_N) | (duration_N < 0)
+    if bad_N.any():
+        raise ValueError(
+            f"column `duration_days` of {file} must be finite and not negative; "
+            f"row {int(np.argmax(bad_N))} is not ({int(bad_N.sum())} rows in all)"
+        )
+    event_N = _bool_column(table, "event", file)
+    return "time_to_event", arrays | {"duration_N": duration_N, "event_N": event_N}
+
+
+def _bool_column(table: pa.Table, name: str, file: Path) -> np.ndarray:
+    column = _without_null(table, name, file)
+    if not pa.types.is_boolean(column.type):
+        raise ValueError(f"column `{name}` of {file} must be bool, is {column.type}")
+    return column.to_numpy().astype(bool)
+
+
+def _without_null(table: pa.Table, name: str, file: Path) -> pa.ChunkedArray:
+    column = table.column(name)
+    if column.null_count:
+        row = pc.index(pc.is_null(column), True).as_py()
+        raise ValueError(
+            f"column `{name}` of {file} must have no nulls; row {row} is null "
+            f"({column.null_count} in all)"
+        )
+    return column
+
+
+def _cast(column: pa.ChunkedArray, to: pa.DataType, name: str, file: Path) -> pa.ChunkedArray:
+    try:
+        return column.cast(to)
+    except pa.ArrowException:
+        raise ValueError(
+            f"column `{name}` of {file} must fit {to}; {column.type} does not without loss"
+        ) from None
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    found = [p for p in folder.rglob("*.parquet") if p.is_file() and p.name[0] not in "._"]
+    place = {split: at for at, split in enumerate(SPLITS)}
+    return sorted(found, key=lambda p: (place.get(_split_of(folder, p), len(SPLITS)), str(p)))
+
+
+def _task_of(path: Path) -> str:
+    path = path.resolve()
+    inside = path.is_file() and path.stem in SPLITS
+    return path.parent.name if inside else path.stem if path.is_file() else path.name
+
+
+def _split_of(root: Path, file: Path) -> str:
+    parts = [file.stem] if root == file else [*file.relative_to(root).parts[:-1], file.stem]
+    return next((part for part in parts if part in SPLITS), "")
+
+
+def _refuse_repeats(labels: Labels, files: list[Path], sizes: list[int]) -> None:
+    # a stable sort keeps equal keys in file order, so the later of two rows is the one named
+    order_N = np.lexsort((labels.time_N, labels.subject_N))
+    subject_N, time_N = labels.subject_N[order_N], labels.time_N[order_N]
+    again_N = (subject_N[1:] == subject_N[:-1]) & (time_N[1:] == time_N[:-1])
+    if not again_N.any():
+        return
+    row = int(order_N[1:][again_N].min())
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    at = int(np.searchsorted(starts, row, side="right")) - 1
+    raise ValueError(
+        f"a subject and prediction time must be labelled once; row {row - int(starts[at])} of "
+        f"{files[at]} repeats an earlier one ({int(again_N.sum())} rows in all)"
+    )
+
+
+def _refuse_two_splits(labels: Labels, path: Path) -> None:
+    pairs = {
+        (subject, split)
+        for subject, split in zip(labels.subject_N.tolist(), labels.split_N.tolist(), strict=True)
+        if split
+    }
+    doubled = len(pairs) - len({subject for subject, _ in pairs})
+    if doubled:
+        raise ValueError(
+            f"a subject must be in one split; in {path}, {doubled} subjects are in several"
+        )

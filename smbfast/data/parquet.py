@@ -1,0 +1,76 @@
+"""Small parquet files in, with errors that name file, column and type and never a cell."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+TEXT = (pa.string(), pa.large_string())
+
+
+def open_parquet(file: Path) -> pq.ParquetFile:
+    """A parquet file, or a ValueError that names it."""
+    try:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        _ = parquet.schema_arrow.names  # damaged names are not UTF-8
+        return parquet
+    except FileNotFoundError:
+        raise ValueError(f"no such file: {file}") from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        raise ValueError(f"{file} must be a parquet file; it cannot be read as one") from None
+
+
+def read_columns(
+    file: Path, wanted: dict[str, tuple], *, optional: set[str] | None = None
+) -> pa.Table:
+    """Columns of a small parquet file; a `None` among a column's types lets it be missing.
+
+    Raises:
+        ValueError: unreadable, or a column that is missing or of another type.
+    """
+    parquet = open_parquet(file)
+    schema = parquet.schema_arrow
+    columns = [c for c in (optional or ()) if c in schema.names]
+    for name, types in wanted.items():
+        if name not in schema.names:
+            if None in types:
+                continue
+            raise ValueError(f"{file} must have a column `{name}`; it has {column_names(schema)}")
+        if schema.names.count(name) > 1:
+            raise ValueError(f"{file} must have one column `{name}`; it has {column_names(schema)}")
+        found = schema.field(name).type
+        if pa.types.is_dictionary(found):
+            found = found.value_type
+        if found not in types:
+            expected = " or ".join(str(t) for t in types if t is not None)
+            raise ValueError(f"{file}: column `{name}` must be {expected}, it is {found}")
+        columns.append(name)
+    try:
+        table = parquet.read(columns=columns)
+    except (pa.ArrowException, OSError):
+        raise ValueError(f"{file} is damaged: its pages cannot be read") from None
+    for name, types in wanted.items():
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), types[0]))
+    return table
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column is text, plain or as a dictionary."""
+    return (kind.value_type if pa.types.is_dictionary(kind) else kind) in TEXT
+
+
+def strings(file: Path, column: pa.ChunkedArray | pa.Array) -> list[str | None]:
+    """The strings of a column.
+
+    Raises:
+        ValueError: bytes that are not UTF-8 (parquet does not check).
+    """
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is damaged: it holds text that is not UTF-8") from None
+
+
+def column_names(schema: pa.Schema) -> str:
+    return ", ".join(f"`{n}`" for n in schema.names) or "none"

@@ -1,0 +1,91 @@
+"""A prepared folder: tokenizer, token shards of each split, and how they were made."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from smbfast.data.meds import MedsDataset
+from smbfast.data.sections import SectionMap
+from smbfast.data.serialize import Serializer, SerializerOptions
+from smbfast.data.shards import Shard
+from smbfast.data.tokens import TextEncoder, load_tokenizer
+from smbfast.files import verify_folder
+from smbfast.settings import DataSettings
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training, embedding and reports read: never the MEDS files themselves."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    encoder: TextEncoder
+    record: dict  # prepare.json
+
+    @classmethod
+    def open(cls, folder: Path) -> "Prepared":
+        """A finished folder.
+
+        Raises:
+            ValueError: not there, not finished, or its tokenizer is not the one that made it.
+        """
+        folder = Path(folder)
+        try:
+            record = json.loads((folder / "prepare.json").read_text())
+            made_by, delimiters = record["encoder"], record["delimiters"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{folder} must be a finished folder of `python -m smbfast.prepare`; it has no "
+                "readable prepare.json"
+            ) from None
+        verify_folder(folder / "tokenizer")
+        tokenizer, _ = load_tokenizer(str(folder / "tokenizer"), delimiters)
+        encoder = TextEncoder(tokenizer, delimiters)
+        if encoder.fingerprint() != made_by:
+            raise ValueError(f"{folder}: the tokenizer is not the one its shards were made with")
+        return cls(folder, tokenizer, encoder, record)
+
+    def shards(self, split: str) -> list[Shard]:
+        """The shards of a split, each verified."""
+        return [Shard(self.folder / name) for name in self.record["shards"].get(split, [])]
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What was counted while preparing, all splits together."""
+        total: Counter[str] = Counter()
+        for counts in self.record["counts"].values():
+            total.update(counts)
+        return total
+
+    def serializer(self, dataset: MedsDataset, sections: str | None) -> Serializer:
+        """A serializer that gives the very tokens of the shards."""
+        return make_serializer(dataset, self.encoder, sections, SerializerOptions(**self.options))
+
+    @property
+    def options(self) -> dict:
+        """The serializer's options."""
+        return dict(self.record["options"])
+
+
+def make_serializer(
+    dataset: MedsDataset,
+    encoder: TextEncoder,
+    sections: str | None,
+    options: SerializerOptions,
+) -> Serializer:
+    """The serializer of a dataset."""
+    return Serializer(
+        encoder,
+        SectionMap.read(Path(sections) if sections else None),
+        dataset.descriptions,
+        dataset.parents,
+        options,
+    )
+
+
+def options_of(data: DataSettings) -> SerializerOptions:
+    """The serializer's share of the data settings."""
+    return SerializerOptions(data.bucket, data.values_per_line, data.text_chars)

@@ -1,0 +1,162 @@
+"""Text to token ids, such that text from data can never become structure.
+
+Data is encoded by a copy of the tokenizer whose added tokens are removed (`split_special_tokens`
+alone misses added tokens that are not marked special). Delimiters are single added tokens
+("special") or plain text ("text").
+"""
+
+import copy
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import decoders as token_decoders
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from smbfast.data.sections import SECTIONS
+from smbfast.files import digest_of
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one process per file uses the cores
+
+OPEN = tuple(f"<{s}>" for s in SECTIONS)
+CLOSE = tuple(f"</{s}>" for s in SECTIONS)
+Delimiters = Literal["special", "text"]
+
+# lines as the serializer composes them, to find out whether a tokenizer lets us encode piece by
+# piece: every kind of boundary (colon, comma, bracket, sign, newline) stands in here
+_PROBES = (
+    ("[2150-01-31]\n", "Glucose [Blood, Chem] (mg/dL):", " 101,", " 4.2e+05 abnormal,", " -3.5\n"),
+    ("[2150-01-31 07:00]\n", "Death\n", "Cefazolin (IV) x2:", " 5 mg (PO),", " <1.0%\n"),
+    ("Heart rate:", " 80,", " 81\n", "SARS-CoV-2 RNA:", ' "neg",', " n/a.\n", "Übelkeit x3\n"),
+)
+
+
+def load_tokenizer(path: str, delimiters: Delimiters) -> tuple[PreTrainedTokenizerBase, list[int]]:
+    """The tokenizer of a backbone, with the delimiters added as tokens in mode "special".
+
+    Returns it with the ids of the delimiters that it did not know.
+
+    Raises:
+        ValueError: no tokenizer there, or not a fast one (only those can be copied safely).
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, local_files_only=Path(path).is_dir()
+        )
+    except Exception:  # tokenizers raises plain Exception; what a user can mend is the path
+        raise ValueError(
+            f"`model.path` {path} must be a folder or hub name with a tokenizer; none could be read"
+        ) from None
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError(f"the tokenizer of {path} must be a fast one (tokenizer.json)")
+    if delimiters == "text":
+        return tokenizer, []
+    known = tokenizer.get_vocab()
+    new = [t for t in (*OPEN, *CLOSE) if t not in known]
+    tokenizer.add_tokens(new, special_tokens=True)
+    return tokenizer, tokenizer.convert_tokens_to_ids(new)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE trained on `texts`, with begin, pad and delimiter tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = token_decoders.ByteLevel()
+    special = ["<|pad|>", "<|begin|>", *OPEN, *CLOSE]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        bos_token="<|begin|>",
+        extra_special_tokens=[*OPEN, *CLOSE],
+    )
+
+
+class TextEncoder:
+    """Pieces of text to ids through a bounded cache; tags and the begin token by id.
+
+    `piecewise` says whether encoding a line piece by piece equals encoding it whole: true of
+    byte-level BPE with a pre-tokenizer (Qwen, Llama 3, GPT-2, ours). Where it is not, lines are
+    encoded whole, which is slower.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        delimiters: Delimiters = "special",
+        cache: int = 1 << 19,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.delimiters = delimiters
+        self._plain = _without_added_tokens(tokenizer)
+        self._reserved = frozenset(tokenizer.all_special_ids) | frozenset(
+            tokenizer.added_tokens_decoder
+        )
+        self._cache: dict[str, np.ndarray] = {}
+        self._limit = cache
+        self.begin: int | None = tokenizer.bos_token_id
+        self.open_ids = [self._tag(t) for t in OPEN]
+        self.close_ids = [self._tag(t) for t in CLOSE]
+        self.piecewise = all(
+            np.array_equal(np.concatenate(self.encode(list(p))), self.encode(["".join(p)])[0])
+            for p in _PROBES
+        )
+
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each text, int32; never a special or an added token."""
+        cache = self._cache
+        missing = [t for t in dict.fromkeys(texts) if t not in cache]
+        if missing:
+            if len(cache) + len(missing) > self._limit:
+                cache = self._cache = {}
+                missing = list(dict.fromkeys(texts))
+            encoded = self._plain.encode_batch_fast(missing, add_special_tokens=False)
+            for text, encoding in zip(missing, encoded, strict=True):
+                ids = encoding.ids
+                if not self._reserved.isdisjoint(ids):
+                    ids = self._defused(text)
+                cache[text] = np.array(ids, np.int32)
+        return [cache[t] for t in texts]
+
+    def fingerprint(self) -> str:
+        """Changes when the same text would get other ids."""
+        return digest_of(self._plain.to_str(), self.delimiters, self.begin, self.open_ids)
+
+    def tag_text(self, tag: str) -> str:
+        """A tag as it stands in the text: followed by a newline unless it is one token."""
+        return tag if self.delimiters == "special" else tag + "\n"
+
+    def _tag(self, tag: str) -> np.ndarray:
+        if self.delimiters == "text":
+            return self.encode([tag + "\n"])[0]
+        return np.array([self.tokenizer.convert_tokens_to_ids(tag)], np.int32)
+
+    def _defused(self, text: str) -> list[int]:
+        """Some models (Unigram) hold control tokens in the vocabulary itself: break them up."""
+        for sign in "<|[":
+            text = text.replace(sign, " ")
+        ids = self._plain.encode(text, add_special_tokens=False).ids
+        return [i for i in ids if i not in self._reserved]
+
+
+def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["added_tokens"] = []
+    content["post_processor"] = None
+    content["truncation"] = content["padding"] = None
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer as `AutoTokenizer` reads it."""
+    copy.copy(tokenizer).save_pretrained(folder)

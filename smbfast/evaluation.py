@@ -1,0 +1,212 @@
+"""What a run measures: fixed tuning positions on the way, embeddings and probes at the end.
+
+Legend: M masked positions, D width.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from smbfast.batch import PackedBatch
+from smbfast.data.labels import read_labels, with_splits
+from smbfast.data.loader import FIXED, WindowSet, make_batch
+from smbfast.data.meds import MedsDataset
+from smbfast.data.prepared import Prepared, options_of
+from smbfast.diagnostics import diagnose
+from smbfast.embed import (
+    distinct_nodes,
+    embed_nodes,
+    hidden_of,
+    label_folders,
+    node_texts,
+    write_embeddings,
+)
+from smbfast.files import committed_folder, write_text
+from smbfast.model.backbone import PatientEncoder, make_encoder
+from smbfast.model.target import TargetEncoder
+from smbfast.probe import ProbeConfig, run_probe
+from smbfast.reference import JepaStates, jepa_states, sft_sum
+from smbfast.report import write_report
+from smbfast.sample import sample_of
+from smbfast.settings import DataSettings, PhaseSettings, TrainSettings
+
+
+def fixed_batches(tuning: WindowSet, settings: TrainSettings) -> list[PackedBatch]:
+    """The same tuning windows, cuts and masks at every evaluation."""
+    count = min(settings.eval.windows, len(tuning))
+    chosen = [tuning[i] for i in torch.linspace(0, len(tuning) - 1, count).long().tolist()]
+    chosen.sort(key=len, reverse=True)
+    size = settings.optim.micro_batch
+    return [
+        make_batch(chosen[i : i + size], settings.objective, settings.run.seed, FIXED, jepa=True)
+        for i in range(0, count, size)
+    ]
+
+
+@torch.no_grad()
+def evaluate(
+    encoder: PatientEncoder,
+    target: TargetEncoder | None,
+    fixed: list[PackedBatch],
+    settings: TrainSettings,
+    phase: PhaseSettings,
+) -> dict:
+    """Losses on the fixed positions, and the health of the target if there is one.
+
+    `loss` is that of the phase, by which its best step is chosen.
+    """
+    device = encoder.mask_vector.device
+    labels = sum(b.labels for b in fixed)
+    sft = sum(float(sft_sum(encoder, b.to(device))) for b in fixed) / max(labels, 1)
+    values: dict = {"sft": sft, "jepa": None}
+    masked = [b.to(device) for b in fixed if b.masked]
+    if target is not None and masked:
+        parts = [jepa_states(encoder, target, b) for b in masked]
+        names = JepaStates.__dataclass_fields__
+        states = JepaStates(**{n: torch.cat([getattr(p, n) for p in parts]) for n in names})
+        normalize = settings.objective.target_norm == "layer"
+        values |= diagnose(states, normalize=normalize) | {"distance": target.distance()}
+    values["loss"] = phase.w_sft * sft + phase.w_jepa * (values["jepa"] or 0.0)
+    return values
+
+
+def final_record(
+    settings: TrainSettings,
+    prepared: Prepared,
+    encoder: PatientEncoder,
+    data: DataSettings,
+    step: int,
+) -> dict:
+    """What `smbfast.embed` needs to know of a final folder."""
+    return {
+        "format": 1,
+        "trains": settings.trains,
+        "backbone": settings.model.path,
+        "dtype": str(next(encoder.trunk.parameters()).dtype).removeprefix("torch."),
+        "vocabulary": len(prepared.tokenizer),
+        "predictor_layers": settings.objective.predictor_layers,
+        "window": data.window,
+        "delimiters": prepared.record["delimiters"],
+        "options": prepared.options,
+        "step": step,
+    }
+
+
+def check_prepared(prepared: Prepared, data: DataSettings, backbone: str | None) -> None:
+    """Refuse shards that were made for another tokenizer or with other options.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    wanted = {
+        "options": vars(options_of(data)),
+        "delimiters": data.delimiters,
+        "tokenizer": backbone or prepared.record["tokenizer"],
+    }
+    for name, value in wanted.items():
+        if prepared.record[name] != value:
+            raise ValueError(
+                f"data.prepared {prepared.folder} was made with {name} {prepared.record[name]}, "
+                f"this run has {value}; prepare it again"
+            )
+
+
+def finish(
+    settings: TrainSettings,
+    data: DataSettings,
+    prepared: Prepared,
+    encoder: PatientEncoder,
+    target: TargetEncoder | None,
+    device: torch.device,
+) -> None:
+    """Export, embed with the trained and the untrained encoder, and probe."""
+    run, probe = settings.folder, settings.probe
+    if settings.run.export == "merged":
+        print(export_merged(encoder, prepared, run / "merged"))
+    simulated = settings.data.path is None
+    if simulated:
+        sample = sample_of(prepared, settings)
+        write_text(run / "sample.json", json.dumps(sample))
+    dataset = MedsDataset.open(Path(data.path))
+    names = probe.labels
+    if names is None:
+        folder = dataset.path / "labels"
+        names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if simulated else []
+    if not names:
+        return
+    folders = label_folders(names, dataset.path)
+    nodes = distinct_nodes([with_splits(read_labels(f), dataset) for f in folders])
+    serializer = prepared.serializer(dataset, data.sections)
+    untrained = make_encoder(
+        settings.model_copy(update={"model": settings.model.model_copy(update={"adapter": None})}),
+        prepared.tokenizer,
+        device,
+        prepared.record["new_tokens"],
+    )
+    files = {}
+    for name, hidden in (
+        (probe.encoder, hidden_of(encoder, target, probe.encoder)),
+        ("untrained", untrained.hidden),
+    ):
+        counts: dict[str, int] = {}
+        texts = node_texts(dataset, serializer, nodes, data.window, counts)
+        table = embed_nodes(
+            hidden,
+            texts,
+            device,
+            total=len(nodes.subject_K),
+            batch=probe.batch,
+            pool=probe.pool,
+        )
+        files[name] = run / "embeddings" / f"{name}.parquet"
+        write_embeddings(table, files[name])
+        told = ", ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in counts.items())
+        print(f"embeddings/{name}.parquet: {told}")
+    run_probe(
+        ProbeConfig(
+            embeddings=files[probe.encoder],
+            untrained=files["untrained"],
+            data=dataset.path,
+            labels=[str(f) for f in folders],
+            out=run,
+            bootstraps=probe.bootstraps,
+            seed=settings.run.seed,
+        )
+    )
+
+
+@torch.no_grad()
+def export_merged(encoder: PatientEncoder, prepared: Prepared, folder: Path) -> str:
+    """Write a plain Hugging Face model, and say how far its logits are from the trained ones."""
+    from transformers import AutoModelForCausalLM
+
+    device = encoder.mask_vector.device
+    ids = torch.arange(64, device=device)[None] % len(prepared.tokenizer)
+    logits = encoder.lm(input_ids=ids).logits.float()
+    if encoder.is_lora:
+        encoder.lm.merge_adapter()
+    state = {_plain_name(n): w for n, w in encoder.base.state_dict().items() if _is_weight(n)}
+    try:
+        with committed_folder(folder, replace=True) as staging:
+            encoder.base.save_pretrained(staging, state_dict=state)
+            prepared.tokenizer.save_pretrained(staging)
+    finally:
+        if encoder.is_lora:
+            encoder.lm.unmerge_adapter()
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=encoder.base.dtype).to(device)
+    gap = (merged(input_ids=ids).logits.float() - logits).abs().max().item()
+    return f"exported {folder}: largest difference of a logit to the trained model {gap:.1e}"
+
+
+def _is_weight(name: str) -> bool:
+    return "lora_" not in name and "token_adapter.trainable" not in name
+
+
+def _plain_name(name: str) -> str:
+    return name.replace(".base_layer", "").replace("token_adapter.", "")
+
+
+def report(run: Path) -> None:
+    """Write `report.html`."""
+    write_report(run)

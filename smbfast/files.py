@@ -1,0 +1,132 @@
+"""Writing files so that a crash leaves the old or the new, never a half.
+
+The protocol for a folder: write into `name.tmp/`, fsync every file, write a manifest with sizes and
+SHA-256 last, fsync the folder, rename, fsync the parent. A safetensors or parquet file has no
+checksum of its own, so `verify_folder` reads the manifest before anything is trusted.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def committed_folder(path: Path, *, replace: bool = False, private: bool = False) -> Iterator[Path]:
+    """Yield `path.tmp/`; on success it becomes `path` with a manifest, on failure it is removed.
+
+    Args:
+        replace: whether an existing folder may be replaced (it stays until the new one is whole).
+        private: make the files 0600 and the folder 0700: for tokens and embeddings of patients.
+
+    Raises:
+        ValueError: `path` exists and `replace` is false.
+    """
+    path = Path(path)
+    if path.exists() and not replace:
+        raise ValueError(f"{path} must not exist yet; remove it or name another folder")
+    staging = path.with_name(path.name + ".tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True, mode=0o700 if private else 0o777)
+    try:
+        yield staging
+        _seal(staging, private)
+        if path.exists():
+            retired = path.with_name(path.name + ".old")
+            shutil.rmtree(retired, ignore_errors=True)
+            os.rename(path, retired)
+            os.rename(staging, path)
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            os.rename(staging, path)
+        _fsync(path.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def committed_file(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is fsynced and renamed over `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(path.name + ".tmp")
+    try:
+        yield staging
+        if private:
+            staging.chmod(0o600)
+        _fsync(staging)
+        os.rename(staging, path)
+        _fsync(path.parent)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+def verify_folder(path: Path) -> dict[str, object]:
+    """Check every file of a committed folder against its manifest and return the manifest.
+
+    Raises:
+        ValueError: no manifest, or a file that is missing, of another size or of other content.
+    """
+    path = Path(path)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        entries = [(name, size, digest) for name, (size, digest) in manifest["files"].items()]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{path} must hold a readable {MANIFEST}; it was not finished") from None
+    for name, size, digest in entries:
+        file = path / name
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise ValueError(f"{path / MANIFEST} names a file outside its folder")
+        if not file.is_file() or file.stat().st_size != size:
+            raise ValueError(f"{file} must hold {size} bytes as its manifest says; it does not")
+        if _sha256(file) != digest:
+            raise ValueError(f"{file} does not match the SHA-256 of its manifest: it is damaged")
+    return manifest
+
+
+def cannot_write(error: OSError) -> str:
+    """What an operating system's error means to the user: the reason and the file."""
+    return f"{error.strerror or type(error).__name__}: {error.filename or 'a file'}"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text`, atomically."""
+    with committed_file(path) as staging:
+        staging.write_text(text, encoding="utf-8")
+
+
+def digest_of(*parts: object) -> str:
+    """A short SHA-256 of the JSON of `parts`: what a cache folder is keyed by."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _seal(folder: Path, private: bool) -> None:
+    files = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if private:
+            file.chmod(0o600)
+        _fsync(file)
+        files[str(file.relative_to(folder))] = (file.stat().st_size, _sha256(file))
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1))
+    _fsync(folder / MANIFEST)
+    for sub in [p for p in folder.rglob("*") if p.is_dir()]:
+        _fsync(sub)
+    _fsync(folder)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,81 @@
+"""metrics.jsonl, TensorBoard events and the step line of a run."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+from smbfast.runtime import duration
+
+
+class MetricsLog:
+    """Appends records; `offset` goes into a checkpoint, and a resumed run cuts the file there."""
+
+    def __init__(self, run: Path, offset: int = 0) -> None:
+        self._path = run / "metrics.jsonl"
+        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        os.truncate(self._path, min(offset, self._path.stat().st_size))
+        self._board = SummaryWriter(str(run / "tensorboard"), flush_secs=30)
+
+    @property
+    def offset(self) -> int:
+        """Bytes written so far."""
+        self._file.flush()
+        return self._path.stat().st_size
+
+    def write(self, kind: str, **values: object) -> None:
+        """One line, and its numbers as TensorBoard scalars."""
+        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if kind in ("step", "eval") and isinstance(value, float):
+                self._board.add_scalar(f"{kind}/{name}", value, values.get("step"))
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        self._board.close()
+
+
+class Meter:
+    """Tokens per second, the share of time waiting for data, and the time left."""
+
+    def __init__(self, total_steps: int, step: int) -> None:
+        self._total, self._first, self._begin = total_steps, step, time.monotonic()
+        self._mark, self._tokens, self._waited = self._begin, 0, 0.0
+
+    def add(self, tokens: int, waited: float) -> None:
+        """Count a step."""
+        self._tokens += tokens
+        self._waited += waited
+
+    def read(self, step: int) -> dict[str, float]:
+        """Since the last reading: `tokens_per_s`, `wait`; and `eta` in seconds."""
+        now = time.monotonic()
+        spent = max(now - self._mark, 1e-9)
+        pace = (now - self._begin) / max(step - self._first, 1)
+        values = {
+            "tokens_per_s": self._tokens / spent,
+            "wait": self._waited / spent,
+            "eta": pace * (self._total - step),
+        }
+        self._mark, self._tokens, self._waited = now, 0, 0.0
+        return values
+
+
+def step_line(record: dict, total: int, health: dict | None) -> str:
+    """One plain line: it ends up in job logs."""
+    parts = [f"step {record['step']}/{total}", f"{record['phase']:<9}"]
+    parts.append(f"sft {_number(record['sft'])}  jepa {_number(record['jepa'])}")
+    parts.append(f"gn {record['grad_norm']:.2f}  lr {record['lr']:.1e}")
+    parts.append(f"{record['tokens_per_s'] / 1e3:.1f}k tok/s  {record['memory_gib']:.1f} GiB")
+    parts.append(f"wait {record['wait']:.1%}")
+    if health and health.get("target_rank") is not None:
+        parts.append(f"rank {health['target_rank']:.0f}  triv {health['ratio']:.2f}")
+    return "  ".join([*parts, f"eta {duration(record['eta'])}"])
+
+
+def _number(value: float | None) -> str:
+    return "-     " if value is None else f"{value:.4f}"

@@ -1,0 +1,257 @@
+"""A Hugging Face causal LM as the online encoder: LoRA on a frozen base, or a small model whole.
+
+The only file that knows transformers and PEFT models. Inputs go in as embeddings, because the
+learned mask vector stands where a masked token's embedding would.
+
+Legend: B rows of a padded batch, T positions, D width, V vocabulary.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
+from transformers.utils import logging as transformers_logging
+
+from smbfast.settings import LoraSettings, TrainSettings
+
+transformers_logging.disable_progress_bar()  # its bars are noise in a job's log
+
+
+class Predictor(nn.Sequential):
+    """g: Linear d-d and GELU, repeated, then Linear d-d (two linears in the paper)."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        blocks: list[nn.Module] = []
+        for _ in range(layers - 1):
+            blocks += [nn.Linear(width, width), nn.GELU()]
+        super().__init__(*blocks, nn.Linear(width, width))
+
+
+class PatientEncoder(nn.Module):
+    """Backbone, predictor and mask vector: all that is trained."""
+
+    def __init__(self, lm: PreTrainedModel | PeftModel, predictor_layers: int) -> None:
+        super().__init__()
+        self.lm = lm
+        table_VD = self.base.get_input_embeddings().weight
+        self.width = table_VD.shape[-1]
+        self.predictor = Predictor(self.width, predictor_layers)
+        # as large as a typical embedding, so that the first layer norm sees nothing strange
+        scale = table_VD.detach().float().std().item()
+        self.mask_vector = nn.Parameter(torch.randn(self.width) * scale)
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether the base is frozen and an adapter is trained."""
+        return isinstance(self.lm, PeftModel)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The causal LM; with LoRA, the one whose linears hold the adapters."""
+        return self.lm.get_base_model() if self.is_lora else self.lm
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The decoder without its head."""
+        return self.base.base_model
+
+    @property
+    def head_VD(self) -> Tensor:
+        """The LM head's weight."""
+        return self.base.get_output_embeddings().weight
+
+    def embed(self, ids_BT: Tensor, masked_BT: Tensor | None = None) -> Tensor:
+        """Input embeddings, with the mask vector where `masked_BT`."""
+        embedded_BTD = self.base.get_input_embeddings()(ids_BT)
+        if masked_BT is None:
+            return embedded_BTD
+        vector_D = self.mask_vector.to(embedded_BTD.dtype)
+        return torch.where(masked_BT[..., None], vector_D, embedded_BTD)
+
+    def hidden(self, ids_BT: Tensor, masked_BT: Tensor | None = None) -> Tensor:
+        """Last hidden states after the final norm, [B, T, D], under causal attention.
+
+        Rows are padded on the right: no real position sees the padding, so no mask is needed.
+        """
+        return decode(self.trunk, self.embed(ids_BT, masked_BT))
+
+    def lora_layers(self) -> dict[str, LoraLayer]:
+        """Adapted linears by their name under `trunk`."""
+        return {n: m for n, m in self.trunk.named_modules() if isinstance(m, LoraLayer)}
+
+    def trained_rows(self) -> tuple[list[int], Tensor] | None:
+        """Ids and rows [n, D] of the token embeddings that are trained beside LoRA, if any."""
+        adapter = getattr(self.base.get_input_embeddings(), "token_adapter", None)
+        if adapter is None:
+            return None
+        return list(adapter.token_indices["default"]), adapter.trainable_tokens_delta["default"]
+
+
+def decode(trunk: nn.Module, embedded_BTD: Tensor) -> Tensor:
+    """Hidden states of a decoder after its final norm."""
+    return trunk(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
+
+
+def make_encoder(
+    settings: TrainSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    new_tokens: list[int] | None = None,
+) -> PatientEncoder:
+    """The online encoder that a run begins with.
+
+    Args:
+        new_tokens: delimiter ids that the backbone was not trained with; LoRA trains their rows.
+
+    Raises:
+        ValueError: the model cannot be read, LoRA finds none of its targets, or an adapter does
+            not fit.
+    """
+    torch.manual_seed(settings.run.seed)
+    if settings.model.path is None:
+        lm = _from_scratch(settings, tokenizer)
+    else:
+        lm = load_lm(settings.model.path, _dtype(settings, device))
+        _fit_vocabulary(lm, tokenizer, new_tokens or [])
+        adapts = settings.trains == "lora"
+        lm = _with_adapter(lm, settings, new_tokens or []) if adapts else lm.float()
+    if lm.config.max_position_embeddings < settings.data.window:
+        raise ValueError(
+            f"data.window must be at most {lm.config.max_position_embeddings}, the positions of "
+            f"this backbone, got {settings.data.window}"
+        )
+    return PatientEncoder(lm, settings.objective.predictor_layers).to(device)
+
+
+def load_lm(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A causal LM from a folder or the hub; safetensors only, no remote code.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    local = Path(path).is_dir()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=local,
+            attn_implementation="sdpa",
+        )
+    except Exception as error:  # transformers raises many types; the path is what a user can mend
+        raise ValueError(
+            f"`model.path` {path} must be a causal LM that transformers loads from safetensors; "
+            f"loading failed with {type(error).__name__}"
+        ) from None
+
+
+def _dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
+    if settings.model.dtype != "auto":
+        return getattr(torch, settings.model.dtype)
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _from_scratch(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    model = settings.model
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=model.hidden,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.hidden // model.heads,
+        intermediate_size=model.ffn,
+        max_position_embeddings=max(4096, settings.data.window),
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def _fit_vocabulary(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: list[int]
+) -> None:
+    """Make room for added delimiters, each starting as the mean of its text's embeddings."""
+    table = lm.get_input_embeddings()
+    if len(tokenizer) > table.num_embeddings:
+        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        table = lm.get_input_embeddings()
+    head = lm.get_output_embeddings()
+    weights = {id(t.weight): t.weight for t in (table, head)}.values()
+    with torch.no_grad():
+        for token in new_tokens:
+            text = tokenizer.convert_ids_to_tokens(token).strip("</>")
+            parts = [i for i in tokenizer(text, add_special_tokens=False).input_ids if i != token]
+            for weight in weights:
+                weight[token] = weight[parts].float().mean(0).to(weight.dtype)
+
+
+def _with_adapter(lm: PreTrainedModel, settings: TrainSettings, new_tokens: list[int]) -> PeftModel:
+    if settings.model.adapter:
+        return load_adapter(lm, settings.model.adapter, trainable=True)
+    try:
+        return get_peft_model(lm, lora_config(lm, settings.lora, new_tokens))
+    except ValueError:
+        raise ValueError(
+            f"lora.targets must name linears of the backbone; found none of {settings.lora.targets}"
+        ) from None
+
+
+def lora_config(lm: PreTrainedModel, lora: LoraSettings, new_tokens: list[int]) -> LoraConfig:
+    """PEFT's configuration of a new adapter."""
+    rows = None
+    if new_tokens:
+        table = lm.get_input_embeddings()
+        name = next(n for n, m in lm.named_modules() if m is table)
+        rows = {name.rsplit(".", 1)[-1]: new_tokens}
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules=lora.targets,
+        trainable_token_indices=rows,
+    )
+
+
+def load_adapter(lm: PreTrainedModel, path: str, *, trainable: bool) -> PeftModel:
+    """A PEFT LoRA adapter on its backbone.
+
+    Raises:
+        ValueError: not a LoRA adapter, one with dropout, or of another shape than the backbone.
+    """
+    try:
+        lm = PeftModel.from_pretrained(lm, path, is_trainable=trainable)
+    except Exception as error:  # PEFT raises many types; what a user can mend is the path
+        raise ValueError(
+            f"`model.adapter` {path} must be a PEFT adapter of this backbone; loading failed with "
+            f"{type(error).__name__}"
+        ) from None
+    config = lm.peft_config["default"]
+    if not isinstance(config, LoraConfig) or config.lora_dropout or config.use_dora:
+        raise ValueError(f"`model.adapter` {path} must be plain LoRA without dropout")
+    return lm
+
+
+def parameter_counts(encoder: PatientEncoder) -> tuple[int, int]:
+    """Trained parameters, and all of them."""
+    sizes = [(p.numel(), p.requires_grad) for p in encoder.parameters()]
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+
+def padded(rows: list[Tensor], fill: int | bool) -> Tensor:
+    """Rows of unlike length, padded on the right: [B, T]."""
+    longest = max(len(r) for r in rows)
+    return torch.stack([F.pad(r, (0, longest - len(r)), value=fill) for r in rows])

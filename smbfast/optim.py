@@ -1,0 +1,79 @@
+"""AdamW over the trained parameters, and the schedules of a run as functions of the step."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from smbfast.model.backbone import PatientEncoder
+from smbfast.settings import OptimSettings, PhaseSettings, TrainSettings
+
+DEFAULT_LR = {"lora": 2e-4, "all": 1e-3}  # our choice
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step lies: its phase, and the step within it (from 0)."""
+
+    phase: PhaseSettings
+    index: int
+    step: int
+
+    @property
+    def begins(self) -> bool:
+        """Whether this is the first step of the phase."""
+        return self.step == 0
+
+
+def place(settings: TrainSettings, step: int) -> Place:
+    """The phase of step `step` (from 0, over all phases)."""
+    for index, phase in enumerate(settings.phases):
+        if step < phase.steps:
+            return Place(phase, index, step)
+        step -= phase.steps
+    raise AssertionError("a step beyond the last phase")
+
+
+def total_steps(settings: TrainSettings) -> int:
+    """Optimizer steps of all phases."""
+    return sum(p.steps for p in settings.phases)
+
+
+def learning_rate(settings: TrainSettings, at: Place) -> float:
+    """Linear warm-up, then a cosine to `min_lr` of the peak at the end of the phase."""
+    peak = at.phase.lr or DEFAULT_LR[settings.trains]
+    warmup = min(at.phase.warmup, at.phase.steps - 1)
+    if at.step < warmup:
+        return peak * (at.step + 1) / warmup
+    done = (at.step - warmup) / max(at.phase.steps - 1 - warmup, 1)
+    low = settings.optim.min_lr
+    return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def tau(settings: TrainSettings, step: int) -> float:
+    """The EMA decay at a step: fixed, or linear to `tau_end` over the run."""
+    start, end = settings.objective.tau, settings.objective.tau_end
+    if end is None:
+        return start
+    return start + (end - start) * step / max(total_steps(settings) - 1, 1)
+
+
+def make_optimizer(encoder: PatientEncoder, optim: OptimSettings) -> torch.optim.AdamW:
+    """AdamW; weight decay only on matrices that are trained whole."""
+    decayed, plain = [], []
+    for name, parameter in encoder.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        whole = parameter.ndim >= 2 and "lora_" not in name and "trainable_tokens" not in name
+        (decayed if whole else plain).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": optim.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=optim.betas)
+
+
+def trained(encoder: nn.Module) -> dict[str, nn.Parameter]:
+    """Trained parameters by name, in the order the optimizer's state is kept in."""
+    return {n: p for n, p in encoder.named_parameters() if p.requires_grad}

@@ -1,0 +1,95 @@
+"""The survival probe: Cox proportional hazards by lifelines on a few standardised components.
+
+Scaler, components and regression are fitted on train alone. Shape suffixes: N rows, F features,
+K components.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import lifelines
+import numpy as np
+import pandas as pd
+from lifelines.exceptions import ConvergenceError
+from scipy.sparse import csr_matrix, issparse
+from sklearn.decomposition import PCA, TruncatedSVD
+from sklearn.preprocessing import MaxAbsScaler
+
+RIDGE = 0.1  # lifelines' `penalizer`, on standardised components: our choice
+EVENTS_PER_COMPONENT = 5  # fewer components where train has few events: our choice
+
+
+@dataclass(frozen=True)
+class CoxProbe:
+    """risk_N float64: the log partial hazard of every row given (higher = earlier event)."""
+
+    risk_N: np.ndarray
+    components: int
+
+
+def not_measurable(duration_N: np.ndarray, event_N: np.ndarray, split_N: np.ndarray) -> str | None:
+    """Why a time-to-event task cannot be measured, or None."""
+    if not event_N[split_N == "train"].any():
+        return "train has no event"
+    held_out = split_N == "held_out"
+    duration_N, event_N = duration_N[held_out], event_N[held_out]
+    if not event_N.any():
+        return "held_out has no event"
+    first = duration_N[event_N].min()
+    outlives = (duration_N > first) | ((duration_N == first) & ~event_N)
+    return None if outlives.any() else "held_out has no two rows that can be compared"
+
+
+def components(
+    feature_NF: np.ndarray | csr_matrix, split_N: np.ndarray, wanted: int, seed: int
+) -> np.ndarray:
+    """At most `wanted` components of the features, float64 [N, K], mean 0 and deviation 1 on train.
+
+    Features are scaled by their largest absolute value first, as in the binary probe. PCA for dense
+    features, truncated SVD for sparse ones; a direction without spread on train is left out.
+    """
+    train = split_N == "train"
+    scaled_NF = MaxAbsScaler().fit(feature_NF[train]).transform(feature_NF)
+    rows, features = int(train.sum()), feature_NF.shape[1]
+    kept = max(1, min(wanted, rows - 1, features - issparse(feature_NF)))
+    if issparse(feature_NF):
+        reducer = TruncatedSVD(kept, random_state=seed)
+    else:
+        reducer = PCA(kept, random_state=seed)
+    # features without any spread make it divide zero by zero for a ratio nobody reads
+    with np.errstate(invalid="ignore", divide="ignore"):
+        component_NK = reducer.fit(scaled_NF[train]).transform(scaled_NF)
+    mean_K, spread_K = component_NK[train].mean(0), component_NK[train].std(0)
+    moving_K = spread_K > 1e-9 * max(1.0, float(spread_K.max()))
+    return (component_NK[:, moving_K] - mean_K[moving_K]) / spread_K[moving_K]
+
+
+def probe_survival(
+    feature_NF: np.ndarray | csr_matrix,
+    duration_N: np.ndarray,
+    event_N: np.ndarray,
+    split_N: np.ndarray,
+    *,
+    wanted: int,
+    seed: int,
+) -> CoxProbe:
+    """Fit on train, give every row its risk.
+
+    Raises:
+        ValueError: the regression does not converge.
+    """
+    train = split_N == "train"
+    allowed = max(1, int(event_N[train].sum()) // EVENTS_PER_COMPONENT)
+    component_NK = components(feature_NF, split_N, min(wanted, allowed), seed)
+    if component_NK.shape[1] == 0:
+        return CoxProbe(np.zeros(len(duration_N)), 0)
+    frame = pd.DataFrame(component_NK[train]).add_prefix("component")
+    frame["duration"], frame["event"] = duration_N[train], event_N[train]
+    with warnings.catch_warnings():
+        # its warnings on separation and near-constant columns are answered by the ridge
+        warnings.simplefilter("ignore")
+        try:
+            model = lifelines.CoxPHFitter(penalizer=RIDGE).fit(frame, "duration", "event")
+        except (ConvergenceError, np.linalg.LinAlgError):
+            raise ValueError("the Cox regression does not converge") from None
+    return CoxProbe(component_NK @ model.params_.to_numpy(), component_NK.shape[1])

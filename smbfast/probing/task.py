@@ -1,0 +1,163 @@
+"""One task under the protocol: every model on the same rows, intervals and paired differences.
+
+Shape suffixes: N label rows, H held-out rows, F features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from smbfast.data.labels import Labels
+from smbfast.data.meds import SPLITS
+from smbfast.probing import logistic, resample, survival
+
+ORACLE_NAMES = {"bayes_filter": "oracle_filter", "latent": "oracle_latent"}
+_LARGE = 50_000_000  # numbers in a matrix of features
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Draws for the intervals (`cox_bootstraps` for the C-index), seed, components for Cox."""
+
+    bootstraps: int = 1000
+    cox_bootstraps: int = 200
+    seed: int = 0
+    cox_components: int = 10
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What goes into probe.json for a task; score_N of the first model for every row given
+    (probability or log hazard; None if the task is not measurable)."""
+
+    record: dict[str, Any]
+    score_N: np.ndarray | None
+
+
+def measure(
+    labels: Labels,
+    features: dict[str, np.ndarray | csr_matrix],
+    oracle: dict[str, np.ndarray],
+    readable: dict[str, str],
+    protocol: Protocol,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Measured:
+    """Probe each set of features ([N, F], by model name, the trained model first) and score the
+    oracles (`bayes_filter`, `latent`: float64 [N]; empty if there are none) on held_out.
+
+    `readable` gives a name to print for each model. A task that cannot be measured gives a record
+    with the reason and no models.
+    """
+    record: dict[str, Any] = {
+        "task": labels.task,
+        "kind": labels.kind,
+        "rows": labels.counts(),
+        "positives": labels.positives(),
+        "patients": {
+            split: len(np.unique(labels.subject_N[labels.split_N == split])) for split in SPLITS
+        },
+        "reason": _not_measurable(labels),
+        "models": [],
+        "differences": [],
+    }
+    if record["reason"]:
+        return Measured(record, None)
+    scores: dict[str, np.ndarray] = {}
+    for name, feature_NF in features.items():
+        progress(f"{labels.task}: {readable[name]}")
+        model: dict[str, Any] = {"name": name, "label": readable[name], "metrics": {}}
+        record["models"].append(model)
+        try:
+            scores[name], model["chosen"] = _fit(labels, feature_NF, protocol, progress)
+        except ValueError as error:
+            model["reason"] = str(error)
+    for column, score_N in oracle.items():
+        name = ORACLE_NAMES[column]
+        scores[name] = score_N
+        record["models"].append({"name": name, "label": readable[name], "metrics": {}})
+    progress(f"{labels.task}: intervals")
+    _judge(record, labels, scores, protocol, next(iter(features)))
+    return Measured(record, scores.get(next(iter(features))))
+
+
+def _not_measurable(labels: Labels) -> str | None:
+    empty = [split for split, rows in labels.counts().items() if rows == 0]
+    if empty:
+        return f"no row with an embedding in {', '.join(empty)}"
+    if labels.kind == "binary":
+        return logistic.not_measurable(labels.value_N, labels.split_N)
+    return survival.not_measurable(labels.duration_N, labels.event_N, labels.split_N)
+
+
+def _fit(
+    labels: Labels,
+    feature_NF: np.ndarray | csr_matrix,
+    protocol: Protocol,
+    progress: Callable[[str], None],
+) -> tuple[np.ndarray, dict[str, Any]]:
+    if labels.kind == "binary":
+        # each penalty is worth a line only where one takes minutes
+        tell = progress if feature_NF.size > _LARGE else lambda _: None
+        fit = logistic.probe_binary(feature_NF, labels.value_N, labels.split_N, tell)
+        chosen = {"C": fit.penalty, "by": fit.chosen_by, "converged": fit.converged}
+        return fit.probability_N, chosen
+    cox = survival.probe_survival(
+        feature_NF,
+        labels.duration_N,
+        labels.event_N,
+        labels.split_N,
+        wanted=protocol.cox_components,
+        seed=protocol.seed,
+    )
+    return cox.risk_N, {"components": cox.components, "ridge": survival.RIDGE}
+
+
+def _judge(
+    record: dict[str, Any],
+    labels: Labels,
+    scores: dict[str, np.ndarray],
+    protocol: Protocol,
+    first: str,
+) -> None:
+    """Fill metrics and differences in: all models on the same held-out rows and draws."""
+    held = labels.take(labels.split_N == "held_out")
+    held_H = labels.split_N == "held_out"
+    metrics = {
+        (name, metric): compute
+        for name, score_N in scores.items()
+        for metric, compute in _metrics(held, score_N[held_H]).items()
+    }
+    binary = labels.kind == "binary"
+    draws = protocol.bootstraps if binary else protocol.cox_bootstraps
+    values, drawn = resample.resampled(metrics, held.subject_N, draws, protocol.seed)
+    for model in record["models"]:
+        for name, metric in values:
+            if name == model["name"]:
+                key = (name, metric)
+                model["metrics"][metric] = _told(resample.interval(values[key], drawn[key]))
+    for against in ("untrained", "counts"):
+        for name, metric in values:
+            if name == against and first in scores:
+                one, other = (first, metric), (against, metric)
+                difference = resample.interval(
+                    values[one] - values[other], drawn[one] - drawn[other]
+                )
+                named = {"model": first, "against": against, "metric": metric}
+                record["differences"].append(named | _told(difference))
+
+
+def _metrics(held: Labels, score_H: np.ndarray) -> dict[str, resample.Metric]:
+    if held.kind == "binary":
+        return {
+            "auroc": resample.auroc(score_H, held.value_N),
+            "auprc": resample.auprc(score_H, held.value_N),
+            "brier": resample.brier(score_H, held.value_N),
+        }
+    return {"c_index": resample.c_index(score_H, held.duration_N, held.event_N)}
+
+
+def _told(interval: resample.Interval) -> dict[str, float | None]:
+    return {"value": interval.value, "low": interval.low, "high": interval.high}

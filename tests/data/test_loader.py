@@ -1,0 +1,323 @@
+"""Windows to steps to batches: draws by identity, exact masks and cuts, labels.
+
+Legend: W windows, T tokens.
+"""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smbfast.batch import PackedBatch, Timeline
+from smbfast.data.loader import (
+    WindowSet,
+    cut_points,
+    future_end,
+    generator,
+    make_batch,
+    make_step,
+    masked_tokens,
+    prefetched,
+    step_windows,
+)
+from smbfast.data.sections import SECTIONS
+from smbfast.data.shards import Shard, ShardWriter
+from smbfast.files import committed_folder
+from smbfast.settings import ObjectiveSettings
+
+BEGIN = 7
+DEMOGRAPHICS = SECTIONS.index("demographics")
+UNITS = ("token", "event", "span")
+
+
+def timeline(subject: int, seed: int, buckets: int = 12, header: int = 4) -> Timeline:
+    """Random lines: a bucket is a tag, lines (some of them demographics), a tag; ids from 10 up."""
+    random = np.random.default_rng([seed, subject])
+    starts, ends, bucket_ends, at = [], [], [], header
+    for _ in range(buckets):
+        at += 1
+        for _ in range(random.integers(1, 5)):
+            starts.append(at)
+            at += int(random.integers(1, 9))
+            ends.append(at)
+        at += 1
+        bucket_ends.append(at)
+    return Timeline(
+        subject=subject,
+        ids_T=random.integers(10, 1000, at).astype(np.int32),
+        header=header,
+        bucket_end_B=np.array(bucket_ends, np.int32),
+        bucket_time_B=np.arange(buckets, dtype=np.int64),
+        line_start_L=np.array(starts, np.int32),
+        line_end_L=np.array(ends, np.int32),
+        line_time_L=np.arange(len(starts), dtype=np.int64),
+        line_section_L=random.integers(0, len(SECTIONS), len(starts)).astype(np.uint8),
+    )
+
+
+@pytest.fixture(scope="module")
+def windows(tmp_path_factory: pytest.TempPathFactory) -> WindowSet:
+    folder: Path = tmp_path_factory.mktemp("shards")
+    for name, subjects in (("a", range(1, 8)), ("b", range(8, 13))):
+        with committed_folder(folder / name) as staging:
+            writer = ShardWriter(staging)
+            for subject in subjects:
+                writer.add(timeline(subject, 0, buckets=3 * subject))
+            writer.close()
+    return WindowSet.of([Shard(folder / "a"), Shard(folder / "b")], 128, BEGIN)
+
+
+def objective(**changes: object) -> ObjectiveSettings:
+    return ObjectiveSettings(**{"min_future": 8, **changes})
+
+
+def trunks_of(batch: PackedBatch) -> dict[bytes, dict[int, tuple[list[int], list[int]]]]:
+    """Per trunk (its ids): per cut, the masked positions and the branch's ids."""
+    found: dict[bytes, dict[int, tuple[list[int], list[int]]]] = {}
+    ids_T, masked = batch.ids_T.numpy(), batch.masked_M.numpy()
+    trunk_at: dict[int, bytes] = {}
+    for s, (start, length) in enumerate(zip(batch.start_S, batch.length_S, strict=True)):
+        a, b, prefix = int(start), int(start + length), int(batch.prefix_S[s])
+        if prefix == 0:
+            trunk_at[a] = ids_T[a:b].tobytes()
+            found[trunk_at[a]] = {}
+        else:
+            rows = masked[(masked >= a) & (masked < b)] - a + prefix
+            key = trunk_at[int(batch.trunk_start_S[s])]
+            found[key][prefix] = (rows.tolist(), ids_T[a:b].tolist())
+    return found
+
+
+def eligible_of(window: Timeline, cut: int, end: int) -> list[int]:
+    return [
+        p
+        for a, b, section in zip(
+            window.line_start_L, window.line_end_L, window.line_section_L, strict=True
+        )
+        if a >= cut and section != DEMOGRAPHICS
+        for p in range(a, min(b, end))
+    ]
+
+
+def test_an_epoch_is_every_window_once(windows: WindowSet) -> None:
+    n = len(windows)
+    for batch in (1, 5, n):
+        order = np.concatenate([step_windows(n, batch, 3, s) for s in range(3 * n // batch + 2)])
+        for epoch in range(2):
+            assert sorted(order[epoch * n : (epoch + 1) * n].tolist()) == list(range(n))
+        assert order[:n].tolist() != order[n : 2 * n].tolist()
+    assert step_windows(n, 2 * n + 1, 3, 0)[:n].tolist() == order[:n].tolist()
+    assert step_windows(n, n, 4, 0).tolist() != order[:n].tolist()
+
+
+def test_windows_of_all_shards(windows: WindowSet) -> None:
+    seen = {(windows[i].subject, windows[i].first_bucket) for i in range(len(windows))}
+    assert len(seen) == len(windows) and {s for s, _ in seen} == set(range(1, 13))
+    assert windows.tokens == sum(len(windows[i]) for i in range(len(windows)))
+    assert windows.lost == 0 and len(windows) > 12
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_micro_batches_order_and_neighbours_change_no_draw(windows: WindowSet, unit: str) -> None:
+    chosen = objective(mask_unit=unit, cuts=3)
+
+    def step(micro_batch: int, index: int = 5) -> dict:
+        made = make_step(
+            windows, chosen, index, batch=8, micro_batch=micro_batch, seed=1, jepa=True
+        )
+        assert made.masked == sum(b.masked for b in made.micro) > 0
+        assert made.tokens == sum(b.trunk_tokens for b in made.micro)
+        assert made.labels == sum(b.labels for b in made.micro) > 0
+        return {k: v for b in made.micro for k, v in trunks_of(b).items()}
+
+    whole = step(8)
+    assert whole == step(3) == step(1) == step(8)
+    own = [windows[i] for i in step_windows(len(windows), 8, 1, 5)]
+    assert whole == trunks_of(make_batch(own[::-1], chosen, 1, 5, jepa=True))
+    alone = trunks_of(make_batch(own[:1], chosen, 1, 5, jepa=True))
+    assert alone.items() <= whole.items()
+    again = trunks_of(make_batch(own, chosen, 1, 6, jepa=True))
+    assert again.keys() == whole.keys() and again != whole  # another step draws anew
+    assert trunks_of(make_batch(own, chosen, 2, 5, jepa=True)) != whole  # as does another seed
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    unit=st.sampled_from(UNITS),
+    ratio=st.floats(0.01, 1.0),
+    cuts=st.integers(1, 6),
+    horizon=st.one_of(st.none(), st.integers(1, 60)),
+    header=st.integers(0, 9),
+)
+def test_masks_cuts_and_batches(
+    seed: int, unit: str, ratio: float, cuts: int, horizon: int | None, header: int
+) -> None:
+    chosen = objective(mask_unit=unit, mask_ratio=ratio, cuts=cuts, horizon=horizon)
+    own = [timeline(s, seed, 6 + s, header) for s in range(4)]
+    batch = make_batch(own, chosen, seed, 0, jepa=True)
+    batch.check()
+    assert batch.trunk_tokens == sum(map(len, own))
+    trunks = trunks_of(batch)
+    for window in own:
+        points = cut_points(window, chosen, seed, 0)
+        branches = trunks[window.ids_T.astype(np.int64).tobytes()]
+        assert list(branches) == points == sorted(set(points)) and len(points) <= cuts
+        ends = window.bucket_end_B[:-1].tolist()
+        allowed = [
+            c
+            for c in ends
+            if 0.25 * len(window) <= c <= 0.9 * len(window)
+            and len(window) - c >= 8
+            and eligible_of(window, c, future_end(window, c, chosen))
+        ]
+        assert set(points) <= set(allowed) and len(points) == min(cuts, len(allowed))
+        for cut, (masked, ids) in branches.items():
+            end = min(len(window), cut + (horizon or len(window)))
+            assert len(ids) == end - cut
+            eligible = eligible_of(window, cut, end)
+            assert len(masked) == len(set(masked)) == max(1, round(ratio * len(eligible)))
+            assert set(masked) <= set(eligible)
+            expected = window.ids_T[cut:end].copy()
+            expected[np.array(masked) - cut] = 0
+            assert ids == expected.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 1000), ratio=st.floats(0.05, 1.0))
+def test_lines_are_masked_whole_except_the_last(seed: int, ratio: float) -> None:
+    window = timeline(1, seed)
+    chosen = objective(mask_unit="event", mask_ratio=ratio)
+    for cut in cut_points(window, chosen, seed, 0):
+        masked = set(masked_tokens(window, cut, chosen, seed, 0, 0).tolist())
+        partly = 0
+        for a, b in zip(window.line_start_L, window.line_end_L, strict=True):
+            held = masked & set(range(a, b))
+            partly += 0 < len(held) < b - a
+            assert held == set(range(a, a + len(held)))  # a part is the line's beginning
+        assert partly <= 1
+
+
+def test_spans_are_runs_of_about_their_mean_length() -> None:
+    window, one = timeline(1, 0, buckets=400), objective(mask_unit="token", mask_ratio=0.2)
+    cut = int(window.bucket_end_B[100])
+
+    def runs(chosen: ObjectiveSettings) -> float:
+        masked = masked_tokens(window, cut, chosen, 0, 0, 0)
+        at = np.searchsorted(eligible_of(window, cut, len(window)), masked)
+        return len(at) / (1 + np.sum(np.diff(at) > 1))
+
+    spans = [runs(objective(mask_unit="span", mask_ratio=0.2, span=n)) for n in (1, 8, 10**9)]
+    # a fifth of neighbouring spans touch
+    assert runs(one) < 1.6 and spans[0] < 1.6 and 7 < spans[1] < 15
+    assert spans[2] == len(masked_tokens(window, cut, one, 0, 0, 0))  # one span: one run
+
+
+def test_cuts_are_uniform_and_masks_differ_between_cuts() -> None:
+    window, chosen = timeline(1, 0), objective()
+    drawn = [c for s in range(2000) for c in cut_points(window, chosen, 0, s)]
+    points, counts = np.unique(drawn, return_counts=True)
+    assert len(drawn) == 2000 and len(points) >= 4
+    assert counts.min() > 0.75 * 2000 / len(points) and counts.max() < 1.3 * 2000 / len(points)
+    cut = int(points[0])
+    masks = [masked_tokens(window, cut, chosen, 0, 0, k).tolist() for k in range(2)]
+    assert masks[0] != masks[1]
+    later = replace(window, first_bucket=3)
+    assert masked_tokens(later, cut, chosen, 0, 0, 0).tolist() != masks[0]
+
+
+def test_no_cut_where_too_little_future_remains() -> None:
+    window = timeline(1, 0)
+    assert cut_points(window, objective(min_future=len(window)), 0, 0) == []
+    only = replace(window, line_section_L=np.full_like(window.line_section_L, DEMOGRAPHICS))
+    assert cut_points(only, objective(), 0, 0) == []
+    batch = make_batch([only], objective(), 0, 0, jepa=True)
+    batch.check()
+    assert batch.masked == 0 and batch.labels == len(only) - 1
+
+
+@pytest.mark.parametrize("header", [0, 1, 5])
+def test_labels(header: int) -> None:
+    window = timeline(1, 0, header=header)
+    ids = window.ids_T.tolist()
+    labels = make_batch([window], objective(), 0, 0, jepa=False).labels_T.tolist()
+    assert labels == [*ids[1:], -100]
+    cut = int(window.bucket_end_B[4])
+    assert labels[cut - 1] == ids[cut]  # the last context token's is the first future token
+    repeated = replace(window, first_bucket=2)
+    labels = make_batch([repeated], objective(), 0, 0, jepa=False).labels_T.tolist()
+    before = max(header - 1, 0)
+    assert labels == [-100] * before + [*ids[1 + before :], -100]
+
+
+@pytest.mark.parametrize("jepa", [True, False])
+def test_labels_of_the_future_alone(jepa: bool) -> None:
+    window, chosen = timeline(1, 0), objective(sft_labels="future", cuts=3)
+    first = cut_points(window, chosen, 0, 0)[0]
+    batch = make_batch([window], chosen, 0, 0, jepa=jepa)
+    ids = window.ids_T.tolist()
+    trunk = batch.labels_T[: len(window)].tolist()
+    # the same labels whether or not the phase has JEPA: a phase of SFT alone draws its cut too
+    assert trunk == [-100] * (first - 1) + [*ids[first:], -100]
+    assert (batch.masked > 0) == jepa and bool((batch.labels_T[len(window) :] == -100).all())
+
+
+def test_without_jepa_there_are_trunks_alone(windows: WindowSet) -> None:
+    made = make_step(windows, objective(), 0, batch=4, micro_batch=2, seed=0, jepa=False)
+    for batch in made.micro:
+        batch.check()
+        assert batch.masked == 0 and not batch.prefix_S.any()
+    assert made.tokens == sum(len(b.ids_T) for b in made.micro)
+
+
+def test_check_finds_a_masked_identity_and_a_wrong_target() -> None:
+    batch = make_batch([timeline(1, 0), timeline(2, 0)], objective(), 0, 0, jepa=True)
+    shown = batch.ids_T.clone()
+    shown[batch.masked_M[0]] = 5
+    for broken in (
+        replace(batch, ids_T=shown),
+        replace(batch, target_M=batch.target_M + 1),
+        replace(batch, labels_T=batch.ids_T + 1),
+        replace(batch, position_T=batch.position_T.roll(1)),
+    ):
+        with pytest.raises(AssertionError):
+            broken.check()
+
+
+def test_generators_depend_on_every_part_of_an_identity() -> None:
+    parts = [(0, "cut", 1, 2), (1, "cut", 1, 2), (0, "mask", 1, 2), (0, "cut", 2, 2)]
+    parts += [(0, "cut", 1, 3), (0, "cut", 1, -2), (0, "cut", 1, 2 + (1 << 40))]
+    drawn = {generator(seed, kind, *identity).random() for seed, kind, *identity in parts}
+    assert len(drawn) == len(parts)
+    assert generator(*parts[0]).random() == generator(*parts[0]).random()
+
+
+def test_prefetched_keeps_order_and_stays_few_ahead() -> None:
+    started: list[int] = []
+    gate = threading.Event()
+
+    def make(i: int) -> int:
+        started.append(i)
+        if i == 3:
+            gate.set()
+        return i
+
+    results: Iterator = prefetched([lambda i=i: make(i) for i in range(9)])
+    assert next(results) == 0 and max(started) <= 3
+    assert list(results) == list(range(1, 9)) and started == list(range(9))
+    assert gate.is_set() and list(prefetched([])) == []
+
+
+def test_prefetched_passes_an_error_on() -> None:
+    def broken() -> None:
+        raise ValueError("window 3 must be whole")
+
+    results = prefetched([lambda: 1, broken, lambda: 3])
+    assert next(results) == 1
+    with pytest.raises(ValueError, match="window 3"):
+        next(results)

@@ -1,0 +1,248 @@
+"""The prefix law: what a decision node sees is its subject's record as it stood at that moment.
+
+tokens(events up to t) == complete buckets of the trunk + tail, before and after windowing, on every
+label of the demo datasets and on generated tables. K decision nodes.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from smbfast import embed
+from smbfast.batch import Timeline
+from smbfast.data.labels import read_labels
+from smbfast.data.meds import EventBatch, MedsDataset
+from smbfast.data.serialize import Serializer
+from smbfast.data.timelines import node_window
+from smbfast.data.tokens import train_tokenizer
+from smbfast.embed import Nodes, NodeText, distinct_nodes, node_texts
+from tests.data.event_tables import (
+    DATA,
+    DATASETS,
+    DAY,
+    Event,
+    assert_same_timeline,
+    batch_of,
+    births,
+    event,
+    family_tokenizer,
+    nodes_of,
+    our_bpe,
+    serializer_of,
+    subjects,
+    timed_events,
+    us,
+)
+
+WINDOW = 512
+OURS = our_bpe()
+CHUNK = 200_000  # events of truncated records serialized at once
+Composed = dict[tuple[int, int], tuple[Timeline, NodeText]]
+
+
+class InMemory:
+    """As much of a dataset as `node_texts` reads."""
+
+    splits = ("train",)
+
+    def __init__(self, batch: EventBatch) -> None:
+        self.batch = batch
+
+    def batches(self, split: str, subjects: np.ndarray) -> Iterator[EventBatch]:
+        yield self.batch
+
+
+def composed(
+    dataset: MedsDataset | InMemory, serializer: Serializer, nodes: Nodes, window: int = WINDOW
+) -> Composed:
+    """Each node's record before windowing and its text, as `node_texts` makes them."""
+    records: list[Timeline] = []
+
+    def spy(record: Timeline, window: int, begin: int | None) -> tuple[Timeline, int]:
+        records.append(record)
+        return node_window(record, window, begin)
+
+    counts: dict[str, int] = {}
+    with patch.object(embed, "node_window", spy):
+        texts = list(node_texts(dataset, serializer, nodes, window, counts))
+    assert counts["embedded"] == len(texts) == len(records)
+    skipped = counts["before_first_event"] + counts["unknown_subjects"]
+    assert counts["embedded"] + skipped == counts["nodes"] == len(nodes.time_K)
+    return {(t.subject, t.time): (r, t) for r, t in zip(records, texts, strict=True)}
+
+
+def truncated(
+    batch: EventBatch, serializer: Serializer, nodes: Nodes
+) -> Iterator[tuple[tuple[int, int], Timeline]]:
+    """Each node's record, serialized anew from nothing but the events up to it."""
+    keys: list[tuple[int, int]] = []
+    rows: list[np.ndarray] = []
+
+    def flush() -> Iterator[tuple[tuple[int, int], Timeline]]:
+        offset_S1 = np.concatenate([[0], np.cumsum([len(r) for r in rows])])
+        if keys:
+            yield from zip(
+                keys, serializer.timelines(batch.rows(np.concatenate(rows), offset_S1)), strict=True
+            )
+        keys.clear()
+        rows.clear()
+
+    for a, b in zip(batch.offset_S1[:-1], batch.offset_S1[1:], strict=True):
+        subject = int(batch.subject_N[a])
+        for time in nodes.time_K[nodes.subject_K == subject].tolist():
+            seen = a + int(np.sum(batch.time_N[a:b] <= time))
+            if seen == a:
+                continue
+            keys.append((subject, time))
+            rows.append(np.arange(a, seen))
+        if sum(map(len, rows)) > CHUNK:
+            yield from flush()
+    yield from flush()
+
+
+def check_law(
+    batches: Iterator[EventBatch],
+    serializer: Serializer,
+    nodes: Nodes,
+    found: Composed,
+    window: int = WINDOW,
+) -> int:
+    """The number of nodes whose record and window obey the law; asserts that all do."""
+    checked = 0
+    for batch in batches:
+        for key, alone in truncated(batch, serializer, nodes):
+            if not len(alone.bucket_end_B):
+                assert key not in found
+                continue
+            record, text = found[key]
+            assert_same_timeline(record, alone)
+            expected, _ = node_window(alone, window, serializer.encoder.begin)
+            assert np.array_equal(text.ids_T, expected.ids_T)
+            checked += 1
+    return checked
+
+
+def at(subject: int, times: list[int]) -> Nodes:
+    times = sorted(set(times))
+    return Nodes(
+        np.full(len(times), subject, np.int64),
+        np.array(times, np.int64),
+        np.array(["train"] * len(times)),
+    )
+
+
+@cache
+def dataset_of(name: str) -> tuple[MedsDataset, Nodes, PreTrainedTokenizerBase]:
+    if not (DATA / name).is_dir():
+        pytest.skip(f"{name} is not here")
+    dataset = MedsDataset.open(DATA / name)
+    tasks = sorted(p for p in (DATA / name / "labels").iterdir() if p.is_dir())
+    nodes = distinct_nodes([read_labels(p) for p in tasks])
+    composer = serializer_of(our_bpe(), descriptions=dataset.descriptions)
+    first = next(dataset.batches("train", dataset.subjects("train")[:20]))
+    lines = (x for t in composer.texts(first) for x in t.splitlines(keepends=True))
+    return dataset, nodes, train_tokenizer(lines, 3000)
+
+
+@pytest.mark.parametrize(("bucket", "every"), [("day", 1), ("hour", 12), ("moment", 25)])
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_label(name: str, bucket: str, every: int) -> None:
+    dataset, nodes, tokenizer = dataset_of(name)
+    some = np.isin(nodes.subject_K, np.unique(nodes.subject_K)[::every])
+    nodes = Nodes(nodes.subject_K[some], nodes.time_K[some], nodes.split_K[some])
+    serializer = serializer_of(
+        tokenizer, descriptions=dataset.descriptions, bucket=bucket, values_per_line=3
+    )
+    found = composed(dataset, serializer, nodes)
+    asked = np.unique(nodes.subject_K)
+    batches = (b for split in dataset.splits for b in dataset.batches(split, asked))
+    assert check_law(batches, serializer, nodes, found) == len(found)
+    assert len(found) > 0.9 * len(nodes.time_K)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    events=subjects(),
+    bucket=st.sampled_from(["day", "hour", "moment"]),
+    window=st.integers(64, 160),
+)
+def test_generated_tables(events: list[Event], bucket: str, window: int) -> None:
+    serializer = serializer_of(OURS, bucket=bucket, values_per_line=2)
+    batch, nodes = batch_of(events), at(1, list(nodes_of(events)))
+    found = composed(InMemory(batch), serializer, nodes, window)
+    assert check_law(iter([batch]), serializer, nodes, found, window) == len(found)
+    assert all(len(text.ids_T) <= window for _, text in found.values())
+
+
+@pytest.mark.parametrize("family", ["qwen", "sentencepiece", "sentencepiece-prefixed"])
+def test_other_tokenizers(family: str, tmp_path: Path) -> None:
+    tokenizer, _ = family_tokenizer(family, tmp_path, "text")
+    serializer = serializer_of(tokenizer, "text", values_per_line=2)
+
+    @settings(max_examples=25, deadline=None)
+    @given(events=subjects())
+    def law(events: list[Event]) -> None:
+        batch, nodes = batch_of(events), at(1, list(nodes_of(events)))
+        found = composed(InMemory(batch), serializer, nodes)
+        assert check_law(iter([batch]), serializer, nodes, found) == len(found)
+
+    law()
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    events=subjects(),
+    others=st.lists(st.one_of(timed_events, births), max_size=6),
+    picked=st.integers(0, 1 << 30),
+    bucket=st.sampled_from(["day", "hour", "moment"]),
+)
+def test_nothing_after_a_node_changes_it(
+    events: list[Event], others: list[Event], picked: int, bucket: str
+) -> None:
+    times = list(nodes_of(events))
+    time = times[picked % len(times)]
+    # the later events are changed, deleted and added: none of the old ones stays
+    later = [e for e in others if us(e[0]) > time]
+    altered = [e for e in events if us(e[0]) <= time] + later
+    before, after = (
+        composed(InMemory(batch_of(e or later)), serializer_of(OURS, bucket=bucket), at(1, [time]))
+        for e in (events, altered or [event("2160-01-01", "LAB//a")])
+    )
+    assert before.keys() == after.keys()
+    for key, (record, text) in before.items():
+        assert_same_timeline(after[key][0], record)
+        assert after[key][1].ids_T.tolist() == text.ids_T.tolist()
+
+
+def test_a_node_sees_its_own_moment_and_nothing_later() -> None:
+    events = [event("2150-01-31 10:00", "LAB//a", 1), event("2150-01-31 10:01", "LAB//a", 2)]
+    noon, next_day = us("2150-01-31 10:01"), us("2150-02-03")
+    times = [us("2150-01-31 10:00") - 1, us("2150-01-31 10:00"), noon - 1, noon, next_day]
+    serializer = serializer_of(OURS)
+    found = composed(InMemory(batch_of(events)), serializer, at(1, times))
+    texts = {t: serializer.encoder.tokenizer.decode(f[1].ids_T[1:]) for (_, t), f in found.items()}
+    one, two = (f"[2150-01-31]\n<measurements>LAB//a: {v}\n</measurements>" for v in ("1", "1, 2"))
+    assert texts == {times[1]: one, times[2]: one, noon: two, next_day: two}
+
+
+def test_the_law_is_broken_by_a_tail_that_sees_its_whole_bucket() -> None:
+    events = [event("2150-01-30 10:00", "LAB//a"), event("2150-01-31 10:00", "LAB//a")]
+    events.append(event("2150-01-31 12:00", "DIAGNOSIS//b"))
+    batch, serializer = batch_of(events), serializer_of(OURS)
+    nodes = at(1, [us("2150-01-31 11:00")])
+    honest = embed._tails
+
+    def leaking(batch: EventBatch, rows: slice, own: Serializer, time_K: np.ndarray) -> list:
+        return honest(batch, rows, own, own.bucket_key(time_K) + DAY - 1)
+
+    with patch.object(embed, "_tails", leaking):
+        found = composed(InMemory(batch), serializer, nodes)
+        with pytest.raises(AssertionError):
+            check_law(iter([batch]), serializer, nodes, found)

@@ -1,0 +1,310 @@
+"""The entry: a small dataset with known answers, its files, and what bad input gets."""
+
+import json
+import stat
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from smbfast.data.labels import read_labels
+from smbfast.probe import PREDICTIONS, ProbeConfig, main, run_probe, table
+from smbfast.probing.features import join, read_embeddings
+
+DAY = 86_400_000_000
+SIZES = {"train": 60, "tuning": 30, "held_out": 40}
+SECRET = 987_654_321.5
+
+
+def stamps(days: list) -> pa.Array:
+    return pa.array([int(day * DAY) for day in days], pa.timestamp("us"))
+
+
+def write(path: Path, columns: dict) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def vectors(embedding_ND: np.ndarray) -> pa.Array:
+    flat = pa.array(embedding_ND.astype(np.float32).ravel())
+    return pa.FixedSizeListArray.from_arrays(flat, embedding_ND.shape[1])
+
+
+def write_embeddings(path: Path, nodes: dict, signal: float, **other: object) -> Path:
+    rng = np.random.default_rng(5)
+    embedding_ND = rng.normal(size=(len(nodes["subject"]), 6))
+    embedding_ND[:, 0] += signal * nodes["latent"]
+    columns = {
+        "subject_id": pa.array(nodes["subject"], pa.int64()),
+        "prediction_time": stamps(nodes["day"]),
+        "split": nodes["split"],
+        "embedding": vectors(embedding_ND),
+    }
+    return write(path, columns | other)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> dict:
+    """A MEDS folder with a binary and a survival task, two nodes a patient, oracles, embeddings."""
+    rng = np.random.default_rng(0)
+    data = tmp_path / "data"
+    nodes: dict[str, list] = {"subject": [], "day": [], "split": [], "latent": []}
+    start = 1
+    for split, size in SIZES.items():
+        subjects = np.arange(start, start + size)
+        start += size
+        latent_S = rng.normal(size=size)
+        rows = [
+            row
+            for s, z in zip(subjects.tolist(), latent_S, strict=True)
+            for row in [(s, -8000, "MEDS_BIRTH"), *[(s, 1, "SICK" if z > 0 else "WELL")]]
+        ]
+        write(
+            data / "data" / split / "0.parquet",
+            {
+                "subject_id": pa.array([r[0] for r in rows], pa.int64()),
+                "time": stamps([r[1] for r in rows]),
+                "code": [r[2] for r in rows],
+                "numeric_value": pa.nulls(len(rows), pa.float32()),
+            },
+        )
+        subject_N, latent_N = np.repeat(subjects, 2), np.repeat(latent_S, 2)
+        day_N = np.tile([2, 3], size)
+        keys = {"subject_id": pa.array(subject_N), "prediction_time": stamps(day_N)}
+        true_N = latent_N + 0.5 * rng.normal(size=2 * size) > 0
+        write(data / "labels" / "sick" / f"{split}.parquet", keys | {"boolean_value": true_N})
+        duration_N = rng.exponential(np.exp(-latent_N))
+        survival = {"duration_days": duration_N, "event": rng.random(2 * size) < 0.8}
+        write(data / "labels" / "late" / f"{split}.parquet", keys | survival)
+        chance_N = 1 / (1 + np.exp(-3 * latent_N))
+        scores = {"bayes_filter": chance_N, "latent": chance_N}
+        write(data / "oracles" / "sick" / f"{split}.parquet", keys | scores)
+        scores = {"bayes_filter": latent_N, "latent": latent_N}
+        write(data / "oracles" / "late" / f"{split}.parquet", keys | scores)
+        nodes["subject"] += subject_N.tolist()
+        nodes["day"] += day_N.tolist()
+        nodes["split"] += [split] * len(subject_N)
+        nodes["latent"] += latent_N.tolist()
+    nodes["latent"] = np.array(nodes["latent"])
+    return {
+        "data": data,
+        "nodes": nodes,
+        "online": write_embeddings(tmp_path / "run" / "online.parquet", nodes, 2.0),
+        "untrained": write_embeddings(tmp_path / "run" / "untrained.parquet", nodes, 0.0),
+        "out": tmp_path / "out",
+    }
+
+
+def config(world: dict, **other: object) -> ProbeConfig:
+    values = {
+        "embeddings": world["online"],
+        "untrained": world["untrained"],
+        "data": world["data"],
+        "out": world["out"],
+        "bootstraps": 100,
+        "cox_bootstraps": 50,
+    }
+    return ProbeConfig(**(values | other))
+
+
+def probe(world: dict, **other: object) -> dict:
+    return run_probe(config(world, **other), say=lambda _: None)
+
+
+def test_models_baselines_oracles_and_differences(world: dict) -> None:
+    record = probe(world)
+    assert record == json.loads((world["out"] / "probe.json").read_text())
+    late, sick = record["tasks"]
+    names = ["smbfast", "untrained", "counts", "oracle_filter", "oracle_latent"]
+    for task, metrics in ((sick, {"auroc", "auprc", "brier"}), (late, {"c_index"})):
+        assert [model["name"] for model in task["models"]] == names
+        assert task["rows"] == {split: 2 * size for split, size in SIZES.items()}
+        assert task["patients"] == SIZES
+        assert task["unmatched"] == 0 and task["reason"] is None
+        for model in task["models"]:
+            assert set(model["metrics"]) == metrics
+            for cell in model["metrics"].values():
+                assert cell["low"] <= cell["value"] <= cell["high"]
+        value = {m["name"]: m["metrics"] for m in task["models"]}
+        assert {(d["against"], d["metric"]) for d in task["differences"]} == {
+            (against, metric) for against in ("untrained", "counts") for metric in metrics
+        }
+        for d in task["differences"]:
+            gap = value["smbfast"][d["metric"]]["value"] - value[d["against"]][d["metric"]]["value"]
+            assert d["value"] == pytest.approx(gap)
+            if d["against"] == "untrained":
+                assert d["low"] > 0 or (d["metric"] == "brier" and d["high"] < 0)
+    metrics = {model["name"]: model["metrics"] for model in sick["models"]}
+    assert metrics["smbfast"]["auroc"]["value"] > 0.85
+    assert metrics["counts"]["auroc"]["value"] > 0.75
+    assert abs(metrics["untrained"]["auroc"]["value"] - 0.5) < 0.25
+    assert record["tasks"] == probe(world)["tasks"]
+
+
+def test_the_predictions_are_those_of_the_held_out_rows(world: dict) -> None:
+    record = probe(world, labels=["sick"])
+    file = world["out"] / "predictions" / "sick.parquet"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    found = pq.read_table(file)
+    assert found.schema.equals(PREDICTIONS)
+    assert {name: str(found.schema.field(name).type) for name in found.column_names} == {
+        "subject_id": "int64",
+        "prediction_time": "timestamp[us]",
+        "boolean_value": "bool",
+        "predicted_boolean_value": "bool",
+        "predicted_boolean_probability": "double",
+    }
+    labels = pq.read_table(world["data"] / "labels" / "sick" / "held_out.parquet")
+    assert found.select(labels.column_names).equals(labels)
+    probability_N = found["predicted_boolean_probability"].to_numpy()
+    assert (found["predicted_boolean_value"].to_numpy() == (probability_N >= 0.5)).all()
+    brier = np.mean((probability_N - labels["boolean_value"].to_numpy()) ** 2)
+    assert record["tasks"][0]["models"][0]["metrics"]["brier"]["value"] == pytest.approx(brier)
+    assert not (world["out"] / "predictions" / "late.parquet").exists()
+
+
+def test_meds_evaluation_accepts_the_predictions(world: dict) -> None:
+    schema = pytest.importorskip("meds_evaluation.schema").PredictionSchema
+    probe(world, labels=["sick"])
+    found = pq.read_table(world["out"] / "predictions" / "sick.parquet")
+    assert schema.align(found).num_rows == 2 * SIZES["held_out"]
+
+
+def test_rows_without_an_embedding_are_counted(world: dict) -> None:
+    nodes = world["nodes"]
+    kept = np.arange(len(nodes["subject"])) % 10 != 3
+    some = {key: np.array(value)[kept] for key, value in nodes.items()}
+    write_embeddings(world["untrained"], some, 0.0)
+    task = probe(world, labels=["sick"])["tasks"][0]
+    assert task["unmatched"] == int(np.sum(~kept)) > 0
+    assert sum(task["rows"].values()) == int(kept.sum())
+    assert pq.read_table(world["out"] / "predictions" / "sick.parquet").num_rows < 80
+    assert "label rows have no embedding" in table({"tasks": [task]})
+
+
+@pytest.mark.parametrize("split", ["train", "tuning", "held_out"])
+def test_one_class(world: dict, split: str) -> None:
+    file = world["data"] / "labels" / "sick" / f"{split}.parquet"
+    labels = pq.read_table(file)
+    one = pa.array([False] * len(labels))
+    pq.write_table(labels.set_column(2, "boolean_value", one), file)
+    record = probe(world)
+    late, sick = record["tasks"]
+    assert late["reason"] is None
+    if split == "tuning":
+        assert "log loss" in sick["models"][0]["chosen"]["by"]
+        assert "penalty chosen by tuning log loss" in table(record)
+    else:
+        assert sick["reason"] == f"{split} has one class only" and sick["models"] == []
+        assert f"not measurable: {split} has one class only" in table(record)
+        assert not (world["out"] / "predictions").exists()
+
+
+def test_small_counts_are_not_printed(world: dict) -> None:
+    file = world["data"] / "labels" / "sick" / "tuning.parquet"
+    labels = pq.read_table(file)
+    few = pa.array([row < 7 for row in range(len(labels))])
+    pq.write_table(labels.set_column(2, "boolean_value", few), file)
+    record = probe(world, labels=["sick"])
+    assert record["tasks"][0]["positives"]["tuning"] == 7
+    assert "tuning 60 (<=10 positive)" in table(record)
+    assert "tuning 60 (7 positive)" in table(record | {"small_cells": 0})
+    assert "Bayes filter = bound for any model" in table(record)
+
+
+def broken(world: dict, **other: object) -> Path:
+    return write_embeddings(world["online"], world["nodes"], 1.0, **other)
+
+
+def refused(world: dict, *words: str, **other: object) -> None:
+    with pytest.raises(ValueError) as caught:
+        probe(world, **other)
+    for word in words:
+        assert word in str(caught.value)
+    assert str(int(SECRET)) not in str(caught.value)
+    assert not world["out"].exists()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_embeddings_that_are_not_finite(world: dict, bad: float) -> None:
+    embedding_ND = np.full((len(world["nodes"]["subject"]), 3), SECRET)
+    embedding_ND[17, 1] = bad
+    broken(world, embedding=vectors(embedding_ND))
+    refused(world, "online.parquet", "`embedding`", "finite", "row 17")
+
+
+def test_embeddings_of_a_wrong_column(world: dict) -> None:
+    rows = len(world["nodes"]["subject"])
+    broken(world, embedding=pa.array([[SECRET]] * rows))
+    refused(world, "online.parquet", "fixed_size_list<float32>")
+    broken(world, split=["test"] * rows)
+    refused(world, "online.parquet", "`split`", "row 0")
+    broken(world, prediction_time=stamps([2] * rows))
+    refused(world, "online.parquet", f"{rows // 2} rows repeat")
+    table = pq.read_table(broken(world)).drop_columns(["embedding"])
+    pq.write_table(table, world["online"])
+    refused(world, "online.parquet", "`embedding`")
+    world["online"].write_bytes(b"no parquet")
+    refused(world, "online.parquet")
+    refused(world, "nowhere.parquet", embeddings=Path("nowhere.parquet"))
+
+
+def test_embeddings_of_other_nodes_or_splits(world: dict) -> None:
+    rows = len(world["nodes"]["subject"])
+    broken(world, subject_id=pa.array(range(5000, 5000 + rows), pa.int64()))
+    refused(world, "online.parquet", "none of them")
+    broken(world, split=["train"] * rows)
+    refused(world, "online.parquet", "another")
+
+
+def test_labels_that_cannot_be_probed(world: dict) -> None:
+    refused(world, "no_such_task", labels=["no_such_task"])
+    refused(world, "once", labels=["sick", "sick"])
+    (world["data"] / "labels" / "sick" / "tuning.parquet").unlink()
+    refused(world, "sick", "no row in tuning")
+
+
+def test_an_oracle_must_score_every_row(world: dict) -> None:
+    file = world["data"] / "oracles" / "sick" / "held_out.parquet"
+    scores = pq.read_table(file)
+    pq.write_table(scores.slice(3), file)
+    refused(world, "held_out.parquet", "3 of 80")
+    wild = pa.array([SECRET] * len(scores))
+    pq.write_table(scores.set_column(2, "bayes_filter", wild), file)
+    refused(world, "held_out.parquet", "`bayes_filter`", "probabilities")
+
+
+def test_the_command_line(world: dict, capsys: pytest.CaptureFixture) -> None:
+    arguments = [f"--embeddings={world['online']}", f"--data={world['data']}", "--bootstraps=20"]
+    main([*arguments, "--labels=sick", f"--out={world['out']}"])
+    shown = capsys.readouterr().out
+    assert "AUROC" in shown and "age, sex and code counts" in shown
+    with pytest.raises(SystemExit, match="no such folder"):
+        main([f"--embeddings={world['online']}", "--data=nowhere"])
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{name}=" in shown for name in ProbeConfig.model_fields)
+    with pytest.raises(SystemExit):
+        main([*arguments, "--bootstrap=3"])
+    assert "did you mean `bootstraps`" in capsys.readouterr().err
+
+
+def test_join_is_exact_for_large_ids() -> None:
+    subject_K = np.array([2**62, 2**62 + 1, -5, 2**62])
+    time_K = np.array([1, 1, 2, 3])
+    subject_N = np.array([2**62 + 1, 2**62, -5, 2**62 + 2, -5])
+    time_N = np.array([1, 3, 2, 1, 1])
+    assert join(subject_N, time_N, subject_K, time_K).tolist() == [1, 3, 2, -1, -1]
+    assert join(subject_N, time_N, subject_K[:0], time_K[:0]).tolist() == [-1] * 5
+
+
+def test_embeddings_keep_their_rows(world: dict) -> None:
+    found = read_embeddings(world["online"])
+    labels = read_labels(world["data"] / "labels" / "sick")
+    row_N = join(labels.subject_N, labels.time_N, found.subject_M, found.time_M)
+    assert (found.split_M[row_N] == labels.split_N).all()
+    assert found.embedding_MD.dtype == np.float32 and found.embedding_MD.shape == (260, 6)

@@ -1,0 +1,455 @@
+"""The report of synthetic run folders: what it shows, what it must never show, what it survives."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from smbfast.report import main, write_report
+from smbfast.runlog import collapse, read_run
+
+HOSTILE = "</pre><script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)> $x_{"
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page as a browser would see them."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(key, value or "") for key, value in attrs]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def interval(value: float, width: float = 0.03) -> dict:
+    return {"value": value, "low": value - width, "high": value + width}
+
+
+def header(**data: object) -> dict:
+    return {
+        "kind": "header",
+        "config": {"phases": [{"name": "sft", "steps": 120}, {"name": "jepa", "steps": 180}]},
+        "versions": {"smbfast": "0.1.0", "torch": "2.13.0", "python": "3.11.9"},
+        "model": {"name": "qwen3, from scratch", "parameters": 3_412_480, "layers": 4},
+        "data": {
+            "simulated": True,
+            "subjects": {"train": 1200, "tuning": 150, "held_out": 300},
+            "tokens": {"train": 1_204_551, "tuning": 150_201},
+            "truncated_lines": 112,
+            "truncated_share": 0.00031,
+            "unmapped": {"events": 214, "share": 0.00021, "codes": {"SIM//misc": 205}},
+            **data,
+        },
+    }
+
+
+def metrics(rank_falls_to: float = 0.93, ratio: float = 0.52, jepa: bool = True) -> list[dict]:
+    """Records of a run of 120 SFT and 180 JEPA steps, evaluated every 20."""
+    records = []
+    for step in range(1, 301 if jepa else 121):
+        phase = "sft" if step <= 120 else "jepa"
+        into = step if phase == "sft" else step - 120
+        wobble = math.sin(step * 12.9) * 0.06
+        loss = 1.3 + 3.2 * math.exp(-step / 60)
+        second = phase == "jepa"
+        records.append(
+            {
+                "kind": "step",
+                "step": step,
+                "phase": phase,
+                "sft": loss + wobble,
+                "jepa": 0.5 + 0.6 * math.exp(-into / 50) + wobble / 2 if second else None,
+                "grad_norm": 0.5 + 2 * math.exp(-into / 20) + abs(wobble) * 3,
+                "lr": 1e-3 * min(1, into / 15) * (0.55 + 0.45 * math.cos(into / 60)),
+                "tokens_per_s": 5200 - 1500 * second + wobble * 2000,
+                "memory_gib": 1.1 + 0.4 * second,
+                "wait": 0.01 + abs(wobble) / 5,
+            }
+        )
+        if step % 20 == 0 or step == 121:
+            share = 1 - (1 - rank_falls_to) * into / 180
+            records.append(
+                {
+                    "kind": "eval",
+                    "step": step,
+                    "phase": phase,
+                    "sft": loss + 0.05,
+                    "jepa": ratio + 0.5 * math.exp(-into / 40) if second else None,
+                    "trivial_mean": 1.0 if second else None,
+                    "trivial_copy": 1.4 if second else None,
+                    "ratio": ratio + 0.5 * math.exp(-into / 40) if second else None,
+                    "target_std": 0.9 * (0.5 + share / 2) if second else None,
+                    "target_std_p5": 0.4 * (0.3 + 0.7 * share) if second else None,
+                    "target_rank": 31.2 * share if second else None,
+                    "online_rank": 30.5 * share if second else None,
+                    "distance": 0.02 * (1 - math.exp(-into / 50)) if second else None,
+                }
+            )
+    return records
+
+
+def probe(task: str = "death_1y") -> dict:
+    names = {
+        "smbfast": ("smbfast, target encoder", 0.791),
+        "untrained": ("same backbone, untrained", 0.702),
+        "counts": ("age, sex, counts of codes", 0.764),
+        "oracle_filter": ("Bayes filter on the observed history", 0.842),
+        "oracle_latent": ("the latent state itself", 0.901),
+    }
+    return {
+        "protocol": "L2 logistic regression, penalty chosen on tuning; 200 resamples of subjects.",
+        "tasks": [
+            {
+                "task": task,
+                "kind": "binary",
+                "rows": {"train": 4100, "tuning": 510, "held_out": 1020},
+                "positives": {"train": 803, "tuning": 96, "held_out": 204},
+                "unmatched": 0,
+                "reason": None,
+                "models": [
+                    {
+                        "name": name,
+                        "label": label,
+                        "metrics": {
+                            "auroc": interval(value),
+                            "auprc": interval(value - 0.3),
+                            "brier": interval(0.3 - value / 5, 0.01),
+                        },
+                    }
+                    for name, (label, value) in names.items()
+                ],
+                "differences": [
+                    {"model": "smbfast", "against": against, "metric": metric, **interval(v, w)}
+                    for against, metric, v, w in (
+                        ("untrained", "auroc", 0.089, 0.03),
+                        ("untrained", "auprc", 0.082, 0.04),
+                        ("untrained", "brier", -0.018, 0.006),
+                        ("counts", "auroc", 0.027, 0.033),
+                        ("oracle_filter", "auroc", -0.051, 0.03),
+                    )
+                ],
+            },
+            {
+                "task": "progression",
+                "kind": "time_to_event",
+                "rows": {"train": 1200, "tuning": 150, "held_out": 300},
+                "positives": {"train": 612, "tuning": 70, "held_out": 155},
+                "unmatched": 14,
+                "reason": None,
+                "models": [
+                    {"name": n, "label": label, "metrics": {"c_index": interval(v - 0.08)}}
+                    for n, (label, v) in names.items()
+                ],
+                "differences": [
+                    {
+                        "model": "smbfast",
+                        "against": "untrained",
+                        "metric": "c_index",
+                        **interval(0.02),
+                    }
+                ],
+            },
+            {
+                "task": "rare_event",
+                "kind": "binary",
+                "rows": {"train": 400, "tuning": 7, "held_out": 100},
+                "positives": {"train": 3, "tuning": 0, "held_out": 97},
+                "unmatched": 0,
+                "reason": "the held-out split has a single class",
+                "models": [],
+                "differences": [],
+            },
+        ],
+    }
+
+
+def sample(text: str = "creatinine 1.4 mg/dL") -> dict:
+    lines = [{"text": "age 61, female", "kind": "demographics", "part": "context"}]
+    for year in range(2018, 2023):
+        part = "context" if year < 2021 else "future"
+        for kind, words in (
+            ("header", f"[{year}-03-11]"),
+            ("tag", "<measurements>"),
+            ("line", text),
+            ("line", "HbA1c 7.2 %"),
+            ("tag", "</measurements>"),
+        ):
+            masked = part == "future" and kind == "line" and words == text
+            time = f"{year}-03-11"
+            lines.append(
+                {"text": words, "kind": kind, "time": time, "masked": masked, "part": part}
+            )
+    return {
+        "subject_id": 17,
+        "lines": lines,
+        "cut_token": 131,
+        "tokens": 214,
+        "window": 512,
+        "mask_ratio": 0.5,
+        "note": "Masked by line here; training masks tokens.",
+    }
+
+
+def run_folder(
+    path: Path,
+    records: list[dict] | None = None,
+    *,
+    head: dict | None = None,
+    **files: dict | str,
+) -> Path:
+    """A run folder; `files` are written as `name.json`, or `name.toml` when they are text."""
+    path.mkdir(parents=True)
+    records = metrics() if records is None else records
+    end = [{"kind": "end", "seconds": 192.4}]
+    lines = [json.dumps(record) for record in [head or header(), *records, *end]]
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    for name, content in files.items():
+        if isinstance(content, str):
+            (path / f"{name}.toml").write_text(content)
+        else:
+            (path / f"{name}.json").write_text(json.dumps(content))
+    return path
+
+
+def whole(path: Path, **files: dict | str) -> Path:
+    defaults = {
+        "probe": probe(),
+        "sample": sample(),
+        "status": {"state": "done", "step": 300},
+        "config": '[data]\npath = ""\n\n[[phases]]\nname = "sft"\nsteps = 120\n',
+    }
+    return run_folder(path, **{**defaults, **files})
+
+
+def read(run: Path) -> tuple[str, Page]:
+    source = write_report(run).read_text(encoding="utf-8")
+    return source, Page(source)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run with its report written; not to be changed."""
+    folder = whole(tmp_path_factory.mktemp("runs") / "default")
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(run: Path) -> str:
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(source: str) -> Page:
+    return Page(source)
+
+
+def test_whole_run(source: str, page: Page) -> None:
+    assert "Finished: 300 of 300 steps on 1,200 simulated subjects (1,204,551 tokens)" in page.text
+    assert "in 3 min 12 s." in page.text
+    assert "No signs of collapse in phase “jepa”" in page.text
+    assert "0.791 [0.761, 0.821]" in page.text
+    assert "+0.089 [+0.059, +0.119]" in page.text
+    assert "On 1 of 2 measured tasks" in page.text
+    assert "Not measurable: the held-out split has a single class" in page.text
+    assert "SIM//misc" in page.text and "cut: the future begins" in page.text
+    assert page.tags.count("svg") == 6
+    assert source.count('class="line hidden"') == 3  # two masked lines and the legend
+
+
+def test_differences_say_better_worse_or_neither(source: str) -> None:
+    rows = re.findall(r'<th scope="row">(.*? − .*?)</th><td>(.*?)</td>.*">(.*?)</td></tr>', source)
+    told = {(what.split(" − ")[1], metric.split()[0]): says for what, metric, says in rows}
+    assert told["same backbone, untrained", "AUROC"] == "better"
+    assert told["same backbone, untrained", "Brier"] == "better"  # lower, and that is better
+    assert told["age, sex, counts of codes", "AUROC"] == "cannot be told apart"
+    assert told["Bayes filter on the observed history", "AUROC"] == "worse"
+
+
+def test_opens_offline(source: str, page: Page) -> None:
+    assert "<script" not in source.lower()
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & set(page.tags)
+    for key, value in page.attributes:
+        assert not key.startswith("on")
+        if key in ("src", "href", "xlink:href", "srcset", "action"):
+            assert value.startswith("#"), (key, value)
+    assert re.findall(r"url\((?!#)", source) == [] and "@import" not in source
+    assert re.findall(r'(?<!xmlns=")(?<!xmlns:xlink=")https?://', source) == []
+
+
+def test_ids_are_unique_and_links_meet_one(source: str, page: Page) -> None:
+    ids = [value for key, value in page.attributes if key == "id"]
+    assert len(ids) == len(set(ids)) > 50
+    targets = re.findall(r"url\(#([^)]*)\)", source)
+    targets += [value[1:] for key, value in page.attributes if key == "href"]
+    assert targets and set(targets) <= set(ids)
+
+
+def test_hostile_text_is_inert(tmp_path: Path) -> None:
+    records = [{**record, "phase": HOSTILE + record["phase"]} for record in metrics()]
+    tasks = probe(HOSTILE)
+    tasks["tasks"][0]["models"][0]["label"] = HOSTILE
+    tasks["tasks"][2]["reason"] = tasks["protocol"] = HOSTILE
+    run = run_folder(
+        tmp_path / "run",
+        records,
+        head={**header(codes={HOSTILE: HOSTILE}), "model": HOSTILE, "versions": {HOSTILE: HOSTILE}},
+        probe=tasks,
+        sample={**sample(HOSTILE + "\x1b[31m\x00\ud800"), "note": HOSTILE},
+        status={"state": "failed", "command": HOSTILE},
+        config=HOSTILE,
+    )
+    source, page = read(run)
+    assert "<script" not in source.lower() and "<img" not in source.lower()
+    assert not {"script", "img"} & set(page.tags)
+    assert not [key for key, _ in page.attributes if key.startswith("on")]
+    assert not [value for _, value in page.attributes if "evil" in value and value[0] == "h"]
+    assert "alert(1)" in page.text  # shown as the text it is
+    assert "\x1b" not in source and "\x00" not in source
+
+
+def test_small_counts_are_not_told(tmp_path: Path) -> None:
+    head = header(
+        simulated=False,
+        subjects={"train": 1200, "tuning": 4, "held_out": 9},
+        unmapped={"codes": {"RARE": 8}, "list": [["RARE", 6]]},
+    )
+    source, page = read(run_folder(tmp_path / "run", head=head, probe=probe()))
+    cells = dict(re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td>', source))
+    assert cells["subjects · tuning"] == cells["subjects · held out"] == "≤10"
+    assert cells["unmapped · codes · RARE"] == "≤10"
+    assert cells["unmapped · list"] == "RARE, ≤10"
+    assert cells["subjects · train"] == "1,200"
+    assert cells["model · layers"] == "4"  # counts nobody
+    assert "train: 400 rows, ≤10 positive" in page.text
+    assert "tuning: ≤10 rows, 0 positive" in page.text
+    # 97 of 100: the three negatives would be told by subtraction
+    assert "held out: 100 rows, all but ≤10 positive" in page.text
+
+
+def test_real_patients_are_never_shown(tmp_path: Path) -> None:
+    head = header(simulated=False)
+    _, page = read(run_folder(tmp_path / "run", head=head, sample=sample("secret finding")))
+    assert "Real patients are never shown" in page.text
+    assert "secret finding" not in page.text
+
+
+def test_missing_files_are_said(tmp_path: Path) -> None:
+    _, page = read(run_folder(tmp_path / "run"))
+    assert "no readable probe.json" in page.text
+    assert "Real patients are never shown" in page.text
+    assert "no config.toml" in page.text
+
+
+def test_without_jepa(tmp_path: Path) -> None:
+    _, page = read(run_folder(tmp_path / "run", metrics(jepa=False)))
+    assert "No phase of this run measured a target encoder" in page.text
+    assert "Latent prediction loss" not in page.text and "Next-token loss" in page.text
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_hardly_begun(tmp_path: Path, kept: int) -> None:
+    steps = [record for record in metrics() if record["kind"] == "step"][:kept]
+    _, page = read(run_folder(tmp_path / "run", steps))
+    assert f"{kept} of 300 steps" in page.text
+
+
+def test_broken_lines_and_files_are_left_out(tmp_path: Path) -> None:
+    run = whole(tmp_path / "run")
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text[: text.rindex('{"kind": "end"')] + '{"kind": "st')
+    (run / "probe.json").write_text('{"tasks": [')
+    (run / "status.json").write_text('{"state": "preempted", "command": "go on with this"}')
+    _, page = read(run)
+    assert "Not finished, preempted: 300 of 300 steps" in page.text
+    assert "go on with this" in page.text
+    assert "1 line of metrics.jsonl could not be read" in page.text
+    assert "probe.json could not be read" in page.text
+
+
+def test_values_of_the_wrong_type_do_not_stop_it(tmp_path: Path) -> None:
+    wrong = [
+        {"kind": "step", "step": 1, "phase": None, "sft": "x", "lr": [], "wait": math.nan},
+        {"kind": "step", "step": "two", "phase": "sft", "sft": 1.0},
+        {"kind": "eval", "step": 1, "phase": None, "target_rank": 1e400, "ratio": {}},
+    ]
+    bad = {"tasks": [{"models": [{"metrics": {"auroc": 3}}, 7], "rows": [], "differences": [{}]}]}
+    lines = {"lines": [{}, 4, {"text": None, "masked": "yes"}]}
+    _, page = read(run_folder(tmp_path / "run", wrong, probe=bad, sample=lines))
+    assert "1 of 300 steps" in page.text
+
+
+def test_collapse_flips_when_the_rank_halves(tmp_path: Path) -> None:
+    kept = collapse(read_run(run_folder(tmp_path / "a", metrics(rank_falls_to=0.52))).phases)
+    fell = collapse(read_run(run_folder(tmp_path / "b", metrics(rank_falls_to=0.45))).phases)
+    assert (kept.level, fell.level) == ("good", "bad")
+    assert "No signs of collapse" in kept.text
+    assert "Signs of collapse" in fell.text and "effective rank to 45 %" in fell.text
+
+
+@pytest.mark.parametrize(
+    ("ratio", "level", "words"),
+    [(0.8, "good", "No signs"), (0.94, "warn", "hardly better"), (1.1, "warn", "no better than")],
+)
+def test_collapse_reads_the_trivial_predictors(
+    tmp_path: Path, ratio: float, level: str, words: str
+) -> None:
+    finding = collapse(read_run(run_folder(tmp_path / "run", metrics(ratio=ratio))).phases)
+    assert finding.level == level and words in finding.text
+
+
+def test_ratio_is_computed_where_it_was_not_logged(tmp_path: Path) -> None:
+    records = [{**r, "ratio": None, "trivial_mean": 0.5} for r in metrics(ratio=0.6)]
+    finding = collapse(read_run(run_folder(tmp_path / "run", records)).phases)
+    assert finding.level == "warn" and "1.21 of the best trivial" in finding.text
+
+
+def test_a_resumed_run_counts_each_step_once(tmp_path: Path) -> None:
+    again = [{**record, "sft": 9.0} for record in metrics() if 100 < record["step"] <= 140]
+    rest = [record for record in metrics() if record["step"] > 140]
+    before = [record for record in metrics() if record["step"] <= 125]
+    run = read_run(run_folder(tmp_path / "run", [*before, *again, *rest]))
+    assert [(phase.name, phase.start, phase.end) for phase in run.phases] == [
+        ("sft", 0, 120),
+        ("jepa", 120, 300),
+    ]
+    steps = [record for phase in run.phases for record in phase.steps]
+    assert [record["step"] for record in steps] == list(range(1, 301))
+    assert steps[110]["sft"] == 9.0  # the later record stands
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_folder_that_is_no_run(tmp_path: Path, made: bool) -> None:
+    run = tmp_path / "run"
+    if made:
+        run.mkdir()
+    with pytest.raises(ValueError, match=f"{re.escape(str(run))}.*no"):
+        write_report(run)
+    assert not (run / "report.html").exists()
+    with pytest.raises(SystemExit, match="run must be"):
+        main([f"--run={run}"])
+
+
+def test_metrics_without_a_readable_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="no readable line"):
+        write_report(tmp_path)
+
+
+def test_command_writes_the_same_bytes_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = (run / "report.html").read_bytes()
+    (run / "report.html").unlink()
+    main([f"--run={run}"])
+    assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
+    assert (run / "report.html").read_bytes() == first
