@@ -199,7 +199,7 @@ def restore_final(
     folder = Path(folder)
     if not (folder / "smbfast.json").is_file():
         raise ValueError(f"{folder} must be the `final` folder of a run; it has no smbfast.json")
-    verify_folder(folder)
+    manifest = verify_folder(folder)
     record = json.loads((folder / "smbfast.json").read_text())
     if record["trains"] == "lora":
         lm = load_lm(record["backbone"], getattr(torch, record["dtype"]))
@@ -213,9 +213,8 @@ def restore_final(
     encoder.predictor.load_state_dict(_part(extra, "predictor."))
     with torch.no_grad():
         encoder.mask_vector.copy_(extra["mask_vector"])
-    averages = folder / "target.safetensors"
-    if not averages.is_file():
+    if "target.safetensors" not in manifest["files"]:
         return encoder, None, record
     target = TargetEncoder(encoder)
-    target.load(load_file(averages))
+    target.load(load_file(folder / "target.safetensors"))
     return encoder, target, record

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from smbfast.data.loader import WindowSet
 from smbfast.data.prepared import Prepared
@@ -90,10 +90,7 @@ def header(
         ),
         ("writes", f"{run}/  metrics.jsonl, tensorboard, checkpoints, best, final, report.html"),
     ]
-    table = Table.grid(padding=(0, 2))
-    for row in rows:
-        table.add_row(*row)
-    Console(soft_wrap=True, highlight=False, width=None).print(table)
+    _card(rows)
     return {
         "config": settings.model_dump(mode="json"),
         "versions": found,
@@ -148,15 +145,21 @@ def end_card(
     ]
     if settings.trains == "lora":
         rows.pop()
-    table = Table.grid(padding=(0, 2))
-    for row in rows:
-        table.add_row(*row)
-    Console(soft_wrap=True, highlight=False).print(table)
+    _card(rows)
 
 
 def already_done(run: Path) -> None:
     """A finished run says so."""
     print(f"{run} is finished: {run}/report.html. Name another --run.dir for a new run.")
+
+
+def _card(rows: list[tuple[str, str]]) -> None:
+    """Rows of a name and a text; long ones are not wrapped, so that commands can be copied."""
+    console = Console(highlight=False, emoji=False)
+    for name, text in rows:
+        console.print(
+            Text(f"{name:<11}", style="bold").append(text, style="not bold"), soft_wrap=True
+        )
 
 
 def _averaged(encoder: PatientEncoder) -> int:

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 from smbfast.batch import Timeline
 from smbfast.checkpoint import restore_final
 from smbfast.config import Settings, command_line
-from smbfast.data.labels import Labels, read_labels, with_splits
+from smbfast.data.labels import Labels, find_tasks, read_labels, with_splits
 from smbfast.data.meds import BIRTH, STATIC, EventBatch, MedsDataset
 from smbfast.data.prepared import make_serializer
 from smbfast.data.serialize import Serializer, SerializerOptions
@@ -75,29 +75,6 @@ class EmbedSettings(Settings):
     sections: str | None = Field(None, description="the section rules the run used, if its own")
 
 
-def label_folders(names: list[str], data: Path) -> list[Path]:
-    """Paths of tasks given by path, or by name under `<data>/labels`.
-
-    Raises:
-        ValueError: neither exists.
-    """
-    found = []
-    for name in names:
-        options = [Path(name), data / "labels" / name]
-        path = next((p for p in options if p.exists()), None)
-        if path is None:
-            folder = data / "labels"
-            known = (
-                sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
-            )
-            raise ValueError(
-                f"labels `{name}` must be a folder or a task of {folder} "
-                f"({', '.join(known) or 'which has none'})"
-            )
-        found.append(path)
-    return found
-
-
 def distinct_nodes(tasks: list[Labels]) -> Nodes:
     """The nodes of all tasks, each once."""
     nodes = {
@@ -128,11 +105,16 @@ def node_texts(
         mine = nodes.split_K == split
         for batch in dataset.batches(split, np.unique(nodes.subject_K[mine])):
             timelines = serializer.timelines(batch)
+            births = np.array([c == BIRTH for c in batch.codes])[batch.code_N]
+            timed_N = (batch.time_N != STATIC) & ~births
             for s, timeline in enumerate(timelines):
+                subject = timeline.subject
                 rows = slice(int(batch.offset_S1[s]), int(batch.offset_S1[s + 1]))
-                at = np.flatnonzero(mine & (nodes.subject_K == timeline.subject))
+                # nodes are sorted by subject: no pass over all of them for every subject
+                first, last = np.searchsorted(nodes.subject_K, [subject, subject + 1])
+                at = first + np.flatnonzero(mine[first:last])
                 known += len(at)
-                tails = _tails(batch, rows, serializer, nodes.time_K[at])
+                tails = _tails(batch, rows, timed_N, serializer, nodes.time_K[at])
                 for k, (complete, tail) in zip(at, _complete(timeline, tails), strict=True):
                     record = node_timeline(timeline, complete, tail)
                     if not len(record.bucket_end_B):
@@ -141,17 +123,20 @@ def node_texts(
                     cut, lost = node_window(record, window, begin)
                     counts["tokens_lost"] += lost
                     counts["embedded"] += 1
-                    yield NodeText(timeline.subject, int(nodes.time_K[k]), split, cut.ids_T)
+                    yield NodeText(subject, int(nodes.time_K[k]), split, cut.ids_T)
     counts["unknown_subjects"] = len(nodes.subject_K) - known
 
 
 def _tails(
-    batch: EventBatch, rows: slice, serializer: Serializer, time_K: np.ndarray
+    batch: EventBatch,
+    rows: slice,
+    timed_N: np.ndarray,
+    serializer: Serializer,
+    time_K: np.ndarray,
 ) -> list[tuple[int, Timeline | None]]:
     """For each node of a subject: its bucket, and the bucket's events up to the node as tokens."""
     time_N = batch.time_N[rows]
-    birth = np.array([c == BIRTH for c in batch.codes])[batch.code_N[rows]]
-    timed = np.flatnonzero((time_N != STATIC) & ~birth)
+    timed = np.flatnonzero(timed_N[rows])
     key_K = serializer.bucket_key(time_K)
     picks = []
     for node_time, key in zip(time_K, key_K, strict=True):
@@ -280,7 +265,7 @@ def _run(settings: EmbedSettings) -> None:
     dataset = MedsDataset.open(Path(settings.data))
     options = SerializerOptions(**record["options"])
     serializer = make_serializer(dataset, text_encoder, settings.sections, options)
-    folders = label_folders(settings.labels, dataset.path)
+    folders = find_tasks(settings.labels, dataset.path)
     tasks = [with_splits(read_labels(folder), dataset) for folder in folders]
     nodes = distinct_nodes(tasks)
     counts: dict[str, int] = {}

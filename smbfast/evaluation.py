@@ -9,16 +9,15 @@ from pathlib import Path
 import torch
 
 from smbfast.batch import PackedBatch
-from smbfast.data.labels import read_labels, with_splits
+from smbfast.data.labels import find_tasks, read_labels, with_splits
 from smbfast.data.loader import FIXED, WindowSet, make_batch
 from smbfast.data.meds import MedsDataset
-from smbfast.data.prepared import Prepared, options_of
+from smbfast.data.prepared import Prepared
 from smbfast.diagnostics import diagnose
 from smbfast.embed import (
     distinct_nodes,
     embed_nodes,
     hidden_of,
-    label_folders,
     node_texts,
     write_embeddings,
 )
@@ -93,25 +92,6 @@ def final_record(
     }
 
 
-def check_prepared(prepared: Prepared, data: DataSettings, backbone: str | None) -> None:
-    """Refuse shards that were made for another tokenizer or with other options.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    wanted = {
-        "options": vars(options_of(data)),
-        "delimiters": data.delimiters,
-        "tokenizer": backbone or prepared.record["tokenizer"],
-    }
-    for name, value in wanted.items():
-        if prepared.record[name] != value:
-            raise ValueError(
-                f"data.prepared {prepared.folder} was made with {name} {prepared.record[name]}, "
-                f"this run has {value}; prepare it again"
-            )
-
-
 def finish(
     settings: TrainSettings,
     data: DataSettings,
@@ -135,7 +115,7 @@ def finish(
         names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if simulated else []
     if not names:
         return
-    folders = label_folders(names, dataset.path)
+    folders = find_tasks(names, dataset.path)
     nodes = distinct_nodes([with_splits(read_labels(f), dataset) for f in folders])
     serializer = prepared.serializer(dataset, data.sections)
     untrained = make_encoder(

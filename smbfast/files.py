@@ -112,6 +112,7 @@ def _seal(folder: Path, private: bool) -> None:
             file.chmod(0o600)
         _fsync(file)
         files[str(file.relative_to(folder))] = (file.stat().st_size, _sha256(file))
+    (folder / MANIFEST).touch(0o600 if private else 0o666)
     (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1))
     _fsync(folder / MANIFEST)
     for sub in [p for p in folder.rglob("*") if p.is_dir()]:

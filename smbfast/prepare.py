@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -81,7 +82,7 @@ def _prepare(
         "data": _data_digest(dataset, splits),
         "options": asdict(options),
         "delimiters": data.delimiters,
-        "sections": data.sections and SectionMap.read(Path(data.sections)).fingerprint(),
+        "sections": _sections(data).fingerprint(),
         "tokenizer": tokenizer or f"bpe of {data.vocab_size}",
         "splits": list(splits),
     }
@@ -107,6 +108,7 @@ def _prepare(
     write_text(plan, json.dumps(source, indent=1))
     new_tokens = _make_tokenizer(data, dataset, out / "tokenizer", tokenizer)
     encoder = _serializer(data, dataset, out).encoder
+    start = time.monotonic()
     shards, counts, unmapped = _make_shards(data, dataset, out, splits)
     record = {
         **source,
@@ -114,6 +116,7 @@ def _prepare(
         "new_tokens": new_tokens,
         "piecewise": encoder.piecewise,
         "meds_version": dataset.version,
+        "seconds": round(time.monotonic() - start, 2),  # shards alone, worker start-up included
         "shards": shards,
         "counts": {s: dict(c) for s, c in counts.items()},
         "unmapped": _frequent(unmapped),
@@ -132,6 +135,33 @@ def _recorded(file: Path) -> dict:
     return content
 
 
+def check_prepared(prepared: Prepared, data: DataSettings, backbone: str | None) -> None:
+    """Refuse shards that were made of other data, for another tokenizer or with other options.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    record = prepared.record
+    dataset = MedsDataset.open(Path(data.path))
+    wanted = {
+        "data": _data_digest(dataset, tuple(record["splits"])),
+        "options": asdict(options_of(data)),
+        "delimiters": data.delimiters,
+        "sections": _sections(data).fingerprint(),
+        "tokenizer": backbone or record["tokenizer"],
+    }
+    changed = ", ".join(k for k, value in wanted.items() if record[k] != value)
+    if changed:
+        raise ValueError(
+            f"data.prepared {prepared.folder} was made from other settings ({changed} differ); "
+            "prepare it again or take them back"
+        )
+
+
+def _sections(data: DataSettings) -> SectionMap:
+    return SectionMap.read(Path(data.sections) if data.sections else None)
+
+
 def _data_digest(dataset: MedsDataset, splits: tuple[str, ...]) -> str:
     """Names, sizes and footers of the files: another export of the data changes it."""
     parts = []
@@ -140,7 +170,7 @@ def _data_digest(dataset: MedsDataset, splits: tuple[str, ...]) -> str:
             meta = pq.read_metadata(file)
             groups = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
             parts.append((split, file.name, file.stat().st_size, meta.num_rows, groups))
-    return digest_of(parts, dataset.descriptions)
+    return digest_of(parts, dataset.descriptions, dataset.parents)
 
 
 def _make_tokenizer(
@@ -156,7 +186,7 @@ def _make_tokenizer(
             serializer = make_serializer(dataset, composer, data.sections, options_of(data))
             lines = _training_lines(dataset, serializer)
             tokenizer, new_tokens = train_tokenizer(lines, data.vocab_size), []
-        with committed_folder(folder) as staging:
+        with committed_folder(folder, private=True) as staging:
             save_tokenizer(tokenizer, staging)
             (staging / "new_tokens.json").write_text(json.dumps(new_tokens))
     verify_folder(folder)
@@ -308,6 +338,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"smbfast.prepare: {error}") from None
     except OSError as error:
         raise SystemExit(f"smbfast.prepare: {cannot_write(error)}") from None
+    except BrokenProcessPool:
+        raise SystemExit(
+            "smbfast.prepare: a worker was killed (out of memory?); go on with fewer --workers"
+        ) from None
     except KeyboardInterrupt:
         raise SystemExit("\nsmbfast.prepare: stopped; the same command goes on") from None
     counts = prepared.counts
@@ -320,6 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         f"unmapped {share:.2%} of events (by the fallback rule alone), values beyond the latest "
         f"{settings.values_per_line} of a line {counts['values_left_out']:,}, texts cut "
         f"{counts['texts_cut']:,}, values that were NaN or infinite {counts['nonfinite_values']:,}"
+        f", births after a subject's first event {counts['late_births']:,}"
     )
     if prepared.record["unmapped"]:
         print(f"unmapped families of codes: {prepared.record['unmapped']}")

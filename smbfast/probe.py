@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from smbfast.config import Settings, command_line
-from smbfast.data.labels import Labels, read_labels, require_splits, with_splits
+from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits, with_splits
 from smbfast.data.meds import MedsDataset
-from smbfast.files import committed_file
+from smbfast.files import cannot_write, committed_file
 from smbfast.probing.counts import count_codes
 from smbfast.probing.features import Embeddings, matched, read_embeddings, read_oracle
 from smbfast.probing.task import Measured, Protocol, measure
@@ -173,13 +173,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _read_tasks(config: ProbeConfig, dataset: MedsDataset) -> list[Labels]:
-    root = config.data / "labels"
-    if config.labels:
-        folders = [Path(n) if Path(n).exists() else root / n for n in config.labels]
-    else:
-        folders = sorted(f for f in root.iterdir() if f.is_dir()) if root.is_dir() else []
-    if not folders:
-        raise ValueError(f"`labels` must name task folders; none given and none under {root}")
+    folders = find_tasks(config.labels, config.data)
     tasks = [with_splits(read_labels(folder), dataset) for folder in folders]
     for labels in tasks:
         require_splits(labels)
@@ -283,6 +277,10 @@ def main(argv: list[str] | None = None) -> None:
         run_probe(config)
     except ValueError as error:
         raise SystemExit(f"{prog}: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"{prog}: {cannot_write(error)}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(f"\n{prog}: stopped; nothing was written") from None
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from smbfast import figures
 from smbfast.config import Settings, command_line
-from smbfast.files import committed_file
+from smbfast.files import cannot_write, committed_file
 from smbfast.runlog import Finding, Phase, Record, Run, collapse, column, number, read_run
 from smbfast.runlog import trivial_ratio as trivial_ratio_of
 
@@ -384,6 +384,8 @@ def main(argv: list[str] | None = None) -> None:
         path = write_report(settings.run)
     except ValueError as error:
         raise SystemExit(f"{prog}: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"{prog}: {cannot_write(error)}") from None
     print(f"report: {path}")
 
 

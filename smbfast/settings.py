@@ -137,6 +137,13 @@ class OptimSettings(Settings):
     micro_batch: int = Field(8, ge=1, description="windows of one forward; no effect on the result")
     min_lr: float = Field(0.1, ge=0, le=1, description="cosine ends at this share of the peak")
 
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("must be two numbers from 0 to below 1")
+        return value
+
 
 class EvalSettings(Settings):
     """Losses and collapse diagnostics on fixed positions of the tuning split."""
@@ -230,6 +237,8 @@ def presets() -> list[str]:
 def load(name: str, overrides: list[str]) -> TrainSettings:
     """A preset or TOML file with dotted overrides laid over it.
 
+    A file may begin from a preset with `base = "default"`.
+
     Raises:
         ValueError: no such preset or file, an unknown key, a wrong type, a value out of range.
     """
@@ -242,4 +251,16 @@ def load(name: str, overrides: list[str]) -> TrainSettings:
         raise ValueError(
             f"`{name}` must be a preset ({', '.join(presets())}), a .toml file or --key=value"
         )
+    if "base" in values:
+        shipped = Path(str(files("smbfast.configs") / f"{values.pop('base')}.toml"))
+        values = _over(read_toml(shipped), values)
     return build(TrainSettings, values, overrides)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`, table by table."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(below.get(key), dict)
+        merged[key] = _over(below[key], value) if both else value
+    return merged

@@ -17,12 +17,12 @@ from smbfast import checkpoint, console, evaluation
 from smbfast.config import help_text, read_toml, to_toml
 from smbfast.data.loader import WindowSet, make_step, prefetched
 from smbfast.data.prepared import Prepared
-from smbfast.files import write_text
+from smbfast.files import cannot_write, write_text
 from smbfast.metrics import Meter, MetricsLog, step_line
 from smbfast.model.backbone import make_encoder
 from smbfast.model.target import TargetEncoder
 from smbfast.optim import learning_rate, make_optimizer, place, tau, total_steps
-from smbfast.prepare import prepare
+from smbfast.prepare import check_prepared, prepare
 from smbfast.reference import jepa_sum, sft_sum
 from smbfast.runtime import choose_device, duration, peak_memory_gib, stop_on_signals
 from smbfast.settings import TrainSettings, load, presets
@@ -30,7 +30,15 @@ from smbfast.simulate import simulate
 
 PATIENCE = 3  # steps in a row with a gradient that is not finite before a run gives up
 # what may differ between a run and its resumption: none of it changes a weight
-FREE_KEYS = ("run.resume", "run.log_every", "run.save_every", "run.keep", "run.threads", "probe.")
+FREE_KEYS = (
+    "run.dir",
+    "run.resume",
+    "run.log_every",
+    "run.save_every",
+    "run.keep",
+    "run.threads",
+    "probe.",
+)
 EPILOG = f"""first argument: a preset ({", ".join(presets())}) or a .toml file; default `default`
   --print            show the resolved run as TOML and stop
   --resume=never     short for --run.resume=never
@@ -57,8 +65,7 @@ def train(settings: TrainSettings, command: str) -> str:
     """
     started = time.monotonic()
     run = settings.folder
-    before = _claim(run, settings)
-    if before == "done":
+    if _earlier(run, settings) == "done":
         console.already_done(run)
         return "done"
     if settings.run.threads:
@@ -82,6 +89,8 @@ def train(settings: TrainSettings, command: str) -> str:
         first, offset, best = record["step"], record["metrics_offset"], record["best"]
         seconds = record["seconds"]
     log = MetricsLog(run, offset)
+    if not found:  # nothing below is the user's to mend: from here on the folder is this run's
+        write_text(run / "config.toml", to_toml(settings))
     header = console.header(settings, prepared, encoder, windows, tuning, first, device)
     if not found:
         log.write("header", **header)
@@ -204,8 +213,8 @@ def train(settings: TrainSettings, command: str) -> str:
     return "done"
 
 
-def _claim(run: Path, settings: TrainSettings) -> str:
-    """Make the run folder ours, or see that it is the same run: "new", "resumed" or "done".
+def _earlier(run: Path, settings: TrainSettings) -> str:
+    """What the run folder holds of this very run: "new" (nothing), "resumed" or "done".
 
     Raises:
         ValueError: the folder holds another run, or any run with `run.resume=never`.
@@ -213,7 +222,6 @@ def _claim(run: Path, settings: TrainSettings) -> str:
     config = run / "config.toml"
     if not config.is_file():
         run.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_text(config, to_toml(settings))
         return "new"
     if settings.run.resume == "never":
         raise ValueError(
@@ -254,7 +262,7 @@ def _prepared(settings: TrainSettings, run: Path) -> tuple:
         data = data.model_copy(update={"path": str(cohort)})
     if data.prepared and (Path(data.prepared) / "prepare.json").is_file():
         prepared = Prepared.open(Path(data.prepared))
-        evaluation.check_prepared(prepared, data, settings.model.path)
+        check_prepared(prepared, data, settings.model.path)
         return data, prepared
     out = Path(data.prepared) if data.prepared else run / "prepared"
     return data, prepare(data, out, settings.model.path, ("train", "tuning"))
@@ -295,6 +303,8 @@ def main(argv: list[str] | None = None) -> None:
         state = train(settings, command)
     except (ValueError, RunFailed) as error:
         raise SystemExit(f"smbfast.train: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"smbfast.train: {cannot_write(error)}") from None
     except KeyboardInterrupt:
         raise SystemExit("\nsmbfast.train: stopped; the same command goes on") from None
     if state == "preempted":

@@ -61,6 +61,33 @@ class Labels:
         return replace(self, **{k: v[rows] for k, v in arrays.items() if v is not None})
 
 
+def find_tasks(names: list[str], data: Path) -> list[Path]:
+    """Paths of tasks given by path, or by name under `<data>/labels`; of all there if none given.
+
+    Raises:
+        ValueError: neither exists.
+    """
+    folder = data / "labels"
+    known = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    if not (names or known):
+        raise ValueError(f"labels must name task folders; none given and none under {folder}")
+    found = []
+    for name in names or known:
+        options = [Path(name), data / "labels" / name]
+        path = next((p for p in options if p.exists()), None)
+        if path is None:
+            folder = data / "labels"
+            known = (
+                sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+            )
+            raise ValueError(
+                f"labels `{name}` must be a folder or a task of {folder} "
+                f"({', '.join(known) or 'which has none'})"
+            )
+        found.append(path)
+    return found
+
+
 def read_labels(path: Path) -> Labels:
     """Read a task: a folder with `{train,tuning,held_out}.parquet`, or with such folders, or any
     parquet files whose splits the dataset knows (`with_splits`); or one parquet file.

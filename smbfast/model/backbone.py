@@ -232,6 +232,8 @@ def load_adapter(lm: PreTrainedModel, path: str, *, trainable: bool) -> PeftMode
     Raises:
         ValueError: not a LoRA adapter, one with dropout, or of another shape than the backbone.
     """
+    if Path(path).is_dir() and not (Path(path) / "adapter_model.safetensors").is_file():
+        raise ValueError(f"`model.adapter` {path} must hold adapter_model.safetensors; it does not")
     try:
         lm = PeftModel.from_pretrained(lm, path, is_trainable=trainable)
     except Exception as error:  # PEFT raises many types; what a user can mend is the path

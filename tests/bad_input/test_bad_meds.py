@@ -81,6 +81,14 @@ def test_a_missing_column(tmp_path: Path, column: str) -> None:
     prepare_refuses(data, data / "data" / "train" / "0.parquet", f"`{column}`", "`numeric_value`")
 
 
+def canaries(rows: int, kind: pa.DataType) -> pa.Array:
+    if kind == pa.string():
+        return pa.array([CANARY] * rows, kind)
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+        return pa.array([CANARY_SUBJECT] * rows, kind)
+    return pa.nulls(rows, kind)
+
+
 @pytest.mark.parametrize(
     ("column", "kind", "expected"),
     [
@@ -100,7 +108,7 @@ def test_a_missing_column(tmp_path: Path, column: str) -> None:
 def test_a_mistyped_column(tmp_path: Path, column: str, kind: pa.DataType, expected: str) -> None:
     table = table_of(split_rows("train"))
     index = table.schema.get_field_index(column)
-    table = table.set_column(index, column, pa.nulls(len(table), kind))
+    table = table.set_column(index, column, canaries(len(table), kind))
     data = secret_meds(tmp_path / "data", train=table)
     prepare_refuses(data, data / "data" / "train" / "0.parquet", f"`{column}`", expected)
 

@@ -1,0 +1,117 @@
+"""python -m bench.prepare: events a second of `smbfast.prepare`, and whether its memory is flat.
+
+On simulated patients (default), or on a MEDS folder repeated with other subject ids and jittered
+values (`--data=FOLDER --copies=N`), so that lines repeat no more than they do in real data.
+Tokenization and writing are counted; BPE training is not; starting worker processes is.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from smbfast.config import Settings, command_line
+from smbfast.runtime import git_state, versions
+from smbfast.simulate import simulate
+
+RESULTS = Path(__file__).parent / "results" / "prepare.jsonl"
+# in a process of its own, so that the peak memory is that of preparing alone
+CHILD = """
+import json, resource, sys
+from smbfast.prepare import main
+main(sys.argv[1:])
+own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+print(json.dumps({"peak_mib": max(own, workers) / 1024}))
+"""
+
+
+class PrepareBench(Settings):
+    """Measure how fast a MEDS folder becomes token shards."""
+
+    data: str | None = Field(None, description="a MEDS folder; none simulates one")
+    copies: int = Field(4, ge=1, description="how often its training split is repeated")
+    patients: int = Field(150_000, ge=1000, description="simulated patients (35 events each)")
+    save: bool = Field(False, description="append the result to bench/results/prepare.jsonl")
+
+
+def repeat(source: Path, out: Path, copies: int) -> None:
+    """A dataset of `copies` of the training split of `source`, each jittered."""
+    files = sorted((source / "data" / "train").glob("*.parquet"))
+    random = np.random.default_rng(0)
+    (out / "data" / "train").mkdir(parents=True)
+    (out / "metadata").mkdir()
+    for name in ("codes.parquet", "dataset.json"):
+        (out / "metadata" / name).write_bytes((source / "metadata" / name).read_bytes())
+    for copy in range(copies):
+        for file in files:
+            table = pq.read_table(file)
+            ids = table["subject_id"].to_numpy() + copy * 10**12
+            values = table["numeric_value"].to_numpy(zero_copy_only=False).astype(np.float32)
+            if copy:
+                values = values * (1 + 0.03 * random.standard_normal(len(values)))
+            column = pa.array(values.astype(np.float32), from_pandas=True)
+            table = table.set_column(0, table.schema.field(0), pa.array(ids))
+            index = table.schema.get_field_index("numeric_value")
+            table = table.set_column(index, "numeric_value", column)
+            pq.write_table(table, out / "data" / "train" / f"{copy}-{file.name}")
+
+
+def measure(data: Path, work: Path) -> dict:
+    """Prepare `data` once: events, seconds of the shards, peak memory of one process."""
+    arguments = [f"--path={data}", f"--out={work}", "--splits=train"]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True
+    )
+    record = json.loads((work / "prepare.json").read_text())
+    events, tokens = (record["counts"]["train"][k] for k in ("events", "tokens"))
+    return {
+        "events": events,
+        "tokens": tokens,
+        "seconds": record["seconds"],
+        "events_per_s": round(events / record["seconds"]),
+        **json.loads(done.stdout.strip().splitlines()[-1]),
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = command_line(PrepareBench, argv, prog="python -m bench.prepare")
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        results = {}
+        for name, share in (("tenth", 10), ("whole", 1)):
+            if settings.data:
+                copies = max(settings.copies // share, 1)
+                repeat(Path(settings.data), work / name, copies)
+            else:
+                simulate(work / name, settings.patients // share, 0)
+            results[name] = measure(work / name, work / f"{name}-shards")
+    record = {
+        "bench": "prepare",
+        "data": Path(settings.data).name if settings.data else "simulated",
+        **results["whole"],
+        "peak_mib_tenth": results["tenth"]["peak_mib"],
+        "versions": versions(),
+        "git": git_state(),
+        "at": time.strftime("%Y-%m-%d"),
+    }
+    print(
+        f"{record['data']}: {record['events']:,} events, {record['tokens']:,} tokens in "
+        f"{record['seconds']:.1f} s: {record['events_per_s']:,} events/s; peak memory of a process "
+        f"{record['peak_mib']:.0f} MiB (of a tenth of the data {record['peak_mib_tenth']:.0f})"
+    )
+    if settings.save:
+        RESULTS.parent.mkdir(exist_ok=True)
+        with open(RESULTS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What a run leaves loads in transformers and PEFT, and gives the same hidden states."""
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import smbfast.train as entry
+from smbfast.checkpoint import restore_final
+from smbfast.data.tokens import CLOSE, OPEN, train_tokenizer
+from smbfast.simulate import simulate
+from tests.tiny import tiny_lm
+
+CPU = torch.device("cpu")
+SHORT = [
+    "--probe.labels=[]",
+    "--phases.0.steps=2",
+    "--phases.1.steps=2",
+    "--phases.0.lr=0.01",
+    "--phases.1.lr=0.01",
+    "--data.window=96",
+    "--run.threads=1",
+]
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "cohort"
+    simulate(folder, 60, 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scratch(cohort, tmp_path_factory):
+    """A run of a model made from scratch, with a merged export."""
+    folder = tmp_path_factory.mktemp("run") / "scratch"
+    paths = [f"--data.path={cohort}", f"--run.dir={folder}"]
+    entry.main(["tiny", *paths, "--export", "merged", *SHORT])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(cohort, scratch, tmp_path_factory):
+    """A LoRA run on the final folder of the run from scratch, as README shows it."""
+    folder = tmp_path_factory.mktemp("run") / "lora"
+    paths = [f"--data.path={cohort}", f"--run.dir={folder}"]
+    entry.main(["tiny", *paths, f"--model.path={scratch / 'final'}", "--export=merged", *SHORT])
+    return folder
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama"])
+def foreign(request, cohort, tmp_path_factory):
+    """A LoRA run on a backbone whose tokenizer has never seen a delimiter."""
+    base = tmp_path_factory.mktemp("base")
+    lines = [f"word{i} value {i}.5, and [20{i:02d}-01-01]\n" for i in range(60)]
+    tokenizer = train_tokenizer(lines, 400)
+    vocabulary = tokenizer.get_vocab()
+    plain = {t for t in (*OPEN, *CLOSE) if t in vocabulary}
+    assert plain  # ours has them: rebuild one without
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    bare.train_from_iterator(lines, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>")
+    tokenizer.save_pretrained(base)
+    lm = tiny_lm(request.param, tie=request.param == "qwen3")
+    lm.resize_token_embeddings(len(tokenizer))
+    lm.save_pretrained(base)
+    folder = tmp_path_factory.mktemp("run") / "foreign"
+    paths = [f"--data.path={cohort}", f"--run.dir={folder}", f"--model.path={base}"]
+    entry.main(["tiny", *paths, "--export=merged", "--lora.r=4", *SHORT])
+    return base, folder
+
+
+def hidden(lm, ids):
+    """Last hidden state of a plain causal LM."""
+    with torch.no_grad():
+        return lm(input_ids=ids, output_hidden_states=True).hidden_states[-1]
+
+
+def ids_for(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "<conditions>Type 2 diabetes\n</conditions><drugs>Iron tablet\n</drugs>"
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    assert tokenizer.convert_tokens_to_ids("</drugs>") in ids[0].tolist()
+    return ids
+
+
+def test_a_model_made_from_scratch_loads_in_transformers(scratch):
+    encoder, target, _ = restore_final(scratch / "final", CPU)
+    lm = AutoModelForCausalLM.from_pretrained(scratch / "final")
+    ids = ids_for(scratch / "final")
+    with torch.no_grad():
+        assert torch.equal(hidden(lm, ids), encoder.hidden(ids))
+        moved = target.hidden(ids) - encoder.hidden(ids)
+    assert float(moved.abs().max()) > 0  # the target is another, slower model
+    merged = AutoModelForCausalLM.from_pretrained(scratch / "merged")
+    assert torch.equal(hidden(merged, ids), hidden(lm, ids))
+
+
+def test_an_adapter_loads_in_peft(scratch, adapted):
+    encoder, target, _ = restore_final(adapted / "final", CPU)
+    ids = ids_for(adapted / "final")
+    base = AutoModelForCausalLM.from_pretrained(scratch / "final")
+    plain = hidden(base, ids)
+    model = PeftModel.from_pretrained(base, adapted / "final")
+    with torch.no_grad():
+        ours = encoder.hidden(ids)
+        torch.testing.assert_close(hidden(model, ids), ours, rtol=0, atol=1e-6)
+        assert (plain - ours).abs().max() > 1e-4  # the adapter does something
+        assert (target.hidden(ids) - ours).abs().max() > 1e-6
+    merged = AutoModelForCausalLM.from_pretrained(adapted / "merged")
+    torch.testing.assert_close(hidden(merged, ids), ours, rtol=0, atol=1e-5)
+
+
+def test_a_foreign_backbone_learns_its_delimiter_rows(foreign):
+    base_folder, folder = foreign
+    encoder, target, record = restore_final(folder / "final", CPU)
+    ids = ids_for(folder / "final")
+    tokens, rows = encoder.trained_rows()
+    assert len(tokens) == len(OPEN) + len(CLOSE)
+    with torch.no_grad():
+        ours = encoder.hidden(ids)
+    model = AutoPeftModelForCausalLM.from_pretrained(folder / "final")
+    torch.testing.assert_close(hidden(model, ids), ours, rtol=0, atol=1e-6)
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    base.resize_token_embeddings(record["vocabulary"], mean_resizing=False)
+    model = PeftModel.from_pretrained(base, folder / "final")
+    torch.testing.assert_close(hidden(model, ids), ours, rtol=0, atol=1e-6)
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    torch.testing.assert_close(hidden(merged, ids), ours, rtol=0, atol=1e-5)
+    gap = (target.average[""] - rows).abs().max()
+    assert float(gap) > 0  # trained rows are averaged too
+
+
+def test_training_goes_on_from_an_adapter(cohort, scratch, adapted, tmp_path):
+    folder = tmp_path / "further"
+    paths = [f"--data.path={cohort}", f"--run.dir={folder}", f"--model.path={scratch / 'final'}"]
+    entry.main(["tiny", *paths, f"--model.adapter={adapted / 'final'}", *SHORT])
+    first = (folder / "metrics.jsonl").read_text().splitlines()[1]
+    last = (adapted / "metrics.jsonl").read_text().splitlines()[-2]
+    import json
+
+    # it begins with what the adapter had learned: the same loss on the same fixed positions
+    assert json.loads(first)["sft"] == pytest.approx(json.loads(last)["sft"], rel=1e-5)
+
+
+def test_export_says_how_far_it_is(cohort, scratch, tmp_path, capsys):
+    folder = tmp_path / "said"
+    paths = [f"--data.path={cohort}", f"--run.dir={folder}", f"--model.path={scratch / 'final'}"]
+    entry.main(["tiny", *paths, "--export=merged", *SHORT])
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("exported"))
+    assert float(line.rsplit(" ", 1)[1]) < 1e-4
