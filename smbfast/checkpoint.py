@@ -218,3 +218,32 @@ def restore_final(
     target = TargetEncoder(encoder)
     target.load(load_file(folder / "target.safetensors"))
     return encoder, target, record
+
+
+@torch.no_grad()
+def export_merged(encoder: PatientEncoder, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
+    """Write a plain Hugging Face model, and say how far its logits are from the trained ones."""
+    device = encoder.mask_vector.device
+    ids = torch.arange(64, device=device)[None] % len(tokenizer)
+    logits = encoder.lm(input_ids=ids).logits.float()
+    if encoder.is_lora:
+        encoder.lm.merge_adapter()
+    state = {_plain_name(n): w for n, w in encoder.base.state_dict().items() if _is_weight(n)}
+    try:
+        with committed_folder(folder, replace=True) as staging:
+            encoder.base.save_pretrained(staging, state_dict=state)
+            tokenizer.save_pretrained(staging)
+    finally:
+        if encoder.is_lora:
+            encoder.lm.unmerge_adapter()
+    merged = load_lm(str(folder), encoder.base.dtype).to(device)
+    gap = (merged(input_ids=ids).logits.float() - logits).abs().max().item()
+    return f"exported {folder}: largest difference of a logit to the trained model {gap:.1e}"
+
+
+def _is_weight(name: str) -> bool:
+    return "lora_" not in name and "token_adapter.trainable" not in name
+
+
+def _plain_name(name: str) -> str:
+    return name.replace(".base_layer", "").replace("token_adapter.", "")

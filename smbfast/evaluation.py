@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from smbfast.batch import PackedBatch
+from smbfast.checkpoint import export_merged
 from smbfast.data.labels import find_tasks, read_labels, with_splits
 from smbfast.data.loader import FIXED, WindowSet, make_batch
 from smbfast.data.meds import MedsDataset
@@ -21,12 +22,11 @@ from smbfast.embed import (
     node_texts,
     write_embeddings,
 )
-from smbfast.files import committed_folder, write_text
+from smbfast.files import write_text
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.target import TargetEncoder
 from smbfast.probe import ProbeConfig, run_probe
 from smbfast.reference import JepaStates, jepa_states, sft_sum
-from smbfast.report import write_report
 from smbfast.sample import sample_of
 from smbfast.settings import DataSettings, PhaseSettings, TrainSettings
 
@@ -103,7 +103,7 @@ def finish(
     """Export, embed with the trained and the untrained encoder, and probe."""
     run, probe = settings.folder, settings.probe
     if settings.run.export == "merged":
-        print(export_merged(encoder, prepared, run / "merged"))
+        print(export_merged(encoder, prepared.tokenizer, run / "merged"))
     simulated = settings.data.path is None
     if simulated:
         sample = sample_of(prepared, settings)
@@ -154,39 +154,3 @@ def finish(
             seed=settings.run.seed,
         )
     )
-
-
-@torch.no_grad()
-def export_merged(encoder: PatientEncoder, prepared: Prepared, folder: Path) -> str:
-    """Write a plain Hugging Face model, and say how far its logits are from the trained ones."""
-    from transformers import AutoModelForCausalLM
-
-    device = encoder.mask_vector.device
-    ids = torch.arange(64, device=device)[None] % len(prepared.tokenizer)
-    logits = encoder.lm(input_ids=ids).logits.float()
-    if encoder.is_lora:
-        encoder.lm.merge_adapter()
-    state = {_plain_name(n): w for n, w in encoder.base.state_dict().items() if _is_weight(n)}
-    try:
-        with committed_folder(folder, replace=True) as staging:
-            encoder.base.save_pretrained(staging, state_dict=state)
-            prepared.tokenizer.save_pretrained(staging)
-    finally:
-        if encoder.is_lora:
-            encoder.lm.unmerge_adapter()
-    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=encoder.base.dtype).to(device)
-    gap = (merged(input_ids=ids).logits.float() - logits).abs().max().item()
-    return f"exported {folder}: largest difference of a logit to the trained model {gap:.1e}"
-
-
-def _is_weight(name: str) -> bool:
-    return "lora_" not in name and "token_adapter.trainable" not in name
-
-
-def _plain_name(name: str) -> str:
-    return name.replace(".base_layer", "").replace("token_adapter.", "")
-
-
-def report(run: Path) -> None:
-    """Write `report.html`."""
-    write_report(run)

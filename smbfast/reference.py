@@ -44,7 +44,9 @@ def sft_sum(encoder: PatientEncoder, batch: PackedBatch) -> Tensor:
 def jepa_sum(
     encoder: PatientEncoder, target: TargetEncoder, batch: PackedBatch, *, normalize: bool
 ) -> Tensor:
-    """Second and third forward: the summed JEPA loss of the branches."""
+    """Second and third forward: the summed JEPA loss of the branches; 0 without a masked row."""
+    if not batch.masked:
+        return torch.zeros((), device=batch.ids_T.device)
     states = jepa_states(encoder, target, batch)
     rows = torch.arange(len(states.target_MD), device=states.target_MD.device)
     return masked_jepa_mse(states.prediction_MD, states.target_MD, rows, normalize=normalize)

@@ -24,6 +24,7 @@ from smbfast.model.target import TargetEncoder
 from smbfast.optim import learning_rate, make_optimizer, place, tau, total_steps
 from smbfast.prepare import check_prepared, prepare
 from smbfast.reference import jepa_sum, sft_sum
+from smbfast.report import write_report
 from smbfast.runtime import choose_device, duration, peak_memory_gib, stop_on_signals
 from smbfast.settings import TrainSettings, load, presets
 from smbfast.simulate import simulate
@@ -208,7 +209,7 @@ def train(settings: TrainSettings, command: str) -> str:
     log.write("end", step=total, seconds=seconds, best=best)
     log.close()
     _status(run, "done", total, command)
-    evaluation.report(run)
+    write_report(run)
     console.end_card(run, settings, seconds, time.monotonic() - started, best, health)
     return "done"
 
@@ -279,6 +280,17 @@ def _status(run: Path, state: str, step: int, command: str) -> None:
     write_text(run / "status.json", json.dumps(content, indent=1))
 
 
+def _failed(settings: TrainSettings) -> None:
+    """A run that had begun and broke says so in its status, with the command that goes on."""
+    status = settings.folder / "status.json"
+    try:
+        content = json.loads(status.read_text())
+    except (OSError, ValueError):
+        return
+    if content.get("state") == "running":
+        write_text(status, json.dumps({**content, "state": "failed"}, indent=1))
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     prog = "python -m smbfast.train"
@@ -294,6 +306,7 @@ def main(argv: list[str] | None = None) -> None:
             at = words.index(f"--{short}")
             words[at : at + 2] = [f"--run.{short}={words[at + 1]}"]
     command = " ".join([prog, name, *words])
+    settings = None
     try:
         settings = load(name, words)
         if show:
@@ -302,6 +315,8 @@ def main(argv: list[str] | None = None) -> None:
         start = time.monotonic()
         state = train(settings, command)
     except (ValueError, RunFailed) as error:
+        if settings:
+            _failed(settings)
         raise SystemExit(f"smbfast.train: {error}") from None
     except OSError as error:
         raise SystemExit(f"smbfast.train: {cannot_write(error)}") from None

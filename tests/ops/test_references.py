@@ -1,0 +1,69 @@
+"""The operations against their formulas in fp64, and their gradients by finite differences."""
+
+import pytest
+import torch
+from smbkernels import ema_update_, linear_cross_entropy, masked_jepa_mse
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("rows", [[], [3], [0, 4, 2, 2]])
+def test_masked_jepa_mse(normalize, rows):
+    prediction_MD, target_TD = normal(len(rows), 7), normal(5, 7)
+    expected = 0.0
+    for m, row in enumerate(rows):
+        t = target_TD[row]
+        if normalize:
+            t = (t - t.mean()) / torch.sqrt(((t - t.mean()) ** 2).mean() + 1e-5)
+        expected += float(((prediction_MD[m] - t) ** 2).sum() / 7)
+    row_M = torch.tensor(rows, dtype=torch.long)
+    value = masked_jepa_mse(prediction_MD, target_TD, row_M, normalize=normalize)
+    assert float(value) == pytest.approx(expected, abs=1e-12)
+
+
+def test_masked_jepa_mse_has_a_gradient_for_the_prediction_alone():
+    prediction_MD, target_TD = normal(3, 6).requires_grad_(), normal(4, 6).requires_grad_()
+    row_M = torch.tensor([1, 0, 3])
+    assert torch.autograd.gradcheck(
+        lambda p: masked_jepa_mse(p, target_TD.detach(), row_M), prediction_MD
+    )
+    masked_jepa_mse(prediction_MD, target_TD, row_M).backward()
+    assert target_TD.grad is None and prediction_MD.grad is not None
+
+
+def test_linear_cross_entropy():
+    hidden_ND, weight_VD = normal(5, 4).requires_grad_(), normal(9, 4).requires_grad_()
+    label_N = torch.tensor([0, 8, 3, 3, 1])
+    z = hidden_ND @ weight_VD.T
+    expected = (torch.logsumexp(z, 1) - z[torch.arange(5), label_N]).sum()
+    torch.testing.assert_close(linear_cross_entropy(hidden_ND, weight_VD, label_N), expected)
+    assert torch.autograd.gradcheck(
+        lambda h, w: linear_cross_entropy(h, w, label_N), (hidden_ND, weight_VD)
+    )
+    assert linear_cross_entropy(hidden_ND.bfloat16(), weight_VD, label_N).dtype == torch.float32
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("adapter", [True, False])
+def test_ema_update(tau, adapter):
+    average_NK, weight_NK, b_NR, a_RK = normal(6, 5), normal(6, 5), normal(6, 2), normal(2, 5)
+    merged = weight_NK + (1.5 * b_NR @ a_RK if adapter else 0)
+    expected = tau * average_NK + (1 - tau) * merged
+    before = average_NK.data_ptr()
+    pair = (b_NR, a_RK) if adapter else (None, None)
+    ema_update_(average_NK, weight_NK, *pair, scale=1.5, tau=tau)
+    torch.testing.assert_close(average_NK, expected)
+    assert average_NK.data_ptr() == before
+
+
+def test_an_fp32_average_of_bf16_weights_moves_where_a_bf16_one_does_not():
+    weight = torch.ones(100, dtype=torch.bfloat16) * 1.01
+    kept, lost = torch.ones(100), torch.ones(100, dtype=torch.bfloat16)
+    for _ in range(500):
+        ema_update_(kept, weight, tau=0.996)
+        lost.lerp_(weight, 1 - 0.996)
+    assert float(kept[0]) - 1 == pytest.approx((float(weight[0]) - 1) * (1 - 0.996**500), rel=1e-3)
+    assert float(lost[0]) == 1.0

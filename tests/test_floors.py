@@ -1,0 +1,101 @@
+"""The rules of the house that a reader relies on: imports go down, names do not collide."""
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = [
+    {"smbkernels"},
+    {"config", "files", "batch", "runtime", "configs", "templates"},
+    {"settings"},
+    {"data", "model", "runlog", "figures"},  # siblings: none imports another of them, but:
+    {"reference", "probing", "metrics"},
+    {"diagnostics", "optim", "sample"},
+    {"checkpoint", "console"},
+    {"simulate", "prepare", "embed", "probe", "report"},
+    {"evaluation"},
+    {"train"},
+]
+SIBLINGS = {("figures", "runlog"), ("optim", "sample")}
+
+
+def floor_of(name: str) -> int:
+    return next(i for i, names in enumerate(FLOORS) if name in names)
+
+
+def imported(file: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{a.name}" for a in node.names}
+    return found
+
+
+def unit(module: str) -> str | None:
+    parts = module.split(".")
+    if parts[0] == "smbkernels":
+        return "smbkernels"
+    known = set().union(*FLOORS)
+    return parts[1] if parts[0] == "smbfast" and len(parts) > 1 and parts[1] in known else None
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "smbfast").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_imports_go_down(file):
+    parts = file.relative_to(ROOT / "smbfast").with_suffix("").parts
+    if parts == ("__init__",):
+        return
+    own = parts[0]
+    for module in imported(file):
+        other = unit(module)
+        if other is None or other == own:
+            continue
+        below = floor_of(other) < floor_of(own)
+        assert below or (own, other) in SIBLINGS, f"{file.name} imports {module}"
+
+
+def test_every_module_has_a_floor():
+    names = {p.stem for p in (ROOT / "smbfast").iterdir() if not p.name.startswith("_")}
+    assert names == set().union(*FLOORS) - {"smbkernels"}
+
+
+def test_kernels_know_torch_alone():
+    for file in (ROOT / "kernels" / "smbkernels").rglob("*.py"):
+        roots = {m.split(".")[0] for m in imported(file)}
+        assert roots <= {"torch", "triton", "smbkernels"}, file.name
+
+
+def test_only_one_file_knows_transformers_models():
+    for file in (ROOT / "smbfast").rglob("*.py"):
+        names = imported(file)
+        if any(n.startswith("transformers.AutoModel") for n in names):
+            assert file.name == "backbone.py", file
+
+
+def test_the_folder_kernels_is_no_package():
+    """It would shadow the Hugging Face package `kernels`, which transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    spec = find_spec("kernels")
+    assert spec is None or spec.origin is None or not Path(spec.origin).is_relative_to(ROOT)
+
+
+def test_nothing_is_unpickled():
+    banned = {"pickle", "torch.load", "joblib", "dill"}
+    for folder in ("smbfast", "kernels", "bench"):
+        for file in (ROOT / folder).rglob("*.py"):
+            tree = ast.parse(file.read_text())
+            called = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+            assert not banned & (called | imported(file)), file
+            assert "allow_pickle=True" not in file.read_text()
+
+
+def test_no_file_is_too_long_to_read():
+    for folder in ("smbfast", "kernels", "bench"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert len(file.read_text().splitlines()) <= 400, file
