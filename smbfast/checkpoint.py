@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from smbfast.files import committed_folder, verify_folder
-from smbfast.model.backbone import PatientEncoder, load_adapter, load_lm
+from smbfast.model.backbone import PatientEncoder, load_adapter, load_lm, merged
 from smbfast.model.target import TargetEncoder
 from smbfast.optim import trained
 
@@ -50,33 +50,36 @@ def save(
     tensors |= moments
     if target is not None:
         tensors |= {f"target.{n}": w for n, w in target.state().items()}
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} must be finite to be saved at step {step}; it is not")
-    if folder.is_dir():
-        return folder
+    _refuse_non_finite(tensors)
     content = {
         **record,
         "step": step,
         "optimizer_steps": steps,
         "target_updates": target.updates if target else None,
     }
-    with committed_folder(folder) as staging:
+    with committed_folder(folder, replace=True) as staging:
         save_file(_contiguous(tensors), staging / "state.safetensors")
         (staging / "record.json").write_text(json.dumps(content, indent=1))
-    for old in _folders(run)[:-keep]:
+    for old in [f for f in _folders(run) if f != folder][: -keep + 1 or None]:
         _remove(old)
     return folder
 
 
 def latest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; a damaged one is named on stderr and passed over."""
+    """The newest checkpoint that verifies.
+
+    A damaged one is named on stderr and set aside as `damaged-step-...`, so that it never counts
+    among those that are kept.
+    """
     for folder in reversed(_folders(run)):
         try:
             verify_folder(folder)
             return Checkpoint(folder, json.loads((folder / "record.json").read_text()))
         except ValueError as error:
             print(f"smbfast: passing over a checkpoint: {error}", file=sys.stderr)
+            aside = folder.with_name(f"damaged-{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
     return None
 
 
@@ -144,6 +147,7 @@ def save_final(
     Beside the adapter or model: `predictor.safetensors` (predictor and mask vector),
     `target.safetensors` (the averaged weights, fp32) and `smbfast.json`.
     """
+    _refuse_non_finite({f"model.{n}": p for n, p in trained(encoder).items()})
     with committed_folder(folder, replace=True) as staging:
         encoder.lm.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
@@ -153,6 +157,12 @@ def save_final(
         if target is not None:
             save_file(_contiguous(target.state()), staging / "target.safetensors")
         (staging / "smbfast.json").write_text(json.dumps(record, indent=1))
+
+
+def _refuse_non_finite(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} must be finite to be saved; it is not, nothing was written")
 
 
 def _optimizer_state(
@@ -221,29 +231,16 @@ def restore_final(
 
 
 @torch.no_grad()
-def export_merged(encoder: PatientEncoder, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str:
-    """Write a plain Hugging Face model, and say how far its logits are from the trained ones."""
-    device = encoder.mask_vector.device
+def export_merged(final: Path, folder: Path, device: torch.device) -> str:
+    """Write a final folder as a plain Hugging Face model; say how far its logits are from it."""
+    encoder, _, _ = restore_final(final, device)
+    tokenizer = AutoTokenizer.from_pretrained(final, local_files_only=True)
     ids = torch.arange(64, device=device)[None] % len(tokenizer)
     logits = encoder.lm(input_ids=ids).logits.float()
-    if encoder.is_lora:
-        encoder.lm.merge_adapter()
-    state = {_plain_name(n): w for n, w in encoder.base.state_dict().items() if _is_weight(n)}
-    try:
-        with committed_folder(folder, replace=True) as staging:
-            encoder.base.save_pretrained(staging, state_dict=state)
-            tokenizer.save_pretrained(staging)
-    finally:
-        if encoder.is_lora:
-            encoder.lm.unmerge_adapter()
-    merged = load_lm(str(folder), encoder.base.dtype).to(device)
-    gap = (merged(input_ids=ids).logits.float() - logits).abs().max().item()
+    lm = merged(encoder)
+    with committed_folder(folder, replace=True) as staging:
+        lm.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+    plain = load_lm(str(folder), lm.dtype).to(device)
+    gap = (plain(input_ids=ids).logits.float() - logits).abs().max().item()
     return f"exported {folder}: largest difference of a logit to the trained model {gap:.1e}"
-
-
-def _is_weight(name: str) -> bool:
-    return "lora_" not in name and "token_adapter.trainable" not in name
-
-
-def _plain_name(name: str) -> str:
-    return name.replace(".base_layer", "").replace("token_adapter.", "")

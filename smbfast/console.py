@@ -11,8 +11,8 @@ from smbfast.data.loader import WindowSet
 from smbfast.data.prepared import Prepared
 from smbfast.model.backbone import PatientEncoder, parameter_counts
 from smbfast.optim import total_steps
-from smbfast.runlog import GOOD_RATIO
-from smbfast.runtime import GIB, duration, git_state, versions
+from smbfast.runlog import GOOD_RATIO, HALF
+from smbfast.runtime import GIB, duration, few, git_state, versions
 from smbfast.settings import TrainSettings
 
 
@@ -30,7 +30,9 @@ def header(
     counts = prepared.counts
     unmapped = sum(prepared.record["unmapped"].values()) / max(counts["events"], 1)
     backbone = settings.model.path or "Qwen3 from scratch"
-    how = f"LoRA r{settings.lora.r}" if encoder.is_lora else "trained whole"
+    how = "LoRA" if encoder.is_lora else "trained whole"
+    if encoder.is_lora:
+        how += f" r{encoder.lm.peft_config['default'].r}"
     held = sum(p.numel() * p.element_size() for p in encoder.parameters())
     moments, average = 8 * trained, 4 * _averaged(encoder)
     found = versions()
@@ -62,14 +64,14 @@ def header(
         ),
         (
             "data",
-            f"{_few(data['subjects']['train'])} train / {_few(data['subjects'].get('tuning', 0))} "
+            f"{few(data['subjects']['train'])} train / {few(data['subjects'].get('tuning', 0))} "
             f"tuning subjects, {_si(data['tokens']['train'])} tokens, vocabulary "
             f"{len(prepared.tokenizer):,}",
         ),
         (
             "windows",
             f"{len(windows):,} of up to {settings.data.window} tokens; "
-            f"{windows.lost / max(counts['tokens'], 1):.2%} of tokens lost to longer buckets",
+            f"{windows.lost / max(data['tokens']['train'], 1):.2%} of tokens lost to longer days",
         ),
         (
             "left out",
@@ -101,14 +103,25 @@ def header(
     }
 
 
-def warn(health: dict) -> None:
-    """Say so when the predictor is no better than a constant, with what to try."""
-    if health.get("ratio") is not None and health["ratio"] > 1.5:
-        print(
-            f"warning: JEPA loss is {health['ratio']:.2f} of the best trivial predictor's "
-            f"(good: below {GOOD_RATIO}); if it stays, lower the learning rate or raise w_sft",
-            file=sys.stderr,
+def warn(health: dict, entry: dict) -> None:
+    """Say so when the target collapses or the predictor learns nothing, with what to try."""
+    if health.get("target_rank") is None:
+        return
+    if health["ratio"] > 1 and health["ratio"] >= entry.get("ratio", 0):
+        _warning(
+            f"JEPA loss is {health['ratio']:.2f} of the best trivial predictor's (good: below "
+            f"{GOOD_RATIO}); if it stays, train longer, lower the learning rate or raise w_sft"
         )
+    for name in ("target_rank", "target_std"):
+        if health[name] < HALF * entry.get(name, 0):
+            _warning(
+                f"{name} {health[name]:.2f} is below half of its value at phase entry: the target "
+                "is collapsing; raise w_sft or tau, or lower the learning rate"
+            )
+
+
+def _warning(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def end_card(
@@ -117,7 +130,7 @@ def end_card(
     training: float,
     total: float,
     best: dict,
-    health: dict | None,
+    health: dict,
 ) -> None:
     """What came out, and the next commands."""
     rows = [("trained", f"{total_steps(settings)} steps in {duration(training)}")]
@@ -125,7 +138,7 @@ def end_card(
         (f"best {name}", f"step {b['step']}, tuning loss {b['loss']:.4f}: {run}/best/{name}")
         for name, b in best.items()
     ]
-    if health and health.get("target_rank") is not None:
+    if health.get("target_rank") is not None:
         rows.append(
             (
                 "target",
@@ -133,7 +146,8 @@ def end_card(
                 f"{health['ratio']:.2f} of the best trivial predictor's",
             )
         )
-    data = settings.data.path or f"{run}/cohort"
+    cohort = f"{run}/cohort-{settings.cohort.patients}-{settings.cohort.seed}"
+    data = settings.data.path or cohort
     rows += [
         ("report", f"{run}/report.html"),
         (
@@ -173,7 +187,3 @@ def _si(value: float) -> str:
         if value >= size:
             return f"{value / size:.2f} {unit}"
     return str(int(value))
-
-
-def _few(count: int) -> str:
-    return "<=10" if 0 < count <= 10 else f"{count:,}"

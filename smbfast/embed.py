@@ -6,7 +6,6 @@ buckets and the tail of the current one: only events with `time <= prediction_ti
 Legend: K nodes, B rows of a batch, T positions, D width.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,14 +26,14 @@ from smbfast.checkpoint import restore_final
 from smbfast.config import Settings, command_line
 from smbfast.data.labels import Labels, find_tasks, read_labels, with_splits
 from smbfast.data.meds import BIRTH, STATIC, EventBatch, MedsDataset
-from smbfast.data.prepared import make_serializer
-from smbfast.data.serialize import Serializer, SerializerOptions
+from smbfast.data.prepared import serializer_of
+from smbfast.data.serialize import Serializer
 from smbfast.data.timelines import node_timeline, node_window
 from smbfast.data.tokens import TextEncoder
 from smbfast.files import cannot_write, committed_file
 from smbfast.model.backbone import PatientEncoder, padded
 from smbfast.model.target import TargetEncoder
-from smbfast.runtime import choose_device, duration
+from smbfast.runtime import choose_device, duration, few
 
 Hidden = Callable[[Tensor], Tensor]  # ids [B, T] -> hidden states [B, T, D]
 
@@ -72,7 +71,6 @@ class EmbedSettings(Settings):
     pool: Literal["last", "mean"] = Field("last", description="last token, or mean of the window")
     batch: int = Field(16, ge=1, description="nodes of one forward")
     device: str = Field("auto", description="auto, cpu, cuda")
-    sections: str | None = Field(None, description="the section rules the run used, if its own")
 
 
 def distinct_nodes(tasks: list[Labels]) -> Nodes:
@@ -263,8 +261,7 @@ def _run(settings: EmbedSettings) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     text_encoder = TextEncoder(tokenizer, record["delimiters"])
     dataset = MedsDataset.open(Path(settings.data))
-    options = SerializerOptions(**record["options"])
-    serializer = make_serializer(dataset, text_encoder, settings.sections, options)
+    serializer = serializer_of(dataset, text_encoder, record)
     folders = find_tasks(settings.labels, dataset.path)
     tasks = [with_splits(read_labels(folder), dataset) for folder in folders]
     nodes = distinct_nodes(tasks)
@@ -280,7 +277,7 @@ def _run(settings: EmbedSettings) -> None:
     )
     write_embeddings(table, Path(settings.out))
     print(f"embedded {len(table):,} nodes of {len(tasks)} tasks: {settings.out}")
-    print(json.dumps(counts))
+    print(", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in counts.items()))
 
 
 if __name__ == "__main__":

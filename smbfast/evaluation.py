@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from smbfast.batch import PackedBatch
-from smbfast.checkpoint import export_merged
-from smbfast.data.labels import find_tasks, read_labels, with_splits
+from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits, with_splits
 from smbfast.data.loader import FIXED, WindowSet, make_batch
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
@@ -27,6 +26,7 @@ from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.target import TargetEncoder
 from smbfast.probe import ProbeConfig, run_probe
 from smbfast.reference import JepaStates, jepa_states, sft_sum
+from smbfast.runtime import few
 from smbfast.sample import sample_of
 from smbfast.settings import DataSettings, PhaseSettings, TrainSettings
 
@@ -79,45 +79,64 @@ def final_record(
 ) -> dict:
     """What `smbfast.embed` needs to know of a final folder."""
     return {
-        "format": 1,
         "trains": settings.trains,
-        "backbone": settings.model.path,
+        "backbone": _lasting(settings.model.path),
         "dtype": str(next(encoder.trunk.parameters()).dtype).removeprefix("torch."),
         "vocabulary": len(prepared.tokenizer),
         "predictor_layers": settings.objective.predictor_layers,
         "window": data.window,
         "delimiters": prepared.record["delimiters"],
+        "format": prepared.record["format"],
+        "encoder": prepared.record["encoder"],
+        "section_rules": prepared.record["section_rules"],
         "options": prepared.options,
         "step": step,
     }
 
 
+def _lasting(path: str | None) -> str | None:
+    """A local folder by its absolute path, so that it is found from anywhere."""
+    return str(Path(path).resolve()) if path and Path(path).is_dir() else path
+
+
+def read_tasks(settings: TrainSettings, data: DataSettings) -> list[tuple[Path, Labels]]:
+    """The tasks to probe, read and checked before anything is trained.
+
+    Raises:
+        ValueError: a task that is not there, or labels that cannot be used.
+    """
+    names, root = settings.probe.labels, Path(data.path)
+    if names is None and settings.data.path is None:
+        names = sorted(p.name for p in (root / "labels").iterdir() if p.is_dir())
+    if not names:
+        return []
+    dataset = MedsDataset.open(root)
+    tasks = [(f, with_splits(read_labels(f), dataset)) for f in find_tasks(names, root)]
+    for _, labels in tasks:
+        require_splits(labels)
+    return tasks
+
+
 def finish(
     settings: TrainSettings,
     data: DataSettings,
+    tasks: list[tuple[Path, Labels]],
     prepared: Prepared,
     encoder: PatientEncoder,
     target: TargetEncoder | None,
     device: torch.device,
 ) -> None:
-    """Export, embed with the trained and the untrained encoder, and probe."""
+    """Embed with the trained and the untrained encoder, and probe."""
     run, probe = settings.folder, settings.probe
-    if settings.run.export == "merged":
-        print(export_merged(encoder, prepared.tokenizer, run / "merged"))
     simulated = settings.data.path is None
     if simulated:
         sample = sample_of(prepared, settings)
         write_text(run / "sample.json", json.dumps(sample))
-    dataset = MedsDataset.open(Path(data.path))
-    names = probe.labels
-    if names is None:
-        folder = dataset.path / "labels"
-        names = sorted(p.name for p in folder.iterdir() if p.is_dir()) if simulated else []
-    if not names:
+    if not tasks:
         return
-    folders = find_tasks(names, dataset.path)
-    nodes = distinct_nodes([with_splits(read_labels(f), dataset) for f in folders])
-    serializer = prepared.serializer(dataset, data.sections)
+    dataset = MedsDataset.open(Path(data.path))
+    nodes = distinct_nodes([labels for _, labels in tasks])
+    serializer = prepared.serializer(dataset)
     untrained = make_encoder(
         settings.model_copy(update={"model": settings.model.model_copy(update={"adapter": None})}),
         prepared.tokenizer,
@@ -141,14 +160,14 @@ def finish(
         )
         files[name] = run / "embeddings" / f"{name}.parquet"
         write_embeddings(table, files[name])
-        told = ", ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in counts.items())
+        told = ", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in counts.items())
         print(f"embeddings/{name}.parquet: {told}")
     run_probe(
         ProbeConfig(
             embeddings=files[probe.encoder],
             untrained=files["untrained"],
             data=dataset.path,
-            labels=[str(f) for f in folders],
+            labels=[str(folder) for folder, _ in tasks],
             out=run,
             bootstraps=probe.bootstraps,
             seed=settings.run.seed,

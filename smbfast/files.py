@@ -28,6 +28,9 @@ def committed_folder(path: Path, *, replace: bool = False, private: bool = False
         ValueError: `path` exists and `replace` is false.
     """
     path = Path(path)
+    retired = path.with_name(path.name + ".old")
+    if retired.exists() and not path.exists():  # a crash between the two renames below
+        os.rename(retired, path)
     if path.exists() and not replace:
         raise ValueError(f"{path} must not exist yet; remove it or name another folder")
     staging = path.with_name(path.name + ".tmp")
@@ -37,7 +40,6 @@ def committed_folder(path: Path, *, replace: bool = False, private: bool = False
         yield staging
         _seal(staging, private)
         if path.exists():
-            retired = path.with_name(path.name + ".old")
             shutil.rmtree(retired, ignore_errors=True)
             os.rename(path, retired)
             os.rename(staging, path)
@@ -56,9 +58,9 @@ def committed_file(path: Path, *, private: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = path.with_name(path.name + ".tmp")
     try:
-        yield staging
         if private:
-            staging.chmod(0o600)
+            staging.touch(0o600)
+        yield staging
         _fsync(staging)
         os.rename(staging, path)
         _fsync(path.parent)

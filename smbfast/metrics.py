@@ -13,11 +13,11 @@ from smbfast.runtime import duration
 class MetricsLog:
     """Appends records; `offset` goes into a checkpoint, and a resumed run cuts the file there."""
 
-    def __init__(self, run: Path, offset: int = 0) -> None:
+    def __init__(self, run: Path, offset: int = 0, step: int = 0) -> None:
         self._path = run / "metrics.jsonl"
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         os.truncate(self._path, min(offset, self._path.stat().st_size))
-        self._board = SummaryWriter(str(run / "tensorboard"), flush_secs=30)
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1, flush_secs=30)
 
     @property
     def offset(self) -> int:
@@ -69,7 +69,8 @@ def step_line(record: dict, total: int, health: dict | None) -> str:
     """One plain line: it ends up in job logs."""
     parts = [f"step {record['step']}/{total}", f"{record['phase']:<9}"]
     parts.append(f"sft {_number(record['sft'])}  jepa {_number(record['jepa'])}")
-    parts.append(f"gn {record['grad_norm']:.2f}  lr {record['lr']:.1e}")
+    norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"
+    parts.append(f"gn {norm}  lr {record['lr']:.1e}")
     parts.append(f"{record['tokens_per_s'] / 1e3:.1f}k tok/s  {record['memory_gib']:.1f} GiB")
     parts.append(f"wait {record['wait']:.1%}")
     if health and health.get("target_rank") is not None:

@@ -25,7 +25,7 @@ from smbfast.config import command_line
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared, make_serializer, options_of
 from smbfast.data.sections import SectionMap
-from smbfast.data.serialize import Serializer
+from smbfast.data.serialize import VERSION, Serializer
 from smbfast.data.shards import ShardWriter
 from smbfast.data.splits import SPLITS
 from smbfast.data.tokens import TextEncoder, load_tokenizer, save_tokenizer, train_tokenizer
@@ -54,7 +54,7 @@ class PrepareSettings(DataSettings):
 
 
 def prepare(
-    data: DataSettings, out: Path, tokenizer: str | None, splits: tuple[str, ...], seed: int = 0
+    data: DataSettings, out: Path, tokenizer: str | None, splits: tuple[str, ...]
 ) -> Prepared:
     """Prepare `splits` of `data.path` under `out`, or open what is already there.
 
@@ -80,6 +80,7 @@ def _prepare(
     options = options_of(data)
     source = {
         "data": _data_digest(dataset, splits),
+        "format": VERSION,
         "options": asdict(options),
         "delimiters": data.delimiters,
         "sections": _sections(data).fingerprint(),
@@ -114,6 +115,7 @@ def _prepare(
         **source,
         "encoder": encoder.fingerprint(),
         "new_tokens": new_tokens,
+        "section_rules": _sections(data).record(),
         "piecewise": encoder.piecewise,
         "meds_version": dataset.version,
         "seconds": round(time.monotonic() - start, 2),  # shards alone, worker start-up included
@@ -145,12 +147,13 @@ def check_prepared(prepared: Prepared, data: DataSettings, backbone: str | None)
     dataset = MedsDataset.open(Path(data.path))
     wanted = {
         "data": _data_digest(dataset, tuple(record["splits"])),
+        "format": VERSION,
         "options": asdict(options_of(data)),
         "delimiters": data.delimiters,
         "sections": _sections(data).fingerprint(),
         "tokenizer": backbone or record["tokenizer"],
     }
-    changed = ", ".join(k for k, value in wanted.items() if record[k] != value)
+    changed = ", ".join(k for k, value in wanted.items() if record.get(k) != value)
     if changed:
         raise ValueError(
             f"data.prepared {prepared.folder} was made from other settings ({changed} differ); "
@@ -201,7 +204,8 @@ def _training_lines(dataset: MedsDataset, serializer: Serializer) -> Iterator[st
         for batch in dataset.file_batches(file, "train"):
             for text in serializer.texts(batch):
                 budget -= len(text)
-                yield from text.splitlines(keepends=True)
+                # a line once per subject: what one patient repeats is not frequent
+                yield from dict.fromkeys(text.splitlines(keepends=True))
                 if budget < 0:
                     break
             if budget < 0:
@@ -227,7 +231,11 @@ def _make_shards(
                 for split, name, file in todo
             }
             for done in as_completed(running):
-                done.result()
+                try:
+                    done.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
                 progress.file(rows[running[done]])
     else:
         serializer = _serializer(data, dataset, out)

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +29,9 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"run.device must be auto, cpu or cuda[:n], got `{name}`") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"run.device={name} needs a CUDA GPU; torch {torch.__version__} sees none")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"run.device={name} needs that CUDA GPU; torch sees {found}")
     return device
 
 
@@ -86,6 +88,12 @@ class StopFlag:
         self.name = signal.Signals(number).name
 
 
+def terminate_as_interrupt() -> None:
+    """Let SIGTERM end work outside the training loop as Ctrl-C does (in the main thread)."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
     """A flag that signals set while the block runs (in the main thread; elsewhere it stays off)."""
@@ -101,6 +109,11 @@ def stop_on_signals() -> Iterator[StopFlag]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def few(count: int) -> str:
+    """A count of people or of their events for a log: 1 to 10 are not told apart."""
+    return "<=10" if 0 < count <= 10 else f"{count:,}"
 
 
 def duration(seconds: float) -> str:

@@ -111,7 +111,7 @@ class ObjectiveSettings(Settings):
 class PhaseSettings(Settings):
     """A stretch of training with its own weights of the two losses."""
 
-    name: str = Field(description="in the log")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="in the log; best/<name>")
     steps: int = Field(ge=1, description="optimizer steps")
     w_sft: float = Field(ge=0, description="weight of the next-token loss")
     w_jepa: float = Field(ge=0, description="weight of the JEPA loss")
@@ -211,6 +211,11 @@ class TrainSettings(Settings):
     def _consistent(self) -> "TrainSettings":
         if not self.phases:
             raise ValueError("phases must name at least one phase")
+        names = [p.name for p in self.phases]
+        if len(set(names)) != len(names):
+            raise ValueError(f"phases must have names of their own, got {', '.join(names)}")
+        if self.probe.encoder == "target" and self.phases[-1].w_jepa == 0:
+            raise ValueError("probe.encoder=target needs a last phase with w_jepa above 0")
         if self.optim.micro_batch > self.optim.batch:
             raise ValueError("optim.micro_batch must not be above optim.batch")
         if self.model.adapter and not self.model.path:
@@ -251,9 +256,11 @@ def load(name: str, overrides: list[str]) -> TrainSettings:
         raise ValueError(
             f"`{name}` must be a preset ({', '.join(presets())}), a .toml file or --key=value"
         )
-    if "base" in values:
-        shipped = Path(str(files("smbfast.configs") / f"{values.pop('base')}.toml"))
-        values = _over(read_toml(shipped), values)
+    while "base" in values:
+        base = values.pop("base")
+        if base not in presets():
+            raise ValueError(f"`base` must be a preset ({', '.join(presets())}), got {base!r}")
+        values = _over(read_toml(Path(str(files("smbfast.configs") / f"{base}.toml"))), values)
     return build(TrainSettings, values, overrides)
 
 

@@ -6,8 +6,10 @@ is a pure function of seed and number), `reference` (the objective), `target` (t
 """
 
 import json
+import shlex
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -25,14 +27,22 @@ from smbfast.optim import learning_rate, make_optimizer, place, tau, total_steps
 from smbfast.prepare import check_prepared, prepare
 from smbfast.reference import jepa_sum, sft_sum
 from smbfast.report import write_report
-from smbfast.runtime import choose_device, duration, peak_memory_gib, stop_on_signals
+from smbfast.runtime import (
+    choose_device,
+    duration,
+    peak_memory_gib,
+    stop_on_signals,
+    terminate_as_interrupt,
+)
 from smbfast.settings import TrainSettings, load, presets
 from smbfast.simulate import simulate
 
 PATIENCE = 3  # steps in a row with a gradient that is not finite before a run gives up
 # what may differ between a run and its resumption: none of it changes a weight
 FREE_KEYS = (
+    "data.workers",
     "run.dir",
+    "run.export",
     "run.resume",
     "run.log_every",
     "run.save_every",
@@ -66,17 +76,19 @@ def train(settings: TrainSettings, command: str) -> str:
     """
     started = time.monotonic()
     run = settings.folder
+    device = choose_device(settings.run.device)
     if _earlier(run, settings) == "done":
+        _export(settings, device)
         console.already_done(run)
         return "done"
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
-    device = choose_device(settings.run.device)
     data, prepared = _prepared(settings, run)
     objective, total = settings.objective, total_steps(settings)
     windows = WindowSet.of(prepared.shards("train"), data.window, prepared.encoder.begin)
     tuning = WindowSet.of(prepared.shards("tuning"), data.window, prepared.encoder.begin)
     _check_windows(windows, tuning, data.path)
+    tasks = evaluation.read_tasks(settings, data)  # a typo there must not cost a training run
     new_tokens = prepared.record["new_tokens"]
     encoder = make_encoder(settings, prepared.tokenizer, device, new_tokens)
     optimizer = make_optimizer(encoder, settings.optim)
@@ -89,7 +101,7 @@ def train(settings: TrainSettings, command: str) -> str:
         record = found.record
         first, offset, best = record["step"], record["metrics_offset"], record["best"]
         seconds = record["seconds"]
-    log = MetricsLog(run, offset)
+    log = MetricsLog(run, offset, first)
     if not found:  # nothing below is the user's to mend: from here on the folder is this run's
         write_text(run / "config.toml", to_toml(settings))
     header = console.header(settings, prepared, encoder, windows, tuning, first, device)
@@ -108,8 +120,9 @@ def train(settings: TrainSettings, command: str) -> str:
         )
         for step in range(first, total)
     ]
-    health: dict | None = None
-    bad = 0
+    health: dict = {}
+    entry: dict = {}
+    bad, saved = 0, first
     meter = Meter(total, first)
     fetched = time.monotonic()
     _status(run, "running", first, command)
@@ -124,7 +137,7 @@ def train(settings: TrainSettings, command: str) -> str:
             if phase.w_jepa == 0:
                 target = None
             if at.begins:
-                health = evaluation.evaluate(encoder, target, fixed, settings, phase)
+                health = entry = evaluation.evaluate(encoder, target, fixed, settings, phase)
                 log.write("eval", step=step, phase=phase.name, **health)
             if phase.w_sft == 0 and batch.masked == 0:
                 raise ValueError(
@@ -157,7 +170,6 @@ def train(settings: TrainSettings, command: str) -> str:
                 print(f"step {step + 1}: gradient not finite, step skipped", file=sys.stderr)
             optimizer.zero_grad(set_to_none=True)
             if bad == PATIENCE:
-                _status(run, "failed", step + 1, command)
                 raise RunFailed(
                     f"the gradient was not finite in {PATIENCE} steps in a row, up to step "
                     f"{step + 1} (phase `{phase.name}`); the last good checkpoint is kept"
@@ -170,8 +182,8 @@ def train(settings: TrainSettings, command: str) -> str:
                     "step": done,
                     "phase": phase.name,
                     "sft": float(sft) if phase.w_sft > 0 else None,
-                    "jepa": float(jepa) if phase.w_jepa > 0 else None,
-                    "grad_norm": float(grad_norm),
+                    "jepa": float(jepa) if phase.w_jepa > 0 and batch.masked else None,
+                    "grad_norm": float(grad_norm) if bad == 0 else None,
                     "lr": lr,
                     **meter.read(done),
                     "memory_gib": peak_memory_gib(device),
@@ -183,35 +195,45 @@ def train(settings: TrainSettings, command: str) -> str:
             if done % settings.eval.every == 0 or last:
                 health = evaluation.evaluate(encoder, target, fixed, settings, phase)
                 log.write("eval", step=done, phase=phase.name, **health)
-                console.warn(health)
+                console.warn(health, entry)
                 if health["loss"] < best.get(phase.name, {}).get("loss", float("inf")):
                     best[phase.name] = {"loss": health["loss"], "step": done}
                     final = run / "best" / phase.name
                     info = evaluation.final_record(settings, prepared, encoder, data, done)
                     checkpoint.save_final(final, encoder, target, prepared.tokenizer, info)
-            if (done % settings.run.save_every == 0 or last or stop) and bad == 0:
+            stopping = bool(stop)  # read once: a signal may come at any moment
+            if (done % settings.run.save_every == 0 or last or stopping) and bad == 0:
                 record = {
                     "metrics_offset": log.offset,
                     "best": best,
                     "seconds": seconds + time.monotonic() - started,
                 }
                 checkpoint.save(run, done, encoder, target, optimizer, record, settings.run.keep)
-            if stop:
-                _status(run, "preempted", done, command)
+                saved = done
+                _status(run, "running", saved, command)
+            if stopping:
+                _status(run, "preempted", saved, command)
                 log.close()
-                print(f"{stop.name}: stopped after step {done}; the same command goes on")
+                print(f"{stop.name}: stopped, step {saved} is saved; the same command goes on")
                 return "preempted"
             fetched = time.monotonic()
     info = evaluation.final_record(settings, prepared, encoder, data, total)
     checkpoint.save_final(run / "final", encoder, target, prepared.tokenizer, info)
     seconds += time.monotonic() - started
-    evaluation.finish(settings, data, prepared, encoder, target, device)
+    _export(settings, device)
+    evaluation.finish(settings, data, tasks, prepared, encoder, target, device)
     log.write("end", step=total, seconds=seconds, best=best)
     log.close()
-    _status(run, "done", total, command)
     write_report(run)
+    _status(run, "done", total, command)
     console.end_card(run, settings, seconds, time.monotonic() - started, best, health)
     return "done"
+
+
+def _export(settings: TrainSettings, device: torch.device) -> None:
+    run = settings.folder
+    if settings.run.export == "merged" and not (run / "merged").is_dir():
+        print(checkpoint.export_merged(run / "final", run / "merged", device))
 
 
 def _earlier(run: Path, settings: TrainSettings) -> str:
@@ -257,7 +279,8 @@ def _prepared(settings: TrainSettings, run: Path) -> tuple:
     """The data settings with paths filled in, and the token shards."""
     data = settings.data
     if data.path is None:
-        cohort = run / "cohort"
+        # named by what it is: another number of patients is another cohort
+        cohort = run / f"cohort-{settings.cohort.patients}-{settings.cohort.seed}"
         if not cohort.is_dir():
             simulate(cohort, settings.cohort.patients, settings.cohort.seed)
         data = data.model_copy(update={"path": str(cohort)})
@@ -280,15 +303,15 @@ def _status(run: Path, state: str, step: int, command: str) -> None:
     write_text(run / "status.json", json.dumps(content, indent=1))
 
 
-def _failed(settings: TrainSettings) -> None:
+def _ended(settings: TrainSettings | None, state: str) -> None:
     """A run that had begun and broke says so in its status, with the command that goes on."""
-    status = settings.folder / "status.json"
     try:
+        status = settings.folder / "status.json"
         content = json.loads(status.read_text())
-    except (OSError, ValueError):
-        return
-    if content.get("state") == "running":
-        write_text(status, json.dumps({**content, "state": "failed"}, indent=1))
+        if content["state"] == "running":
+            write_text(status, json.dumps({**content, "state": state}, indent=1))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return  # no run had begun, or its folder cannot be written: the error itself is told
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -305,23 +328,33 @@ def main(argv: list[str] | None = None) -> None:
         if f"--{short}" in words[:-1]:
             at = words.index(f"--{short}")
             words[at : at + 2] = [f"--run.{short}={words[at + 1]}"]
-    command = " ".join([prog, name, *words])
+    command = shlex.join([*prog.split(), name, *words])
     settings = None
     try:
         settings = load(name, words)
+        terminate_as_interrupt()
         if show:
             print(to_toml(settings), end="")
             return
         start = time.monotonic()
         state = train(settings, command)
     except (ValueError, RunFailed) as error:
-        if settings:
-            _failed(settings)
+        _ended(settings, "failed")
         raise SystemExit(f"smbfast.train: {error}") from None
     except OSError as error:
+        _ended(settings, "failed")
         raise SystemExit(f"smbfast.train: {cannot_write(error)}") from None
+    except BrokenProcessPool:
+        raise SystemExit(
+            "smbfast.train: a worker that prepared data was killed; go on with --data.workers=1"
+        ) from None
     except KeyboardInterrupt:
-        raise SystemExit("\nsmbfast.train: stopped; the same command goes on") from None
+        _ended(settings, "preempted")
+        print("\nsmbfast.train: stopped; the same command goes on", file=sys.stderr)
+        raise SystemExit(75) from None
+    except BaseException:
+        _ended(settings, "failed")
+        raise
     if state == "preempted":
         raise SystemExit(75)  # EX_TEMPFAIL: run it again
     print(f"total {duration(time.monotonic() - start)}")

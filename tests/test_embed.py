@@ -89,9 +89,7 @@ def test_an_embedding_is_the_last_hidden_state_of_the_node(run, tmp_path):
     dataset = MedsDataset.open(run / "cohort")
     prepared = Prepared.open(run / "run" / "prepared")
     nodes = embed.distinct_nodes([read_labels(run / "cohort" / "labels" / "death_3y")])
-    texts = embed.node_texts(
-        dataset, prepared.serializer(dataset, None), nodes, record["window"], {}
-    )
+    texts = embed.node_texts(dataset, prepared.serializer(dataset), nodes, record["window"], {})
     rows = {
         (s, t): e
         for s, t, e in zip(
@@ -110,9 +108,11 @@ def test_an_embedding_is_the_last_hidden_state_of_the_node(run, tmp_path):
 def test_no_event_after_the_prediction_time_changes_a_bit(run, tmp_path):
     """Rewrite every code and value after each patient's node: the embeddings keep their bits."""
     before = embedded(run / "cohort", run / "run", tmp_path / "a.parquet")
-    node = dict(
-        zip(before["subject_id"].to_pylist(), before["prediction_time"].to_pylist(), strict=True)
+    pairs = zip(
+        before["subject_id"].to_pylist(), before["prediction_time"].to_pylist(), strict=True
     )
+    node = dict(pairs)
+    assert len(node) == len(before)  # one node a subject: all that lies behind it may change
     other = tmp_path / "changed"
     changed = 0
     for file in sorted((run / "cohort").rglob("*.parquet")):

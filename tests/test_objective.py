@@ -31,6 +31,7 @@ def perturbed_target(encoder):
 
 
 @pytest.mark.parametrize(("kind", "lora"), CASES)
+@torch.no_grad()
 def test_sft_is_the_cross_entropy_of_the_causal_lm(kind, lora):
     encoder, batch = tiny_encoder(kind, lora=lora), batch_of()
     expected = 0.0
@@ -221,6 +222,33 @@ def test_target_is_the_exact_average_of_effective_weights(lora):
         gap = (weight.double() - exact[name]).norm() / exact[name].norm()
         assert gap < 1e-6, name
     assert target.distance() > 1e-3
+
+
+def test_the_target_covers_every_trained_weight_of_the_trunk():
+    """Whole: all of the trunk. LoRA: every adapted linear and the trained token rows."""
+    whole = tiny_encoder()
+    assert set(TargetEncoder(whole).average) == {n for n, _ in whole.trunk.named_parameters()}
+    lora = tiny_encoder(lora=True)
+    linears = {f"{n}.base_layer.weight" for n in lora.lora_layers()}
+    assert len(linears) == 2 * 7 and set(TargetEncoder(lora).average) == linears | {""}
+
+
+def test_after_updates_the_target_is_the_model_of_the_averaged_weights():
+    """The forward itself, against a copy whose weights are averaged by hand in fp64."""
+    encoder = tiny_encoder()
+    target = TargetEncoder(encoder)
+    plain = copy.deepcopy(encoder.lm).double()
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in encoder.lm.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            pairs = zip(plain.parameters(), encoder.lm.parameters(), strict=True)
+            for average, parameter in pairs:
+                average.mul_(0.8).add_(parameter.double(), alpha=0.2)
+        target.update(0.8)
+    ids = batch_of().ids_T[:20][None]
+    expected = plain.float().base_model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(target.hidden(ids), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_head_predictor_and_mask_vector_have_no_average():

@@ -1,6 +1,9 @@
 """The training entry: resuming, signals, what a run leaves behind."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 from safetensors.torch import load_file
@@ -95,6 +98,74 @@ def test_stopped_at_every_step_and_resumed_equals_never_stopped(
     assert told(whole) == told(folder)
 
 
+def test_a_crash_between_checkpoints_replays_the_same_steps(cohort, whole, tmp_path, monkeypatch):
+    folder = tmp_path / "crashed"
+    real = entry.learning_rate
+
+    def dies(settings, at):
+        if (at.index, at.step) == (1, 2):  # step 6, after the evaluation and `best` of step 3
+            raise MemoryError
+        return real(settings, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(entry, "learning_rate", dies)
+        with pytest.raises(MemoryError):
+            run_tiny(cohort, folder)
+    assert json.loads((folder / "status.json").read_text())["state"] == "failed"
+    assert [r["step"] for r in told(folder) if r["kind"] == "step"] == [1, 2, 3, 4, 5]
+    run_tiny(cohort, folder)  # from step 4: what was logged after it is written again
+    assert told(folder) == told(whole)
+    same = (folder / "final/model.safetensors", whole / "final/model.safetensors")
+    assert same[0].read_bytes() == same[1].read_bytes()
+
+
+def test_damaged_checkpoints_never_push_out_the_good_one(cohort, tmp_path, monkeypatch):
+    folder = tmp_path / "damaged"
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 4)
+        with pytest.raises(SystemExit):
+            run_tiny(cohort, folder, "--run.save_every=1", "--run.keep=3")
+    for step in (3, 4):
+        file = folder / f"checkpoints/step-{step:06d}/state.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 1)
+        with pytest.raises(SystemExit):
+            run_tiny(cohort, folder, "--run.save_every=1", "--run.keep=1")
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert kept == ["damaged-step-000003", "damaged-step-000004", "step-000003"]
+    verify_folder(folder / "checkpoints/step-000003")
+
+
+def test_a_real_sigterm_is_saved_and_told(cohort, tmp_path):
+    folder = tmp_path / "signalled"
+    argv = ["tiny", f"--data.path={cohort}", f"--run.dir={folder}", *SHORT]
+    argv += ["--phases.0.steps=5000", "--phases.1.steps=5"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "smbfast.train", *argv], stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 75 and "SIGTERM: stopped" in rest
+    status = json.loads((folder / "status.json").read_text())
+    assert status["state"] == "preempted" and status["step"] >= 3
+    verify_folder(folder / f"checkpoints/step-{status['step']:06d}")
+
+
+def test_a_finished_run_can_still_be_exported(cohort, whole, capsys):
+    run_tiny(cohort, whole, "--export=merged")
+    assert "exported" in capsys.readouterr().out and (whole / "merged/config.json").is_file()
+
+
+def test_a_task_that_is_not_there_costs_no_training(cohort, tmp_path):
+    with pytest.raises(SystemExit, match="death_9y"):
+        run_tiny(cohort, tmp_path / "typo", "--probe.labels=death_9y")
+    assert not (tmp_path / "typo" / "metrics.jsonl").exists()
+
+
 def test_the_log_says_what_was_promised(whole):
     records = told(whole)
     steps = [r for r in records if r["kind"] == "step"]
@@ -146,17 +217,41 @@ def test_micro_batches_do_not_change_the_run(cohort, whole, tmp_path):
         assert (weight - two[name]).abs().max() < 1e-4, name
 
 
-def test_a_gradient_that_is_not_finite_leaves_no_trace_and_three_stop_the_run(
-    cohort, tmp_path, monkeypatch
-):
+def poison(monkeypatch, steps):
+    """Make the SFT loss of these optimizer steps (two micro-batches each) not a number."""
     real = entry.sft_sum
     calls = {"n": 0}
 
     def poisoned(*args):
         calls["n"] += 1
-        return real(*args) * (float("nan") if calls["n"] > 4 else 1.0)  # steps 3, 4, 5
+        return real(*args) * (float("nan") if (calls["n"] + 1) // 2 in steps else 1.0)
 
     monkeypatch.setattr(entry, "sft_sum", poisoned)
+
+
+def test_one_step_that_is_not_finite_is_as_if_it_had_never_been(cohort, tmp_path, monkeypatch):
+    """With a learning rate of the neighbours, skipping step 7 equals stopping at step 6."""
+    folder = tmp_path / "skipped"
+    poison(monkeypatch, [7])
+    run_tiny(cohort, folder, "--run.keep=9")
+    record = json.loads((folder / "checkpoints/step-000006/record.json").read_text())
+    state = load_file(folder / "checkpoints/step-000006/state.safetensors")
+    final = load_file(folder / "final/target.safetensors")
+    assert record["target_updates"] == 3
+    for name, weight in final.items():
+        assert bool((state[f"target.{name}"] == weight).all())
+    model = load_file(folder / "final/model.safetensors")
+    for name, weight in model.items():
+        if f"model.lm.{name}" in state:
+            assert bool((state[f"model.lm.{name}"] == weight).all()), name
+    last = [r for r in told(folder) if r["kind"] == "step"][-1]
+    assert last["step"] == 7 and last["grad_norm"] is None
+
+
+def test_a_gradient_that_is_not_finite_leaves_no_trace_and_three_stop_the_run(
+    cohort, tmp_path, monkeypatch
+):
+    poison(monkeypatch, range(3, 6))
     folder = tmp_path / "bad"
     with pytest.raises(SystemExit, match="not finite in 3 steps in a row, up to step 5"):
         run_tiny(cohort, folder)

@@ -9,6 +9,7 @@ Legend: W windows, T tokens, L lines, B buckets.
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -83,10 +84,14 @@ def step_windows(n_windows: int, batch: int, seed: int, step: int) -> np.ndarray
     """The windows of a step: an epoch is every window once, in an order drawn per epoch."""
     first = step * batch
     index = np.arange(first, first + batch)
-    epochs = {
-        e: generator(seed, "order", e).permutation(n_windows) for e in set(index // n_windows)
-    }
-    return np.array([epochs[i // n_windows][i % n_windows] for i in index])
+    orders = ((_epoch(n_windows, seed, i // n_windows), i % n_windows) for i in index.tolist())
+    return np.array([order[place] for order, place in orders])
+
+
+@lru_cache(maxsize=2)
+def _epoch(n_windows: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: drawn once, not at every step."""
+    return generator(seed, "order", epoch).permutation(n_windows)
 
 
 def make_step(

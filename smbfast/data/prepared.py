@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smbfast.data.meds import MedsDataset
 from smbfast.data.sections import SectionMap
-from smbfast.data.serialize import Serializer, SerializerOptions
+from smbfast.data.serialize import VERSION, Serializer, SerializerOptions
 from smbfast.data.shards import Shard
 from smbfast.data.tokens import TextEncoder, load_tokenizer
 from smbfast.files import verify_folder
@@ -60,14 +60,32 @@ class Prepared:
             total.update(counts)
         return total
 
-    def serializer(self, dataset: MedsDataset, sections: str | None) -> Serializer:
+    def serializer(self, dataset: MedsDataset) -> Serializer:
         """A serializer that gives the very tokens of the shards."""
-        return make_serializer(dataset, self.encoder, sections, SerializerOptions(**self.options))
+        return serializer_of(dataset, self.encoder, self.record)
 
     @property
     def options(self) -> dict:
         """The serializer's options."""
         return dict(self.record["options"])
+
+
+def serializer_of(dataset: MedsDataset, encoder: TextEncoder, record: dict) -> Serializer:
+    """The serializer whose options and section rules a record (shards, a model) keeps.
+
+    Raises:
+        ValueError: the record was made with another format of the text, or another tokenizer.
+    """
+    found = {"format": VERSION, "encoder": encoder.fingerprint()}
+    for name, value in found.items():
+        if record.get(name) != value:
+            raise ValueError(
+                f"the {name} of the text must be {value}, the record says {record.get(name)}: "
+                "prepare the data and train again with this version"
+            )
+    sections = SectionMap(**record["section_rules"])
+    options = SerializerOptions(**record["options"])
+    return Serializer(encoder, sections, dataset.descriptions, dataset.parents, options)
 
 
 def make_serializer(

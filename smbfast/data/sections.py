@@ -71,14 +71,19 @@ class SectionMap:
                 return section
         return None
 
+    def record(self) -> dict:
+        """The rules as JSON keeps them."""
+        return {"rules": self.rules, "fallback": self.fallback}
+
     def fingerprint(self) -> str:
         """Changes when a rule does."""
         return digest_of(self.rules, self.fallback)
 
 
 def family(code: str) -> str:
-    """The first part of a code, by which unmapped codes are reported (never the whole code)."""
-    return re.split(r"//|/|\||:", code, maxsplit=1)[0]
+    """The first part of a code, by which unmapped codes are reported; never the whole code."""
+    first, *rest = re.split(r"//|/|\||:", code, maxsplit=1)
+    return first if rest else "(no prefix)"
 
 
 def _section(path: Path, name: object) -> int:

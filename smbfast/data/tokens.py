@@ -69,7 +69,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     special = ["<|pad|>", "<|begin|>", *OPEN, *CLOSE]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=10,  # a rare string must not become readable in the vocabulary
+        min_frequency=10,  # keeps most rare strings out of a readable vocabulary
         special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,

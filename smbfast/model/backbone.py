@@ -139,6 +139,10 @@ def load_lm(path: str, dtype: torch.dtype) -> PreTrainedModel:
         ValueError: it cannot be read.
     """
     local = Path(path).is_dir()
+    if not local and (
+        path.startswith((".", "/", "~")) or ("/" in path and Path(path).parent.is_dir())
+    ):
+        raise ValueError(f"`model.path` {path} must be a folder with a model; there is none")
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
@@ -213,9 +217,11 @@ def lora_config(lm: PreTrainedModel, lora: LoraSettings, new_tokens: list[int]) 
     """PEFT's configuration of a new adapter."""
     rows = None
     if new_tokens:
-        table = lm.get_input_embeddings()
-        name = next(n for n, m in lm.named_modules() if m is table)
-        rows = {name.rsplit(".", 1)[-1]: new_tokens}
+        # an untied head needs their rows as well: frozen ones would never predict a delimiter
+        table, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+        wanted = [table] if head.weight is table.weight else [table, head]
+        names = [n for n, m in lm.named_modules() if any(m is w for w in wanted)]
+        rows = {n.rsplit(".", 1)[-1]: new_tokens for n in names}
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -232,8 +238,10 @@ def load_adapter(lm: PreTrainedModel, path: str, *, trainable: bool) -> PeftMode
     Raises:
         ValueError: not a LoRA adapter, one with dropout, or of another shape than the backbone.
     """
-    if Path(path).is_dir() and not (Path(path) / "adapter_model.safetensors").is_file():
-        raise ValueError(f"`model.adapter` {path} must hold adapter_model.safetensors; it does not")
+    if not (Path(path) / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"`model.adapter` {path} must be a folder with adapter_model.safetensors; it is not"
+        )
     try:
         lm = PeftModel.from_pretrained(lm, path, is_trainable=trainable)
     except Exception as error:  # PEFT raises many types; what a user can mend is the path
@@ -242,9 +250,23 @@ def load_adapter(lm: PreTrainedModel, path: str, *, trainable: bool) -> PeftMode
             f"{type(error).__name__}"
         ) from None
     config = lm.peft_config["default"]
-    if not isinstance(config, LoraConfig) or config.lora_dropout or config.use_dora:
-        raise ValueError(f"`model.adapter` {path} must be plain LoRA without dropout")
+    plain = isinstance(config, LoraConfig) and not (
+        config.lora_dropout
+        or config.use_dora
+        or config.modules_to_save
+        or config.bias != "none"
+        or config.lora_bias
+    )
+    if not plain:  # the target encoder averages W + s B A and token rows, nothing else
+        raise ValueError(
+            f"`model.adapter` {path} must be plain LoRA: no dropout, DoRA, bias or modules_to_save"
+        )
     return lm
+
+
+def merged(encoder: PatientEncoder) -> PreTrainedModel:
+    """The encoder's causal LM without adapters; the encoder cannot be used afterwards."""
+    return encoder.lm.merge_and_unload() if encoder.is_lora else encoder.lm
 
 
 def parameter_counts(encoder: PatientEncoder) -> tuple[int, int]:

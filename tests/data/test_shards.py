@@ -147,7 +147,7 @@ def test_shards_hold_what_the_serializer_makes(tmp_path: Path) -> None:
     data = write_meds(tmp_path / "meds")
     made = prepared(data, tmp_path / "out")
     dataset = MedsDataset.open(data)
-    serializer = made.serializer(dataset, None)
+    serializer = made.serializer(dataset)
     for split in ("train", "tuning"):
         expected = [t for b in dataset.batches(split) for t in serializer.timelines(b)]
         stored = [t for shard in made.shards(split) for t in shard]
