@@ -24,12 +24,22 @@ from smbfast.simulate import simulate
 RESULTS = Path(__file__).parent / "results" / "prepare.jsonl"
 # in a process of its own, so that the peak memory is that of preparing alone
 CHILD = """
-import json, resource, sys
-from smbfast.prepare import main
-main(sys.argv[1:])
+import json, resource, sys, time
+import smbfast.prepare as entry
+
+make_shards, spent = entry._make_shards, []
+
+def timed(*arguments):
+    start = time.perf_counter()
+    made = make_shards(*arguments)
+    spent.append(time.perf_counter() - start)
+    return made
+
+entry._make_shards = timed
+entry.main(sys.argv[1:])
 own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(json.dumps({"peak_mib": max(own, workers) / 1024}))
+print(json.dumps({"seconds": spent[0], "peak_mib": max(own, workers) / 1024}))
 """
 
 
@@ -70,15 +80,10 @@ def measure(data: Path, work: Path) -> dict:
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True
     )
-    record = json.loads((work / "prepare.json").read_text())
-    events, tokens = (record["counts"]["train"][k] for k in ("events", "tokens"))
-    return {
-        "events": events,
-        "tokens": tokens,
-        "seconds": record["seconds"],
-        "events_per_s": round(events / record["seconds"]),
-        **json.loads(done.stdout.strip().splitlines()[-1]),
-    }
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    counts = json.loads((work / "prepare.json").read_text())["counts"]["train"]
+    rate = round(counts["events"] / found["seconds"])
+    return {"events": counts["events"], "tokens": counts["tokens"], "events_per_s": rate, **found}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -109,7 +109,6 @@ def _prepare(
     write_text(plan, json.dumps(source, indent=1))
     new_tokens = _make_tokenizer(data, dataset, out / "tokenizer", tokenizer)
     encoder = _serializer(data, dataset, out).encoder
-    start = time.monotonic()
     shards, counts, unmapped = _make_shards(data, dataset, out, splits)
     record = {
         **source,
@@ -118,7 +117,6 @@ def _prepare(
         "section_rules": _sections(data).record(),
         "piecewise": encoder.piecewise,
         "meds_version": dataset.version,
-        "seconds": round(time.monotonic() - start, 2),  # shards alone, worker start-up included
         "shards": shards,
         "counts": {s: dict(c) for s, c in counts.items()},
         "unmapped": _frequent(unmapped),

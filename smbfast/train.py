@@ -77,10 +77,7 @@ def train(settings: TrainSettings, command: str) -> str:
     started = time.monotonic()
     run = settings.folder
     device = choose_device(settings.run.device)
-    if _earlier(run, settings) == "done":
-        _export(settings, device)
-        console.already_done(run)
-        return "done"
+    run.mkdir(parents=True, exist_ok=True, mode=0o700)
     if settings.run.threads:
         torch.set_num_threads(settings.run.threads)
     data, prepared = _prepared(settings, run)
@@ -244,7 +241,6 @@ def _earlier(run: Path, settings: TrainSettings) -> str:
     """
     config = run / "config.toml"
     if not config.is_file():
-        run.mkdir(parents=True, exist_ok=True, mode=0o700)
         return "new"
     if settings.run.resume == "never":
         raise ValueError(
@@ -329,7 +325,7 @@ def main(argv: list[str] | None = None) -> None:
             at = words.index(f"--{short}")
             words[at : at + 2] = [f"--run.{short}={words[at + 1]}"]
     command = shlex.join([*prog.split(), name, *words])
-    settings = None
+    ours = None
     try:
         settings = load(name, words)
         terminate_as_interrupt()
@@ -337,23 +333,28 @@ def main(argv: list[str] | None = None) -> None:
             print(to_toml(settings), end="")
             return
         start = time.monotonic()
+        if _earlier(settings.folder, settings) == "done":
+            _export(settings, choose_device(settings.run.device))
+            console.already_done(settings.folder)
+            return
+        ours = settings  # from here on an error is one of this run
         state = train(settings, command)
     except (ValueError, RunFailed) as error:
-        _ended(settings, "failed")
+        _ended(ours, "failed")
         raise SystemExit(f"smbfast.train: {error}") from None
     except OSError as error:
-        _ended(settings, "failed")
+        _ended(ours, "failed")
         raise SystemExit(f"smbfast.train: {cannot_write(error)}") from None
     except BrokenProcessPool:
         raise SystemExit(
             "smbfast.train: a worker that prepared data was killed; go on with --data.workers=1"
         ) from None
     except KeyboardInterrupt:
-        _ended(settings, "preempted")
+        _ended(ours, "preempted")
         print("\nsmbfast.train: stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(75) from None
     except BaseException:
-        _ended(settings, "failed")
+        _ended(ours, "failed")
         raise
     if state == "preempted":
         raise SystemExit(75)  # EX_TEMPFAIL: run it again

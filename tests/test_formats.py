@@ -70,7 +70,8 @@ def foreign(request, cohort, tmp_path_factory):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>")
     tokenizer.save_pretrained(base)
     lm = tiny_lm(request.param, tie=request.param == "qwen3")
-    lm.resize_token_embeddings(len(tokenizer))
+    # like Qwen3, one has rows to spare; the other has to be resized for the delimiters
+    lm.resize_token_embeddings(len(tokenizer) + (40 if request.param == "llama" else 0))
     lm.save_pretrained(base)
     folder = tmp_path_factory.mktemp("run") / "foreign"
     paths = [f"--data.path={cohort}", f"--run.dir={folder}", f"--model.path={base}"]
@@ -126,11 +127,13 @@ def test_a_foreign_backbone_learns_its_delimiter_rows(foreign):
     tokens, rows = encoder.trained_rows()
     assert len(tokens) == len(OPEN) + len(CLOSE)
     with torch.no_grad():
-        ours = encoder.hidden(ids)
+        ours, logits = encoder.hidden(ids), encoder.lm(input_ids=ids).logits
     model = AutoPeftModelForCausalLM.from_pretrained(folder / "final")
     torch.testing.assert_close(hidden(model, ids), ours, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(input_ids=ids).logits, logits, rtol=0, atol=1e-5)
     base = AutoModelForCausalLM.from_pretrained(base_folder)
-    base.resize_token_embeddings(record["vocabulary"], mean_resizing=False)
+    if record["vocabulary"] > base.get_input_embeddings().num_embeddings:
+        base.resize_token_embeddings(record["vocabulary"], mean_resizing=False)
     model = PeftModel.from_pretrained(base, folder / "final")
     torch.testing.assert_close(hidden(model, ids), ours, rtol=0, atol=1e-6)
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
@@ -149,6 +152,18 @@ def test_training_goes_on_from_an_adapter(cohort, scratch, adapted, tmp_path):
 
     # it begins with what the adapter had learned: the same loss on the same fixed positions
     assert json.loads(first)["sft"] == pytest.approx(json.loads(last)["sft"], rel=1e-5)
+
+
+def test_a_base_in_bf16_keeps_fp32_adapters_and_resumes(cohort, scratch, tmp_path):
+    folder = tmp_path / "half"
+    paths = [f"--data.path={cohort}", f"--run.dir={folder}", f"--model.path={scratch / 'final'}"]
+    entry.main(["tiny", *paths, "--model.dtype=bfloat16", "--export=merged", *SHORT])
+    encoder, target, _ = restore_final(folder / "final", CPU)
+    assert encoder.trunk.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.bfloat16
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    assert trained and all(p.dtype == torch.float32 for p in trained)
+    assert all(w.dtype == torch.float32 for w in target.average.values())
+    assert AutoModelForCausalLM.from_pretrained(folder / "merged").dtype == torch.bfloat16
 
 
 def test_export_says_how_far_it_is(cohort, scratch, tmp_path, capsys):

@@ -239,8 +239,10 @@ def test_the_law_is_broken_by_a_tail_that_sees_its_whole_bucket() -> None:
     nodes = at(1, [us("2150-01-31 11:00")])
     honest = embed._tails
 
-    def leaking(batch: EventBatch, rows: slice, own: Serializer, time_K: np.ndarray) -> list:
-        return honest(batch, rows, own, own.bucket_key(time_K) + DAY - 1)
+    def leaking(
+        batch: EventBatch, rows: slice, timed_N: np.ndarray, own: Serializer, time_K: np.ndarray
+    ) -> list:
+        return honest(batch, rows, timed_N, own, own.bucket_key(time_K) + DAY - 1)
 
     with patch.object(embed, "_tails", leaking):
         found = composed(InMemory(batch), serializer, nodes)

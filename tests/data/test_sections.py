@@ -120,7 +120,7 @@ def test_what_no_rule_matched_is_counted_by_family_alone() -> None:
     (text,) = serializer.texts(batch_of(events))
     assert serializer.unmapped == {"zz": 2, "yy": 1}
     assert "<observations>zz//secret//1\n" in text
-    assert [family(c) for c in ("a//b", "a/b", "a|b", "a:b", "a b")] == [*"aaaa", "a b"]
+    assert [family(c) for c in ("a//b", "a/b", "a|b", "a:b", "a b")] == [*"aaaa", "(no prefix)"]
 
 
 @pytest.mark.parametrize(
