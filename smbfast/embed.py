@@ -68,7 +68,9 @@ class EmbedSettings(Settings):
     labels: list[str] = Field(description="task folders, or names under <data>/labels")
     out: str = Field(description="parquet file to write")
     encoder: Literal["online", "target"] = Field("online", description="which one embeds")
-    pool: Literal["last", "mean"] = Field("last", description="last token, or mean of the window")
+    pool: Literal["last", "mean"] | None = Field(
+        None, description="last token, or mean of the window; none: as the run was probed"
+    )
     batch: int = Field(16, ge=1, description="nodes of one forward")
     device: str = Field("auto", description="auto, cpu, cuda")
 
@@ -273,7 +275,7 @@ def _run(settings: EmbedSettings) -> None:
         device,
         total=len(nodes.subject_K),
         batch=settings.batch,
-        pool=settings.pool,
+        pool=settings.pool or record["pool"],
     )
     write_embeddings(table, Path(settings.out))
     print(f"embedded {len(table):,} nodes of {len(tasks)} tasks: {settings.out}")

@@ -85,6 +85,7 @@ def final_record(
         "vocabulary": len(prepared.tokenizer),
         "predictor_layers": settings.objective.predictor_layers,
         "window": data.window,
+        "pool": settings.probe.pool,
         "delimiters": prepared.record["delimiters"],
         "format": prepared.record["format"],
         "encoder": prepared.record["encoder"],
