@@ -79,7 +79,7 @@ class PackedBatch:
         return len(self.masked_M)
 
     def check(self) -> None:
-        """Assert what every consumer relies on; for tests and the first step of a run."""
+        """Assert what every consumer relies on; for tests: it is our mistake where it fails."""
         trunk_S = self.prefix_S == 0
         end_S = self.start_S + self.length_S
         assert bool((end_S[:-1] == self.start_S[1:]).all()) and int(end_S[-1]) == len(self.ids_T)

@@ -52,6 +52,9 @@ def build(model: type[T], values: dict[str, Any], overrides: list[str]) -> T:
     """
     for text in overrides:
         name, separator, value = text.removeprefix("--").partition("=")
+        field = model.model_fields.get(name.replace("-", "_"))
+        if not separator and field is not None and field.annotation is bool:
+            separator, value = "=", "true"  # a switch
         if not separator:
             hint = _nearest(name, known_keys(model))
             raise ValueError(f"argument `{text}` must have the form --key=value{hint}")

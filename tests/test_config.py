@@ -2,7 +2,7 @@
 
 import pytest
 
-from smbfast.config import build, command_line, known_keys, read_toml, to_toml
+from smbfast.config import Settings, build, command_line, known_keys, read_toml, to_toml
 from smbfast.settings import TrainSettings, load, presets
 
 
@@ -59,6 +59,15 @@ def test_a_file_may_begin_from_a_preset(tmp_path):
     assert (settings.preset, settings.optim.batch) == ("mine", 9)
     assert settings.optim.micro_batch == load("tiny", []).optim.micro_batch
     assert settings.phases == load("tiny", []).phases
+
+
+def test_a_switch_needs_no_value():
+    class Switch(Settings):
+        save: bool = False
+
+    assert build(Switch, {}, ["--save"]).save and not build(Switch, {}, ["--save=false"]).save
+    with pytest.raises(ValueError, match=r"must have the form --key=value"):
+        load("tiny", ["--optim.batch"])
 
 
 def test_help_describes_every_key(capsys):
