@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{record['data']}: {record['events']:,} events, {record['tokens']:,} tokens in "
         f"{record['seconds']:.1f} s: {record['events_per_s']:,} events/s; peak memory of a process "
-        f"{record['peak_mib']:.0f} MiB ({record['peak_mib_part']:.0f} on {record['share']} of the data)"
+        f"{record['peak_mib']:.0f} MiB ({record['peak_mib_part']:.0f} on {record['share']} of it)"
     )
     if settings.save:
         RESULTS.parent.mkdir(exist_ok=True)
