@@ -1,6 +1,7 @@
 """The rules of the house that a reader relies on: imports go down, names do not collide."""
 
 import ast
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -66,9 +67,14 @@ def test_every_module_has_a_floor():
 
 
 def test_kernels_know_torch_alone():
+    """And references never import an implementation: those are reached through the registry."""
+    allowed = {"torch", "triton", "smbkernels", "flash_attn"} | set(sys.stdlib_module_names)
     for file in (ROOT / "kernels" / "smbkernels").rglob("*.py"):
-        roots = {m.split(".")[0] for m in imported(file)}
-        assert roots <= {"torch", "triton", "smbkernels"}, file.name
+        modules = imported(file)
+        assert {m.split(".")[0] for m in modules} <= allowed, file.name
+        if file.parent.name == "smbkernels" and file.name != "__main__.py":
+            below = ("triton", "smbkernels.triton", "smbkernels.cpp", "smbkernels.attention")
+            assert not any(m.startswith(below) for m in modules), file.name
 
 
 def test_only_one_file_knows_transformers_models():

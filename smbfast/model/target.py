@@ -25,15 +25,13 @@ class TargetEncoder:
         self.updates = 0
         for name, weight, b, a, scale in self._effective():
             average = torch.empty_like(weight, dtype=_wide(weight.dtype))
-            self.average[name] = ema_update_(
-                average.copy_(weight), weight, b, a, scale=scale, tau=0
-            )
+            self.average[name] = _move(average.copy_(weight), weight, b, a, scale, 0)
 
     @torch.no_grad()
     def update(self, tau: float) -> None:
         """W̄ <- τ W̄ + (1 - τ) (W + s B A); once per optimizer step, after it."""
         for name, weight, b, a, scale in self._effective():
-            ema_update_(self.average[name], weight, b, a, scale=scale, tau=tau)
+            _move(self.average[name], weight, b, a, scale, tau)
         self.updates += 1
 
     @torch.no_grad()
@@ -61,7 +59,7 @@ class TargetEncoder:
         gap = norm = 0.0
         for name, weight, b, a, scale in self._effective():
             average = self.average[name]
-            online = ema_update_(average.clone(), weight, b, a, scale=scale, tau=0)
+            online = _move(average.clone(), weight, b, a, scale, 0)
             gap += (online - average).square().sum().item()
             norm += average.square().sum().item()
         return (gap / max(norm, 1e-30)) ** 0.5
@@ -126,6 +124,14 @@ class _Decoder(torch.nn.Module):
 def _embedding_name(encoder: PatientEncoder) -> str:
     table = encoder.base.get_input_embeddings().weight
     return next(n for n, p in encoder.trunk.named_parameters() if p is table)
+
+
+def _move(
+    average: Tensor, weight: Tensor, b: Tensor | None, a: Tensor | None, scale: float, tau: float
+) -> Tensor:
+    pair = ([b], [a]) if b is not None and a is not None else (None, None)
+    ema_update_([average], [weight], *pair, scale=[scale], tau=tau)
+    return average
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

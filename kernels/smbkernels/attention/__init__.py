@@ -1,0 +1,1 @@
+"""Engines behind `timeline_attention` that call attention of torch or flash-attn."""

@@ -1,0 +1,1 @@
+"""C++ implementations for CPUs, built on first use from csrc."""

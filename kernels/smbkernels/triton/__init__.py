@@ -1,0 +1,1 @@
+"""Triton kernels; reached through the registry alone."""
