@@ -12,8 +12,11 @@ on an even half would need the remainder +32768, which int16 does not hold.
 N out, K in features, R rank.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from smbkernels.registry import Backend, op
 
@@ -91,3 +94,86 @@ def join(high: Tensor, remainder: Tensor) -> Tensor:
     """The fp32 tensor of which `split` made two halves."""
     bits = (high.contiguous().view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)
     return bits.view(torch.float32)
+
+
+def in_place(backend: str, launch: Callable[..., None]) -> Callable[..., None]:
+    """The operation on a backend that updates all matrices.
+
+    Args:
+        launch: (average, remainder, weight, b, a, scale, tau), where `remainder`, `b` and `a` are
+            empty when there are none, and `scale` has one entry per matrix.
+    """
+
+    @torch.library.custom_op(f"smb::ema_update_{backend}", mutates_args=("average", "remainder"))
+    def update(
+        average: Sequence[Tensor],
+        remainder: Sequence[Tensor],
+        weight: Sequence[Tensor],
+        b: Sequence[Tensor],
+        a: Sequence[Tensor],
+        scale: Sequence[float],
+        tau: float,
+    ) -> None:
+        launch(average, remainder, weight, b, a, scale, tau)
+
+    @update.register_fake
+    def _(average, remainder, weight, b, a, scale, tau):
+        return None
+
+    packet = getattr(torch.ops.smb, f"ema_update_{backend}")
+
+    @register_flop_formula(packet, get_raw=True)
+    def _(average, remainder, weight, b, a, *_args, **_kwargs):
+        return _flops(average, weight, b or None, a or None)
+
+    @torch.no_grad()
+    def ema_update_(
+        average: list[Tensor],
+        weight: list[Tensor],
+        b: list[Tensor] | None = None,
+        a: list[Tensor] | None = None,
+        *,
+        remainder: list[Tensor] | None = None,
+        scale: list[float] | None = None,
+        tau: float,
+    ) -> None:
+        _check(average, weight, b, a, remainder, scale)
+        if average:
+            scale = [1.0] * len(average) if scale is None else scale
+            update(average, remainder or [], weight, b or [], a or [], scale, tau)
+
+    return ema_update_
+
+
+def _check(average, weight, b, a, remainder, scale) -> None:
+    lists = {"weight": weight, "b": b, "a": a, "remainder": remainder, "scale": scale}
+    for name, values in lists.items():
+        if values is not None and len(values) != len(average):
+            raise ValueError(
+                f"{name} must have one entry for each of {len(average)} averages, got {len(values)}"
+            )
+    if (b is None) != (a is None):
+        raise ValueError("b and a must be given together, got one of them")
+    kind = torch.float32 if remainder is None else torch.bfloat16
+    for i, (high, w) in enumerate(zip(average, weight, strict=True)):
+        if high.dtype != kind or not high.is_contiguous():
+            raise ValueError(f"average[{i}] must be contiguous {kind}, got {high.dtype}")
+        if w.shape != high.shape or not w.is_contiguous():
+            raise ValueError(
+                f"weight[{i}] must be contiguous {list(high.shape)}, got {list(w.shape)}"
+            )
+        if remainder is not None:
+            low = remainder[i]
+            if low.dtype != torch.int16 or low.shape != high.shape or not low.is_contiguous():
+                raise ValueError(
+                    f"remainder[{i}] must be contiguous int16 {list(high.shape)}, got {low.dtype} "
+                    f"{list(low.shape)}"
+                )
+        if b is not None:
+            shapes = [list(b[i].shape), list(a[i].shape)]
+            rank = b[i].shape[-1]
+            if high.dim() != 2 or shapes != [[high.shape[0], rank], [rank, high.shape[1]]]:
+                raise ValueError(
+                    f"b[{i}] and a[{i}] must be [N, R] and [R, K] for {list(high.shape)}, got "
+                    f"{shapes[0]} and {shapes[1]}"
+                )

@@ -9,9 +9,12 @@ T is a layer norm without parameters in fp32 (eps 1e-5), or the identity. The gr
 M masked positions, D width, T rows of the target encoder.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from smbkernels.registry import Backend, op
 
@@ -78,3 +81,86 @@ def normalized_target(target_MD: Tensor, *, normalize: bool) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
+
+
+def one_pass(backend: str, launch: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+    """The operation on a backend that computes loss and gradient in one pass.
+
+    Args:
+        launch: (prediction, target, row, norm_weight, normalize, norm_eps, scale, needs_grad) ->
+            the loss, an fp32 scalar, and its gradient like the prediction (empty if not needed).
+    """
+    name = f"smb::masked_jepa_mse_{backend}"
+
+    @torch.library.custom_op(name, mutates_args=())
+    def loss_and_grad(
+        prediction_MD: Tensor,
+        target_TD: Tensor,
+        row_M: Tensor,
+        norm_weight_D: Tensor | None,
+        normalize: bool,
+        norm_eps: float,
+        scale: float,
+        needs_grad: bool,
+    ) -> tuple[Tensor, Tensor]:
+        options = (normalize, norm_eps, scale, needs_grad)
+        return launch(prediction_MD, target_TD, row_M, norm_weight_D, *options)
+
+    @loss_and_grad.register_fake
+    def _(prediction_MD, target_TD, row_M, norm_weight_D, normalize, norm_eps, scale, needs_grad):
+        loss = prediction_MD.new_empty((), dtype=torch.float32)
+        shape = prediction_MD.shape if needs_grad else (0,)
+        return loss, prediction_MD.new_empty(shape)
+
+    def keep(ctx, inputs, output) -> None:
+        ctx.save_for_backward(output[1])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad_loss, _grad_of_grad):
+        return _scaled(ctx.saved_tensors[0], grad_loss), *[None] * 7
+
+    loss_and_grad.register_autograd(backward, setup_context=keep)
+    packet = getattr(torch.ops.smb, f"masked_jepa_mse_{backend}")
+    register_flop_formula(packet, get_raw=True)(lambda p, *_, **__: _flops(p))
+
+    def masked_jepa_mse(
+        prediction_MD: Tensor,
+        target_TD: Tensor,
+        row_M: Tensor,
+        norm_weight_D: Tensor | None = None,
+        *,
+        normalize: bool = True,
+        norm_eps: float = 1e-6,
+        scale: float = 1.0,
+    ) -> Tensor:
+        _check(prediction_MD, target_TD, row_M, norm_weight_D)
+        needs_grad = torch.is_grad_enabled() and prediction_MD.requires_grad
+        norm = None if norm_weight_D is None else norm_weight_D.detach()
+        return loss_and_grad(
+            prediction_MD, target_TD.detach(), row_M, norm, normalize, norm_eps, scale, needs_grad
+        )[0]
+
+    return masked_jepa_mse
+
+
+def _scaled(grad_MD: Tensor, grad_loss: Tensor) -> Tensor:
+    # reading a scalar on a GPU would wait for it; on a CPU it saves a pass over the gradient.
+    # subclasses stand in for tensors while a graph is traced
+    plain = type(grad_loss) is Tensor and not torch.compiler.is_compiling()
+    if plain and grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:
+        return grad_MD
+    return grad_MD * grad_loss
+
+
+def _check(
+    prediction_MD: Tensor, target_TD: Tensor, row_M: Tensor, norm_weight_D: Tensor | None
+) -> None:
+    M, D = prediction_MD.shape
+    if target_TD.dim() != 2 or target_TD.shape[1] != D:
+        raise ValueError(f"target_TD must be [T, {D}], got {list(target_TD.shape)}")
+    if row_M.shape != (M,) or row_M.dtype != torch.int64:
+        raise ValueError(
+            f"row_M must be int64 of shape [{M}], got {row_M.dtype} of {list(row_M.shape)}"
+        )
+    if norm_weight_D is not None and norm_weight_D.shape != (D,):
+        raise ValueError(f"norm_weight_D must be [{D}], got {list(norm_weight_D.shape)}")
