@@ -38,7 +38,9 @@ def sft_sum(encoder: PatientEncoder, batch: PackedBatch) -> Tensor:
     hidden_BTD = encoder.hidden(padded([batch.ids_T[r] for r in trunks], 0))
     labels_BT = padded([batch.labels_T[r] for r in trunks], -100)
     labelled = labels_BT >= 0
-    return linear_cross_entropy(hidden_BTD[labelled], encoder.head_VD, labels_BT[labelled])
+    return linear_cross_entropy.reference(
+        hidden_BTD[labelled], encoder.head_VD, labels_BT[labelled]
+    )
 
 
 def jepa_sum(
@@ -49,7 +51,8 @@ def jepa_sum(
         return torch.zeros((), device=batch.ids_T.device)
     states = jepa_states(encoder, target, batch)
     rows = torch.arange(len(states.target_MD), device=states.target_MD.device)
-    return masked_jepa_mse(states.prediction_MD, states.target_MD, rows, normalize=normalize)
+    loss = masked_jepa_mse.reference
+    return loss(states.prediction_MD, states.target_MD, rows, normalize=normalize)
 
 
 def jepa_states(encoder: PatientEncoder, target: TargetEncoder, batch: PackedBatch) -> JepaStates:

@@ -14,7 +14,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -186,6 +186,12 @@ def use(backend: str | None = None, **by_op: str) -> Iterator[None]:
     known = {"auto", REFERENCE, *(b.name for o in OPS.values() for b in o.backends)}
     if backend is not None and backend not in known:
         raise ValueError(f"backend must be one of {', '.join(sorted(known))}, got {backend!r}")
+    if backend is not None:
+        # imported here, because a compiled call cannot import
+        for entry in OPS.values():
+            if any(b.name == backend for b in entry.backends):
+                with suppress(ValueError):
+                    entry.on(backend)
     before = dict(_forced)
     _forced.update(wanted)
     for name in [n for n, choice in wanted.items() if choice == "auto"]:
