@@ -21,10 +21,12 @@ from torch.utils.flop_counter import register_flop_formula
 from smbkernels.registry import Backend, op
 
 
-def _fits(average: list[Tensor], weight: list[Tensor], *_args, **_kwargs) -> str | None:
+def _fits(
+    average: list[Tensor], weight: list[Tensor], b=None, a=None, *_args, **_kwargs
+) -> str | None:
     """The backends compute in fp32."""
     known = (torch.float32, torch.bfloat16)
-    for tensor in (*average, *weight):
+    for tensor in (*average, *weight, *(b or ()), *(a or ())):
         if tensor.dtype not in known:
             return f"dtypes must be fp32 or bf16, got {tensor.dtype}"
     return None
@@ -58,7 +60,7 @@ def ema_update_(
 
     Args:
         average: fp32 (fp64 in the reference) without `remainder`, else bf16 high halves; [N, K],
-            any shape where there is no adapter.
+            any shape where there is no adapter. They share no memory: all are written at once.
         weight: W of each, fp32 or bf16, of the shape of its average.
         b: B of each, [N, R]; None: no matrix has an adapter. fp32 or bf16.
         a: A of each, [R, K].
@@ -84,6 +86,8 @@ def ema_update_(
 def split(full: Tensor) -> tuple[Tensor, Tensor]:
     """An fp32 tensor as its bf16 high half, rounded half up, and the int16 remainder."""
     bits = full.contiguous().view(torch.int32)
+    # a NaN of a GPU is 0x7FFFFFFF, which rounding up would carry over into -0
+    bits = torch.where(full.isnan(), 0x7FC00000, bits)
     high = ((bits.to(torch.int64) + 0x8000) >> 16) & 0xFFFF
     high = torch.where(high >= 0x8000, high - 0x10000, high).to(torch.int16)
     remainder = (bits - (high.to(torch.int32) << 16)).to(torch.int16)
@@ -154,6 +158,10 @@ def _check(average, weight, b, a, remainder, scale) -> None:
             )
     if (b is None) != (a is None):
         raise ValueError("b and a must be given together, got one of them")
+    for name, tensors in {"weight": weight, "b": b, "a": a, "remainder": remainder}.items():
+        for i, (high, x) in enumerate(zip(average, tensors or (), strict=False)):
+            if x.device != high.device:
+                raise ValueError(f"{name}[{i}] must be on {high.device}, got {x.device}")
     kind = torch.float32 if remainder is None else torch.bfloat16
     for i, (high, w) in enumerate(zip(average, weight, strict=True)):
         if high.dtype != kind or not high.is_contiguous():

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from smbkernels.registry import Backend, op
 
 LAYER_NORM_EPS = 1e-5
+WIDEST = 16384
 _FAST = (torch.float32, torch.bfloat16)
 
 
@@ -29,13 +30,20 @@ def _fits(prediction_MD: Tensor, target_TD: Tensor, *_args, **_kwargs) -> str | 
     return None
 
 
+def _fits_registers(prediction_MD: Tensor, target_TD: Tensor, *_args, **_kwargs) -> str | None:
+    """A program of the Triton kernel holds a row in registers."""
+    if prediction_MD.shape[-1] > WIDEST:
+        return f"the width must be at most {WIDEST}, got {prediction_MD.shape[-1]}"
+    return _fits(prediction_MD, target_TD)
+
+
 def _flops(prediction_MD: Tensor, *_args, **_kwargs) -> int:
     """Per element: RMSNorm 4, layer norm 6, error and square 3, gradient 1."""
     return 14 * prediction_MD.numel()
 
 
 @op(
-    Backend("triton", "triton.masked_jepa_mse", ("cuda",), _fits),
+    Backend("triton", "triton.masked_jepa_mse", ("cuda",), _fits_registers),
     Backend("cpp", "cpp.masked_jepa_mse", ("cpu",), _fits),
     flops=_flops,
 )
@@ -155,7 +163,13 @@ def _scaled(grad_MD: Tensor, grad_loss: Tensor) -> Tensor:
 def _check(
     prediction_MD: Tensor, target_TD: Tensor, row_M: Tensor, norm_weight_D: Tensor | None
 ) -> None:
+    if prediction_MD.dim() != 2 or not prediction_MD.shape[1]:
+        raise ValueError(f"prediction_MD must be [M, D], got {list(prediction_MD.shape)}")
     M, D = prediction_MD.shape
+    others = {"target_TD": target_TD, "row_M": row_M, "norm_weight_D": norm_weight_D}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != prediction_MD.device:
+            raise ValueError(f"{name} must be on {prediction_MD.device}, got {tensor.device}")
     if target_TD.dim() != 2 or target_TD.shape[1] != D:
         raise ValueError(f"target_TD must be [T, {D}], got {list(target_TD.shape)}")
     if row_M.shape != (M,) or row_M.dtype != torch.int64:
