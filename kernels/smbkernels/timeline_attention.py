@@ -7,10 +7,12 @@
 T tokens, H query heads, G key/value heads (H / G query heads share one), C head dim, S segments.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from smbkernels.registry import Backend, op
 
@@ -32,6 +34,7 @@ class Segments:
     pairs: int  # visible (query, key) pairs: what attention costs
     longest: int  # longest segment
     prefix_tokens: int  # prefixes of all branches together
+    host_S6: Tensor  # the table on the CPU, wherever `table_S6` is: read without a wait
 
     @classmethod
     def of(
@@ -40,10 +43,19 @@ class Segments:
         """From the columns of a packed batch, integers on the CPU.
 
         Raises:
-            ValueError: segments overlap or leave a gap, a branch names no trunk or sees more than
-                its trunk has, or branches of one trunk are not consecutive.
+            ValueError: columns of other kinds or lengths, segments that overlap or leave a gap, a
+                branch that names no trunk or sees more than its trunk has, branches of one trunk
+                that are not consecutive.
         """
-        rows = torch.stack([start_S, length_S, trunk_start_S, prefix_S], 1).tolist()
+        columns = (start_S, length_S, trunk_start_S, prefix_S)
+        for name, column in zip(("start", "length", "trunk_start", "prefix"), columns, strict=True):
+            integer = not (column.is_floating_point() or column.is_complex())
+            if column.shape != (len(start_S),) or column.device.type != "cpu" or not integer:
+                raise ValueError(
+                    f"{name}_S must be {len(start_S)} integers on the CPU, got {column.dtype} of "
+                    f"{list(column.shape)} on {column.device}"
+                )
+        rows = torch.stack(columns, 1).tolist()
         trunk_of = {start: i for i, (start, _, _, prefix) in enumerate(rows) if prefix == 0}
         first, count = [0] * len(rows), [0] * len(rows)
         end = pairs = 0
@@ -72,12 +84,14 @@ class Segments:
             first[trunk] = first[trunk] if count[trunk] else i
             count[trunk] += 1
         table = [[*row, f, c] for row, f, c in zip(rows, first, count, strict=True)]
+        table_S6 = torch.tensor(table, dtype=torch.int32).reshape(-1, 6)
         return cls(
-            table_S6=torch.tensor(table, dtype=torch.int32).reshape(-1, 6),
+            table_S6=table_S6,
             tokens=end,
             pairs=pairs,
             longest=max((row[LENGTH] for row in rows), default=0),
             prefix_tokens=sum(row[PREFIX] for row in rows),
+            host_S6=table_S6,
         )
 
     def to(self, device: torch.device | str) -> "Segments":
@@ -105,6 +119,8 @@ def _fits_triton(query_THC: Tensor, *_args, **_kwargs) -> str | None:
 def _fits_varlen(query_THC: Tensor, *_args, **_kwargs) -> str | None:
     if query_THC.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype must be bf16 or fp16, got {query_THC.dtype}"
+    if query_THC.shape[-1] % 8 or query_THC.shape[-1] > 256:
+        return f"head dim must be a multiple of 8 up to 256, got {query_THC.shape[-1]}"
     return None
 
 
@@ -122,7 +138,7 @@ def timeline_attention(
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention outputs [T, H, C] and log-sum-exp [H, T], the latter fp32 and without gradient.
+    """Attention outputs [T, H, C] and log-sum-exp [H, T], at least fp32 and without gradient.
 
     Args:
         query_THC: H is a multiple of G.
@@ -146,8 +162,112 @@ def timeline_attention(
 def visible(segments: Segments) -> Tensor:
     """The dense mask [T, T], queries by keys: for the reference and for tests."""
     mask_TT = torch.zeros(segments.tokens, segments.tokens, dtype=torch.bool)
-    for start, length, trunk_start, prefix, _, _ in segments.table_S6.tolist():
+    for start, length, trunk_start, prefix, _, _ in segments.host_S6.tolist():
         end = start + length
         mask_TT[start:end, start:end] = torch.ones(length, length, dtype=torch.bool).tril()
         mask_TT[start:end, trunk_start : trunk_start + prefix] = True
     return mask_TT
+
+
+def forward_backward(
+    backend: str, forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., tuple]
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The operation on a backend that reads the table of segments on the CPU.
+
+    Args:
+        forward: (query, key, value, host_S6, scale) -> out [T, H, C] and lse [H, T].
+        backward: (grad_out, query, key, value, out, lse, host_S6, scale) -> the gradients of
+            query, key and value. All that either returns is contiguous.
+    """
+    name = f"smb::timeline_attention_{backend}"
+
+    @torch.library.custom_op(name, mutates_args=())
+    def attend(
+        query_THC: Tensor,
+        key_TGC: Tensor,
+        value_TGC: Tensor,
+        host_S6: Tensor,
+        scale: float,
+        pairs: int,
+    ) -> tuple[Tensor, Tensor]:
+        return forward(query_THC, key_TGC, value_TGC, host_S6, scale)
+
+    @attend.register_fake
+    def _(query_THC, key_TGC, value_TGC, host_S6, scale, pairs):
+        T, H, _ = query_THC.shape
+        wide = torch.promote_types(query_THC.dtype, torch.float32)
+        return query_THC.new_empty(query_THC.shape), query_THC.new_empty(H, T, dtype=wide)
+
+    @torch.library.custom_op(f"{name}_bwd", mutates_args=())
+    def attend_bwd(
+        grad_out_THC: Tensor,
+        query_THC: Tensor,
+        key_TGC: Tensor,
+        value_TGC: Tensor,
+        out_THC: Tensor,
+        lse_HT: Tensor,
+        host_S6: Tensor,
+        scale: float,
+        pairs: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = (query_THC, key_TGC, value_TGC, out_THC, lse_HT)
+        return backward(grad_out_THC.contiguous(), *inputs, host_S6, scale)
+
+    @attend_bwd.register_fake
+    def _(grad_out_THC, query_THC, key_TGC, value_TGC, *_):
+        return tuple(x.new_empty(x.shape) for x in (query_THC, key_TGC, value_TGC))
+
+    def keep(ctx, inputs, output) -> None:
+        *tensors, ctx.scale, ctx.pairs = inputs
+        *tensors, host_S6 = tensors
+        ctx.save_for_backward(*tensors, *output, host_S6)
+        ctx.set_materialize_grads(False)
+
+    def grads(ctx, grad_out_THC, _grad_lse):
+        if grad_out_THC is None:
+            return (None,) * 6
+        return *attend_bwd(grad_out_THC, *ctx.saved_tensors, ctx.scale, ctx.pairs), *[None] * 3
+
+    attend.register_autograd(grads, setup_context=keep)
+    packets = [getattr(torch.ops.smb, f"timeline_attention_{backend}{end}") for end in ("", "_bwd")]
+
+    @register_flop_formula(packets[0], get_raw=True)
+    def _(query_THC, key_TGC, value_TGC, host_S6, scale, pairs, **_):
+        return attention_flops(pairs, query_THC.shape[1], query_THC.shape[2])
+
+    @register_flop_formula(packets[1], get_raw=True)
+    def _(grad_out_THC, query_THC, *rest, **_):
+        return attention_flops(rest[-1], query_THC.shape[1], query_THC.shape[2], backward=True)
+
+    def timeline_attention(
+        query_THC: Tensor,
+        key_TGC: Tensor,
+        value_TGC: Tensor,
+        segments: Segments,
+        *,
+        scale: float | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        check(query_THC, key_TGC, value_TGC, segments)
+        scale = query_THC.shape[-1] ** -0.5 if scale is None else scale
+        tensors = (query_THC, key_TGC, value_TGC, segments.host_S6)
+        out_THC, lse_HT = attend(*tensors, scale, segments.pairs)
+        return out_THC, lse_HT.detach()
+
+    return timeline_attention
+
+
+def check(query_THC: Tensor, key_TGC: Tensor, value_TGC: Tensor, segments: Segments) -> None:
+    """Raise a ValueError that names what does not fit the others."""
+    if query_THC.dim() != 3 or query_THC.shape[0] != segments.tokens:
+        raise ValueError(
+            f"query_THC must be [{segments.tokens}, H, C], got {list(query_THC.shape)}"
+        )
+    T, H, C = query_THC.shape
+    for name, x in (("key_TGC", key_TGC), ("value_TGC", value_TGC)):
+        if x.dim() != 3 or x.shape != (T, key_TGC.shape[1], C) or H % x.shape[1]:
+            raise ValueError(
+                f"{name} must be [{T}, G, {C}] with the same G for keys and values that divides "
+                f"{H}, got {list(x.shape)}"
+            )
+        if x.dtype != query_THC.dtype:
+            raise ValueError(f"{name} must be {query_THC.dtype} as the queries, got {x.dtype}")
