@@ -105,8 +105,7 @@ def load(
     averages = _part(tensors, "target.")
     if not averages:
         return None
-    target = TargetEncoder(encoder)
-    target.load(averages)
+    target = TargetEncoder.of_state(encoder, averages)
     target.updates = checkpoint.record["target_updates"]
     return target
 
@@ -144,8 +143,11 @@ def save_final(
 ) -> None:
     """A folder that `AutoTokenizer` and PEFT (or, trained whole, transformers) load by themselves.
 
-    Beside the adapter or model: `predictor.safetensors` (predictor and mask vector),
-    `target.safetensors` (the averaged weights, fp32) and `smbfast.json`.
+    Beside the adapter or model: `predictor.safetensors` (predictor and mask vector), `smbfast.json`
+    and `target.safetensors`, the averages by their names under the decoder. Merged, `<name>` is the
+    averaged weight; where it is bf16, `<name>.remainder` makes it fp32 again
+    (`smbkernels.ema_update.join`). Tracked, the averaged weight of a linear is the base weight plus
+    lora_alpha / r `<linear>.u` `<linear>.v`. `token_rows` are the trained rows of the embedding.
     """
     _refuse_non_finite({f"model.{n}": p for n, p in trained(encoder).items()})
     with committed_folder(folder, replace=True) as staging:
@@ -225,8 +227,7 @@ def restore_final(
         encoder.mask_vector.copy_(extra["mask_vector"])
     if "target.safetensors" not in manifest["files"]:
         return encoder, None, record
-    target = TargetEncoder(encoder)
-    target.load(load_file(folder / "target.safetensors"))
+    target = TargetEncoder.of_state(encoder, load_file(folder / "target.safetensors"))
     return encoder, target, record
 
 

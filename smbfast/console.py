@@ -10,6 +10,7 @@ from rich.text import Text
 from smbfast.data.loader import WindowSet
 from smbfast.data.prepared import Prepared
 from smbfast.model.backbone import PatientEncoder, parameter_counts
+from smbfast.model.target import target_bytes
 from smbfast.optim import total_steps
 from smbfast.runlog import GOOD_RATIO, HALF
 from smbfast.runtime import GIB, duration, few, git_state, versions
@@ -34,7 +35,7 @@ def header(
     if encoder.is_lora:
         how += f" r{encoder.lm.peft_config['default'].r}"
     held = sum(p.numel() * p.element_size() for p in encoder.parameters())
-    moments, average = 8 * trained, 4 * _averaged(encoder)
+    moments, average = 8 * trained, _target_bytes(settings, encoder)
     found = versions()
     per_split = prepared.record["counts"]
     data = {
@@ -176,10 +177,12 @@ def _card(rows: list[tuple[str, str]]) -> None:
         )
 
 
-def _averaged(encoder: PatientEncoder) -> int:
-    if encoder.is_lora:
-        return sum(m.get_base_layer().weight.numel() for m in encoder.lora_layers().values())
-    return sum(p.numel() for p in encoder.trunk.parameters())
+def _target_bytes(settings: TrainSettings, encoder: PatientEncoder) -> int:
+    if not any(phase.w_jepa > 0 for phase in settings.phases):
+        return 0
+    objective = settings.objective
+    rank, every = objective.tracked_rank, objective.tracked_every
+    return target_bytes(encoder, objective.target_form, rank=rank, every=every)
 
 
 def _si(value: float) -> str:

@@ -65,7 +65,7 @@ def evaluate(
         names = JepaStates.__dataclass_fields__
         states = JepaStates(**{n: torch.cat([getattr(p, n) for p in parts]) for n in names})
         normalize = settings.objective.target_norm == "layer"
-        values |= diagnose(states, normalize=normalize) | {"distance": target.distance()}
+        values |= diagnose(states, normalize=normalize) | target.measures()
     values["loss"] = phase.w_sft * sft + phase.w_jepa * (values["jepa"] or 0.0)
     return values
 

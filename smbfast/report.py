@@ -184,6 +184,8 @@ def _health_rows(phases: list[Phase]) -> list[list[str]]:
             ("target std, 5th percentile", column(phase.evals, "target_std_p5"), "{:.3f}"),
             ("loss / best trivial predictor", trivial_ratio_of(phase.evals), "{:.3f}"),
             ("online to target distance", column(phase.evals, "distance"), "{:.3g}"),
+            ("tracked target: share discarded", column(phase.evals, "discarded"), "{:.2g}"),
+            ("tracked target: bound of error", column(phase.evals, "target_error"), "{:.2g}"),
         ):
             known_N = value_N[value_N == value_N]
             if phase.judged and len(known_N):

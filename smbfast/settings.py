@@ -98,6 +98,13 @@ class ObjectiveSettings(Settings):
     tau_end: float | None = Field(
         None, ge=0, le=1, description="tau at the end of the run, reached linearly; none: fixed"
     )
+    target_form: Literal["auto", "merged", "tracked"] = Field(
+        "auto",
+        description="how the target averages adapted linears: merged, exactly, in a second copy of "
+        "each; tracked, to low rank over the shared base; auto is tracked with LoRA",
+    )
+    tracked_rank: int = Field(4, ge=1, description="rank of a tracked target, as times lora.r")
+    tracked_every: int = Field(4, ge=1, description="updates between its truncations to that rank")
     predictor_layers: int = Field(2, ge=1, description="linear layers of the predictor")
 
     @field_validator("context")
@@ -222,6 +229,8 @@ class TrainSettings(Settings):
             raise ValueError("model.adapter needs model.path, the backbone it was trained on")
         if self.model.train == "lora" and not self.model.path:
             raise ValueError("model.train=lora needs model.path, the backbone to adapt")
+        if self.objective.target_form == "tracked" and self.trains == "all":
+            raise ValueError("objective.target_form=tracked goes with model.train=lora")
         if self.model.adapter and self.trains == "all":
             raise ValueError("model.adapter goes with model.train=lora")
         if self.model.hidden % (2 * self.model.heads) or self.model.heads % self.model.kv_heads:

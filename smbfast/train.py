@@ -130,7 +130,12 @@ def train(settings: TrainSettings, command: str) -> str:
             at = place(settings, step)
             phase = at.phase
             if phase.w_jepa > 0 and target is None:
-                target = TargetEncoder(encoder)
+                target = TargetEncoder(
+                    encoder,
+                    objective.target_form,
+                    rank=objective.tracked_rank,
+                    every=objective.tracked_every,
+                )
             if phase.w_jepa == 0:
                 target = None
             if at.begins:
@@ -246,7 +251,10 @@ def _earlier(run: Path, settings: TrainSettings) -> str:
         raise ValueError(
             f"{run} already holds a run and run.resume is never; name another --run.dir"
         )
-    now, then = _flat(settings.model_dump(mode="json")), _flat(read_toml(config))
+    # a setting that did not exist yet when the run began had its default
+    known = TrainSettings.model_construct().model_dump(mode="json", exclude={"phases"})
+    then = _flat(known) | _flat(read_toml(config))
+    now = _flat(settings.model_dump(mode="json"))
     keys = [k for k in {**then, **now} if not k.startswith(FREE_KEYS)]
     changed = [f"{k}: {then.get(k)} -> {now.get(k)}" for k in keys if then.get(k) != now.get(k)]
     if changed:

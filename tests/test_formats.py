@@ -138,7 +138,7 @@ def test_a_foreign_backbone_learns_its_delimiter_rows(foreign):
     torch.testing.assert_close(hidden(model, ids), ours, rtol=0, atol=1e-6)
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged")
     torch.testing.assert_close(hidden(merged, ids), ours, rtol=0, atol=1e-5)
-    gap = (target.average[""] - rows).abs().max()
+    gap = (target.exact()["token_rows"] - rows).abs().max()
     assert float(gap) > 0  # trained rows are averaged too
 
 
@@ -154,15 +154,20 @@ def test_training_goes_on_from_an_adapter(cohort, scratch, adapted, tmp_path):
     assert json.loads(first)["sft"] == pytest.approx(json.loads(last)["sft"], rel=1e-5)
 
 
-def test_a_base_in_bf16_keeps_fp32_adapters_and_resumes(cohort, scratch, tmp_path):
+@pytest.mark.parametrize("form", ["merged", "tracked"])
+def test_a_base_in_bf16_keeps_fp32_adapters_and_an_fp32_target(cohort, scratch, tmp_path, form):
     folder = tmp_path / "half"
     paths = [f"--data.path={cohort}", f"--run.dir={folder}", f"--model.path={scratch / 'final'}"]
-    entry.main(["tiny", *paths, "--model.dtype=bfloat16", "--export=merged", *SHORT])
+    bf16 = ["--model.dtype=bfloat16", f"--objective.target_form={form}"]
+    entry.main(["tiny", *paths, *bf16, "--export=merged", *SHORT])
     encoder, target, _ = restore_final(folder / "final", CPU)
     assert encoder.trunk.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.bfloat16
     trained = [p for p in encoder.parameters() if p.requires_grad]
     assert trained and all(p.dtype == torch.float32 for p in trained)
-    assert all(w.dtype == torch.float32 for w in target.average.values())
+    assert target.form == form
+    assert all(w.dtype == torch.float32 for w in target.exact().values())
+    ids = ids_for(folder / "final")
+    assert float((target.hidden(ids) - encoder.hidden(ids)).abs().max()) > 0
     assert AutoModelForCausalLM.from_pretrained(folder / "merged").dtype == torch.bfloat16
 
 

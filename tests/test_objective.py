@@ -15,6 +15,7 @@ from tests.tiny import DELIMITERS, random_window, tiny_encoder
 
 WINDOWS = [random_window(s, buckets=b) for s, b in ((1, 6), (2, 4), (3, 9))]
 OBJECTIVE = ObjectiveSettings(min_future=4, cuts=2)
+FORMS = [(False, "merged"), (True, "merged"), (True, "tracked")]
 CASES = [("qwen3", False), ("qwen3", True), ("llama", False), ("llama", True)]
 
 
@@ -22,11 +23,12 @@ def batch_of(windows=WINDOWS, objective=OBJECTIVE, step=0):
     return make_batch(windows, objective, 0, step, jepa=True)
 
 
-def perturbed_target(encoder):
+def perturbed_target(encoder, form="auto"):
     """A target that has moved away from the online encoder."""
-    target = TargetEncoder(encoder)
-    for weight in target.average.values():
-        weight.add_(0.05 * torch.randn_like(weight))
+    target = TargetEncoder(encoder, form)
+    for name, weight in target.state().items():
+        if not name.startswith("tracked."):
+            weight.add_(0.05 * torch.randn_like(weight))
     return target
 
 
@@ -53,26 +55,27 @@ def merged_copy(encoder, target):
     lm = copy.deepcopy(encoder.lm)
     if not encoder.is_lora:
         with torch.no_grad():
-            for name, weight in target.average.items():
+            for name, weight in target.exact().items():
                 lm.base_model.get_parameter(name).copy_(weight)
         return lm.base_model
     base = lm.get_base_model()
     with torch.no_grad():
-        for name, weight in target.average.items():
-            if name:
-                base.base_model.get_parameter(name).copy_(weight)
+        averages = target.exact()
+        encoder_rows(base).copy_(averages.pop("token_rows"))
+        for name, weight in averages.items():
+            base.base_model.get_parameter(name).copy_(weight)
         for name, parameter in lm.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
-        encoder_rows(base).copy_(target.average[""])
     return base.base_model
 
 
-@pytest.mark.parametrize(("kind", "lora"), CASES)
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize(("lora", "form"), FORMS)
 @pytest.mark.parametrize("norm", ["layer", "none"])
-def test_jepa_by_hand(kind, lora, norm):
+def test_jepa_by_hand(kind, lora, form, norm):
     encoder, batch = tiny_encoder(kind, lora=lora), batch_of()
-    target = perturbed_target(encoder)
+    target = perturbed_target(encoder, form)
     trunk = merged_copy(encoder, target)
     masked = set(batch.masked_M.tolist())
     pair = dict(zip(batch.masked_M.tolist(), batch.target_M.tolist(), strict=True))
@@ -118,7 +121,7 @@ def test_every_trained_parameter_gets_a_gradient_and_nothing_else(kind, lora):
         has = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
         assert has == parameter.requires_grad, name
     assert encoder.mask_vector.grad is not None
-    assert all(not w.requires_grad and w.grad is None for w in target.average.values())
+    assert all(not w.requires_grad and w.grad is None for w in target.state().values())
 
 
 def test_with_lora_only_adapters_delimiter_rows_predictor_and_mask_vector_are_trained():
@@ -180,30 +183,34 @@ def test_the_unmasked_future_of_the_trunk_never_enters_the_online_side():
     assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_target_gets_no_gradient_and_starts_as_the_online_encoder(lora):
+@pytest.mark.parametrize(("lora", "form"), FORMS)
+def test_target_gets_no_gradient_and_starts_as_the_online_encoder(lora, form):
     encoder, batch = tiny_encoder(lora=lora), batch_of()
-    target = TargetEncoder(encoder)
+    target = TargetEncoder(encoder, form)
     ids = batch.ids_T[: int(batch.length_S[0])][None]
     hidden = target.hidden(ids)
     assert not hidden.requires_grad
     torch.testing.assert_close(hidden, encoder.hidden(ids).detach(), rtol=1e-4, atol=1e-5)
-    assert target.distance() < 1e-7
+    assert target.measures()["distance"] < 1e-7
     states = jepa_states(encoder, target, batch)
     assert not states.target_MD.requires_grad and states.prediction_MD.requires_grad
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_target_is_the_exact_average_of_effective_weights(lora):
+@pytest.mark.parametrize(("lora", "form"), FORMS)
+def test_target_is_the_exact_average_of_effective_weights(lora, form):
     """Against an fp64 average of the merged weights over real updates."""
     encoder = tiny_encoder(lora=lora)
-    target = TargetEncoder(encoder)
+    target = TargetEncoder(encoder, form)
 
     def effective():
-        return {
-            name: w.double() + (scale * b.double() @ a.double() if b is not None else 0)
-            for name, w, b, a, scale in target._effective()
-        }
+        if not lora:
+            return {n: p.detach().double() for n, p in encoder.trunk.named_parameters()}
+        weights = {}
+        for name, layer in encoder.lora_layers().items():
+            b, a = layer.lora_B["default"].weight.double(), layer.lora_A["default"].weight.double()
+            weight = layer.get_base_layer().weight.double()
+            weights[f"{name}.base_layer.weight"] = (weight + 2 * b @ a).detach()  # alpha / r = 2
+        return weights | {"token_rows": encoder.trained_rows()[1].detach().double()}
 
     exact = effective()
     optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=1e-2)
@@ -218,19 +225,23 @@ def test_target_is_the_exact_average_of_effective_weights(lora):
             for (n, w), e in zip(exact.items(), effective().values(), strict=True)
         }
     assert target.updates == 5
-    for name, weight in target.average.items():
+    found = target.exact()
+    assert set(found) == set(exact)
+    for name, weight in found.items():
         gap = (weight.double() - exact[name]).norm() / exact[name].norm()
         assert gap < 1e-6, name
-    assert target.distance() > 1e-3
+    assert target.measures()["distance"] > 1e-3
 
 
 def test_the_target_covers_every_trained_weight_of_the_trunk():
     """Whole: all of the trunk. LoRA: every adapted linear and the trained token rows."""
     whole = tiny_encoder()
-    assert set(TargetEncoder(whole).average) == {n for n, _ in whole.trunk.named_parameters()}
+    assert set(TargetEncoder(whole).exact()) == {n for n, _ in whole.trunk.named_parameters()}
     lora = tiny_encoder(lora=True)
     linears = {f"{n}.base_layer.weight" for n in lora.lora_layers()}
-    assert len(linears) == 2 * 7 and set(TargetEncoder(lora).average) == linears | {""}
+    assert len(linears) == 2 * 7
+    for form in ("merged", "tracked"):
+        assert set(TargetEncoder(lora, form).exact()) == linears | {"token_rows"}
 
 
 def test_after_updates_the_target_is_the_model_of_the_averaged_weights():
@@ -252,8 +263,8 @@ def test_after_updates_the_target_is_the_model_of_the_averaged_weights():
 
 
 def test_head_predictor_and_mask_vector_have_no_average():
-    for lora in (False, True):
-        names = TargetEncoder(tiny_encoder(lora=lora)).average
+    for lora, form in FORMS:
+        names = TargetEncoder(tiny_encoder(lora=lora), form).state()
         assert not any("lm_head" in n or "predictor" in n or "mask_vector" in n for n in names)
 
 

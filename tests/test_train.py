@@ -98,6 +98,30 @@ def test_stopped_at_every_step_and_resumed_equals_never_stopped(
     assert told(whole) == told(folder)
 
 
+@pytest.mark.parametrize("form", ["merged", "tracked"])
+def test_lora_stopped_and_resumed_equals_never_stopped(cohort, whole, tmp_path, monkeypatch, form):
+    """After updates 1, 2 and 3 of the target; a tracked one is truncated at the third."""
+    more = [f"--model.path={whole / 'final'}", "--model.train=lora", "--lora.r=2"]
+    more += [f"--objective.target_form={form}", "--objective.tracked_every=3", "--eval.every=1"]
+    more += ["--objective.tracked_rank=1"]
+    run_tiny(cohort, tmp_path / "never", *more)
+    folder = tmp_path / "stopped"
+    for steps in (4, 1, 1):
+        with monkeypatch.context() as patch:
+            StopAfter(patch, steps)
+            with pytest.raises(SystemExit):
+                run_tiny(cohort, folder, *more)
+    run_tiny(cohort, folder, *more)
+    for name in ("final", "checkpoints/step-000007"):
+        for file in sorted((tmp_path / "never" / name).glob("*.safetensors")):
+            assert file.read_bytes() == (folder / name / file.name).read_bytes(), file
+    assert told(tmp_path / "never") == told(folder)
+    last = [r for r in told(folder) if r["kind"] == "eval"][-1]
+    assert ("discarded_worst" in last) == (form == "tracked")
+    if form == "tracked":
+        assert last["target_error"] > 0 and last["discarded"] > 0
+
+
 def test_a_crash_between_checkpoints_replays_the_same_steps(cohort, whole, tmp_path, monkeypatch):
     folder = tmp_path / "crashed"
     real = entry.learning_rate
@@ -207,6 +231,20 @@ def test_other_settings_or_resume_never_do_not_touch_a_run(cohort, whole):
         run_tiny(cohort, whole, "--optim.batch=3", "--optim.micro_batch=1")
     with pytest.raises(SystemExit, match=r"run\.resume is never"):
         run_tiny(cohort, whole, "--resume=never")
+
+
+def test_a_setting_that_is_younger_than_a_run_does_not_change_it(cohort, whole, capsys):
+    config = whole / "config.toml"
+    text = config.read_text()
+    younger = ("target_form", "tracked_rank", "tracked_every")
+    lines = [line for line in text.splitlines() if not line.startswith(younger)]
+    assert len(lines) == len(text.splitlines()) - 3
+    config.write_text("\n".join(lines) + "\n")
+    run_tiny(cohort, whole)
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"objective\.tracked_rank: 4 -> 2"):
+        run_tiny(cohort, whole, "--objective.tracked_rank=2")
+    config.write_text(text)
 
 
 def test_micro_batches_do_not_change_the_run(cohort, whole, tmp_path):

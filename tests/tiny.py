@@ -13,8 +13,8 @@ VOCABULARY = 61
 DELIMITERS = [50, 51, 52]  # of the tiny vocabulary: rows that LoRA trains
 
 
-def tiny_lm(kind: str, seed: int = 0, tie: bool = True) -> torch.nn.Module:
-    """A Qwen3 or Llama of a few thousand parameters, in fp32."""
+def tiny_lm(kind: str, seed: int = 0, tie: bool = True, **more: float) -> torch.nn.Module:
+    """A Qwen3 or Llama of a few thousand parameters, in fp32; `more` goes into its config."""
     torch.manual_seed(seed)
     shape = dict(
         vocab_size=VOCABULARY,
@@ -28,7 +28,7 @@ def tiny_lm(kind: str, seed: int = 0, tie: bool = True) -> torch.nn.Module:
         tie_word_embeddings=tie,
         initializer_range=0.3,  # large enough that every weight matters to the output
     )
-    config = {"qwen3": Qwen3Config, "llama": LlamaConfig}[kind](**shape)
+    config = {"qwen3": Qwen3Config, "llama": LlamaConfig}[kind](**{**shape, **more})
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 

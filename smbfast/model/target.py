@@ -1,72 +1,113 @@
-"""The target encoder: an exact fp32 EMA of the online encoder's effective weights, no gradient.
+"""The target encoder: an EMA of the online encoder's effective weights, no gradient.
 
 Effective means merged: W + s B A for an adapted linear, the weight itself where all is trained.
 Weights that are not trained are shared with the online encoder; trained token rows are averaged;
-the head, the predictor and the mask vector have no average.
+the head, the predictor and the mask vector have no average. `smbfast.model.averages` holds the two
+forms of an average of adapted linears: merged, exact but a second copy of every adapted matrix,
+and tracked, of low rank over the shared base.
 
 Legend: B rows, T positions, D width.
 """
 
+from contextlib import nullcontext
+from typing import Literal
+
 import torch
-from smbkernels import ema_update_
 from torch import Tensor
 from torch.func import functional_call
 
+from smbfast.model.averages import Merged, Source, Tracked, kept_rank, refuse_others
 from smbfast.model.backbone import PatientEncoder, decode
+
+Form = Literal["auto", "merged", "tracked"]
+ROWS = "token_rows"
 
 
 class TargetEncoder:
-    """`average` by name under the trunk, in fp32 (fp64 for a model in fp64)."""
+    """Averages under the trunk, and the forward that reads them."""
 
-    def __init__(self, encoder: PatientEncoder) -> None:
-        """A target that equals the online encoder."""
+    def __init__(
+        self, encoder: PatientEncoder, form: Form = "auto", *, rank: int = 4, every: int = 4
+    ) -> None:
+        """A target that equals the online encoder.
+
+        Args:
+            form: of adapted linears; auto is tracked with LoRA, merged where all is trained.
+            rank: of a tracked target, as a multiple of the adapter's.
+            every: updates between its truncations.
+
+        Raises:
+            ValueError: tracked without LoRA.
+        """
         self.encoder = encoder
-        self.average: dict[str, Tensor] = {}
+        self.form = _form(encoder, form)
         self.updates = 0
-        for name, weight, b, a, scale in self._effective():
-            average = torch.empty_like(weight, dtype=_wide(weight.dtype))
-            self.average[name] = _move(average.copy_(weight), weight, b, a, scale, 0)
+        self.parts: list[Merged | Tracked] = []
+        by_kind: dict[tuple, list[Source]] = {}
+        for source in _sources(encoder):
+            tracked = source.b is not None and self.form == "tracked"
+            kind = (tracked, source.b is not None, None if tracked else source.weight.dtype)
+            by_kind.setdefault(kind, []).append(source)
+        for (tracked, *_), sources in by_kind.items():
+            self.parts.append(Tracked(sources, rank, every) if tracked else Merged(sources))
+
+    @classmethod
+    def of_state(cls, encoder: PatientEncoder, state: dict[str, Tensor]) -> "TargetEncoder":
+        """The target encoder that a checkpoint keeps, in the form that it was kept in.
+
+        Raises:
+            ValueError: names or shapes are not those of this encoder.
+        """
+        settings = state.get("tracked.settings")
+        if settings is None:
+            target = cls(encoder, "merged")
+        else:
+            target = cls(encoder, "tracked", rank=int(settings[0]), every=int(settings[1]))
+        target.load(state)
+        return target
 
     @torch.no_grad()
     def update(self, tau: float) -> None:
         """W̄ <- τ W̄ + (1 - τ) (W + s B A); once per optimizer step, after it."""
-        for name, weight, b, a, scale in self._effective():
-            _move(self.average[name], weight, b, a, scale, tau)
+        for part in self.parts:
+            part.update(tau)
         self.updates += 1
 
     @torch.no_grad()
     def hidden(self, ids_BT: Tensor) -> Tensor:
         """Last hidden states after the final norm, [B, T, D], of unmasked rows."""
         encoder = self.encoder
-        weights = {
-            n: w.to(encoder.trunk.get_parameter(n).dtype) for n, w in self.average.items() if n
-        }
+        weights = {n: w for part in self.parts for n, w in part.weights().items()}
+        rows_nD = weights.pop(ROWS, None)
         if not encoder.is_lora:
             table = weights[_embedding_name(encoder)]
             embedded_BTD = torch.nn.functional.embedding(ids_BT, table)
-            return functional_call(
-                encoder.trunk, weights, kwargs={"inputs_embeds": embedded_BTD, "use_cache": False}
-            ).last_hidden_state
-        with encoder.lm.disable_adapter():
-            embedded_BTD = self._embed(ids_BT)
+        else:
+            embedded_BTD = self._embed(ids_BT, rows_nD)
+        inside = encoder.is_lora and self.form == "merged"  # the averages hold the adapters
+        with encoder.lm.disable_adapter() if inside else nullcontext():
             return functional_call(
                 _Decoder(encoder.trunk), {f"trunk.{n}": w for n, w in weights.items()}, embedded_BTD
             )
 
     @torch.no_grad()
-    def distance(self) -> float:
-        """‖online - target‖ / ‖target‖ over the effective weights that are averaged."""
-        gap = norm = 0.0
-        for name, weight, b, a, scale in self._effective():
-            average = self.average[name]
-            online = _move(average.clone(), weight, b, a, scale, 0)
-            gap += (online - average).square().sum().item()
-            norm += average.square().sum().item()
-        return (gap / max(norm, 1e-30)) ** 0.5
+    def measures(self) -> dict[str, float]:
+        """`distance`, ‖online - target‖ / ‖target‖ over the weights that are averaged; of a
+        tracked target also what its truncations cost."""
+        gap, norm = torch.stack([part.gap() for part in self.parts]).sum(0).tolist()
+        found = {"distance": (gap / max(norm, 1e-30)) ** 0.5}
+        for part in self.parts:
+            found |= part.measures()
+        return found
+
+    @torch.no_grad()
+    def exact(self) -> dict[str, Tensor]:
+        """The averaged effective weights by name under the trunk, at full width."""
+        return {n: w for part in self.parts for n, w in part.exact()}
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
-        return {(n or "token_rows"): w for n, w in self.average.items()}
+        return {n: w for part in self.parts for n, w in part.state().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore `state`; names and shapes must be those of this encoder.
@@ -74,39 +115,19 @@ class TargetEncoder:
         Raises:
             ValueError: they are not.
         """
-        own = self.state()
-        if {n: w.shape for n, w in own.items()} != {n: w.shape for n, w in state.items()}:
-            raise ValueError(
-                "the target encoder of this checkpoint has other shapes than the model"
-            )
-        for name, weight in own.items():
-            weight.copy_(state[name])
+        left = dict(state)
+        for part in self.parts:
+            names = [n for n in left if part.owns(n)]
+            part.load({n: left.pop(n) for n in names})
+        refuse_others({}, left)
 
-    def _effective(self) -> list[tuple[str, Tensor, Tensor | None, Tensor | None, float]]:
-        """(name, W, B, A, s) of every averaged weight; "" names the trained token rows."""
-        encoder = self.encoder
-        if not encoder.is_lora:
-            trained = encoder.trunk.named_parameters()
-            return [(n, p.detach(), None, None, 1.0) for n, p in trained if p.requires_grad]
-        weights = []
-        for name, layer in encoder.lora_layers().items():
-            b = layer.lora_B["default"].weight.detach()
-            a = layer.lora_A["default"].weight.detach()
-            weight = layer.get_base_layer().weight.detach()
-            weights.append((f"{name}.base_layer.weight", weight, b, a, layer.scaling["default"]))
-        rows = encoder.trained_rows()
-        if rows:
-            weights.append(("", rows[1].detach(), None, None, 1.0))
-        return weights
-
-    def _embed(self, ids_BT: Tensor) -> Tensor:
-        rows = self.encoder.trained_rows()
+    def _embed(self, ids_BT: Tensor, rows_nD: Tensor | None) -> Tensor:
         embedded_BTD = self.encoder.base.get_input_embeddings()(ids_BT)
-        if rows is None:
+        if rows_nD is None:
             return embedded_BTD
-        tokens = torch.tensor(rows[0], device=ids_BT.device)
+        tokens = torch.tensor(self.encoder.trained_rows()[0], device=ids_BT.device)
         match = ids_BT[..., None] == tokens
-        chosen = self.average[""][match.int().argmax(-1)].to(embedded_BTD.dtype)
+        chosen = rows_nD[match.int().argmax(-1)].to(embedded_BTD.dtype)
         return torch.where(match.any(-1)[..., None], chosen, embedded_BTD)
 
 
@@ -121,18 +142,46 @@ class _Decoder(torch.nn.Module):
         return decode(self.trunk, embedded_BTD)
 
 
+def target_bytes(encoder: PatientEncoder, form: Form, *, rank: int, every: int) -> int:
+    """Memory of the averages that such a target would hold."""
+    total = 0
+    for source in _sources(encoder):
+        weight = source.weight
+        if source.b is not None and _form(encoder, form) == "tracked":
+            (n, r), k = source.b.shape, source.a.shape[1]
+            total += 4 * (n + k) * (kept_rank(n, k, r, rank) + every * r)
+        else:
+            total += max(4, weight.element_size()) * weight.numel()
+    return total
+
+
+def _form(encoder: PatientEncoder, form: Form) -> Literal["merged", "tracked"]:
+    if form == "auto":
+        return "tracked" if encoder.is_lora else "merged"
+    if form == "tracked" and not encoder.is_lora:
+        raise ValueError("a tracked target needs LoRA: a weight trained whole is merged")
+    return form
+
+
+def _sources(encoder: PatientEncoder) -> list[Source]:
+    """Every weight that is averaged; the trained token rows last."""
+    if not encoder.is_lora:
+        trained = encoder.trunk.named_parameters()
+        return [Source(n, p.detach()) for n, p in trained if p.requires_grad]
+    sources = [
+        Source(
+            f"{name}.base_layer.weight",
+            layer.get_base_layer().weight.detach(),
+            layer.lora_B["default"].weight.detach(),
+            layer.lora_A["default"].weight.detach(),
+            layer.scaling["default"],
+        )
+        for name, layer in encoder.lora_layers().items()
+    ]
+    rows = encoder.trained_rows()
+    return [*sources, Source(ROWS, rows[1].detach())] if rows else sources
+
+
 def _embedding_name(encoder: PatientEncoder) -> str:
     table = encoder.base.get_input_embeddings().weight
     return next(n for n, p in encoder.trunk.named_parameters() if p is table)
-
-
-def _move(
-    average: Tensor, weight: Tensor, b: Tensor | None, a: Tensor | None, scale: float, tau: float
-) -> Tensor:
-    pair = ([b], [a]) if b is not None and a is not None else (None, None)
-    ema_update_([average], [weight], *pair, scale=[scale], tau=tau)
-    return average
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,311 @@
+"""The target encoder's two forms: one contract, what each stores, and how it goes on."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from smbkernels.ema_update import join
+
+import smbfast.model.averages as averages
+from smbfast.model.averages import kept_rank
+from smbfast.model.target import TargetEncoder, target_bytes
+from smbfast.settings import load
+from tests.tiny import DELIMITERS, tiny_encoder
+
+FORMS = ["merged", "tracked"]
+IDS = torch.tensor([[1, 7, 50, 9, 33, 51, 4, 52, 20, 11, 50, 8]])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def moved(encoder, seed=0, size=0.1):
+    """Another step of the online encoder: every trained weight of the language model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in encoder.lm.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                parameter.add_(size * noise)
+
+
+def low_rank(encoder, form="tracked", **more):
+    """A target of so small a model does discard: rank 4 of at most 16."""
+    return TargetEncoder(encoder, form, rank=1, **more)
+
+
+def products(target):
+    """s B A of every adapted linear, averaged: W̄ - W in fp64."""
+    layers = target.encoder.lora_layers()
+    weights = {f"{n}.base_layer.weight": m.get_base_layer().weight for n, m in layers.items()}
+    exact = target.exact()
+    return {n: exact[n].double() - w.detach().double() for n, w in weights.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("updates", [0, 1, 4, 7])
+def test_tracked_forward_is_that_of_merged_weights(updates):
+    """In fp64, W + U V by the adapter path against the same sum written out; token rows too."""
+    encoder = tiny_encoder(lora=True).double()
+    target, merged = low_rank(encoder), TargetEncoder(encoder, "merged")
+    for step in range(updates):
+        moved(encoder, step)
+        target.update(0.7)
+    merged.load(target.exact())
+    expected = merged.hidden(IDS)
+    assert expected.dtype == torch.float64
+    assert (target.hidden(IDS) - expected).abs().max() < 1e-12
+    if updates:
+        assert (target.hidden(IDS) - encoder.hidden(IDS)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+def test_a_forward_leaves_the_online_encoder_as_it_was(form):
+    encoder = tiny_encoder(lora=True)
+    before = encoder.hidden(IDS)
+    trained = [n for n, p in encoder.named_parameters() if p.requires_grad]
+    target = TargetEncoder(encoder, form)
+    moved(encoder)
+    online = encoder.hidden(IDS)
+    assert not torch.equal(online, before)
+    torch.testing.assert_close(target.hidden(IDS), before, rtol=1e-4, atol=1e-5)
+    assert torch.equal(encoder.hidden(IDS), online)
+    assert [n for n, p in encoder.named_parameters() if p.requires_grad] == trained
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tau_of_zero_is_the_online_encoder_and_of_one_changes_nothing(form):
+    encoder = tiny_encoder(lora=True)
+    target = TargetEncoder(encoder, form)
+    for step, tau in enumerate([0.9, 0.5, 1.0, 0.99, 1.0, 0.0]):  # a schedule
+        before = target.exact()
+        before = {n: w.clone() for n, w in before.items()}
+        moved(encoder, step)
+        target.update(tau)
+        assert target.measures()["distance"] < 1e-6 or tau > 0
+        same = [torch.allclose(w, before[n], rtol=0, atol=3e-7) for n, w in target.exact().items()]
+        assert all(same) == (tau == 1.0)
+    assert target.updates == 6
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_schedule_of_tau_is_averaged_exactly(form):
+    """At full rank tracked is exact too; against fp64."""
+    encoder = tiny_encoder(lora=True)
+    target = TargetEncoder(encoder, form)
+    exact = {n: w.double() for n, w in TargetEncoder(encoder, "merged").exact().items()}
+    for step in range(11):
+        moved(encoder, step)
+        tau = 0.8 + 0.02 * step
+        target.update(tau)
+        online = TargetEncoder(encoder, "merged").exact()
+        exact = {n: tau * w + (1 - tau) * online[n].double() for n, w in exact.items()}
+    for name, weight in target.exact().items():
+        assert (weight.double() - exact[name]).norm() < 1e-6 * exact[name].norm(), name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_adapter_whose_b_is_zero(form):
+    """As every adapter begins; nothing is NaN, and the target is the base."""
+    encoder = tiny_encoder(lora=True)
+    with torch.no_grad():
+        for name, parameter in encoder.lm.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    target = low_rank(encoder, form)
+    for _ in range(9):
+        target.update(0.9)
+    found = target.measures()
+    assert found["distance"] < 1e-6 and found.get("discarded", 0.0) == 0.0
+    torch.testing.assert_close(target.hidden(IDS), encoder.hidden(IDS), rtol=1e-5, atol=1e-6)
+    moved(encoder)
+    for _ in range(5):
+        target.update(0.9)
+    assert all(bool(w.isfinite().all()) for w in target.state().values())
+
+
+def test_an_adapter_that_rests_is_of_its_own_rank():
+    """Every block holds the same factors: they fit rank r, and nothing is discarded."""
+    encoder = tiny_encoder(lora=True)
+    target = low_rank(encoder)
+    for _ in range(12):
+        target.update(0.9)
+    found = target.measures()
+    assert found["distance"] < 1e-6 and found["discarded_worst"] < 1e-5
+
+
+def test_what_is_discarded_is_reported_and_bounds_the_error():
+    encoder = tiny_encoder(lora=True)
+    targets = {rank: TargetEncoder(encoder, "tracked", rank=rank) for rank in (1, 2, 4)}
+    exact = TargetEncoder(encoder, "merged")
+    for step in range(21):
+        moved(encoder, step, 0.02)
+        for target in (*targets.values(), exact):
+            target.update(0.9)
+    truth, found = products(exact), {}
+    for rank, target in targets.items():
+        measures = target.measures()
+        gaps = [(p - truth[n]).norm() / truth[n].norm() for n, p in products(target).items()]
+        assert max(gaps) <= measures["target_error"] * 1.01 + 1e-5
+        assert 0 <= measures["discarded"] <= measures["discarded_worst"]
+        found[rank] = measures["target_error"]
+    assert found[1] > found[2] > found[4]
+    # k and v have 8 outputs, and rank 4r = 16 is all that q, o and the MLP have
+    assert found[4] < 1e-6 < found[2]
+    assert set(exact.measures()) == {"distance"}
+
+
+def test_distance_means_the_same_in_both_forms():
+    encoder = tiny_encoder(lora=True)
+    pair = [TargetEncoder(encoder, form) for form in FORMS]
+    for step in range(6):
+        moved(encoder, step)
+        found = []
+        for target in pair:
+            target.update(0.8)
+            found.append(target.measures()["distance"])
+        assert found[0] > 1e-3 and found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("done", range(1, 7))
+@pytest.mark.parametrize("form", FORMS)
+def test_stopped_at_any_update_and_resumed_equals_never_stopped(form, done, tmp_path):
+    """Bit for bit, with columns that wait for a truncation and without."""
+    encoder = tiny_encoder(lora=True)
+    whole = low_rank(encoder, form, every=3)
+    for step in range(9):
+        if step == done:
+            state = {n: w.clone().contiguous() for n, w in whole.state().items()}
+            save_file(state, tmp_path / "state.safetensors")
+            stopped = TargetEncoder.of_state(encoder, load_file(tmp_path / "state.safetensors"))
+        moved(encoder, step)
+        whole.update(0.9)
+        if step >= done:
+            stopped.update(0.9)
+    assert stopped.form == form
+    left, right = whole.state(), stopped.state()
+    assert list(left) == list(right)
+    assert all(torch.equal(left[n], right[n]) for n in left)
+    assert torch.equal(whole.hidden(IDS), stopped.hidden(IDS))
+    assert whole.measures() == stopped.measures()
+
+
+def bf16_encoder():
+    encoder = tiny_encoder(lora=True)
+    for parameter in encoder.lm.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    assert encoder.trunk.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.bfloat16
+    return encoder
+
+
+def test_merged_halves_of_a_bf16_backbone_are_an_fp32_average():
+    """Its bits, while the GEMMs read the high half itself: no copy and no conversion."""
+    encoder = bf16_encoder()
+    wide = tiny_encoder(lora=True)
+    with torch.no_grad():
+        for mine, theirs in zip(wide.lm.parameters(), encoder.lm.parameters(), strict=True):
+            mine.copy_(theirs)
+    target, full = TargetEncoder(encoder, "merged"), TargetEncoder(wide, "merged")
+    for step in range(20):
+        moved(encoder, step, 0.01)
+        moved(wide, step, 0.01)
+        for either in (target, full):
+            either.update(0.996)
+    state, expected = target.state(), full.state()
+    adapted, rows = target.parts
+    for name in (s.name for s in adapted.sources):
+        assert state[name].dtype == torch.bfloat16
+        assert torch.equal(join(state[name], state[f"{name}.remainder"]), expected[name])
+        assert adapted.weights()[name].data_ptr() == state[name].data_ptr()
+    assert torch.equal(rows.weights()["token_rows"], expected["token_rows"])
+    for name, weight in target.exact().items():
+        assert torch.equal(weight, full.exact()[name])
+    assert target.measures()["distance"] == pytest.approx(full.measures()["distance"], rel=1e-6)
+    hidden = target.hidden(IDS)
+    assert hidden.dtype == torch.bfloat16 and bool(hidden.isfinite().all())
+    # an average that an earlier version kept in fp32 becomes the same halves
+    old = TargetEncoder.of_state(encoder, expected)
+    assert all(torch.equal(w, state[n]) for n, w in old.state().items())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_backbone_of_two_dtypes(form):
+    """As where a model keeps some modules in fp32."""
+    encoder = bf16_encoder()
+    layer = encoder.trunk.layers[1].mlp.down_proj.base_layer
+    layer.weight.data = layer.weight.data.float()
+    target = low_rank(encoder, form)
+    for step in range(5):
+        moved(encoder, step)
+        target.update(0.9)
+    again = TargetEncoder.of_state(encoder, target.state())
+    for name, weight in target.exact().items():
+        assert weight.dtype == torch.float32 and torch.equal(weight, again.exact()[name])
+
+
+def test_tracked_factors_stay_fp32_beside_a_bf16_backbone():
+    encoder = bf16_encoder()
+    target = low_rank(encoder)
+    for step in range(5):
+        moved(encoder, step)
+        target.update(0.9)
+    assert {w.dtype for w in target.parts[0].weights().values()} == {torch.float32}
+    assert target.hidden(IDS).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("lora", "form", "calls"), [(False, "merged", 1), (True, "merged", 2)])
+def test_one_call_moves_all_matrices(lora, form, calls, monkeypatch):
+    """And one the token rows, which have no adapter."""
+    target = TargetEncoder(tiny_encoder(lora=lora), form)
+    seen = []
+    real = averages.ema_update_
+    monkeypatch.setattr(
+        averages, "ema_update_", lambda *a, **k: (seen.append(len(a[0])), real(*a, **k))
+    )
+    target.update(0.9)
+    assert len(seen) == calls and max(seen) >= 14
+
+
+def test_the_form_is_chosen_by_what_is_trained():
+    assert TargetEncoder(tiny_encoder()).form == "merged"
+    assert TargetEncoder(tiny_encoder(lora=True)).form == "tracked"
+    with pytest.raises(ValueError, match="needs LoRA"):
+        TargetEncoder(tiny_encoder(), "tracked")
+    with pytest.raises(ValueError, match=r"objective\.target_form"):
+        load("tiny", ["--objective.target_form=tracked"])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_state_of_another_model_is_refused(form):
+    target = TargetEncoder(tiny_encoder(lora=True), form)
+    other = TargetEncoder(tiny_encoder("llama", lora=True), form)
+    state = target.state()
+    assert list(other.state()) == list(state)  # the same names and shapes: it loads
+    other.load(state)
+    name = next(iter(state))
+    for spoiled in (
+        {n: w for n, w in state.items() if n != name},
+        state | {name: state[name][:-1]},
+        state | {"more": state[name]},
+        TargetEncoder(tiny_encoder()).state(),
+    ):
+        with pytest.raises(ValueError, match="other shapes"):
+            TargetEncoder.of_state(other.encoder, spoiled)
+
+
+def test_memory_is_foretold():
+    encoder = tiny_encoder(lora=True)
+    for form in FORMS:
+        target = TargetEncoder(encoder, form)
+        factors = [w for part in target.parts for w in (part.weights().values())]
+        expected = sum(w.numel() * w.element_size() for w in factors)
+        assert target_bytes(encoder, form, rank=4, every=4) == expected
+    assert kept_rank(64, 64, 4, 4) == 16 and kept_rank(8, 64, 4, 4) == 8
+    assert kept_rank(8, 64, 16, 1) == 16  # an adapter wider than its matrix still fits
+    assert encoder.trained_rows()[0] == DELIMITERS
