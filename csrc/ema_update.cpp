@@ -55,9 +55,9 @@ struct Halves {
     x.store(bits);
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
-      // a NaN of all ones would be carried over into -0 by rounding up
-      const int32_t kept = std::min(static_cast<int32_t>(bits[j]), 0x7FFF7FFF);
-      high[i + j] = static_cast<uint16_t>((static_cast<uint32_t>(kept) + 0x8000u) >> 16);
+      // a NaN of all ones would be carried over into a zero by rounding up
+      const uint32_t kept = (bits[j] & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC00000u : bits[j];
+      high[i + j] = static_cast<uint16_t>((kept + 0x8000u) >> 16);
       low[i + j] = static_cast<int16_t>(kept);
     }
   }

@@ -32,10 +32,14 @@ class Kept {
  public:
   Block take(size_t size) {
     const Block found = swap({});
-    if (found.size >= size) {
+    if (found.size >= size && found.size <= 2 * size) {
       return found;
     }
-    std::free(found.start);
+    if (found.size > size) {
+      give(found);  // a small output must not hold a large block
+    } else {
+      std::free(found.start);
+    }
     const Block fresh{std::aligned_alloc(PAGE, size), size};
     TORCH_CHECK(fresh.start != nullptr, "no memory for ", size, " bytes");
 #ifdef __linux__

@@ -272,6 +272,31 @@ def test_one_call_moves_all_matrices(lora, form, calls, monkeypatch):
     assert len(seen) == calls and max(seen) >= 14
 
 
+@pytest.mark.parametrize("form", ["merged", "tracked"])
+def test_a_parameter_that_was_given_another_tensor_is_followed(form):
+    encoder = tiny_encoder(lora=True)
+    target = TargetEncoder(encoder, form)
+    with torch.no_grad():
+        for layer in encoder.lora_layers().values():
+            b = layer.lora_B["default"].weight
+            b.data = b.data + 0.1
+    assert target.measures()["distance"] > 1e-3
+    target.update(0.0)
+    assert target.measures()["distance"] < 1e-5
+    assert not any(w.requires_grad for w in target.state().values())
+
+
+def test_a_state_of_the_other_form_is_refused_and_changes_nothing():
+    encoder = tiny_encoder(lora=True)
+    merged, tracked = (TargetEncoder(encoder, form) for form in ("merged", "tracked"))
+    for one, other in ((merged, tracked), (tracked, merged)):
+        before = {n: w.clone() for n, w in one.state().items()}
+        with pytest.raises(ValueError):
+            one.load(other.state())
+        after = one.state()
+        assert all(torch.equal(w, after[n]) for n, w in before.items())
+
+
 def test_the_form_is_chosen_by_what_is_trained():
     assert TargetEncoder(tiny_encoder()).form == "merged"
     assert TargetEncoder(tiny_encoder(lora=True)).form == "tracked"

@@ -72,7 +72,8 @@ def ema_update_(
         full = high if remainder is None else join(high, remainder[i])
         target = w.to(full.dtype)
         if b is not None and a is not None:
-            delta = b[i].to(full.dtype) @ a[i].to(full.dtype)
+            with torch.autocast(full.device.type, enabled=False):
+                delta = b[i].to(full.dtype) @ a[i].to(full.dtype)
             target = target + (1.0 if scale is None else scale[i]) * delta
         full = full.add((target - full) * (1 - tau))
         if remainder is None:
@@ -164,12 +165,13 @@ def _check(average, weight, b, a, remainder, scale) -> None:
                 raise ValueError(f"{name}[{i}] must be on {high.device}, got {x.device}")
     kind = torch.float32 if remainder is None else torch.bfloat16
     for i, (high, w) in enumerate(zip(average, weight, strict=True)):
-        if high.dtype != kind or not high.is_contiguous():
-            raise ValueError(f"average[{i}] must be contiguous {kind}, got {high.dtype}")
-        if w.shape != high.shape or not w.is_contiguous():
-            raise ValueError(
-                f"weight[{i}] must be contiguous {list(high.shape)}, got {list(w.shape)}"
-            )
+        if high.dtype != kind:
+            raise ValueError(f"average[{i}] must be {kind}, got {high.dtype}")
+        if w.shape != high.shape:
+            raise ValueError(f"weight[{i}] must be {list(high.shape)}, got {list(w.shape)}")
+        for name, x in (("average", high), ("weight", w)):
+            if not x.is_contiguous():
+                raise ValueError(f"{name}[{i}] must be contiguous, got strides {x.stride()}")
         if remainder is not None:
             low = remainder[i]
             if low.dtype != torch.int16 or low.shape != high.shape or not low.is_contiguous():
@@ -179,7 +181,7 @@ def _check(average, weight, b, a, remainder, scale) -> None:
                 )
         if b is not None:
             shapes = [list(b[i].shape), list(a[i].shape)]
-            rank = b[i].shape[-1]
+            rank = b[i].shape[-1] if b[i].dim() else 0
             if high.dim() != 2 or shapes != [[high.shape[0], rank], [rank, high.shape[1]]]:
                 raise ValueError(
                     f"b[{i}] and a[{i}] must be [N, R] and [R, K] for {list(high.shape)}, got "

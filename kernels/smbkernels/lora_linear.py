@@ -10,6 +10,7 @@ up. In backends x A' of a whole group is one [T, S] buffer, S the sum of the ran
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from smbkernels.registry import Backend, op
+
+AUTOCAST = ("cpu", "cuda")  # devices whose autocast is honoured
 
 
 def lora_flops(
@@ -176,7 +179,8 @@ def by_hand(
             for g, w in zip(grads, weight, strict=False)
         ]
         run = gradients if _is_traced() else backward
-        dx_TK, *db, da_SK = run(dy, x_TK, low_TS, weight, b, a, ctx.scale, *ctx.needs)
+        with _no_autocast(known):
+            dx_TK, *db, da_SK = run(dy, x_TK, low_TS, weight, b, a, ctx.scale, *ctx.needs)
         rows = [v.shape[0] for v, needed in zip(a, needs_a, strict=True) if needed]
         da = iter(da_SK.split(rows) if len(rows) > 1 else (da_SK,))
         return (
@@ -226,15 +230,36 @@ def by_hand(
         scale: list[float],
         bias: list[Tensor] | None = None,
     ) -> list[Tensor]:
-        _check(x_TK, weight, b, a, scale, bias)
         bias = bias or []
-        if _is_traced():
-            return outputs_and_low(x_TK, weight, b, a, scale, bias)[:-1]
-        if torch.is_grad_enabled():
-            return list(Eager.apply(x_TK, scale, bias, *weight, *b, *a)[:-1])
-        return forward(x_TK, weight, b, a, scale, bias)[:-1]
+        dtype = _autocast_dtype(x_TK)
+        if dtype is not None:
+            # as autocast does it for each linear; factors in fp32 are cast by the operation
+            x_TK, weight, bias = x_TK.to(dtype), _cast(weight, dtype), _cast(bias, dtype)
+        _check(x_TK, weight, b, a, scale, bias)
+        with _no_autocast(x_TK):
+            if _is_traced():
+                return outputs_and_low(x_TK, weight, b, a, scale, bias)[:-1]
+            if torch.is_grad_enabled():
+                return list(Eager.apply(x_TK, scale, bias, *weight, *b, *a)[:-1])
+            return forward(x_TK, weight, b, a, scale, bias)[:-1]
 
     return lora_linear
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    kind = x.device.type
+    if kind not in AUTOCAST or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if kind in AUTOCAST else nullcontext()
+
+
+def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [t.to(dtype) for t in tensors]
 
 
 def _is_traced() -> bool:
@@ -258,7 +283,7 @@ def wider(factors: Sequence[Tensor]) -> torch.dtype:
 def _check(x_TK, weight, b, a, scale, bias) -> None:
     if not weight:
         raise ValueError("weight must hold at least one linear, got an empty list")
-    for name, values in {"b": b, "a": a, "scale": scale, "bias": bias}.items():
+    for name, values in {"b": b, "a": a, "scale": scale, "bias": bias or None}.items():
         if values is not None and len(values) != len(weight):
             raise ValueError(
                 f"{name} must have one entry for each of {len(weight)} linears, got {len(values)}"
@@ -269,6 +294,9 @@ def _check(x_TK, weight, b, a, scale, bias) -> None:
             raise ValueError(
                 f"weight[{i}] must be {x_TK.dtype} [N, {K}], got {w.dtype} {list(w.shape)}"
             )
+        for name, factor in (("weight", w), ("b", b[i]), ("a", a[i])):
+            if factor.device != x_TK.device:
+                raise ValueError(f"{name}[{i}] must be on {x_TK.device}, got {factor.device}")
         N, R = w.shape[0], a[i].shape[0]
         if b[i].shape != (N, R) or a[i].shape != (R, K):
             raise ValueError(
@@ -279,7 +307,7 @@ def _check(x_TK, weight, b, a, scale, bias) -> None:
             raise ValueError(
                 f"b[{i}] and a[{i}] must be fp32 or {x_TK.dtype}, got {b[i].dtype} and {a[i].dtype}"
             )
-        if bias is not None and (bias[i].shape != (N,) or bias[i].dtype != x_TK.dtype):
+        if bias and (bias[i].shape != (N,) or bias[i].dtype != x_TK.dtype):
             raise ValueError(
                 f"bias[{i}] must be {x_TK.dtype} [{N}], got {bias[i].dtype} {list(bias[i].shape)}"
             )

@@ -125,6 +125,10 @@ def one_pass(backend: str, launch: Callable[..., tuple[Tensor, Tensor]]) -> Call
         ctx.set_materialize_grads(False)
 
     def backward(ctx, grad_loss, _grad_of_grad):
+        if grad_loss is None:
+            raise NotImplementedError(
+                f"masked_jepa_mse on {backend} has no second derivative; its reference has"
+            )
         return _scaled(ctx.saved_tensors[0], grad_loss), *[None] * 7
 
     loss_and_grad.register_autograd(backward, setup_context=keep)
@@ -156,7 +160,9 @@ def _scaled(grad_MD: Tensor, grad_loss: Tensor) -> Tensor:
     # subclasses stand in for tensors while a graph is traced
     plain = type(grad_loss) is Tensor and not torch.compiler.is_compiling()
     if plain and grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:
-        return grad_MD
+        # what is handed out belongs to the caller: a graph that is kept needs its own
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        return grad_MD.clone() if kept else grad_MD
     return grad_MD * grad_loss
 
 

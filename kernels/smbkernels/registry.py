@@ -14,7 +14,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 REFERENCE = "torch"
+AUTO = "auto"
 log = logging.getLogger("smbkernels")
 
 
@@ -146,8 +147,8 @@ def op(*backends: Backend, flops: Callable[..., int]) -> Callable[[Callable], Ca
 
 
 def _choice(entry: Op, args: tuple, kwargs: dict) -> Callable:
-    forced = _forced.get(entry.name) or _forced.get("*")
-    if forced is not None:
+    forced = _forced.get(entry.name, _forced.get("*", AUTO))
+    if forced != AUTO:
         return entry.on(forced)
     device = device_of(args, kwargs)
     if device not in entry.chosen:
@@ -160,12 +161,11 @@ def _choice(entry: Op, args: tuple, kwargs: dict) -> Callable:
 
 def device_of(args: tuple, kwargs: dict) -> str:
     """The kind of device of the first tensor, which may stand in a list."""
-    first = args[0] if args else next(iter(kwargs.values()))
-    if not isinstance(first, Tensor):
-        if not first:
-            return "cpu"
-        first = first[0]
-    return first.device.type
+    for value in (*args, *kwargs.values()):
+        first = value[0] if isinstance(value, list | tuple) and value else value
+        if isinstance(first, Tensor):
+            return first.device.type
+    return "cpu"
 
 
 @contextmanager
@@ -175,27 +175,21 @@ def use(backend: str | None = None, **by_op: str) -> Iterator[None]:
     `auto` gives the choice back to the registry.
 
     Raises:
-        ValueError: no such operation, or it has no such backend.
+        ValueError: no such operation, or one that is meant has no such backend.
     """
     wanted = {**({"*": backend} if backend else {}), **by_op}
-    for name, choice in by_op.items():
+    for name in by_op:
         if name not in OPS:
             raise ValueError(f"operation must be one of {', '.join(sorted(OPS))}, got {name!r}")
-        if choice != "auto":
+    # implementations are imported here, because a compiled call cannot import
+    for name in OPS if backend else by_op:
+        choice = by_op.get(name, backend)
+        if choice != AUTO:
             OPS[name].on(choice)
-    known = {"auto", REFERENCE, *(b.name for o in OPS.values() for b in o.backends)}
-    if backend is not None and backend not in known:
-        raise ValueError(f"backend must be one of {', '.join(sorted(known))}, got {backend!r}")
-    if backend is not None:
-        # imported here, because a compiled call cannot import
-        for entry in OPS.values():
-            if any(b.name == backend for b in entry.backends):
-                with suppress(ValueError):
-                    entry.on(backend)
     before = dict(_forced)
+    if backend is not None:
+        _forced.clear()
     _forced.update(wanted)
-    for name in [n for n, choice in wanted.items() if choice == "auto"]:
-        del _forced[name]
     try:
         yield
     finally:
@@ -218,8 +212,9 @@ def load(device: str | None = None) -> list[str]:
         _report(entry.load(device))
         ready = [b.name for b in entry.backends if device in b.devices]
         ready = [b for b in ready if entry.status(device)[b] == "ok"]
-        forced = _forced.get(name) or _forced.get("*")
-        lines.append(f"{name}: {forced or ', then '.join([*ready, REFERENCE])}")
+        forced = _forced.get(name, _forced.get("*", AUTO))
+        found = ", then ".join([*ready, REFERENCE]) if forced == AUTO else forced
+        lines.append(f"{name}: {found}")
     return lines
 
 

@@ -7,7 +7,7 @@ place of the trunk's in a forward, and know how far the online weights are.
 M modules of one shape, N out, K in features, Q columns held.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Source:
-    """An online weight by its name under the trunk, and its adapter: W + s B A."""
+    """An online weight by its name under the trunk, and its adapter: W + s B A.
+
+    Parameters themselves, not what they hold now: a model that is moved puts other tensors there.
+    """
 
     name: str
     weight: Tensor
@@ -74,7 +77,8 @@ class Merged:
         total = torch.zeros(2, dtype=torch.float64, device=self._average[0].device)
         for source, (_, average) in zip(self.sources, self.exact(), strict=True):
             online = average.clone()
-            _move([online], [source], 0.0)
+            # not the chosen kernel, which would plan launches for these copies
+            _move([online], [source], 0.0, update=ema_update_.reference)
             total += torch.stack([_square(online - average), _square(average)])
         return total
 
@@ -194,8 +198,19 @@ class Tracked:
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore `state`; unused columns are zero again."""
-        self.pending = int(state["tracked.settings"][2])
-        refuse_others(self.state(), state)
+        settings = state.get("tracked.settings", torch.zeros(3))
+        rank, every, pending = (int(n) for n in settings)
+        if (rank, every) != (self.rank, self.every) or not 0 <= pending < every:
+            raise ValueError(
+                f"a tracked target of rank {self.rank}, truncated every {self.every} updates, "
+                f"cannot hold the state of one of rank {rank}, every {every}, {pending} pending"
+            )
+        before, self.pending = self.pending, pending
+        try:
+            refuse_others(self.state(), state)
+        except ValueError:
+            self.pending = before
+            raise
         for group in self.groups:
             group.u_MNQ.zero_()
             group.v_MQK.zero_()
@@ -218,24 +233,25 @@ class _Group:
 
     def __init__(self, sources: list[Source], rank: int, every: int) -> None:
         self.sources = sources
-        self.b = [s.b for s in sources]
-        self.a = [s.a for s in sources]
-        n, self.r = self.b[0].shape
-        k = self.a[0].shape[1]
+        n, self.r = sources[0].b.shape
+        k = sources[0].a.shape[1]
         self.kept = kept_rank(n, k, self.r, rank)
         q = self.kept + every * self.r
-        like = {"dtype": torch.promote_types(self.b[0].dtype, torch.float32)}
-        like["device"] = self.b[0].device
+        like = {"dtype": torch.promote_types(sources[0].b.dtype, torch.float32)}
+        like["device"] = sources[0].b.device
         self.u_MNQ = torch.zeros(len(sources), n, q, **like)
         self.v_MQK = torch.zeros(len(sources), q, k, **like)
-        append_(self.u_MNQ, self.v_MQK, self.b, self.a, start=0, tau=0.0)
+        self._append(0, 0.0)
         # an upper bound of ‖U V - exact average‖: what was discarded, decaying as the average does
         self.lost_M = torch.zeros(len(sources), dtype=torch.float64, device=like["device"])
 
     def append(self, pending: int, tau: float) -> None:
-        start = self.kept + pending * self.r
-        append_(self.u_MNQ, self.v_MQK, self.b, self.a, start=start, tau=tau)
+        self._append(self.kept + pending * self.r, tau)
         self.lost_M *= tau
+
+    def _append(self, start: int, tau: float) -> None:
+        b, a = [s.b for s in self.sources], [s.a for s in self.sources]
+        append_(self.u_MNQ, self.v_MQK, b, a, start=start, tau=tau)
 
     def truncate(self) -> Tensor:
         discarded_M, norm_M = truncate_(self.u_MNQ, self.v_MQK, self.kept)
@@ -255,10 +271,14 @@ def refuse_others(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
 
 
 def _move(
-    average: list[Tensor], sources: list[Source], tau: float, low: list[Tensor] | None = None
+    average: list[Tensor],
+    sources: list[Source],
+    tau: float,
+    low: list[Tensor] | None = None,
+    update: Callable[..., None] | None = None,
 ) -> None:
     adapted = sources[0].b is not None
-    ema_update_(
+    (update or ema_update_)(
         average,
         [s.weight for s in sources],
         [s.b for s in sources] if adapted else None,

@@ -26,6 +26,7 @@ ROWS = "token_rows"
 class TargetEncoder:
     """Averages under the trunk, and the forward that reads them."""
 
+    @torch.no_grad()
     def __init__(
         self, encoder: PatientEncoder, form: Form = "auto", *, rank: int = 4, every: int = 4
     ) -> None:
@@ -115,11 +116,10 @@ class TargetEncoder:
         Raises:
             ValueError: they are not.
         """
-        left = dict(state)
-        for part in self.parts:
-            names = [n for n in left if part.owns(n)]
-            part.load({n: left.pop(n) for n in names})
-        refuse_others({}, left)
+        shares = [{n: w for n, w in state.items() if part.owns(n)} for part in self.parts]
+        refuse_others({}, {n: w for n, w in state.items() if not any(n in s for s in shares)})
+        for part, share in zip(self.parts, shares, strict=True):
+            part.load(share)
 
     def _embed(self, ids_BT: Tensor, rows_nD: Tensor | None) -> Tensor:
         embedded_BTD = self.encoder.base.get_input_embeddings()(ids_BT)
@@ -167,19 +167,19 @@ def _sources(encoder: PatientEncoder) -> list[Source]:
     """Every weight that is averaged; the trained token rows last."""
     if not encoder.is_lora:
         trained = encoder.trunk.named_parameters()
-        return [Source(n, p.detach()) for n, p in trained if p.requires_grad]
+        return [Source(n, p) for n, p in trained if p.requires_grad]
     sources = [
         Source(
             f"{name}.base_layer.weight",
-            layer.get_base_layer().weight.detach(),
-            layer.lora_B["default"].weight.detach(),
-            layer.lora_A["default"].weight.detach(),
+            layer.get_base_layer().weight,
+            layer.lora_B["default"].weight,
+            layer.lora_A["default"].weight,
             layer.scaling["default"],
         )
         for name, layer in encoder.lora_layers().items()
     ]
     rows = encoder.trained_rows()
-    return [*sources, Source(ROWS, rows[1].detach())] if rows else sources
+    return [*sources, Source(ROWS, rows[1])] if rows else sources
 
 
 def _embedding_name(encoder: PatientEncoder) -> str:

@@ -125,12 +125,22 @@ def test_an_explicit_choice_never_falls_back(monkeypatch, modules):
         doubled.on("c")
     with use("a"), pytest.raises(ValueError, match="no CUDA device"):
         doubled(torch.ones(1))
-    with pytest.raises(ValueError, match="backend must be one of"):
+    with pytest.raises(ValueError, match="backend of doubled must be one of a, b, torch"):
         with use("metal"):
             pass
     with pytest.raises(ValueError, match="operation must be one of doubled, got 'tripled'"):
         with use(tripled="a"):
             pass
+
+
+def test_the_device_is_that_of_the_first_tensor_wherever_it_stands():
+    x = torch.ones(1, device="meta")
+    for args, kwargs in (((x,), {}), (([x],), {}), ((), {"tau": 0.5, "x": x}), ((True, [x]), {})):
+        assert registry.device_of(args, kwargs) == "meta"
+    assert registry.device_of((), {}) == "cpu"
+    data = {"prediction_MD": torch.ones(1, 2), "target_TD": torch.ones(1, 2)}
+    row_M = torch.zeros(1, dtype=torch.long)
+    assert smbkernels.masked_jepa_mse(scale=0.5, row_M=row_M, **data) > 0
 
 
 def test_use_is_undone_and_nests(monkeypatch, modules):
@@ -144,6 +154,10 @@ def test_use_is_undone_and_nests(monkeypatch, modules):
             assert float(doubled(one)) == 200
             with use("auto", doubled="auto"):
                 assert float(doubled(one)) == 20
+        with use(doubled="auto"):
+            assert float(doubled(one)) == 20
+        with use("torch", doubled="auto"):
+            assert float(doubled(one)) == 20
         assert float(doubled(one)) == 2
     with pytest.raises(RuntimeError), use("torch"):
         raise RuntimeError
@@ -163,7 +177,7 @@ def test_a_compiled_function_follows_the_choice():
     torch.testing.assert_close(loss(*data), expected)
     with use("torch"):
         assert torch.equal(loss(*data), expected)
-    with use("triton"):
+    with use(masked_jepa_mse="triton"):
         if registry.OPS["masked_jepa_mse"].status("cpu")["triton"] == "ok":
             torch.testing.assert_close(loss(*data), expected)
 

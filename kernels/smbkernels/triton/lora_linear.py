@@ -45,7 +45,7 @@ from torch import Tensor
 
 from smbkernels.fused.lora_linear import chosen, input_gradient, outputs, parts, rows, stacked
 from smbkernels.lora_linear import by_hand, wider
-from smbkernels.triton.platform import INTERPRET, Build, missing
+from smbkernels.triton.platform import INTERPRET, Build, missing, on_device_of_first
 
 __all__ = ["builds", "lora_linear", "missing"]
 
@@ -350,7 +350,7 @@ def _pays(dy_TN: Tensor, b_NR: Tensor) -> bool:
     return Settings.of(rank, itemsize, "both").pays(rank, itemsize)
 
 
-lora_linear = by_hand("triton", _forward, _backward)
+lora_linear = by_hand("triton", on_device_of_first(_forward), on_device_of_first(_backward))
 
 
 def builds() -> list[Build]:

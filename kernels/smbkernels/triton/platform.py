@@ -1,10 +1,13 @@
 """Where Triton kernels can run, and what is compiled ahead of time for the budget table."""
 
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # under the interpreter kernels run on the CPU, for tests; it computes bf16 wrongly, so that
 # kernels upcast on load and tests use fp32 inputs
@@ -14,10 +17,25 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 def missing(device: str) -> str | None:
     """Why Triton cannot run on this kind of device here, or None."""
     if device == "cuda":
-        return None if torch.cuda.is_available() else "no CUDA device"
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        major, minor = torch.cuda.get_device_capability()
+        old = f"compute capability must be 8.0 or higher, got {major}.{minor}"
+        return old if major < 8 else None
     if device == "cpu" and INTERPRET:
         return None
     return "no CUDA device" if not torch.cuda.is_available() else f"tensors are on {device}"
+
+
+def on_device_of_first(function: Callable) -> Callable:
+    """Launch on the device of the first argument, a tensor or a list of them."""
+
+    @functools.wraps(function)
+    def call(first: Tensor | list[Tensor], *args: Any) -> Any:
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+            return function(first, *args)
+
+    return call
 
 
 @dataclass(frozen=True)
