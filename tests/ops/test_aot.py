@@ -1,0 +1,193 @@
+"""Shipped Triton kernels compile for sm_80, sm_90 and sm_100 within `kernels/budgets.json`.
+
+No GPU is needed: the compiler and the disassembler stand in the Triton wheel.
+"""
+
+import json
+
+import pytest
+from smbkernels.registry import OPS
+
+from bench import aot, cubin
+
+SAMPLES = "tests.ops.sample_builds"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> aot.Compiled:
+    return aot.compile_all()
+
+
+@pytest.fixture(scope="module")
+def samples() -> dict[str, dict]:
+    """Reports of kernels with known faults, by row."""
+    compiled = aot.compile_all([SAMPLES])
+    return {aot.row_name(r).removeprefix("sample_builds/"): r for r in compiled.reports}
+
+
+def test_no_budget_is_exceeded(shipped):
+    found = aot.failures(shipped, aot.read_table())
+    assert not found, "\n".join(["", *found, "", aot.printed(shipped)])
+
+
+def test_every_operation_on_triton_has_builds(shipped):
+    built = {report["build"].split("/")[0] for report in shipped.reports}
+    backends = [b for entry in OPS.values() for b in entry.backends if b.name == "triton"]
+    assert {b.module.split(".")[-1] for b in backends} <= built
+
+
+def test_the_table_has_rows_of_both_versions_and_the_same_builds():
+    table = aot.read_table()
+    versions = {version.rpartition(".")[0] for version in table}
+    assert {"3.6", "3.9"} <= versions
+    assert len({frozenset(rows) for rows in table.values()}) == 1
+    assert aot.as_text(table) == aot.TABLE.read_text()
+
+
+def test_an_excuse_says_something():
+    for rows in aot.read_table().values():
+        assert all(len(row["excused"]) > 20 for row in rows.values() if "excused" in row)
+
+
+@pytest.mark.parametrize("arch", cubin.ARCHS)
+def test_faults_of_real_kernels_are_seen(samples, arch):
+    def broken(name: str) -> str:
+        return "; ".join(aot.broken_rules(samples[f"{name} sm_{arch}"]))
+
+    assert broken("good") == ""
+    assert broken("matrix") == ""
+    assert samples[f"matrix sm_{arch}"]["matrix"].keys() == {aot.MATRIX[arch]}
+    assert broken("narrow").startswith("no 16-byte load, 8 narrower ones")
+    assert "spills" in broken("spills")
+    assert "signature must name ['out_ptr', 'x_ptr', 'n', 'BLOCK']" in broken("misnamed")
+
+
+REPORT = {
+    "build": "op/bf16",
+    "arch": 90,
+    "expects_wide_loads": True,
+    "expects_tensor_cores": True,
+    "registers": 128,
+    "spill_bytes": 0,
+    "spill_moves": 0,
+    "shared": 65536,
+    "tensor_memory": 0,
+    "wide_loads": 8,
+    "narrow_loads": 2,
+    "wide_stores": 4,
+    "narrow_stores": 0,
+    "matrix": {"HGMMA": 16},
+    "seconds": 0.5,
+}
+
+
+def failures(report: dict, table: dict | None = None, version: str = "3.9.0") -> list[str]:
+    table = {"3.9.0": {"op/bf16 sm_90": aot.row_of(REPORT)}} if table is None else table
+    return aot.failures(aot.Compiled(version, [], [report]), table)
+
+
+def test_a_report_within_its_row_passes():
+    assert failures(REPORT) == []
+    assert failures({**REPORT, "registers": 100, "shared": 0, "wide_loads": 9}) == []
+    assert failures(REPORT, version="3.10.0") == []
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"registers": 129}, "registers 129 is above 128"),
+        ({"spill_bytes": 8, "spill_moves": 2}, "spill_bytes 8 is above 0"),
+        ({"spill_moves": 1}, "spill_moves 1 is above 0"),
+        ({"shared": 65537}, "shared 65537 is above 65536"),
+        ({"tensor_memory": 1}, "tensor_memory 1 is above 0"),
+        ({"wide_loads": 7}, "wide_loads 7 is below 8"),
+        ({"wide_stores": 3}, "wide_stores 3 is below 4"),
+        ({"matrix": {"HMMA": 256}}, "matrix instructions are ['HMMA'], not ['HGMMA']"),
+        ({"matrix": {"HGMMA": 16, "HMMA": 1}}, "matrix instructions are ['HGMMA', 'HMMA']"),
+        ({"build": "op/other"}, "op/other sm_90: a build without a row"),
+        ({"build": "op/other"}, "op/bf16 sm_90: a row without a build"),
+        ({"error": "PTXASError"}, "does not compile: PTXASError"),
+    ],
+)
+def test_each_figure_beyond_its_row_fails(change, said):
+    assert any(said in line for line in failures({**REPORT, **change}))
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"spill_bytes": 8, "spill_moves": 2}, "spills 8 bytes in 2 moves"),
+        ({"spill_moves": 1}, "spills 0 bytes in 1 moves"),
+        ({"shared": 227 * 1024 + 1}, "shared memory 232449 is above 232448"),
+        ({"arch": 80, "matrix": {"HMMA": 1}, "shared": 200 * 1024}, "is above 166912"),
+        ({"tensor_memory": 513}, "tensor memory 513 is above 512"),
+        ({"wide_loads": 0}, "no 16-byte load, 2 narrower ones"),
+        ({"matrix": {"HMMA": 256}}, "no HGMMA, found ['HMMA']"),
+        ({"matrix": {}}, "no HGMMA, found none"),
+        ({"error": "PTXASError"}, "does not compile: PTXASError"),
+    ],
+)
+def test_rules_hold_for_a_version_without_rows(change, said):
+    found = failures({**REPORT, **change}, version="3.10.0")
+    assert len(found) == 1 and said in found[0]
+
+
+def test_a_row_that_breaks_a_rule_needs_an_excuse():
+    spilling = {**REPORT, "spill_bytes": 16, "spill_moves": 4}
+    row = aot.row_of(spilling)
+    assert failures(spilling, {"3.9.0": {"op/bf16 sm_90": row}}) == [
+        "op/bf16 sm_90: spills 16 bytes in 4 moves"
+    ]
+    excused = {"3.9.0": {"op/bf16 sm_90": {**row, "excused": "at the end, outside the loop"}}}
+    assert failures(spilling, excused) == []
+    # an excuse is no licence for more, and goes when it is no longer needed
+    assert failures({**spilling, "spill_bytes": 24}, excused)
+    rewritten = aot.updated(aot.Compiled("3.9.0", [], [spilling]), excused)
+    assert rewritten == excused
+    rewritten = aot.updated(aot.Compiled("3.9.0", [], [REPORT]), excused)
+    assert rewritten["3.9.0"]["op/bf16 sm_90"] == aot.row_of(REPORT)
+
+
+def test_writing_keeps_other_versions_and_drops_rows_without_builds():
+    table = {"3.6.0": {"op/gone sm_90": aot.row_of(REPORT)}}
+    table["3.9.0"] = dict(table["3.6.0"])
+    compiled = aot.Compiled("3.9.0", [], [REPORT])
+    written = aot.updated(compiled, table)
+    assert written["3.6.0"] == table["3.6.0"] and list(written["3.9.0"]) == ["op/bf16 sm_90"]
+    assert len(aot.updated(compiled, table, only="op/b")["3.9.0"]) == 2
+    assert len(aot.updated(compiled, table, only="op/")["3.9.0"]) == 1
+    assert json.loads(aot.as_text(written)) == written
+    assert failures(REPORT, written) == []
+
+
+def test_reading_the_disassembly():
+    found = cubin.read_code(
+        """
+        /*0000*/               @!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ;  /* 0x1 */
+        /*0010*/                    LDGSTS.E.BYPASS.LTC128B.128 [R1], [R2.64] ;
+        /*0020*/               @UP1 LDG.E.LTC128B.64 R4, desc[UR4][R2.64] ;
+        /*0030*/                    LDG.E.ENL2.256 R4, R8, desc[UR4][R2.64] ;
+        /*0040*/                    UTMALDG.2D [UR8], [UR4] ;
+        /*0050*/                    STG.E.U16 desc[UR4][R2.64], R4 ;
+        /*10060*/               @P2 STL.64 [R1+0x8], R4 ;
+        /*10070*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ;
+        /*10080*/                   LDGDEPBAR ;
+        """
+    )
+    assert found == {
+        "spill_moves": 1,
+        "wide_loads": 4,
+        "narrow_loads": 1,
+        "wide_stores": 0,
+        "narrow_stores": 1,
+        "matrix": {"HGMMA": 1},
+    }
+    with pytest.raises(ValueError, match="no instruction"):
+        cubin.read_code("nvdisasm fatal")
+
+
+def test_reading_the_resource_usage():
+    text = " Function f:\n  REG:146 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[0]:944 TEXTURE:0\n"
+    assert cubin.read_usage(text) == {"registers": 146, "spill_bytes": 24}
+    with pytest.raises(ValueError, match="no resource usage"):
+        cubin.read_usage("cuobjdump fatal")

@@ -1,0 +1,302 @@
+"""The microbenchmarks: what they count, what they refuse to claim, and that they run."""
+
+import json
+import time
+
+import pytest
+import torch
+from smbkernels.registry import OPS
+from smbkernels.timeline_attention import visible
+from torch.utils.flop_counter import FlopCounterMode
+
+import bench.__main__ as entry
+from bench import cases, measure, records, rivals, targets, timing
+
+F32, BF16 = torch.float32, torch.bfloat16
+BEST = timing.Ceiling(bandwidth=1e10, patterns={"copy": 1e10}, matmul=1e11)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """Nothing here runs a kernel; a run of the bench is as a user's."""
+
+
+def attention(**changed) -> cases.Inputs:
+    shape = {"heads": 4, "kv_heads": 2, "head_dim": 8} | changed
+    return cases.timeline_attention(24, 2, [8, 16], 12, F32, "cpu", **shape)
+
+
+def averages(**changed) -> cases.Inputs:
+    options = {"weight_dtype": BF16, "halves": True, "rank": 4} | changed
+    return cases.ema_update_([(12, 8), (8, 16)], "cpu", **options)
+
+
+def test_bytes_are_those_of_the_floors():
+    moved = cases.masked_jepa_mse(64, BF16, "cpu", norm=True, D=32).modes[cases.BOTH][0]
+    assert moved == 6 * 64 * 32 + 8 * 64
+    moved = averages(adapter=False).modes[cases.UPDATE][0]
+    assert moved == 10 * (12 * 8 + 8 * 16)
+    factors = 4 * 4 * (12 + 8 + 8 + 16)
+    assert averages().modes[cases.UPDATE][0] == moved + factors
+    moved = averages(weight_dtype=F32, halves=False, adapter=False).modes[cases.UPDATE][0]
+    assert moved == 12 * (12 * 8 + 8 * 16)
+    x, w, y = 10 * 8, 12 * 8, 10 * 12
+    moved = cases.lora_linear([(12, 8)], 10, BF16, "cpu", rank=4).modes[cases.FORWARD][0]
+    assert moved == 2 * (x + w + y) + 4 * 4 * (12 + 8)
+
+
+def test_operations_are_those_that_torch_counts():
+    inputs = cases.lora_linear([(12, 8), (20, 8)], 10, F32, "cpu", rank=4)
+    for mode in (cases.FORWARD, cases.BOTH):
+        with FlopCounterMode(display=False) as counter:
+            inputs.call(OPS["lora_linear"].reference, mode)()
+        assert counter.get_total_flops() == inputs.modes[mode][1]
+    inputs = attention()
+    pairs = int(visible(inputs.args[3]).sum())
+    assert inputs.modes[cases.FORWARD][1] == 4 * pairs * 4 * 8
+    assert inputs.modes[cases.BOTH][1] == 14 * pairs * 4 * 8
+
+
+def test_cases_are_told_apart_and_cover_every_operation():
+    for found in (cases.on_cpu(), cases.on_cuda()):
+        names = [(case.op, case.name) for case in found]
+        assert len(set(names)) == len(names)
+        assert {op for op, _ in names} == set(entry.measured_ops())
+        assert {case.op for case in found if case.quick} == set(entry.measured_ops())
+    known = {(case.op, case.name) for case in cases.on_cpu()}
+    assert {("masked_jepa_mse", name) for name in targets.MSE_CASES} <= known
+    assert ("ema_update_", targets.EMA_CASE) in known
+
+
+@pytest.mark.parametrize(
+    "inputs, op",
+    [
+        (attention, "timeline_attention"),
+        (lambda: averages(weight_dtype=F32, halves=False), "ema_update_"),
+        (lambda: averages(weight_dtype=BF16, halves=False, adapter=False), "ema_update_"),
+    ],
+)
+def test_rivals_compute_the_same(inputs, op):
+    inputs = inputs()
+    expected = inputs.outcome(OPS[op].reference)
+    assert inputs.rivals
+    for name, rival in inputs.rivals.items():
+        assert measure.difference(inputs.outcome(rival), expected) <= inputs.tol, name
+
+
+def test_flex_attention_is_given_the_same_mask():
+    segments = attention().args[3]
+    row = torch.arange(segments.tokens)
+    mask_TT = rivals.mask_of(segments, "cpu")(0, 0, row[:, None], row[None, :])
+    assert torch.equal(mask_TT, visible(segments))
+
+
+def test_a_reference_that_would_hold_all_scores_is_not_run(monkeypatch):
+    monkeypatch.setattr(cases, "REFERENCE_SCORES", 1000)
+    inputs = attention()
+    assert "its scores are [4, 96, 96]" in inputs.rivals["torch"]
+    assert inputs.baseline == "SDPA by segment"
+
+
+def test_the_difference_is_infinite_where_a_value_is_not_finite():
+    one = [torch.ones(3)]
+    assert measure.difference(one, one) == 0
+    assert measure.difference([torch.tensor([1.0, 2.0, 1.0])], one) == pytest.approx(3**-0.5)
+    assert measure.difference([torch.tensor([1.0, torch.nan, 1.0])], one) == float("inf")
+
+
+def a_case(monkeypatch, **backends) -> cases.Case:
+    """A small case whose backends are these functions; one that raises cannot run."""
+    shape = {"M": 32, "D": 16}
+    case = cases.Case(
+        "masked_jepa_mse",
+        "32x16",
+        "cpu",
+        F32,
+        shape,
+        lambda: cases.masked_jepa_mse(32, F32, "cpu", norm=True, D=16),
+        quick=True,
+        compiled=False,
+    )
+    reference = OPS["masked_jepa_mse"].reference
+
+    def variants(case, inputs):
+        return {"eager": reference, **backends}
+
+    monkeypatch.setattr(measure, "variants", variants)
+    monkeypatch.setattr(cases, "on_cpu", lambda: [case])
+    monkeypatch.setattr(entry, "ceiling", lambda clock, dtype: BEST)
+    return case
+
+
+def slow(*args, **kwargs):
+    time.sleep(0.002)
+    return OPS["masked_jepa_mse"].reference(*args, **kwargs)
+
+
+def wrong(*args, **kwargs):
+    return 1.01 * OPS["masked_jepa_mse"].reference(*args, **kwargs)
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError("an illegal thing\nwith details")
+
+
+def run(monkeypatch, capsys, tests: str, *arguments: str) -> tuple[str, int]:
+    monkeypatch.setattr(entry, "gate", lambda op, device: (tests, "told"))
+    status = 0
+    try:
+        entry.main(["masked_jepa_mse", "--device=cpu", "--seconds=0.01", *arguments])
+    except SystemExit as left:
+        status = left.code
+    return capsys.readouterr().out, status
+
+
+def test_a_run_prints_times_and_speed_ups(monkeypatch, capsys, tmp_path):
+    a_case(monkeypatch, cpp=slow, triton="no CUDA device")
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    printed, status = run(monkeypatch, capsys, "green", "--save")
+    assert status == 0 and "x eager" in printed
+    assert "masked_jepa_mse 32x16 float32, forward+backward: floor " in printed
+    assert "triton   not measured: no CUDA device" in printed
+    assert "masked_jepa_mse: not measured: no CUDA device (1024x4096, " in printed
+    lines = [json.loads(x) for x in (tmp_path / "kernels.jsonl").read_text().splitlines()]
+    assert [(x["variant"], x["mode"]) for x in lines] == [
+        ("eager", "forward"),
+        ("cpp", "forward"),
+        ("eager", "forward+backward"),
+        ("cpp", "forward+backward"),
+    ]
+    record = lines[-1]
+    assert record["ms_p20"] <= record["ms_p50"] <= record["ms_p80"]
+    assert record["ms_p50"] > 2 and record["rounds"] >= 3 and record["timer"] == "clock"
+    assert record["bytes"] == 12 * 32 * 16 + 8 * 32 and record["shape"] == {"M": 32, "D": 16}
+    assert record["floor_share"] == pytest.approx(record["floor_ms"] / record["ms_p50"])
+    assert record["tests"] == "green" and record["error"] == 0
+    assert {"versions", "git", "at", "device_name", "threads", "load"} <= record.keys()
+
+
+@pytest.mark.parametrize("tests", ["red", "none", "skipped"])
+def test_no_speed_up_is_printed_without_green_tests(monkeypatch, capsys, tests):
+    a_case(monkeypatch, cpp=slow)
+    printed, status = run(monkeypatch, capsys, tests)
+    assert "no speed-up is printed" in printed and "x eager" not in printed
+    assert status == (1 if tests == "red" else 0)
+
+
+def test_the_gate_can_be_left_out(monkeypatch, capsys):
+    a_case(monkeypatch, cpp=slow)
+    printed, status = run(monkeypatch, capsys, "green", "--no-gate")
+    assert "tests skipped (--no-gate)" in printed and "x eager" not in printed and status == 0
+
+
+def test_what_is_wrong_or_fails_gets_no_speed_up_and_ends_red(monkeypatch, capsys):
+    a_case(monkeypatch, cpp=wrong, triton=broken)
+    printed, status = run(monkeypatch, capsys, "green")
+    assert status == 1
+    row = next(line for line in printed.splitlines() if line.strip().startswith("cpp"))
+    assert row.endswith("WRONG")
+    assert "not measured: failed: RuntimeError: an illegal thing" in printed
+    assert "masked_jepa_mse 32x16: cpp is wrong" in printed
+
+
+@pytest.mark.parametrize(
+    "body, state", [("assert True", "green"), ("assert False", "red"), (None, "none")]
+)
+def test_the_gate_runs_the_tests_of_the_operation(monkeypatch, tmp_path, body, state):
+    folder = tmp_path / "tests" / "ops"
+    folder.mkdir(parents=True)
+    failing = "def test_it():\n    assert False\n"
+    (folder / "test_lora_linear.py").write_text(failing)
+    (folder / "test_cpp_build.py").write_text(failing)
+    if body:
+        (folder / "test_cpp_kernels.py").write_text(f"def test_it():\n    {body}\n")
+        (folder / "test_ema_update.py").write_text("def test_it():\n    pass\n")
+        # the interpreter is not what is measured on a CPU
+        (folder / "test_ema_update_triton.py").write_text(failing)
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    status = {"cpp": "ok", "triton": "ok", "torch": "ok"}
+    monkeypatch.setattr(OPS["ema_update_"], "status", lambda device: status)
+    found, told = measure.gate("ema_update_", "cpu")
+    assert found == state
+    assert ("2 passed" in told) == (state == "green")
+    assert ("FAILED tests/ops/test_cpp_kernels.py::test_it" in told) == (state == "red")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["masked_mse"], "masked_jepa_mse"),
+        (["--device=gpu"], "must be auto, cpu or cuda"),
+        (["--sed=1"], "did you mean `seconds`?"),
+    ],
+)
+def test_a_wrong_argument_is_refused(arguments, said, capsys):
+    with pytest.raises(SystemExit) as left:
+        entry.main(arguments)
+    assert left.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_every_variant_is_called_in_every_round():
+    called = {"a": 0, "b": 0}
+
+    def counted(name):
+        def call():
+            called[name] += 1
+
+        return call
+
+    clock = timing.Clock("cpu")
+    times = clock.interleaved({n: counted(n) for n in called}, seconds=0.0, least=4)
+    assert called == {"a": 4, "b": 4}
+    assert all(t.rounds == 4 and t.p20 <= t.p50 <= t.p80 for t in times.values())
+
+
+def test_peak_memory_of_a_call():
+    held = torch.ones(8 << 20)  # 32 MiB
+
+    def call():
+        return (held + 1).sum() + (held * 2).sum()
+
+    peak = timing.peak_mib(call, "cpu")
+    if peak is None:
+        pytest.skip("this system does not let the high-water mark be reset")
+    assert 30 <= peak <= 50
+
+
+def result(variant: str, ms: float, mode: str = cases.BOTH, **changed) -> measure.Result:
+    time = timing.Timing(ms, ms, ms, 5, "clock")
+    options = {"timing": time} | changed
+    return measure.Result(variant, mode, 10**8, 10**6, 10.0, "bytes", **options)
+
+
+def test_targets_are_judged_by_their_figures():
+    green = {"masked_jepa_mse": "green", "ema_update_": "green"}
+    key = ("masked_jepa_mse", targets.MSE_CASES[0])
+    row = [result("eager", 40), result("torch.compile", 14), result("cpp", 10)]
+    [line] = targets.judged({key: row}, green, BEST)
+    assert "4.00x eager (at least 3: met), 1.40x torch.compile (at least 1.5: not met)" in line
+    [line] = targets.judged({key: row}, {**green, "masked_jepa_mse": "red"}, BEST)
+    assert line.endswith("not judged: its tests are red")
+    row[1] = result("torch.compile", 0, timing=None, reason="no compiler")
+    [line] = targets.judged({key: row}, green, BEST)
+    assert line.endswith("not measured: torch.compile: no compiler")
+    row[2] = result("cpp", 10, error=0.1, tol=0.01)
+    [line] = targets.judged({key: row}, green, BEST)
+    assert "not met: cpp is off by 1.0e-01" in line
+
+    key = ("ema_update_", targets.EMA_CASE)
+    for cpp, verdict in ((14, "1.40x the bandwidth floor of 10.0 ms (at most 1.5: met)"), (16, "")):
+        row = [result("addmm + lerp_", 20, cases.UPDATE), result("cpp", cpp, cases.UPDATE)]
+        [line] = targets.judged({key: row}, green, BEST)
+        assert verdict in line and "(at least 2: not met)" in line
+        assert line.endswith(f"either is enough: {'met' if cpp == 14 else 'not met'}")
+
+
+def test_rows_are_aligned_and_may_end_in_a_reason():
+    rows = [["variant", "ms", "x"], ["eager", "1.5", ""], ["triton", "not measured: no GPU"]]
+    assert records.columns(rows).splitlines() == [
+        "variant  ms   x",
+        "eager    1.5",
+        "triton   not measured: no GPU",
+    ]
