@@ -1,0 +1,231 @@
+"""python -m bench.aot: what every shipped Triton kernel needs on sm_80, sm_90 and sm_100.
+
+Compiled without a GPU and held to `kernels/budgets.json`, which has rows per Triton version. For a
+version without rows, and against any row that does not say why it is excused, these rules hold: no
+spills, shared memory within the chip's limit of a block, 16-byte loads where the build expects
+them, and its matrix instructions where it expects those.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from smbfast.config import Settings, command_line
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "kernels" / "budgets.json"
+KIB = 1024
+SHARED_LIMIT = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}  # of a block, by opting in
+TENSOR_MEMORY_LIMIT = 512  # columns, of an sm_100 multiprocessor
+MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+# no more than the row says, and no less
+AT_MOST = ("registers", "spill_bytes", "spill_moves", "shared", "tensor_memory")
+AT_LEAST = ("wide_loads", "wide_stores")
+
+Table = dict[str, dict[str, dict[str, Any]]]  # Triton version, "build sm_90", figures
+
+
+class AotBench(Settings):
+    """Compile every shipped Triton kernel for three architectures and check the budgets."""
+
+    write: bool = Field(False, description="make the figures found the rows of this Triton version")
+    triton: str | None = Field(None, description="folder of another unpacked Triton wheel")
+    only: str = Field("", description="builds whose name holds this; rows of others stay")
+    processes: int = Field(2, ge=1, description="that compile at a time")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What `bench.cubin` found."""
+
+    triton: str
+    problems: list[str]  # of the lists of builds
+    reports: list[dict[str, Any]]
+
+
+def compile_all(
+    modules: list[str] | None = None,
+    *,
+    triton: str | None = None,
+    only: str = "",
+    processes: int = 2,
+) -> Compiled:
+    """Compile and read, in processes that do not interpret and keep nothing.
+
+    Args:
+        modules: with a function `builds`; None: those of `smbkernels.triton`.
+        triton: a folder that holds another version of the package.
+
+    Raises:
+        RuntimeError: the process failed, with the end of what it said.
+    """
+    paths = [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    paths = [p for p in ([str(Path(triton).resolve())] if triton else []) + paths if p]
+    with tempfile.TemporaryDirectory() as cache:
+        # not interpreted, and by the tools of the wheel as they come
+        env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+        env |= {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": cache}
+        command = [sys.executable, "-m", "bench.cubin", f"--processes={processes}"]
+        command += [f"--only={only}", *(modules or [])]
+        done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"compilation ahead of time failed: {done.stderr.strip()[-1500:]}")
+    return Compiled(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def read_table() -> Table:
+    return json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
+
+
+def row_name(report: dict[str, Any]) -> str:
+    return f"{report['build']} sm_{report['arch']}"
+
+
+def _build_of(row: str) -> str:
+    return row.rpartition(" ")[0]
+
+
+def row_of(report: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a report that become its row."""
+    return {key: report[key] for key in (*AT_MOST, *AT_LEAST)} | {
+        "matrix": sorted(report["matrix"])
+    }
+
+
+def broken_rules(report: dict[str, Any]) -> list[str]:
+    """The rules that hold for any version of Triton and that a report breaks."""
+    if "error" in report:
+        return [f"does not compile: {report['error']}"]
+    arch, broken = report["arch"], []
+    if report["spill_bytes"] or report["spill_moves"]:
+        broken.append(f"spills {report['spill_bytes']} bytes in {report['spill_moves']} moves")
+    if report["shared"] > SHARED_LIMIT[arch]:
+        broken.append(f"shared memory {report['shared']} is above {SHARED_LIMIT[arch]}")
+    if report["tensor_memory"] > TENSOR_MEMORY_LIMIT:
+        broken.append(f"tensor memory {report['tensor_memory']} is above {TENSOR_MEMORY_LIMIT}")
+    if report["expects_wide_loads"] and not report["wide_loads"]:
+        broken.append(f"no 16-byte load, {report['narrow_loads']} narrower ones")
+    if report["expects_tensor_cores"] and MATRIX[arch] not in report["matrix"]:
+        broken.append(f"no {MATRIX[arch]}, found {list(report['matrix']) or 'none'}")
+    return broken
+
+
+def exceeded(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    """Where a report is worse than its row, and the rules it breaks without an excuse."""
+    if "error" in report:
+        return broken_rules(report)
+    worse = [f"{k} {report[k]} is above {row[k]}" for k in AT_MOST if report[k] > row[k]]
+    worse += [f"{k} {report[k]} is below {row[k]}" for k in AT_LEAST if report[k] < row[k]]
+    if sorted(report["matrix"]) != row["matrix"]:
+        worse.append(f"matrix instructions are {sorted(report['matrix'])}, not {row['matrix']}")
+    return worse + ([] if row.get("excused") else broken_rules(report))
+
+
+def failures(compiled: Compiled, table: Table) -> list[str]:
+    """Everything wrong: lists of builds, rows without builds and the reverse, budgets, rules."""
+    found = list(compiled.problems)
+    rows = table.get(compiled.triton)
+    if rows is None:
+        return found + [
+            f"{row_name(r)}: {broken}" for r in compiled.reports for broken in broken_rules(r)
+        ]
+    names = {row_name(report) for report in compiled.reports}
+    found += [f"{name}: a row without a build" for name in sorted(rows.keys() - names)]
+    for report in compiled.reports:
+        name = row_name(report)
+        if name in rows:
+            found += [f"{name}: {worse}" for worse in exceeded(report, rows[name])]
+        else:
+            found += [f"{name}: {broken}" for broken in broken_rules(report)]
+            found.append(f"{name}: a build without a row; `python -m bench.aot --write` makes it")
+    return found
+
+
+def updated(compiled: Compiled, table: Table, only: str = "") -> Table:
+    """The table with the rows of this version; a reason to be excused stays while it is needed.
+
+    Args:
+        only: what was compiled; rows of other builds stay, rows without a build go.
+    """
+    before = table.get(compiled.triton, {})
+    rows = {name: row for name, row in before.items() if only not in _build_of(name)}
+    for report in compiled.reports:
+        if "error" in report:
+            continue
+        row = row_of(report)
+        excused = before.get(row_name(report), {}).get("excused")
+        rows[row_name(report)] = row | (
+            {"excused": excused} if excused and broken_rules(report) else {}
+        )
+    return {**table, compiled.triton: dict(sorted(rows.items()))}
+
+
+def as_text(table: Table) -> str:
+    """JSON with a line for each row, so that a change of one is one line of a diff."""
+    parts = []
+    for version in sorted(table):
+        rows = [f"    {json.dumps(n)}: {json.dumps(r)}" for n, r in table[version].items()]
+        parts.append(f"  {json.dumps(version)}: {{\n" + ",\n".join(rows) + "\n  }")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def printed(compiled: Compiled) -> str:
+    """The reports as a table for people."""
+    header = "build", "arch", "regs", "spill B", "shared KiB", "loads 16B/less", "stores", "matrix"
+    rows = [header]
+    for r in compiled.reports:
+        if "error" in r:
+            rows.append((r["build"], f"sm_{r['arch']}", "does not compile", *[""] * 5))
+            continue
+        matrix = " ".join(f"{name}×{count}" for name, count in r["matrix"].items())
+        rows.append(
+            (
+                r["build"],
+                f"sm_{r['arch']}",
+                str(r["registers"]),
+                str(r["spill_bytes"]),
+                f"{r['shared'] / KIB:.1f}",
+                f"{r['wide_loads']}/{r['narrow_loads']}",
+                f"{r['wide_stores']}/{r['narrow_stores']}",
+                matrix or "-",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = command_line(AotBench, argv, prog="python -m bench.aot")
+    began = time.perf_counter()
+    compiled = compile_all(triton=settings.triton, only=settings.only, processes=settings.processes)
+    spent = time.perf_counter() - began
+    print(printed(compiled))
+    print(f"\nTriton {compiled.triton}: {len(compiled.reports)} compilations in {spent:.0f} s")
+    slowest = sorted(compiled.reports, key=lambda r: -r.get("seconds", 0))[:3]
+    print("slowest:", ", ".join(f"{row_name(r)} {r.get('seconds')} s" for r in slowest))
+    table = read_table()
+    if settings.write:
+        table = updated(compiled, table, settings.only)
+        TABLE.write_text(as_text(table), encoding="utf-8")
+        print(f"wrote {len(table[compiled.triton])} rows to {TABLE.relative_to(ROOT)}")
+    if settings.only and compiled.triton in table:
+        rows = table[compiled.triton].items()
+        table[compiled.triton] = {n: r for n, r in rows if settings.only in _build_of(n)}
+    found = failures(compiled, table)
+    print("\n".join(found) if found else "all within budget")
+    raise SystemExit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()

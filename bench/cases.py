@@ -1,0 +1,360 @@
+"""The shapes that are measured, with the bytes and operations counted for each.
+
+A case holds inputs and everything that computes the same from them: the reference, what the
+registry has beside it, and rivals that are not ours. Shapes are those of Qwen3-8B (width 4096,
+32 query and 8 key/value heads of 128, MLP 12288, rank 16): bf16 at the size of a training step on a
+GPU; fp32 and fewer tokens on a CPU.
+
+M masked positions, D width, T tokens, N out and K in features, R rank, H heads, C head dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from smbkernels.ema_update import join
+from smbkernels.lora_linear import lora_flops
+from smbkernels.registry import OPS, REFERENCE
+from smbkernels.timeline_attention import Segments, attention_flops
+from torch import Tensor
+
+from bench import rivals
+
+FORWARD, BOTH, UPDATE = "forward", "forward+backward", "update"
+HIDDEN, MLP, HEADS, KV_HEADS, HEAD_DIM, RANK, LAYERS = 4096, 12288, 32, 8, 128, 16, 36
+LINEARS = {
+    "q": (HIDDEN, HIDDEN),
+    "k": (1024, HIDDEN),
+    "v": (1024, HIDDEN),
+    "o": (HIDDEN, HIDDEN),
+    "gate": (MLP, HIDDEN),
+    "up": (MLP, HIDDEN),
+    "down": (HIDDEN, MLP),
+}
+REFERENCE_SCORES = 1 << 27  # bytes of [H, T, T] above which the reference is not run
+
+
+@dataclass
+class Inputs:
+    """What a case is measured on.
+
+    `leaves` get gradients; `outputs` picks, from a result, the tensors that `cotangents` belong to
+    (None: a scalar loss). `fresh` makes copies of small inputs for an operation that works in
+    place, and the tensors to compare after it.
+    """
+
+    args: tuple
+    kwargs: dict
+    modes: dict[str, tuple[int, int]]  # bytes and operations of each mode
+    tol: float  # relative (Frobenius) difference from the baseline
+    leaves: list[Tensor] = field(default_factory=list)
+    outputs: Callable[..., list[Tensor]] = lambda result: [result]
+    cotangents: list[Tensor] | None = None
+    fresh: Callable[[], tuple[tuple, dict, Callable[[], list[Tensor]]]] | None = None
+    rivals: dict[str, Callable | str] = field(default_factory=dict)  # or why it is not run
+    baseline: str = "eager"
+    unchecked: tuple[str, ...] = ()  # rivals that compute less on purpose
+    graph: bool = True  # a CUDA graph may be made of a call
+
+    def call(self, function: Callable, mode: str) -> Callable[[], object]:
+        """A call of an implementation, with its backward pass in that mode."""
+        if mode == UPDATE:
+            return lambda: function(*self.args, **self.kwargs)
+
+        def forward() -> object:
+            with torch.no_grad():
+                return function(*self.args, **self.kwargs)
+
+        def both() -> object:
+            outputs = self.outputs(function(*self.args, **self.kwargs))
+            return torch.autograd.grad(outputs, self.leaves, self.cotangents, allow_unused=True)
+
+        return forward if mode == FORWARD else both
+
+    def outcome(self, function: Callable) -> list[Tensor]:
+        """Values and gradients, to be compared between implementations."""
+        if self.fresh is not None:
+            args, kwargs, read = self.fresh()
+            function(*args, **kwargs)
+            return read()
+        outputs = self.outputs(function(*self.args, **self.kwargs))
+        grads = torch.autograd.grad(outputs, self.leaves, self.cotangents)
+        return [t.detach() for t in (*outputs, *grads)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape."""
+
+    op: str
+    name: str
+    device: str
+    dtype: torch.dtype
+    shape: dict[str, int]
+    make: Callable[[], Inputs]
+    quick: bool = False  # measured with --quick as well
+    compiled: bool = True  # torch.compile is measured too: seconds for each shape
+
+
+def masked_jepa_mse(
+    M: int, dtype: torch.dtype, device: str, *, norm: bool, D: int = HIDDEN
+) -> Inputs:
+    T = 2 * M
+    prediction_MD = torch.randn(M, D, device=device, dtype=dtype, requires_grad=True)
+    target_TD = torch.randn(T, D, device=device, dtype=dtype)
+    row_M = torch.randperm(T, device=device)[:M].sort().values
+    weight_D = torch.rand(D, device=device, dtype=dtype) + 0.5 if norm else None
+    read = 2 * M * D * dtype.itemsize + 8 * M
+    flops = OPS["masked_jepa_mse"].flops(prediction_MD)
+    return Inputs(
+        (prediction_MD, target_TD, row_M, weight_D),
+        {"scale": 1.0 / M},
+        {FORWARD: (read, flops), BOTH: (read + M * D * dtype.itemsize, flops)},
+        tol=1e-5 if dtype == torch.float32 else 1e-2,
+        leaves=[prediction_MD],
+    )
+
+
+def ema_update_(
+    shapes: list[tuple[int, int]],
+    device: str,
+    *,
+    weight_dtype: torch.dtype,
+    halves: bool,
+    adapter: bool = True,
+    rank: int = RANK,
+) -> Inputs:
+    weight, average, remainder, b, a = [], [], [], [], []
+    for n, k in shapes:
+        weight.append(torch.randn(n, k, device=device, dtype=weight_dtype) * 0.02)
+        # a bf16 weight is its own high half with remainder 0; drift comes with the updates
+        average.append(weight[-1].to(torch.bfloat16 if halves else torch.float32, copy=True))
+        if halves:
+            remainder.append(torch.zeros(n, k, device=device, dtype=torch.int16))
+        if adapter:
+            b.append(torch.randn(n, rank, device=device) * 0.02)
+            a.append(torch.randn(rank, k, device=device) * 0.02)
+    scale = [2.0] * len(shapes)
+    pair = (b, a) if adapter else (None, None)
+    kwargs = {"remainder": remainder if halves else None, "scale": scale, "tau": 0.996}
+    moved = sum(w.numel() * (8 + weight_dtype.itemsize) for w in weight)
+    moved += sum(t.numel() * t.element_size() for t in (*b, *a))
+    few = slice(0, len(LINEARS))
+
+    def fresh() -> tuple[tuple, dict, Callable[[], list[Tensor]]]:
+        own = [t.clone() for t in average[few]]
+        low = [t.clone() for t in remainder[few]]
+        args = (own, weight[few], *(p[few] if p else None for p in pair))
+        options = {**kwargs, "remainder": low if halves else None, "scale": scale[few]}
+        read = lambda: [join(*t) for t in zip(own, low, strict=True)] if halves else own  # noqa: E731
+        return args, options, read
+
+    return Inputs(
+        (average, weight, *pair),
+        kwargs,
+        {UPDATE: (moved, OPS["ema_update_"].flops(average, weight, *pair))},
+        tol=1e-6,
+        fresh=fresh,
+        rivals=rivals.averages(halves=halves),
+        graph=False,  # addresses of the matrices are copied from the host
+        # with halves the rivals keep a master of their own
+        unchecked=(rivals.ADDMM_LERP, rivals.FOREACH_LERP) if halves else (),
+    )
+
+
+def timeline_attention(
+    S: int,
+    timelines: int,
+    prefixes: list[int],
+    branch: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    heads: int = HEADS,
+    kv_heads: int = KV_HEADS,
+    head_dim: int = HEAD_DIM,
+) -> Inputs:
+    """`timelines` trunks of S tokens, each with a branch of the same length per prefix."""
+    start, length, trunk_start, prefix, row = [], [], [], [], 0
+    for _ in range(timelines):
+        trunk = row
+        for size, seen in [(S, 0), *((branch, p) for p in prefixes)]:
+            start.append(row)
+            length.append(size)
+            trunk_start.append(trunk)
+            prefix.append(seen)
+            row += size
+    segments = Segments.of(*(torch.tensor(c) for c in (start, length, trunk_start, prefix)))
+
+    def normal(count: int) -> Tensor:
+        return torch.randn(row, count, head_dim, device=device, dtype=dtype)
+
+    query, key, value = (normal(n).requires_grad_() for n in (heads, kv_heads, kv_heads))
+    q_bytes, kv_bytes = (t.numel() * dtype.itemsize for t in (query, key))
+    read = 2 * q_bytes + 2 * kv_bytes + 4 * heads * row  # q, out; k, v; lse
+    both = read + 4 * q_bytes + 4 * kv_bytes + 4 * heads * row  # q, out, d out, dq; k, v, dk, dv
+    forward_flops = attention_flops(segments.pairs, heads, head_dim)
+    backward_flops = attention_flops(segments.pairs, heads, head_dim, backward=True)
+    scores = 4 * heads * row**2
+    dense = scores <= REFERENCE_SCORES
+    found = rivals.attentions(segments, device)
+    if not dense:
+        found[REFERENCE] = f"its scores are [{heads}, {row}, {row}], {scores / 2**30:.1f} GiB each"
+    return Inputs(
+        (query, key, value, segments.to(device)),
+        {},
+        {FORWARD: (read, forward_flops), BOTH: (both, forward_flops + backward_flops)},
+        tol=1e-4 if dtype == torch.float32 else 2e-2,
+        leaves=[query, key, value],
+        outputs=lambda result: [result[0]],
+        cotangents=[normal(heads)],
+        rivals=found,
+        baseline="eager" if dense else rivals.BY_SEGMENT,
+    )
+
+
+def lora_linear(
+    shapes: list[tuple[int, int]], T: int, dtype: torch.dtype, device: str, *, rank: int = RANK
+) -> Inputs:
+    K = shapes[0][1]
+    x_TK = torch.randn(T, K, device=device, dtype=dtype, requires_grad=True)
+    weight = [torch.randn(n, k, device=device, dtype=dtype) * k**-0.5 for n, k in shapes]
+    b = [(torch.randn(n, rank, device=device) * 0.02).requires_grad_() for n, _ in shapes]
+    a = [(torch.randn(rank, k, device=device) * k**-0.5).requires_grad_() for _, k in shapes]
+    outputs = sum(n for n, _ in shapes)
+    frozen = sum(n * k for n, k in shapes)
+    low = 4 * sum(rank * (n + k) for n, k in shapes)
+    read = dtype.itemsize * (T * K + frozen + T * outputs) + low
+    flops = [lora_flops(T, shapes, [rank] * len(shapes), backward=back) for back in (False, True)]
+    return Inputs(
+        (x_TK, weight, b, a),
+        {"scale": [2.0] * len(shapes)},
+        # backward reads x, d y and the weights, and writes d x, d a and d b
+        {FORWARD: (read, flops[0]), BOTH: (2 * read + dtype.itemsize * T * K + low, sum(flops))},
+        tol=1e-4 if dtype == torch.float32 else 2e-2,
+        leaves=[x_TK, *b, *a],
+        outputs=list,
+        cotangents=[torch.randn(T, n, device=device, dtype=dtype) for n, _ in shapes],
+        rivals={"base GEMM alone": rivals.base_alone},
+        unchecked=("base GEMM alone",),
+    )
+
+
+def on_cpu() -> list[Case]:
+    """fp32, at sizes two cores do in seconds."""
+    device, dtype = "cpu", torch.float32
+    found = []
+    for M, norm in ((1024, True), (8192, True), (8192, False)):
+        name = f"{M}x{HIDDEN}" + ("" if norm else " normed before")
+        found.append(
+            Case(
+                "masked_jepa_mse",
+                name,
+                device,
+                dtype,
+                {"M": M, "D": HIDDEN},
+                partial(masked_jepa_mse, M, dtype, device, norm=norm),
+                quick=M == 8192 and norm,
+            )
+        )
+    for name in ("q", "k", "gate", "down"):
+        n, k = LINEARS[name]
+        make = partial(ema_update_, [(n, k)], device, weight_dtype=dtype, halves=False)
+        shape = {"N": n, "K": k, "R": RANK}
+        quick = name == "gate"
+        found.append(
+            Case("ema_update_", f"{name} {n}x{k} fp32", device, dtype, shape, make, quick, quick)
+        )
+    half = torch.bfloat16
+    for name, shapes in (("gate 12288x4096", [LINEARS["gate"]]), ("layer", [*LINEARS.values()])):
+        make = partial(ema_update_, shapes, device, weight_dtype=half, halves=True)
+        shape = {"matrices": len(shapes), "R": RANK}
+        found.append(Case("ema_update_", f"{name} halves", device, half, shape, make, False, False))
+    make = partial(
+        ema_update_, [LINEARS["gate"]], device, weight_dtype=dtype, halves=False, adapter=False
+    )
+    shape = {"N": MLP, "K": HIDDEN, "R": 0}
+    found.append(
+        Case("ema_update_", "no adapter 12288x4096 fp32", device, dtype, shape, make, False, False)
+    )
+    for S, context, K in ((512, 0.5, 1), (1024, 0.5, 1), (1024, None, 8), (2048, 0.75, 1)):
+        found.append(_attention_case(S, 1, context, K, dtype, device, quick=S == 512))
+    for name, shapes in _linears():
+        quick = name in ("q", "q+k+v")
+        make = partial(lora_linear, shapes, 128, dtype, device)
+        shape = {"T": 128, "linears": len(shapes), "R": RANK}
+        found.append(Case("lora_linear", name, device, dtype, shape, make, quick, quick))
+    return found
+
+
+def on_cuda() -> list[Case]:
+    """bf16, at the sizes of a training step of 32k tokens."""
+    device, dtype = "cuda", torch.bfloat16
+    found = []
+    for M in (1024, 4096, 8192, 16384, 65536):
+        make = partial(masked_jepa_mse, M, dtype, device, norm=True)
+        shape = {"M": M, "D": HIDDEN}
+        found.append(
+            Case("masked_jepa_mse", f"{M}x{HIDDEN}", device, dtype, shape, make, quick=M == 8192)
+        )
+    distinct = ("q", "k", "gate", "down")
+    groups = {f"{n} {r}x{c}": [(r, c)] for n, (r, c) in LINEARS.items() if n in distinct}
+    groups["layer"] = [*LINEARS.values()]
+    groups["model"] = [*LINEARS.values()] * LAYERS
+    for name, shapes in groups.items():
+        make = partial(ema_update_, shapes, device, weight_dtype=dtype, halves=True)
+        shape = {"matrices": len(shapes), "R": RANK}
+        found.append(
+            Case(
+                "ema_update_",
+                f"{name} halves",
+                device,
+                dtype,
+                shape,
+                make,
+                quick=name == "layer",
+                compiled=name != "model",  # the graph of 252 matrices takes minutes
+            )
+        )
+    for S in (512, 2048, 4096, 8192, 32768):
+        for context, K in ((0.5, 1), (0.75, 1), (None, 8)):
+            quick = S == 4096 and context != 0.75
+            found.append(_attention_case(S, 32768 // S, context, K, dtype, device, quick=quick))
+    for name, shapes in _linears():
+        make = partial(lora_linear, shapes, 32768, dtype, device)
+        shape = {"T": 32768, "linears": len(shapes), "R": RANK}
+        quick = name in ("q", "gate+up")
+        found.append(Case("lora_linear", name, device, dtype, shape, make, quick))
+    return found
+
+
+def _attention_case(
+    S: int,
+    timelines: int,
+    context: float | None,
+    K: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    quick: bool,
+) -> Case:
+    if context is not None:
+        prefixes, branch = [int(S * context)], S - int(S * context)
+        name = f"{timelines}x{S} c={context}"
+    else:  # cuts over the whole timeline, each with a horizon of one eighth of it
+        branch = S // K
+        prefixes = [S // 4 + i * (S - S // 4 - branch) // (K - 1) for i in range(K)]
+        name = f"{timelines}x{S} K={K}"
+    tokens = timelines * (S + K * branch)
+    shape = {"T": tokens, "S": S, "K": K, "H": HEADS, "G": KV_HEADS, "C": HEAD_DIM}
+    make = partial(timeline_attention, S, timelines, prefixes, branch, dtype, device)
+    # the reference holds a mask of all tokens, so that compiling it shows nothing
+    return Case("timeline_attention", name, device, dtype, shape, make, quick, compiled=False)
+
+
+def _linears() -> list[tuple[str, list[tuple[int, int]]]]:
+    groups = [(name, [shape]) for name, shape in LINEARS.items()]
+    groups.append(("q+k+v", [LINEARS[n] for n in "qkv"]))
+    groups.append(("gate+up", [LINEARS["gate"], LINEARS["up"]]))
+    return groups

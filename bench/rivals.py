@@ -1,0 +1,124 @@
+"""What others would use in place of an operation, with its signature.
+
+None of it is ours; each is checked against the reference like an implementation, but for those that
+compute less on purpose.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from smbkernels.timeline_attention import Segments
+from torch import Tensor
+
+BY_SEGMENT = "SDPA by segment"
+ADDMM_LERP, FOREACH_LERP = "addmm + lerp_", "_foreach_lerp_"
+
+
+def averages(*, halves: bool) -> dict[str, Callable]:
+    """Averages of merged weights on an fp32 master.
+
+    Args:
+        halves: the case keeps bf16 halves and remainders; the master is then made here, once.
+    """
+    made: list[Tensor] = []
+
+    def master(average: list[Tensor]) -> list[Tensor]:
+        if halves and not made:
+            made.extend(t.float() for t in average)
+        return made if halves else average
+
+    def merged(weight, b, a, scale, i) -> Tensor:
+        if b is None:
+            return weight[i].float()
+        return torch.addmm(weight[i].float(), b[i], a[i], alpha=scale[i])
+
+    @torch.no_grad()
+    def addmm_lerp(average, weight, b=None, a=None, *, remainder=None, scale, tau) -> None:
+        for i, full in enumerate(master(average)):
+            full.lerp_(merged(weight, b, a, scale, i), 1 - tau)
+
+    @torch.no_grad()
+    def foreach_lerp(average, weight, b=None, a=None, *, remainder=None, scale, tau) -> None:
+        targets = [merged(weight, b, a, scale, i) for i in range(len(average))]
+        torch._foreach_lerp_(master(average), targets, 1 - tau)
+
+    return {ADDMM_LERP: addmm_lerp, FOREACH_LERP: foreach_lerp}
+
+
+def attentions(segments: Segments, device: str) -> dict[str, Callable]:
+    """Eager attention without a mask over all tokens, and FlexAttention on a GPU."""
+    found = {BY_SEGMENT: _by_segment(segments, device)}
+    if device == "cuda":
+        found["FlexAttention"] = _flex(segments, device)
+    return found
+
+
+def _by_segment(segments: Segments, device: str) -> Callable:
+    rows = [row[:4] for row in segments.table_S6.tolist()]
+    masks = {}
+    for _, length, _, prefix in rows:
+        if prefix and (length, prefix) not in masks:
+            mask = torch.ones(length, prefix + length, dtype=torch.bool, device=device)
+            masks[length, prefix] = mask.tril(prefix)
+
+    def attention(query_THC, key_TGC, value_TGC, segments, *, scale=None):
+        outputs = []
+        for start, length, trunk, prefix in rows:
+            own = slice(start, start + length)
+            key, value = key_TGC[own], value_TGC[own]
+            if prefix:
+                seen = slice(trunk, trunk + prefix)
+                # the kernels that take a mask want as many key heads as query heads
+                group = query_THC.shape[1] // key.shape[1]
+                key = torch.cat([key_TGC[seen], key]).repeat_interleave(group, 1)
+                value = torch.cat([value_TGC[seen], value]).repeat_interleave(group, 1)
+            heads = (t.transpose(0, 1)[None] for t in (query_THC[own], key, value))
+            out = F.scaled_dot_product_attention(
+                *heads,
+                attn_mask=masks[length, prefix] if prefix else None,
+                is_causal=not prefix,
+                scale=scale,
+                enable_gqa=not prefix,
+            )
+            outputs.append(out[0].transpose(0, 1))
+        return torch.cat(outputs), None
+
+    return attention
+
+
+def mask_of(segments: Segments, device: str) -> Callable:
+    """Whether a query sees a key, by the rows of the two, as FlexAttention asks it."""
+    own, trunk, prefix = (
+        torch.cat([torch.full((row[1],), row[i]) for row in segments.table_S6.tolist()]).to(device)
+        for i in (0, 2, 3)
+    )
+
+    def visible(_batch, _head, q, k):
+        return ((k >= own[q]) & (k <= q)) | ((k >= trunk[q]) & (k < trunk[q] + prefix[q]))
+
+    return visible
+
+
+def _flex(segments: Segments, device: str) -> Callable:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    visible = mask_of(segments, device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    blocks = []  # made once, as for all layers of a step
+
+    def attention(query_THC, key_TGC, value_TGC, segments, *, scale=None):
+        if not blocks:
+            count = len(query_THC)
+            make = torch.compile(create_block_mask)
+            blocks.append(make(visible, None, None, count, count, device=device))
+        heads = (t.transpose(0, 1)[None] for t in (query_THC, key_TGC, value_TGC))
+        out = compiled(*heads, block_mask=blocks[0], scale=scale, enable_gqa=True)
+        return out[0].transpose(0, 1), None
+
+    return attention
+
+
+def base_alone(x_TK, weight, b, a, *, scale, bias=None) -> list[Tensor]:
+    """The frozen linears without LoRA: what cannot be saved."""
+    return [F.linear(x_TK, w) for w in weight]
