@@ -56,11 +56,6 @@ def collect(modules: list[str]) -> tuple[dict[str, Any], list[str]]:
     return builds, problems
 
 
-def archs_of(build: Any) -> tuple[int, ...]:
-    """The architectures a build is launched on; all, unless it says which."""
-    return getattr(build, "archs", ARCHS)
-
-
 def read_usage(text: str) -> dict[str, int]:
     """Registers of a thread and bytes of local memory, from `cuobjdump -res-usage`."""
     found = [tuple(map(int, match)) for match in _USAGE.findall(text)]
@@ -172,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
     _BUILDS.update(builds)
     # matrix kernels take longest: first, so that no process is left alone with one
     order = sorted(builds, key=lambda name: not builds[name].tensor_cores)
-    jobs = [(n, a) for n in order if settings.only in n for a in archs_of(builds[n])]
+    jobs = [(n, a) for n in order if settings.only in n for a in builds[n].archs]
     context = multiprocessing.get_context("fork")  # the imports above are paid for once
     with ProcessPoolExecutor(settings.processes, mp_context=context) as pool:
         reports = list(pool.map(_report, jobs))

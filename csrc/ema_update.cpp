@@ -56,7 +56,7 @@ struct Halves {
 #pragma omp simd
     for (int64_t j = 0; j < count; ++j) {
       // a NaN of all ones would be carried over into a zero by rounding up
-      const uint32_t kept = (bits[j] & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC00000u : bits[j];
+      const uint32_t kept = std::min(bits[j] & 0x7FFFFFFFu, 0x7FFF7FFFu) | (bits[j] & 0x80000000u);
       high[i + j] = static_cast<uint16_t>((kept + 0x8000u) >> 16);
       low[i + j] = static_cast<int16_t>(kept);
     }

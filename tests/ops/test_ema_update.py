@@ -205,6 +205,11 @@ def test_a_nan_stays_one_in_the_half_that_is_read(on, bits):
     high, low = split(torch.ones(2, device=on.device))
     on([high], [weight], remainder=[low], tau=TAU)
     assert high.isnan().tolist() == [True, False]
+    if on.name == "cpp":
+        # a processor keeps the sign of a NaN, a GPU has none with one
+        high, low = split(torch.ones(2))
+        on([high], [-weight], remainder=[low], tau=TAU)
+        assert high.isnan().tolist() == [True, False]
     assert join(high, low).isnan().tolist() == [True, False]
     # the same by the reference
     high, low = split(weight)
@@ -293,9 +298,9 @@ def test_no_value_depends_on_where_it_lies(on):
         ({"weight": []}, "weight must have one entry for each of 1 averages, got 0"),
         ({"scale": [1.0, 2.0]}, "scale must have one entry"),
         ({"b": None}, "b and a must be given together"),
-        ({"average": [torch.zeros(4, 6).T]}, r"average\[0\] must be contiguous torch.float32"),
-        ({"average": [torch.zeros(6, 4).bfloat16()]}, "must be contiguous torch.float32"),
-        ({"weight": [torch.zeros(4, 6)]}, r"weight\[0\] must be contiguous \[6, 4\], got \[4, 6\]"),
+        ({"average": [torch.zeros(4, 6).T]}, r"average\[0\] must be contiguous, got strides"),
+        ({"average": [torch.zeros(6, 4).bfloat16()]}, "must be torch.float32, got torch.bfloat16"),
+        ({"weight": [torch.zeros(4, 6)]}, r"weight\[0\] must be \[6, 4\], got \[4, 6\]"),
         ({"weight": [torch.zeros(6, 4).half()]}, "dtypes must be fp32 or bf16, got torch.float16"),
         ({"a": [torch.zeros(2, 4).double()]}, "dtypes must be fp32 or bf16, got torch.float64"),
         ({"a": [torch.zeros(3, 4)]}, r"must be \[N, R\] and \[R, K\] for \[6, 4\]"),

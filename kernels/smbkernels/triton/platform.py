@@ -56,3 +56,4 @@ class Build:
     options: dict[str, Any] = field(default_factory=dict)  # such as enable_fp_fusion
     wide_loads: bool = True  # 16-byte global loads are expected
     tensor_cores: bool = False  # HGMMA is expected on sm_90
+    archs: tuple[int, ...] = (80, 90, 100)  # it is launched on

@@ -38,8 +38,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from smbkernels.timeline_attention import Segments, attention_flops, check
-from smbkernels.triton import platform
-from smbkernels.triton.platform import INTERPRET, missing, on_device_of_first
+from smbkernels.triton.platform import INTERPRET, Build, missing, on_device_of_first
 from smbkernels.triton.timeline_attention_kernels import (
     _timeline_attention_bwd_query_kernel,
     _timeline_attention_fwd_kernel,
@@ -343,13 +342,6 @@ def timeline_attention(
     tensors = (query_THC, key_TGC, value_TGC, segments.table_S6)
     out_THC, lse_HT = _attend(*tensors, scale, segments.pairs)
     return out_THC, lse_HT.detach()
-
-
-@dataclass(frozen=True)
-class Build(platform.Build):
-    """A build, and the architectures it is launched on."""
-
-    archs: tuple[int, ...] = (80, 90, 100)
 
 
 _KERNELS = {
