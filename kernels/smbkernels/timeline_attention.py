@@ -170,14 +170,20 @@ def visible(segments: Segments) -> Tensor:
 
 
 def forward_backward(
-    backend: str, forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., tuple]
+    backend: str,
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    backward: Callable[..., tuple],
+    *,
+    on_device: bool = False,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The operation on a backend that reads the table of segments on the CPU.
+    """The operation on a backend.
 
     Args:
-        forward: (query, key, value, host_S6, scale) -> out [T, H, C] and lse [H, T].
-        backward: (grad_out, query, key, value, out, lse, host_S6, scale) -> the gradients of
+        forward: (query, key, value, table_S6, scale) -> out [T, H, C] and lse [H, T].
+        backward: (grad_out, query, key, value, out, lse, table_S6, scale) -> the gradients of
             query, key and value. All that either returns is contiguous.
+        on_device: they read the table where the queries are, and a gradient of any strides;
+            otherwise the table on the CPU, and a contiguous gradient.
     """
     name = f"smb::timeline_attention_{backend}"
 
@@ -186,14 +192,14 @@ def forward_backward(
         query_THC: Tensor,
         key_TGC: Tensor,
         value_TGC: Tensor,
-        host_S6: Tensor,
+        table_S6: Tensor,
         scale: float,
         pairs: int,
     ) -> tuple[Tensor, Tensor]:
-        return forward(query_THC, key_TGC, value_TGC, host_S6, scale)
+        return forward(query_THC, key_TGC, value_TGC, table_S6, scale)
 
     @attend.register_fake
-    def _(query_THC, key_TGC, value_TGC, host_S6, scale, pairs):
+    def _(query_THC, key_TGC, value_TGC, table_S6, scale, pairs):
         T, H, _ = query_THC.shape
         wide = torch.promote_types(query_THC.dtype, torch.float32)
         return query_THC.new_empty(query_THC.shape), query_THC.new_empty(H, T, dtype=wide)
@@ -206,12 +212,13 @@ def forward_backward(
         value_TGC: Tensor,
         out_THC: Tensor,
         lse_HT: Tensor,
-        host_S6: Tensor,
+        table_S6: Tensor,
         scale: float,
         pairs: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = (query_THC, key_TGC, value_TGC, out_THC, lse_HT)
-        return backward(grad_out_THC.contiguous(), *inputs, host_S6, scale)
+        grad_out_THC = grad_out_THC if on_device else grad_out_THC.contiguous()
+        inputs = (query_THC, key_TGC, value_TGC, out_THC, lse_HT, table_S6)
+        return backward(grad_out_THC, *inputs, scale)
 
     @attend_bwd.register_fake
     def _(grad_out_THC, query_THC, key_TGC, value_TGC, *_):
@@ -219,8 +226,8 @@ def forward_backward(
 
     def keep(ctx, inputs, output) -> None:
         *tensors, ctx.scale, ctx.pairs = inputs
-        *tensors, host_S6 = tensors
-        ctx.save_for_backward(*tensors, *output, host_S6)
+        *tensors, table_S6 = tensors
+        ctx.save_for_backward(*tensors, *output, table_S6)
         ctx.set_materialize_grads(False)
 
     def grads(ctx, grad_out_THC, _grad_lse):
@@ -232,7 +239,7 @@ def forward_backward(
     packets = [getattr(torch.ops.smb, f"timeline_attention_{backend}{end}") for end in ("", "_bwd")]
 
     @register_flop_formula(packets[0], get_raw=True)
-    def _(query_THC, key_TGC, value_TGC, host_S6, scale, pairs, **_):
+    def _(query_THC, key_TGC, value_TGC, table_S6, scale, pairs, **_):
         return attention_flops(pairs, query_THC.shape[1], query_THC.shape[2])
 
     @register_flop_formula(packets[1], get_raw=True)
@@ -248,8 +255,14 @@ def forward_backward(
         scale: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         check(query_THC, key_TGC, value_TGC, segments)
+        table_S6 = segments.table_S6 if on_device else segments.host_S6
+        if on_device and table_S6.device != query_THC.device:
+            raise ValueError(
+                f"segments must be on {query_THC.device} as the queries, got "
+                f"{table_S6.device}: `segments.to(device)` moves them once per batch"
+            )
         scale = query_THC.shape[-1] ** -0.5 if scale is None else scale
-        tensors = (query_THC, key_TGC, value_TGC, segments.host_S6)
+        tensors = (query_THC, key_TGC, value_TGC, table_S6)
         out_THC, lse_HT = attend(*tensors, scale, segments.pairs)
         return out_THC, lse_HT.detach()
 

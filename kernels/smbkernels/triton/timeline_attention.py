@@ -35,9 +35,9 @@ from typing import Any
 import torch
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from smbkernels.timeline_attention import Segments, attention_flops, check
+from smbkernels.timeline_attention import forward_backward
+from smbkernels.timeline_attention import timeline_attention as attention
 from smbkernels.triton.platform import INTERPRET, Build, missing, on_device_of_first
 from smbkernels.triton.timeline_attention_kernels import (
     _timeline_attention_bwd_query_kernel,
@@ -155,6 +155,8 @@ def _launch(launch: Launch) -> dict[str, Any]:
 def _launch_fwd(
     query_THC: Tensor, key_TGC: Tensor, value_TGC: Tensor, table_S6: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, got {scale}")
     T, H, C = query_THC.shape
     S = len(table_S6)
     query_THC, key_TGC, value_TGC = map(_strided, (query_THC, key_TGC, value_TGC))
@@ -251,97 +253,8 @@ def _launch_bwd(
     return grads
 
 
-@torch.library.custom_op("smb::timeline_attention_triton", mutates_args=())
-def _attend(
-    query_THC: Tensor,
-    key_TGC: Tensor,
-    value_TGC: Tensor,
-    table_S6: Tensor,
-    scale: float,
-    pairs: int,
-) -> tuple[Tensor, Tensor]:
-    return _launch_fwd(query_THC, key_TGC, value_TGC, table_S6, scale)
-
-
-@_attend.register_fake
-def _(query_THC, key_TGC, value_TGC, table_S6, scale, pairs):
-    T, H, C = query_THC.shape
-    return query_THC.new_empty(T, H, C), query_THC.new_empty(H, T, dtype=torch.float32)
-
-
-@torch.library.custom_op("smb::timeline_attention_triton_bwd", mutates_args=())
-def _attend_bwd(
-    grad_out_THC: Tensor,
-    query_THC: Tensor,
-    key_TGC: Tensor,
-    value_TGC: Tensor,
-    out_THC: Tensor,
-    lse_HT: Tensor,
-    table_S6: Tensor,
-    scale: float,
-    pairs: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = (query_THC, key_TGC, value_TGC, out_THC, lse_HT, table_S6)
-    return _launch_bwd(grad_out_THC, *inputs, scale)
-
-
-@_attend_bwd.register_fake
-def _(grad_out_THC, query_THC, key_TGC, value_TGC, *_):
-    return tuple(x.new_empty(x.shape) for x in (query_THC, key_TGC, value_TGC))
-
-
-def _keep(ctx, inputs, output) -> None:
-    *tensors, ctx.scale, ctx.pairs = inputs
-    *tensors, table_S6 = tensors
-    ctx.save_for_backward(*tensors, *output, table_S6)
-    ctx.set_materialize_grads(False)
-
-
-def _grads(ctx, grad_out_THC, _grad_lse):
-    if grad_out_THC is None:
-        return (None,) * 6
-    return *_attend_bwd(grad_out_THC, *ctx.saved_tensors, ctx.scale, ctx.pairs), *[None] * 3
-
-
-_attend.register_autograd(_grads, setup_context=_keep)
-
-
-@register_flop_formula(torch.ops.smb.timeline_attention_triton, get_raw=True)
-def _forward_flops(query_THC, key_TGC, value_TGC, table_S6, scale, pairs, **_) -> int:
-    return attention_flops(pairs, query_THC.shape[1], query_THC.shape[2])
-
-
-@register_flop_formula(torch.ops.smb.timeline_attention_triton_bwd, get_raw=True)
-def _backward_flops(grad_out_THC, query_THC, *rest, **_) -> int:
-    return attention_flops(rest[-1], query_THC.shape[1], query_THC.shape[2], backward=True)
-
-
-def timeline_attention(
-    query_THC: Tensor,
-    key_TGC: Tensor,
-    value_TGC: Tensor,
-    segments: Segments,
-    *,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """As the reference; strides of tokens and heads are free, a head's row is contiguous.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit each other, segments on another device, a
-            scale that is not positive.
-    """
-    check(query_THC, key_TGC, value_TGC, segments)
-    if segments.table_S6.device != query_THC.device:
-        raise ValueError(
-            f"segments must be on {query_THC.device} as the queries, got "
-            f"{segments.table_S6.device}: `segments.to(device)` moves them once per batch"
-        )
-    scale = query_THC.shape[-1] ** -0.5 if scale is None else scale
-    if scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}")
-    tensors = (query_THC, key_TGC, value_TGC, segments.table_S6)
-    out_THC, lse_HT = _attend(*tensors, scale, segments.pairs)
-    return out_THC, lse_HT.detach()
+timeline_attention = forward_backward("triton", _launch_fwd, _launch_bwd, on_device=True)
+timeline_attention.__doc__ = attention.__doc__
 
 
 _KERNELS = {
