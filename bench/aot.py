@@ -210,6 +210,10 @@ def main(argv: list[str] | None = None) -> None:
     began = time.perf_counter()
     compiled = compile_all(triton=settings.triton, only=settings.only, processes=settings.processes)
     spent = time.perf_counter() - began
+    if not compiled.reports:
+        sys.exit(
+            f"python -m bench.aot: `only` must be in the name of a build, got {settings.only!r}"
+        )
     print(printed(compiled))
     print(f"\nTriton {compiled.triton}: {len(compiled.reports)} compilations in {spent:.0f} s")
     slowest = sorted(compiled.reports, key=lambda r: -r.get("seconds", 0))[:3]

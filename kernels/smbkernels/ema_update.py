@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from smbkernels.registry import Backend, op
@@ -109,7 +110,7 @@ def in_place(backend: str, launch: Callable[..., None]) -> Callable[..., None]:
             empty when there are none, and `scale` has one entry per matrix.
     """
 
-    @torch.library.custom_op(f"smb::ema_update_{backend}", mutates_args=("average", "remainder"))
+    @custom_op(f"smb::ema_update_{backend}", mutates_args=("average", "remainder"))
     def update(
         average: Sequence[Tensor],
         remainder: Sequence[Tensor],

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
@@ -116,7 +117,7 @@ def by_hand(
     """
     name = f"smb::lora_linear_{backend}"
 
-    @torch.library.custom_op(name, mutates_args=())
+    @custom_op(name, mutates_args=())
     def outputs_and_low(
         x_TK: Tensor,
         weight: Sequence[Tensor],
@@ -133,7 +134,7 @@ def by_hand(
         low_TS = x_TK.new_empty((x_TK.numel() // K, sum(v.shape[0] for v in a)))
         return [*(x_TK.new_empty((*lead, w.shape[0])) for w in weight), low_TS]
 
-    @torch.library.custom_op(f"{name}_bwd", mutates_args=())
+    @custom_op(f"{name}_bwd", mutates_args=())
     def gradients(
         dy: Sequence[Tensor],
         x_TK: Tensor | None,

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from smbkernels.registry import Backend, op
@@ -100,7 +101,7 @@ def one_pass(backend: str, launch: Callable[..., tuple[Tensor, Tensor]]) -> Call
     """
     name = f"smb::masked_jepa_mse_{backend}"
 
-    @torch.library.custom_op(name, mutates_args=())
+    @custom_op(name, mutates_args=())
     def loss_and_grad(
         prediction_MD: Tensor,
         target_TD: Tensor,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from smbkernels.registry import Backend, op
@@ -187,7 +188,7 @@ def forward_backward(
     """
     name = f"smb::timeline_attention_{backend}"
 
-    @torch.library.custom_op(name, mutates_args=())
+    @custom_op(name, mutates_args=())
     def attend(
         query_THC: Tensor,
         key_TGC: Tensor,
@@ -204,7 +205,7 @@ def forward_backward(
         wide = torch.promote_types(query_THC.dtype, torch.float32)
         return query_THC.new_empty(query_THC.shape), query_THC.new_empty(H, T, dtype=wide)
 
-    @torch.library.custom_op(f"{name}_bwd", mutates_args=())
+    @custom_op(f"{name}_bwd", mutates_args=())
     def attend_bwd(
         grad_out_THC: Tensor,
         query_THC: Tensor,

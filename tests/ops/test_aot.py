@@ -191,3 +191,9 @@ def test_reading_the_resource_usage():
     assert cubin.read_usage(text) == {"registers": 146, "spill_bytes": 24}
     with pytest.raises(ValueError, match="no resource usage"):
         cubin.read_usage("cuobjdump fatal")
+
+
+def test_a_name_that_no_build_has_is_refused_not_within_budget(capsys):
+    with pytest.raises(SystemExit, match="`only` must be in the name of a build, got 'nothing'"):
+        aot.main(["--only=nothing"])
+    assert "within budget" not in capsys.readouterr().out

@@ -275,6 +275,15 @@ def test_without_a_compiler_an_operation_runs_on_torch_and_says_so_once(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_where_there_is_a_compiler_the_kernels_build_and_load():
+    """Other tests of C++ skip where it cannot run; sources that do not compile must not pass so."""
+    try:
+        find_compiler()
+    except CannotBuild as error:
+        pytest.skip(str(error))
+    assert missing("cpu") is None
+
+
 def test_two_processes_at_once_use_one_library(fake, tmp_path):
     if missing("cpu"):
         pytest.skip(missing("cpu"))

@@ -14,6 +14,7 @@ from smbkernels.ema_update import join, split
 from smbkernels.registry import OPS
 from smbkernels.triton.platform import INTERPRET
 from torch import Tensor
+from torch.library import opcheck
 
 from tests.oracle import assert_no_worse
 
@@ -333,7 +334,7 @@ def test_opcheck(on, halves):
     average, remainder = stored(full, halves)
     b_NR, a_RK = torch.randn(5, 2, device=on.device), torch.randn(2, 6, device=on.device)
     op = getattr(torch.ops.smb, f"ema_update_{on.name}").default
-    torch.library.opcheck(op, ([average], remainder or [], [weight], [b_NR], [a_RK], [0.5], TAU))
+    opcheck(op, ([average], remainder or [], [weight], [b_NR], [a_RK], [0.5], TAU))
 
 
 def test_in_a_compiled_graph(on):

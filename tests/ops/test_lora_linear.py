@@ -10,6 +10,7 @@ from smbkernels.fused import lora_linear as fused
 from smbkernels.lora_linear import lora_flops
 from smbkernels.registry import OPS
 from torch import Tensor
+from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.oracle import assert_no_worse
@@ -246,14 +247,14 @@ def test_custom_ops(backend, device):
     group = Group.of((2, 9), 24, [20, 12], [4, 3], bias=True, device=device)
     x, b, a = group.leaves()
     fwd = getattr(torch.ops.smb, f"lora_linear_{backend}").default
-    torch.library.opcheck(fwd, (x, group.weight, b, a, group.scale, group.bias))
+    opcheck(fwd, (x, group.weight, b, a, group.scale, group.bias))
     low = torch.randn(18, 7, device=device)
     bwd = getattr(torch.ops.smb, f"lora_linear_{backend}_bwd").default
     tensors = (group.dy, group.x, low, group.weight, group.b, group.a, group.scale)
-    torch.library.opcheck(bwd, (*tensors, True, [True, True], [True, True]))
-    torch.library.opcheck(bwd, (*tensors, False, [False, True], [True, False]))
+    opcheck(bwd, (*tensors, True, [True, True], [True, True]))
+    opcheck(bwd, (*tensors, False, [False, True], [True, False]))
     kept = (group.dy, None, None, *tensors[3:])
-    torch.library.opcheck(bwd, (*kept, True, [False, False], [False, False]))
+    opcheck(bwd, (*kept, True, [False, False], [False, False]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

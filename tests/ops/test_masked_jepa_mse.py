@@ -15,6 +15,7 @@ from smbkernels.masked_jepa_mse import WIDEST
 from smbkernels.registry import OPS
 from smbkernels.triton.masked_jepa_mse import _row_start
 from torch import Tensor
+from torch.library import opcheck
 
 from tests.oracle import assert_no_worse
 
@@ -243,9 +244,7 @@ def test_opcheck(on, needs_grad):
     if not needs_grad:
         prediction_MD = prediction_MD.detach()
     op = getattr(torch.ops.smb, f"masked_jepa_mse_{on.name}").default
-    torch.library.opcheck(
-        op, (prediction_MD, target_TD, row_M, weight_D, True, 1e-6, 0.5, needs_grad)
-    )
+    opcheck(op, (prediction_MD, target_TD, row_M, weight_D, True, 1e-6, 0.5, needs_grad))
 
 
 def test_in_a_compiled_graph(on):

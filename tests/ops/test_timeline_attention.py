@@ -8,6 +8,7 @@ import torch
 from smbkernels import Segments, timeline_attention
 from smbkernels.attention import sdpa
 from smbkernels.timeline_attention import attention_flops, visible
+from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -345,11 +346,11 @@ def test_sdpa_as_an_operation_of_torch():
     query, key, value, grad = inputs(packed.tokens)
     leaves = [x.requires_grad_() for x in (query, key, value)]
     arguments = (*leaves, packed.host_S6, 0.25, packed.pairs)
-    torch.library.opcheck(torch.ops.smb.timeline_attention_sdpa.default, arguments)
+    opcheck(torch.ops.smb.timeline_attention_sdpa.default, arguments)
     with torch.no_grad():
         out, lse = torch.ops.smb.timeline_attention_sdpa(*arguments)
     given = (grad, query.detach(), key.detach(), value.detach(), out, lse, *arguments[3:])
-    torch.library.opcheck(torch.ops.smb.timeline_attention_sdpa_bwd.default, given)
+    opcheck(torch.ops.smb.timeline_attention_sdpa_bwd.default, given)
 
 
 def test_sdpa_compiles_into_one_graph():

@@ -15,6 +15,7 @@ from smbkernels.timeline_attention import attention_flops
 from smbkernels.triton import timeline_attention as module
 from smbkernels.triton.timeline_attention import Launch, Settings
 from smbkernels.triton.timeline_attention_kernels import _load_block, _load_tile, _store_tile
+from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.layouts import LAYOUTS, assert_as_good, inputs, outcome, segments
@@ -252,12 +253,12 @@ def test_as_operations_of_torch(given, pack):
     query, key, value, grad = given(packed.tokens)
     leaves = [x.requires_grad_() for x in (query, key, value)]
     arguments = (*leaves, packed.table_S6, 0.25, packed.pairs)
-    torch.library.opcheck(torch.ops.smb.timeline_attention_triton.default, arguments)
+    opcheck(torch.ops.smb.timeline_attention_triton.default, arguments)
     with torch.no_grad():
         out, lse = torch.ops.smb.timeline_attention_triton(*arguments)
     detached = [x.detach() for x in leaves]
     backward = (grad, *detached, out, lse, *arguments[3:])
-    torch.library.opcheck(torch.ops.smb.timeline_attention_triton_bwd.default, backward)
+    opcheck(torch.ops.smb.timeline_attention_triton_bwd.default, backward)
 
 
 def test_compiles_into_one_graph(given, pack):

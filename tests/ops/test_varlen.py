@@ -8,6 +8,7 @@ import torch
 from smbkernels import Segments, timeline_attention
 from smbkernels.attention import varlen
 from smbkernels.attention.engines import Engine
+from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.layouts import LAYOUTS, assert_as_good, inputs, outcome, segments
@@ -110,11 +111,11 @@ def test_an_operation_of_torch(name):
     query, key, value, grad = inputs(packed.tokens)
     leaves = [x.requires_grad_() for x in (query, key, value)]
     arguments = (*leaves, packed.host_S6, 0.25, packed.pairs)
-    torch.library.opcheck(torch.ops.smb.timeline_attention_emulated.default, arguments)
+    opcheck(torch.ops.smb.timeline_attention_emulated.default, arguments)
     with torch.no_grad():
         out, lse = torch.ops.smb.timeline_attention_emulated(*arguments)
     given = (grad, query.detach(), key.detach(), value.detach(), out, lse, *arguments[3:])
-    torch.library.opcheck(torch.ops.smb.timeline_attention_emulated_bwd.default, given)
+    opcheck(torch.ops.smb.timeline_attention_emulated_bwd.default, given)
 
 
 def test_compiles_into_one_graph():
