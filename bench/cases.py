@@ -2,10 +2,11 @@
 
 A case holds inputs and everything that computes the same from them: the reference, what the
 registry has beside it, and rivals that are not ours. Shapes are those of Qwen3-8B (width 4096,
-32 query and 8 key/value heads of 128, MLP 12288, rank 16): bf16 at the size of a training step on a
-GPU; fp32 and fewer tokens on a CPU.
+32 query and 8 key/value heads of 128, MLP 12288, rank 16, vocabulary 151936): bf16 at the size of a
+training step on a GPU; fp32 and fewer tokens on a CPU.
 
-M masked positions, D width, T tokens, N out and K in features, R rank, H heads, C head dim.
+M masked positions, D width, T tokens, N out and K in features, R rank, H heads, C head dim, V
+vocabulary.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from functools import partial
 
 import torch
 from smbkernels.ema_update import join
+from smbkernels.linear_cross_entropy import head_flops
 from smbkernels.lora_linear import lora_flops
 from smbkernels.registry import OPS, REFERENCE
 from smbkernels.timeline_attention import Segments, attention_flops
@@ -23,6 +25,7 @@ from bench import rivals
 
 FORWARD, BOTH, UPDATE = "forward", "forward+backward", "update"
 HIDDEN, MLP, HEADS, KV_HEADS, HEAD_DIM, RANK, LAYERS = 4096, 12288, 32, 8, 128, 16, 36
+VOCABULARY = 151936
 LINEARS = {
     "q": (HIDDEN, HIDDEN),
     "k": (1024, HIDDEN),
@@ -241,6 +244,25 @@ def lora_linear(
     )
 
 
+def linear_cross_entropy(
+    T: int, D: int, V: int, dtype: torch.dtype, device: str, *, trained: bool
+) -> Inputs:
+    hidden_TD = torch.randn(T, D, device=device, dtype=dtype, requires_grad=True)
+    weight_VD = torch.randn(V, D, device=device, dtype=dtype) * D**-0.5
+    weight_VD.requires_grad_(trained)
+    label_T = torch.randint(V, (T,), device=device)
+    read = dtype.itemsize * (T * D + V * D) + 8 * T
+    written = dtype.itemsize * (T * D + trained * V * D)
+    flops = [head_flops(T, D, V, hidden=g, weight=g and trained, tokens=False) for g in (0, 1)]
+    return Inputs(
+        (hidden_TD, weight_VD, label_T),
+        {"scale": 1.0 / T},
+        {FORWARD: (read, flops[0]), BOTH: (read + written, flops[1])},
+        tol=1e-5 if dtype == torch.float32 else 1e-2,
+        leaves=[hidden_TD, weight_VD] if trained else [hidden_TD],
+    )
+
+
 def on_cpu() -> list[Case]:
     """fp32, at sizes two cores do in seconds."""
     device, dtype = "cpu", torch.float32
@@ -285,6 +307,7 @@ def on_cpu() -> list[Case]:
         make = partial(lora_linear, shapes, 128, dtype, device)
         shape = {"T": 128, "linears": len(shapes), "R": RANK}
         found.append(Case("lora_linear", name, device, dtype, shape, make, quick, quick))
+    found += [_head_case(1024, 512, 8192, dtype, device, trained=t) for t in (False, True)]
     return found
 
 
@@ -326,6 +349,8 @@ def on_cuda() -> list[Case]:
         shape = {"T": 32768, "linears": len(shapes), "R": RANK}
         quick = name in ("q", "gate+up")
         found.append(Case("lora_linear", name, device, dtype, shape, make, quick))
+    for T, trained in ((4096, False), (8192, False), (8192, True)):
+        found.append(_head_case(T, HIDDEN, VOCABULARY, dtype, device, trained=trained))
     return found
 
 
@@ -351,6 +376,14 @@ def _attention_case(
     make = partial(timeline_attention, S, timelines, prefixes, branch, dtype, device)
     # the reference holds a mask of all tokens, so that compiling it shows nothing
     return Case("timeline_attention", name, device, dtype, shape, make, quick, compiled=False)
+
+
+def _head_case(T: int, D: int, V: int, dtype: torch.dtype, device: str, *, trained: bool) -> Case:
+    make = partial(linear_cross_entropy, T, D, V, dtype, device, trained=trained)
+    name = f"{T}x{D} V={V}" + (" trained" if trained else "")
+    shape = {"T": T, "D": D, "V": V}
+    quick = not trained and T != 4096
+    return Case("linear_cross_entropy", name, device, dtype, shape, make, quick, compiled=quick)
 
 
 def _linears() -> list[tuple[str, list[tuple[int, int]]]]:

@@ -1,24 +1,211 @@
-"""Cross-entropy of `hidden @ weight.T` at labelled rows.
+"""Summed cross-entropy of `hidden @ weight.T` at labelled rows, some rows of the head apart.
 
-    z = hidden_n . weight_v        loss_n = logsumexp_v(z) - z[label_n]
+    z_nv = hidden_n . weight_v, or hidden_n . token_weight_r for v = token_r
+    L    = scale * sum_n (logsumexp_v(z_nv) - z_n,label_n)
 
-N labelled tokens, D width, V vocabulary.
+    dz_nv   = exp(z_nv - logsumexp_v(z_nv)) - [v = label_n]
+    dhidden = scale dz weight    dweight = scale dz' hidden, and 0 in the rows of token_R
+
+and so for token_weight, with the columns of dz that are its own.
+
+N labelled tokens, D width, V vocabulary, R rows of the head that are trained on their own.
 """
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
 
-from smbkernels.registry import op
+from smbkernels.lora_linear import AUTOCAST
+from smbkernels.registry import Backend, op
 
 
-def _flops(hidden_ND: Tensor, weight_VD: Tensor, label_N: Tensor) -> int:
-    return 2 * hidden_ND.shape[0] * weight_VD.numel()
+def head_flops(
+    N: int, D: int, V: int, R: int = 0, *, hidden: bool, weight: bool, tokens: bool
+) -> int:
+    """Of the matrix products: logits, and the gradients that are wanted."""
+    return 2 * N * D * (V * (1 + hidden + weight) + R * (1 + hidden + tokens))
 
 
-@op(flops=_flops)
-def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, label_N: Tensor) -> Tensor:
-    """The summed loss, a scalar of at least fp32; every row is labelled."""
+def _flops(
+    hidden_ND: Tensor, weight_VD: Tensor, label_N: Tensor, token_R: Tensor | None = None, *_, **__
+) -> int:
+    R = 0 if token_R is None else len(token_R)
+    none = dict.fromkeys(("hidden", "weight", "tokens"), False)
+    return head_flops(*hidden_ND.shape, weight_VD.shape[0], R, **none)
+
+
+def _fits_liger(
+    hidden_ND: Tensor, weight_VD: Tensor, label_N: Tensor, token_R: Tensor | None = None, *_, **__
+) -> str | None:
+    if hidden_ND.dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype of hidden_ND must be fp32 or bf16, got {hidden_ND.dtype}"
+    return None if token_R is None else "it knows no rows of the head that are trained apart"
+
+
+@op(
+    Backend("chunked", "fused.linear_cross_entropy", ("cuda", "cpu")),
+    # it waits for the GPU at each call
+    Backend("liger", "liger.linear_cross_entropy", (), _fits_liger),
+    flops=_flops,
+)
+def linear_cross_entropy(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    label_N: Tensor,
+    token_R: Tensor | None = None,
+    token_weight_RD: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+) -> Tensor:
+    """The scaled sum over rows, a scalar of at least fp32; every row is labelled.
+
+    Args:
+        hidden_ND: fp32, bf16 or fp64; products of matrices are in this dtype.
+        weight_VD: the head.
+        label_N: int64, in [0, V).
+        token_R: int64, rows of the head, each once, that `token_weight_RD` stands in for: new
+            tokens that are trained beside a frozen head.
+        token_weight_RD: their weights.
+        scale: of loss and gradients, such as w_sft / labelled tokens of the step; given here, not
+            multiplied after, the gradients are complete in one pass, and rounded once.
+    """
     logits_NV = F.linear(hidden_ND, weight_VD.to(hidden_ND.dtype))
+    if token_R is not None:
+        own_NR = F.linear(hidden_ND, token_weight_RD.to(hidden_ND.dtype))
+        logits_NV = logits_NV.index_copy(1, token_R, own_NR)
     if logits_NV.dtype.itemsize < 4:
         logits_NV = logits_NV.float()
-    return F.cross_entropy(logits_NV, label_N, reduction="sum")
+    return F.cross_entropy(logits_NV, label_N, reduction="sum") * scale
+
+
+Launch = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+def one_pass(backend: str, launch: Launch) -> Callable[..., Tensor]:
+    """The operation on a backend that computes loss and gradients in one pass.
+
+    Args:
+        launch: (hidden, weight, label, token, token_weight, scale, needs_hidden, needs_weight,
+            needs_tokens) -> the loss and the gradients of hidden, weight and token_weight, each
+            like its tensor (empty if not needed).
+    """
+    name = f"smb::linear_cross_entropy_{backend}"
+
+    @custom_op(name, mutates_args=())
+    def loss_and_grads(
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        label_N: Tensor,
+        token_R: Tensor | None,
+        token_weight_RD: Tensor | None,
+        scale: float,
+        needs_hidden: bool,
+        needs_weight: bool,
+        needs_tokens: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        needs = (needs_hidden, needs_weight, needs_tokens)
+        return launch(hidden_ND, weight_VD, label_N, token_R, token_weight_RD, scale, *needs)
+
+    @loss_and_grads.register_fake
+    def _(hidden_ND, weight_VD, label_N, token_R, token_weight_RD, scale, *needs):
+        loss = hidden_ND.new_empty((), dtype=wide(hidden_ND.dtype))
+        likes = (hidden_ND, weight_VD, hidden_ND if token_R is None else token_weight_RD)
+        grads = (x.new_empty(x.shape if n else (0,)) for x, n in zip(likes, needs, strict=True))
+        return loss, *grads
+
+    def keep(ctx, inputs, output) -> None:
+        ctx.needs = inputs[-3:]
+        ctx.save_for_backward(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx, grad_loss, *grads_of_grads):
+        if any(g is not None for g in grads_of_grads):
+            raise NotImplementedError(
+                f"linear_cross_entropy on {backend} has no second derivative; its reference has"
+            )
+        found = [
+            _scaled(grad, grad_loss) if needed and grad_loss is not None else None
+            for grad, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
+        ]
+        return found[0], found[1], None, None, found[2], *[None] * 4
+
+    loss_and_grads.register_autograd(backward, setup_context=keep)
+
+    @register_flop_formula(getattr(torch.ops.smb, name.split("::")[1]), get_raw=True)
+    def _(hidden_ND, weight_VD, label_N, token_R, token_weight_RD, scale, *needs, **_kwargs):
+        R = 0 if token_R is None else len(token_R)
+        wants = dict(zip(("hidden", "weight", "tokens"), needs, strict=True))
+        return head_flops(*hidden_ND.shape, weight_VD.shape[0], R, **wants)
+
+    def linear_cross_entropy(
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        label_N: Tensor,
+        token_R: Tensor | None = None,
+        token_weight_RD: Tensor | None = None,
+        *,
+        scale: float = 1.0,
+    ) -> Tensor:
+        _check(hidden_ND, weight_VD, label_N, token_R, token_weight_RD)
+        kind, exact = hidden_ND.device.type, hidden_ND.dtype == torch.float64
+        if kind in AUTOCAST and torch.is_autocast_enabled(kind) and not exact:
+            # as autocast does it for the product; the weights are cast by the operation
+            hidden_ND = hidden_ND.to(torch.get_autocast_dtype(kind))
+        leaves = (hidden_ND, weight_VD, token_weight_RD)
+        enabled = torch.is_grad_enabled()
+        needs = (enabled and x is not None and x.requires_grad for x in leaves)
+        return loss_and_grads(
+            hidden_ND, weight_VD, label_N, token_R, token_weight_RD, scale, *needs
+        )[0]
+
+    return linear_cross_entropy
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """In which loss, softmax and sums over chunks are computed: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _scaled(grad: Tensor, grad_loss: Tensor) -> Tensor:
+    # a gradient as large as the head is not copied where nobody will ask for it again; subclasses
+    # stand in for tensors while a graph is traced
+    plain = type(grad_loss) is Tensor and not torch.compiler.is_compiling()
+    if not plain or torch._C._autograd._get_current_graph_task_keep_graph():
+        return grad * grad_loss.to(grad.dtype)
+    # reading a scalar on a GPU would wait for it; on a CPU it saves a pass over the gradient
+    if grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:
+        return grad
+    return grad.mul_(grad_loss)
+
+
+def _check(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    label_N: Tensor,
+    token_R: Tensor | None,
+    token_weight_RD: Tensor | None,
+) -> None:
+    if hidden_ND.dim() != 2:
+        raise ValueError(f"hidden_ND must be [N, D], got {list(hidden_ND.shape)}")
+    N, D = hidden_ND.shape
+    if weight_VD.dim() != 2 or weight_VD.shape[1] != D:
+        raise ValueError(f"weight_VD must be [V, {D}], got {list(weight_VD.shape)}")
+    if (token_R is None) != (token_weight_RD is None):
+        given = "token_R" if token_weight_RD is None else "token_weight_RD"
+        raise ValueError(f"token_R and token_weight_RD must be given together, got {given} alone")
+    R = 0 if token_R is None else token_R.numel()
+    if token_R is not None and token_weight_RD.shape != (R, D):
+        raise ValueError(f"token_weight_RD must be [{R}, {D}], got {list(token_weight_RD.shape)}")
+    for name, ids, shape in (("label_N", label_N, (N,)), ("token_R", token_R, (R,))):
+        if ids is not None and (ids.shape != shape or ids.dtype != torch.int64):
+            raise ValueError(
+                f"{name} must be int64 of shape {list(shape)}, got {ids.dtype} of {list(ids.shape)}"
+            )
+    others = {"weight_VD": weight_VD, "label_N": label_N, "token_R": token_R}
+    for name, tensor in {**others, "token_weight_RD": token_weight_RD}.items():
+        if tensor is not None and tensor.device != hidden_ND.device:
+            raise ValueError(f"{name} must be on {hidden_ND.device}, got {tensor.device}")

@@ -169,7 +169,7 @@ def device_of(args: tuple, kwargs: dict) -> str:
 
 
 @contextmanager
-def use(backend: str | None = None, **by_op: str) -> Iterator[None]:
+def use(backend: str | None = None, /, **by_op: str) -> Iterator[None]:
     """Force a backend for all operations, or by name for some; never falls back.
 
     `auto` gives the choice back to the registry.
@@ -195,6 +195,11 @@ def use(backend: str | None = None, **by_op: str) -> Iterator[None]:
     finally:
         _forced.clear()
         _forced.update(before)
+
+
+def everywhere() -> str:
+    """The backend that is forced for all operations but those named, or "auto"."""
+    return _forced.get("*", AUTO)
 
 
 def load(device: str | None = None) -> list[str]:

@@ -31,7 +31,7 @@ _ROWS = 256  # queries at a time where a part's scores are held, without the fla
 
 def missing(device: str) -> str | None:
     """Why it cannot run on this kind of device here, or None."""
-    return None if device == "cpu" else f"tensors are on {device}"
+    return None if device in ("cpu", "meta") else f"tensors are on {device}"
 
 
 @dataclass(frozen=True)

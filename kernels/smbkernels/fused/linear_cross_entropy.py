@@ -1,0 +1,97 @@
+"""Cross-entropy of the head in chunks of rows: the logits of all rows are never held.
+
+A chunk of logits is made, turned into its gradient in place, multiplied into the gradients that are
+wanted, and overwritten by the next. Nothing is read back to the host.
+
+C rows of a chunk; the rest as in the operation.
+"""
+
+import torch
+from torch import Tensor
+
+from smbkernels.linear_cross_entropy import one_pass, wide
+
+LEAST, MOST = 512, 2048  # rows of a chunk: below, products wait for the head to be read
+
+
+def missing(device: str) -> str | None:
+    """It runs wherever torch does."""
+    return None
+
+
+def chunk_rows(N: int, D: int, V: int) -> int:
+    """Rows of a chunk: its logits are about as large as the hidden states, N D / V (as Liger does).
+
+    Within bounds, and N is cut evenly: no chunk of a row or two is left over.
+    """
+    most = min(max(N * D // V, LEAST), MOST)
+    chunks = max(-(-N // most), 1)
+    return -(-N // chunks)
+
+
+def _launch(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    label_N: Tensor,
+    token_R: Tensor | None,
+    token_weight_RD: Tensor | None,
+    scale: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_tokens: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (N, D), V = hidden_ND.shape, weight_VD.shape[0]
+    dtype, sums = hidden_ND.dtype, wide(hidden_ND.dtype)
+    head_VD = weight_VD.to(dtype)
+    token_RD = None if token_R is None else token_weight_RD.to(dtype)
+    dhidden_ND = hidden_ND.new_empty((N, D) if needs_hidden else (0,))
+    dweight_VD = hidden_ND.new_zeros((V, D) if needs_weight else (0,), dtype=sums)
+    dtoken_RD = hidden_ND.new_zeros(token_RD.shape if needs_tokens else (0,), dtype=sums)
+    log_p_N1 = hidden_ND.new_empty((N, 1), dtype=sums)
+
+    C = chunk_rows(N, D, V)
+    logits_CV = hidden_ND.new_empty((C, V))
+    wide_CV = logits_CV if dtype == sums else logits_CV.new_empty((C, V), dtype=sums)
+    for start in range(0, N, max(C, 1)):
+        chunk = slice(start, min(start + C, N))
+        hidden_CD, label_C1 = hidden_ND[chunk], label_N[chunk, None]
+        dz_CV, log_p_CV = logits_CV[: len(hidden_CD)], wide_CV[: len(hidden_CD)]
+        torch.mm(hidden_CD, head_VD.t(), out=dz_CV)
+        if token_R is not None:
+            dz_CV.index_copy_(1, token_R, hidden_CD @ token_RD.t())
+        if dtype != sums:
+            log_p_CV.copy_(dz_CV)
+        torch.log_softmax(log_p_CV, 1, out=log_p_CV)
+        log_p_C1 = torch.gather(log_p_CV, 1, label_C1, out=log_p_N1[chunk])
+        if not (needs_hidden or needs_weight or needs_tokens):
+            continue
+        # `scale` comes with the products: it costs no pass here
+        torch.exp(log_p_CV, out=dz_CV)
+        dz_CV.scatter_(1, label_C1, log_p_C1.expm1().to(dtype))
+        if token_R is not None:
+            dz_CR = dz_CV.index_select(1, token_R)
+            dz_CV.index_fill_(1, token_R, 0)
+        if needs_hidden:
+            dhidden_ND[chunk].addmm_(dz_CV, head_VD, beta=0, alpha=scale)
+            if token_R is not None:
+                dhidden_ND[chunk].addmm_(dz_CR, token_RD, alpha=scale)
+        if needs_tokens:
+            _add_product(dtoken_RD, dz_CR, hidden_CD, scale)
+        if needs_weight:
+            _add_product(dweight_VD, dz_CV, hidden_CD, scale)
+    dtoken_RD = dtoken_RD.to(dtype if token_RD is None else token_weight_RD.dtype)
+    return log_p_N1.sum() * -scale, dhidden_ND, dweight_VD.to(weight_VD.dtype), dtoken_RD
+
+
+def _add_product(total_VD: Tensor, dz_CV: Tensor, hidden_CD: Tensor, scale: float) -> None:
+    """total += scale dz' hidden, rounded to the dtype of the total alone."""
+    if total_VD.dtype == dz_CV.dtype:
+        total_VD.addmm_(dz_CV.t(), hidden_CD, alpha=scale)
+    elif total_VD.device.type == "cuda":
+        options = {"out_dtype": total_VD.dtype, "alpha": scale}
+        torch.addmm(total_VD, dz_CV.t(), hidden_CD, **options, out=total_VD)
+    else:
+        total_VD.addmm_(dz_CV.t().to(total_VD.dtype), hidden_CD.to(total_VD.dtype), alpha=scale)
+
+
+linear_cross_entropy = one_pass("chunked", _launch)

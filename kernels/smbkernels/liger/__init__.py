@@ -1,0 +1,1 @@
+"""Operations of Liger-Kernel with the contracts of ours; explicit choices alone."""
