@@ -1,13 +1,18 @@
 """The two types that cross module borders: one patient's tokens, a batch of trunks and branches.
 
-Legend: T tokens, L lines (one code in one bucket), B buckets, S segments, M masked positions.
+Legend: T tokens of the online encoder, U tokens of the target encoder, L lines (one code in one
+bucket), B buckets, S segments, N labelled rows, M masked positions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+from smbkernels.timeline_attention import Segments
 from torch import Tensor
+
+Row = tuple[int, int, int, int]  # start, length, start of the trunk, prefix
 
 
 @dataclass(frozen=True)
@@ -41,56 +46,149 @@ class Timeline:
 class PackedBatch:
     """Trunks and branches concatenated into one row of tokens, no padding.
 
-    A branch hangs on a prefix of a trunk: it continues the position ids from the cut and sees
-    `trunk[:prefix]` and itself, causally. `labels_T` is the next token where one is predicted
-    (trunks only), -100 elsewhere. Row `masked_M[m]` of a branch predicts the target encoder's
-    hidden state of row `target_M[m]`, the same token on its unmasked trunk. The ids of masked rows
-    are 0: the identity of a masked token is not even in the batch's online side.
+    Trunks come first, then the branches in the order of their trunks. A branch hangs on a prefix
+    of a trunk: it continues the position ids from the cut and sees `trunk[:prefix]` and itself,
+    causally. Row `masked_M[m]` of a branch predicts the target encoder's hidden state of row
+    `target_M[m]` of its own tokens: the same token, unmasked. The ids of masked rows are 0: the
+    identity of a masked token is not even in the batch's online side.
+
+    Every index that a step needs is here, made on the CPU: nothing asks a GPU for a count.
     """
 
     ids_T: Tensor  # int64
     position_T: Tensor  # int64
-    labels_T: Tensor  # int64
-    start_S: Tensor  # int64
-    length_S: Tensor  # int64
-    trunk_start_S: Tensor  # int64: of the trunk a branch hangs on; a trunk's own start
-    prefix_S: Tensor  # int64: tokens of the trunk a branch sees; 0 for a trunk
+    segments: Segments
+    labelled_N: Tensor  # int64 rows of T, in trunks, whose next token is predicted
+    label_N: Tensor  # int64: that token
     masked_M: Tensor  # int64 rows of T, in branches
-    target_M: Tensor  # int64 rows of T, in trunks
-    trunk_tokens: int  # tokens of trunks: what throughput counts
+    target_ids_U: Tensor  # int64: each trunk with masked positions, through the last of them
+    target_position_U: Tensor  # int64
+    target_segments: Segments  # over U, trunks alone
+    target_M: Tensor  # int64 rows of U
+    trunk_tokens: int  # of whole trunks: what throughput counts
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The batch with its tensors on a device."""
-        moved = {
-            f.name: getattr(self, f.name).to(device, non_blocking=True)
-            for f in fields(self)
-            if f.name != "trunk_tokens"
-        }
-        return replace(self, **moved)
+        """The batch with its tensors on a device; without waiting, if they are in pinned memory."""
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def pinned(self) -> "PackedBatch":
+        """The batch in page-locked memory, from where a GPU copies beside its work."""
+        return self._each(Tensor.pin_memory)
 
     @property
     def labels(self) -> int:
         """Predicted tokens."""
-        return int((self.labels_T >= 0).sum())
+        return len(self.label_N)
 
     @property
     def masked(self) -> int:
         """Masked positions."""
         return len(self.masked_M)
 
+    @property
+    def rows(self) -> list[Row]:
+        """Start, length, start of its trunk and prefix (0: a trunk) of each segment."""
+        return [tuple(row[:4]) for row in self.segments.host_S6.tolist()]
+
     def check(self) -> None:
         """Assert what every consumer relies on; for tests: it is our mistake where it fails."""
-        trunk_S = self.prefix_S == 0
-        end_S = self.start_S + self.length_S
-        assert bool((end_S[:-1] == self.start_S[1:]).all()) and int(end_S[-1]) == len(self.ids_T)
-        assert bool((self.start_S[trunk_S] == self.trunk_start_S[trunk_S]).all())
-        assert int(self.length_S[trunk_S].sum()) == self.trunk_tokens
-        segment_T = torch.repeat_interleave(torch.arange(len(self.start_S)), self.length_S)
-        base_T = self.position_T - (torch.arange(len(self.ids_T)) - self.start_S[segment_T])
-        assert bool((base_T == self.prefix_S[segment_T]).all())
-        branch_M, source_M = segment_T[self.masked_M], segment_T[self.target_M]
-        assert bool((self.prefix_S[branch_M] > 0).all()) and bool(trunk_S[source_M].all())
-        assert bool((self.trunk_start_S[branch_M] == self.start_S[source_M]).all())
-        assert bool((self.position_T[self.masked_M] == self.position_T[self.target_M]).all())
+        start_S, length_S, trunk_S, prefix_S = self.segments.host_S6[:, :4].long().unbind(1)
+        assert self.segments.tokens == len(self.ids_T) == len(self.position_T)
+        segment_T = torch.repeat_interleave(torch.arange(len(start_S)), length_S)
+        base_T = self.position_T - (torch.arange(len(self.ids_T)) - start_S[segment_T])
+        assert bool((base_T == prefix_S[segment_T]).all())
+        assert bool((prefix_S[segment_T[self.labelled_N]] == 0).all())
+        assert bool((prefix_S[segment_T[self.masked_M]] > 0).all())
         assert not bool(self.ids_T[self.masked_M].any())
-        assert bool((self.labels_T[self.prefix_S[segment_T] > 0] < 0).all())
+        assert bool((self.target_segments.host_S6[:, 3] == 0).all())
+        assert self.target_segments.tokens == len(self.target_ids_U) == len(self.target_position_U)
+        assert len(self.target_M) == len(self.masked_M)
+        assert bool((self.target_M < len(self.target_ids_U)).all())
+        at_M = self.target_position_U[self.target_M]
+        assert bool((self.position_T[self.masked_M] == at_M).all())
+        order = torch.argsort(trunk_S[prefix_S > 0], stable=True)
+        assert bool((order == torch.arange(len(order))).all())
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        moved = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                moved[field.name] = move(value)
+            elif isinstance(value, Segments):
+                moved[field.name] = replace(value, table_S6=move(value.table_S6))
+        return replace(self, **moved)
+
+
+def pack_segments(
+    trunks: list[np.ndarray], branches: list[list[tuple[int, np.ndarray]]]
+) -> PackedBatch:
+    """Trunks, and what hangs on each, without labels or masks.
+
+    Args:
+        trunks: token ids of each.
+        branches: of each trunk, (prefix, token ids) of its branches; prefix from 1 to its length.
+
+    Raises:
+        ValueError: a branch that sees more tokens than its trunk has, or a segment without tokens.
+    """
+    ids_T, position_T, segments = _concatenated(trunks, branches)
+    none = torch.empty(0, dtype=torch.int64)
+    no_segments = Segments.of(none, none, none, none)
+    tokens = sum(len(t) for t in trunks)
+    return PackedBatch(
+        ids_T, position_T, segments, none, none, none, none, none, no_segments, none, tokens
+    )
+
+
+def add_losses(
+    batch: PackedBatch,
+    label_T: np.ndarray,
+    masked_M: np.ndarray,
+    targets: list[np.ndarray],
+    target_M: np.ndarray,
+    trunk_tokens: int,
+) -> PackedBatch:
+    """The batch with what its losses need.
+
+    Args:
+        label_T: the next token of the first T rows, -100 where none is predicted.
+        masked_M: rows in branches.
+        targets: token ids that the target encoder reads, one array a trunk.
+        target_M: rows of their concatenation.
+        trunk_tokens: of whole trunks, where those of the batch end early.
+    """
+    labelled_N = np.flatnonzero(label_T >= 0)
+    target_ids_U, target_position_U, target_segments = _concatenated(targets, [[] for _ in targets])
+    return replace(
+        batch,
+        labelled_N=_long(labelled_N),
+        label_N=_long(label_T[labelled_N]),
+        masked_M=_long(masked_M),
+        target_ids_U=target_ids_U,
+        target_position_U=target_position_U,
+        target_segments=target_segments,
+        target_M=_long(target_M),
+        trunk_tokens=trunk_tokens,
+    )
+
+
+def _concatenated(
+    trunks: list[np.ndarray], branches: list[list[tuple[int, np.ndarray]]]
+) -> tuple[Tensor, Tensor, Segments]:
+    """Ids, positions and the table of segments."""
+    start_of = np.cumsum([0, *(len(t) for t in trunks)])
+    hung = [(p, s, i) for s, own in zip(start_of, branches, strict=False) for p, i in own]
+    rows = [*trunks, *(ids for _, _, ids in hung)]
+    length_S = np.array([len(r) for r in rows], np.int64)
+    prefix_S = np.array([0] * len(trunks) + [p for p, _, _ in hung], np.int64)
+    trunk_S = np.array([*start_of[:-1], *(s for _, s, _ in hung)], np.int64)
+    start_S = np.cumsum(length_S) - length_S
+    position_T = np.arange(length_S.sum()) - np.repeat(start_S - prefix_S, length_S)
+    ids_T = np.concatenate([*rows, np.empty(0, np.int64)])
+    segments = Segments.of(*(_long(a) for a in (start_S, length_S, trunk_S, prefix_S)))
+    return _long(ids_T), _long(position_T), segments
+
+
+def _long(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, np.int64))

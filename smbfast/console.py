@@ -25,6 +25,8 @@ def header(
     tuning: WindowSet,
     first: int,
     device: torch.device,
+    micro_tokens: int,
+    predicted: int,
 ) -> dict:
     """Print the start header; return it as the first record of `metrics.jsonl`."""
     trained, total = parameter_counts(encoder)
@@ -82,14 +84,14 @@ def header(
         ),
         (
             "step",
-            f"{settings.optim.batch} windows in micro-batches of {settings.optim.micro_batch}; "
+            f"{settings.optim.batch} windows in rows of up to {micro_tokens:,} tokens; "
             f"{total_steps(settings)} steps: "
             + ", ".join(f"{p.name} {p.steps}" for p in settings.phases),
         ),
         (
             "memory",
             f"weights {held / GIB:.2f} GiB, AdamW moments {moments / GIB:.2f}, target "
-            f"{average / GIB:.2f}; activations not estimated",
+            f"{average / GIB:.2f}; peak of a step, predicted, {predicted / GIB:.2f}",
         ),
         ("writes", f"{run}/  metrics.jsonl, tensorboard, checkpoints, best, final, report.html"),
     ]

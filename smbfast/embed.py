@@ -1,15 +1,15 @@
 """python -m smbfast.embed: a checkpoint and MEDS labels to embeddings at decision nodes.
 
-A node (subject, prediction time) is embedded once, however many tasks ask for it, from complete
-buckets and the tail of the current one: only events with `time <= prediction_time` are seen.
+All nodes of a window come from one forward: complete buckets are the trunk, and what a node does
+not share with the others is a branch (`smbfast.data.nodes`).
 
-Legend: K nodes, B rows of a batch, T positions, D width.
+Legend: K nodes, W windows, S branches, T tokens, D width, P sums of consecutive states, E ends of
+prefixes of a trunk.
 """
 
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -18,43 +18,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pydantic import Field
+from smbkernels.timeline_attention import Segments
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from smbfast.batch import Timeline
+from smbfast.batch import pack_segments
 from smbfast.checkpoint import restore_final
 from smbfast.config import Settings, command_line
-from smbfast.data.labels import Labels, find_tasks, read_labels, with_splits
-from smbfast.data.meds import BIRTH, STATIC, EventBatch, MedsDataset
+from smbfast.data.labels import find_tasks, read_labels, with_splits
+from smbfast.data.meds import MedsDataset
+from smbfast.data.nodes import NodeText, SharedWindow, distinct_nodes, node_texts, shared_windows
+from smbfast.data.packing import plan_rows
 from smbfast.data.prepared import serializer_of
-from smbfast.data.serialize import Serializer
-from smbfast.data.timelines import node_timeline, node_window
 from smbfast.data.tokens import TextEncoder
 from smbfast.files import cannot_write, committed_file
-from smbfast.model.backbone import PatientEncoder, padded
+from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder
 from smbfast.runtime import choose_device, duration, few
 
-Hidden = Callable[[Tensor], Tensor]  # ids [B, T] -> hidden states [B, T, D]
-
-
-@dataclass(frozen=True)
-class Nodes:
-    """Distinct decision nodes, sorted by subject and time."""
-
-    subject_K: np.ndarray  # int64
-    time_K: np.ndarray  # int64 microseconds since 1970
-    split_K: np.ndarray  # str
-
-
-@dataclass(frozen=True)
-class NodeText:
-    """What one node is embedded from."""
-
-    subject: int
-    time: int
-    split: str
-    ids_T: np.ndarray
+Pool = Literal["last", "mean"]
+Packed = Callable[[Tensor, Tensor, Segments], Tensor]  # ids [T], positions [T] -> states [T, D]
+_PLANNED = 32  # forwards planned together: what fills them well, and fits in memory
 
 
 class EmbedSettings(Settings):
@@ -71,147 +55,125 @@ class EmbedSettings(Settings):
     pool: Literal["last", "mean"] | None = Field(
         None, description="last token, or mean of the window; none: as the run was probed"
     )
-    batch: int = Field(16, ge=1, description="nodes of one forward")
+    tokens: int = Field(16384, ge=64, description="tokens of one forward, nodes of many windows")
+    path: Literal["shared", "reference"] = Field(
+        "shared",
+        description="nodes of a window from one forward, or from one for each trunk and branch",
+    )
     device: str = Field("auto", description="auto, cpu, cuda")
-
-
-def distinct_nodes(tasks: list[Labels]) -> Nodes:
-    """The nodes of all tasks, each once."""
-    nodes = {
-        (int(s), int(t)): str(split)
-        for task in tasks
-        for s, t, split in zip(task.subject_N, task.time_N, task.split_N, strict=True)
-    }
-    keys = sorted(nodes)
-    pairs = np.array(keys, np.int64).reshape(-1, 2)
-    return Nodes(pairs[:, 0], pairs[:, 1], np.array([nodes[k] for k in keys], dtype=str))
-
-
-def node_texts(
-    dataset: MedsDataset,
-    serializer: Serializer,
-    nodes: Nodes,
-    window: int,
-    counts: dict[str, int],
-) -> Iterator[NodeText]:
-    """The window of each node, in the order of the data; what is skipped or lost is counted.
-
-    Counted: nodes of unknown subjects, nodes before a subject's first event, tokens lost.
-    """
-    counts.update(nodes=len(nodes.subject_K), embedded=0, before_first_event=0, tokens_lost=0)
-    begin = serializer.encoder.begin
-    known = 0
-    for split in [s for s in dataset.splits if s in nodes.split_K]:  # "" is an unknown subject's
-        mine = nodes.split_K == split
-        for batch in dataset.batches(split, np.unique(nodes.subject_K[mine])):
-            timelines = serializer.timelines(batch)
-            births = np.array([c == BIRTH for c in batch.codes])[batch.code_N]
-            timed_N = (batch.time_N != STATIC) & ~births
-            for s, timeline in enumerate(timelines):
-                subject = timeline.subject
-                rows = slice(int(batch.offset_S1[s]), int(batch.offset_S1[s + 1]))
-                # nodes are sorted by subject: no pass over all of them for every subject
-                first, last = np.searchsorted(nodes.subject_K, [subject, subject + 1])
-                at = first + np.flatnonzero(mine[first:last])
-                known += len(at)
-                tails = _tails(batch, rows, timed_N, serializer, nodes.time_K[at])
-                for k, (complete, tail) in zip(at, _complete(timeline, tails), strict=True):
-                    record = node_timeline(timeline, complete, tail)
-                    if not len(record.bucket_end_B):
-                        counts["before_first_event"] += 1
-                        continue
-                    cut, lost = node_window(record, window, begin)
-                    counts["tokens_lost"] += lost
-                    counts["embedded"] += 1
-                    yield NodeText(subject, int(nodes.time_K[k]), split, cut.ids_T)
-    counts["unknown_subjects"] = len(nodes.subject_K) - known
-
-
-def _tails(
-    batch: EventBatch,
-    rows: slice,
-    timed_N: np.ndarray,
-    serializer: Serializer,
-    time_K: np.ndarray,
-) -> list[tuple[int, Timeline | None]]:
-    """For each node of a subject: its bucket, and the bucket's events up to the node as tokens."""
-    time_N = batch.time_N[rows]
-    timed = np.flatnonzero(timed_N[rows])
-    key_K = serializer.bucket_key(time_K)
-    picks = []
-    for node_time, key in zip(time_K, key_K, strict=True):
-        a = np.searchsorted(time_N[timed], key, side="left")
-        b = np.searchsorted(time_N[timed], node_time, side="right")
-        picks.append(timed[a:b] + rows.start)
-    offset = np.concatenate([[0], np.cumsum([len(p) for p in picks])])
-    full = [i for i, p in enumerate(picks) if len(p)]
-    tails: list[tuple[int, Timeline | None]] = [(int(k), None) for k in key_K]
-    if full:
-        chosen = np.concatenate([picks[i] for i in full])
-        bounds = np.append(offset[full], offset[-1])
-        for i, tail in zip(full, serializer.timelines(batch.rows(chosen, bounds)), strict=True):
-            tails[i] = (int(key_K[i]), tail)
-    return tails
-
-
-def _complete(
-    timeline: Timeline, tails: list[tuple[int, Timeline | None]]
-) -> list[tuple[int, Timeline | None]]:
-    """Buckets that were complete when the node's own bucket began."""
-    return [(int(np.searchsorted(timeline.bucket_time_B, key)), tail) for key, tail in tails]
 
 
 @torch.no_grad()
 def embed_nodes(
-    hidden: Hidden,
+    packed: Packed,
     texts: Iterator[NodeText],
     device: torch.device,
     *,
     total: int,
-    batch: int,
-    pool: Literal["last", "mean"],
+    tokens: int,
+    pool: Pool,
 ) -> pa.Table:
     """Embeddings of all nodes; rows in the order of (subject, time).
 
-    Nodes of like length share a forward, within groups that bound memory.
+    Nodes of one window share its trunk, windows of many patients a forward of at most `tokens`
+    tokens (a longer window has one of its own).
+
+    Raises:
+        ValueError: there is no node, or a model gives states that are not finite.
     """
-    columns: dict[str, list] = {"subject": [], "time": [], "split": [], "embedding": []}
+    nodes: list[NodeText] = []
+    parts: list[np.ndarray] = []
     start = last = time.monotonic()
-    for group in _groups(texts, batch * 32):
-        group.sort(key=lambda n: len(n.ids_T), reverse=True)
-        for first in range(0, len(group), batch):
-            rows = group[first : first + batch]
-            ids = [torch.from_numpy(n.ids_T.astype(np.int64)) for n in rows]
-            states_BTD = hidden(padded(ids, 0).to(device)).float()
-            for node, states_TD in zip(rows, states_BTD, strict=True):
-                own_TD = states_TD[: len(node.ids_T)]
-                pooled = own_TD[-1] if pool == "last" else own_TD.mean(0)
-                columns["subject"].append(node.subject)
-                columns["time"].append(node.time)
-                columns["split"].append(node.split)
-                columns["embedding"].append(pooled.cpu().numpy())
-            now = time.monotonic()
-            if now - last > 5:
-                done, last = len(columns["subject"]), now
-                left = (now - start) / done * (total - done)
-                print(f"embed  {done}/{total} nodes  eta {duration(left)}", file=sys.stderr)
-    if not columns["subject"]:
+    for windows in _rows(shared_windows(texts, tokens), tokens):
+        parts.append(pooled(packed, windows, pool, device).astype(np.float32))
+        nodes += [node for window in windows for node in window.nodes]
+        now = time.monotonic()
+        if now - last > 5:
+            last = now
+            left = (now - start) / len(nodes) * (total - len(nodes))
+            print(f"embed  {len(nodes)}/{total} nodes  eta {duration(left)}", file=sys.stderr)
+    if not nodes:
         raise ValueError("no decision node of the labels has a subject with events in the data")
-    order = np.lexsort((columns["time"], columns["subject"]))
-    stacked = np.stack(columns["embedding"])[order]
-    if not np.isfinite(stacked).all():
+    subject_K = np.array([node.subject for node in nodes], np.int64)
+    time_K = np.array([node.time for node in nodes], np.int64)
+    order = np.lexsort((time_K, subject_K))
+    stacked_KD = np.concatenate(parts)[order]
+    if not np.isfinite(stacked_KD).all():
         raise ValueError("embeddings must be finite; this model gives NaN or infinite states")
-    values = pa.FixedSizeListArray.from_arrays(pa.array(stacked.ravel()), stacked.shape[1])
+    values = pa.FixedSizeListArray.from_arrays(pa.array(stacked_KD.ravel()), stacked_KD.shape[1])
     return pa.table(
         {
-            "subject_id": pa.array(np.array(columns["subject"], np.int64)[order]),
-            "prediction_time": pa.array(
-                np.array(columns["time"], np.int64)[order].astype("datetime64[us]")
-            ),
-            "split": pa.array(np.array(columns["split"])[order].tolist(), pa.string()),
+            "subject_id": pa.array(subject_K[order]),
+            "prediction_time": pa.array(time_K[order].astype("datetime64[us]")),
+            "split": pa.array([nodes[k].split for k in order], pa.string()),
             "embedding": values,
         }
     )
+
+
+def _rows(windows: Iterator[SharedWindow], tokens: int) -> Iterator[list[SharedWindow]]:
+    """Windows of each forward, planned among so many at a time that memory is bounded."""
+    while group := _some(windows, _PLANNED * tokens):
+        size_W = np.array([len(window) for window in group])
+        for row in plan_rows(size_W, size_W, tokens):
+            yield [group[w] for w in row]
+
+
+def _some(windows: Iterator[SharedWindow], tokens: int) -> list[SharedWindow]:
+    group: list[SharedWindow] = []
+    while tokens > 0 and (window := next(windows, None)) is not None:
+        group.append(window)
+        tokens -= len(window)
+    return group
+
+
+def pooled(
+    packed: Packed, windows: list[SharedWindow], pool: Pool, device: torch.device
+) -> np.ndarray:
+    """Embeddings [K, D] of the nodes of some windows, in fp64, from one forward."""
+    batch = pack_segments([w.trunk_T for w in windows], [w.branches for w in windows]).to(device)
+    hidden_TD = packed(batch.ids_T, batch.position_T, batch.segments)
+    return _last(hidden_TD, windows) if pool == "last" else _mean(hidden_TD, windows)
+
+
+def _last(hidden_TD: Tensor, windows: list[SharedWindow]) -> np.ndarray:
+    """The state at each node's last token, on its trunk or at the end of its branch."""
+    start, own_start = 0, sum(len(w.trunk_T) for w in windows)  # branches lie behind all trunks
+    row_K = []
+    for window in windows:
+        own_end = own_start + np.cumsum([0, *(len(ids) for _, ids in window.branches)])
+        for prefix, branch in zip(window.prefix_K, window.branch_K, strict=True):
+            row_K.append((start + prefix if branch < 0 else own_end[branch + 1]) - 1)
+        start, own_start = start + len(window.trunk_T), own_end[-1]
+    rows = torch.tensor(row_K, device=hidden_TD.device)
+    return hidden_TD[rows].cpu().double().numpy()
+
+
+def _mean(hidden_TD: Tensor, windows: list[SharedWindow]) -> np.ndarray:
+    """The mean over each node's tokens: the part of the trunk that it sees, and its branch.
+
+    Each token is summed once, in fp32 at least: the pieces of a trunk between the ends of prefixes
+    are added up, in fp64, from the trunk's own start: nothing that a node does not see, not even
+    another patient's rounding, reaches it.
+    """
+    ends = [np.unique(window.prefix_K) for window in windows]  # the last is the trunk's
+    pieces = [length for end_E in ends for length in np.diff(end_E, prepend=0).tolist()]
+    own = [len(ids) for window in windows for _, ids in window.branches]
+    exact = torch.promote_types(hidden_TD.dtype, torch.float32)
+    sums = [rows.sum(0, dtype=exact) for rows in hidden_TD.split(pieces + own)]
+    sum_PD = torch.stack(sums).cpu().double().numpy()
+    first, first_own = 0, len(pieces)
+    mean_K = []
+    for window, end_E in zip(windows, ends, strict=True):
+        seen_ED = sum_PD[first : first + len(end_E)].cumsum(0)
+        own_SD = sum_PD[first_own : first_own + len(window.branches)]
+        for node, prefix, branch in zip(
+            window.nodes, window.prefix_K, window.branch_K, strict=True
+        ):
+            sum_D = seen_ED[np.searchsorted(end_E, prefix)]
+            mean_K.append((sum_D if branch < 0 else sum_D + own_SD[branch]) / len(node.ids_T))
+        first, first_own = first + len(end_E), first_own + len(window.branches)
+    return np.stack(mean_K)
 
 
 def write_embeddings(table: pa.Table, path: Path) -> None:
@@ -220,28 +182,39 @@ def write_embeddings(table: pa.Table, path: Path) -> None:
         pq.write_table(table, staging, write_page_checksum=True)
 
 
-def hidden_of(encoder: PatientEncoder, target: TargetEncoder | None, which: str) -> Hidden:
+def packed_of(
+    encoder: PatientEncoder,
+    target: TargetEncoder | None,
+    which: Literal["online", "target"],
+    path: Literal["shared", "reference"],
+) -> Packed:
     """The forward of the encoder asked for.
 
     Raises:
         ValueError: the target encoder is asked for, but the run had none.
     """
-    if which == "online":
-        return encoder.hidden
-    if target is None:
+    chosen = encoder if which == "online" else target
+    if chosen is None:
         raise ValueError("encoder=target needs a run with a JEPA phase; this one had none")
-    return target.hidden
+    return chosen.packed if path == "shared" else one_by_one(chosen.hidden)
 
 
-def _groups(items: Iterator[NodeText], size: int) -> Iterator[list[NodeText]]:
-    group: list[NodeText] = []
-    for item in items:
-        group.append(item)
-        if len(group) == size:
-            yield group
-            group = []
-    if group:
-        yield group
+def one_by_one(hidden: Callable[[Tensor], Tensor]) -> Packed:
+    """The reference of a packed forward: one for each trunk, and one for each branch and what it
+    sees.
+
+    Args:
+        hidden: ids [B, T] to hidden states [B, T, D].
+    """
+
+    def packed(ids_T: Tensor, position_T: Tensor, segments: Segments) -> Tensor:
+        states = []
+        for start, length, trunk, prefix in segments.host_S6[:, :4].tolist():
+            seen_T = torch.cat([ids_T[trunk : trunk + prefix], ids_T[start : start + length]])
+            states.append(hidden(seen_T[None])[0, prefix:])
+        return torch.cat(states)
+
+    return packed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -270,11 +243,11 @@ def _run(settings: EmbedSettings) -> None:
     counts: dict[str, int] = {}
     texts = node_texts(dataset, serializer, nodes, record["window"], counts)
     table = embed_nodes(
-        hidden_of(encoder, target, settings.encoder),
+        packed_of(encoder, target, settings.encoder, settings.path),
         texts,
         device,
         total=len(nodes.subject_K),
-        batch=settings.batch,
+        tokens=settings.tokens,
         pool=settings.pool or record["pool"],
     )
     write_embeddings(table, Path(settings.out))

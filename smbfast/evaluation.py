@@ -8,39 +8,34 @@ from pathlib import Path
 
 import torch
 
+from smbfast import objective, reference
 from smbfast.batch import PackedBatch
 from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits, with_splits
-from smbfast.data.loader import FIXED, WindowSet, make_batch
+from smbfast.data.loader import FIXED, WindowSet, make_rows
 from smbfast.data.meds import MedsDataset
+from smbfast.data.nodes import distinct_nodes, node_texts
 from smbfast.data.prepared import Prepared
 from smbfast.diagnostics import diagnose
-from smbfast.embed import (
-    distinct_nodes,
-    embed_nodes,
-    hidden_of,
-    node_texts,
-    write_embeddings,
-)
+from smbfast.embed import embed_nodes, packed_of, write_embeddings
 from smbfast.files import write_text
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.target import TargetEncoder
 from smbfast.probe import ProbeConfig, run_probe
-from smbfast.reference import JepaStates, jepa_states, sft_sum
+from smbfast.reference import JepaStates
 from smbfast.runtime import few
 from smbfast.sample import sample_of
 from smbfast.settings import DataSettings, PhaseSettings, TrainSettings
 
 
-def fixed_batches(tuning: WindowSet, settings: TrainSettings) -> list[PackedBatch]:
-    """The same tuning windows, cuts and masks at every evaluation."""
+def fixed_batches(tuning: WindowSet, settings: TrainSettings, layout: dict) -> list[PackedBatch]:
+    """The same tuning windows, cuts and masks at every evaluation.
+
+    Args:
+        layout: `tokens` and `ratio` of `make_rows`.
+    """
     count = min(settings.eval.windows, len(tuning))
     chosen = [tuning[i] for i in torch.linspace(0, len(tuning) - 1, count).long().tolist()]
-    chosen.sort(key=len, reverse=True)
-    size = settings.optim.micro_batch
-    return [
-        make_batch(chosen[i : i + size], settings.objective, settings.run.seed, FIXED, jepa=True)
-        for i in range(0, count, size)
-    ]
+    return make_rows(chosen, settings.objective, settings.run.seed, FIXED, jepa=True, **layout)
 
 
 @torch.no_grad()
@@ -57,11 +52,12 @@ def evaluate(
     """
     device = encoder.mask_vector.device
     labels = sum(b.labels for b in fixed)
-    sft = sum(float(sft_sum(encoder, b.to(device))) for b in fixed) / max(labels, 1)
+    path = objective if settings.objective.path == "shared" else reference
+    found = [path.measure(encoder, target, b.to(device)) for b in fixed]
+    sft = sum(float(total) for total, _ in found) / max(labels, 1)
     values: dict = {"sft": sft, "jepa": None}
-    masked = [b.to(device) for b in fixed if b.masked]
-    if target is not None and masked:
-        parts = [jepa_states(encoder, target, b) for b in masked]
+    parts = [states for _, states in found if states is not None]
+    if parts:
         names = JepaStates.__dataclass_fields__
         states = JepaStates(**{n: torch.cat([getattr(p, n) for p in parts]) for n in names})
         normalize = settings.objective.target_norm == "layer"
@@ -144,19 +140,19 @@ def finish(
         device,
         prepared.record["new_tokens"],
     )
-    files = {}
-    for name, hidden in (
-        (probe.encoder, hidden_of(encoder, target, probe.encoder)),
-        ("untrained", untrained.hidden),
+    files, path = {}, settings.objective.path
+    for name, packed in (
+        (probe.encoder, packed_of(encoder, target, probe.encoder, path)),
+        ("untrained", packed_of(untrained, None, "online", path)),
     ):
         counts: dict[str, int] = {}
         texts = node_texts(dataset, serializer, nodes, data.window, counts)
         table = embed_nodes(
-            hidden,
+            packed,
             texts,
             device,
             total=len(nodes.subject_K),
-            batch=probe.batch,
+            tokens=probe.tokens,
             pool=probe.pool,
         )
         files[name] = run / "embeddings" / f"{name}.parquet"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from smbfast.data.loader import Step
 from smbfast.runtime import duration
 
 
@@ -40,28 +41,36 @@ class MetricsLog:
 
 
 class Meter:
-    """Tokens per second, the share of time waiting for data, and the time left."""
+    """How fast a run is, the share of time waiting for data, and the time left."""
 
-    def __init__(self, total_steps: int, step: int) -> None:
+    def __init__(self, total_steps: int, step: int, ceiling: float) -> None:
+        """Args: `ceiling`, the FLOP/s of a large matrix product on this device."""
         self._total, self._first, self._begin = total_steps, step, time.monotonic()
-        self._mark, self._tokens, self._waited = self._begin, 0, 0.0
+        self._ceiling, self._mark = ceiling, self._begin
+        self._tokens = self._masked = self._flops = 0
+        self._waited = 0.0
 
-    def add(self, tokens: int, waited: float) -> None:
+    def add(self, step: Step, flops: int, waited: float) -> None:
         """Count a step."""
-        self._tokens += tokens
+        self._tokens += step.tokens
+        self._masked += step.masked
+        self._flops += flops
         self._waited += waited
 
     def read(self, step: int) -> dict[str, float]:
-        """Since the last reading: `tokens_per_s`, `wait`; and `eta` in seconds."""
+        """Since the last reading: `tokens_per_s` (of trunks, each once), `masked_per_s`, `matmul`
+        (FLOPs of the matrix products over the ceiling's), `wait`; and `eta` in seconds."""
         now = time.monotonic()
         spent = max(now - self._mark, 1e-9)
         pace = (now - self._begin) / max(step - self._first, 1)
         values = {
             "tokens_per_s": self._tokens / spent,
+            "masked_per_s": self._masked / spent,
+            "matmul": self._flops / spent / self._ceiling,
             "wait": self._waited / spent,
             "eta": pace * (self._total - step),
         }
-        self._mark, self._tokens, self._waited = now, 0, 0.0
+        self._mark, self._tokens, self._masked, self._flops, self._waited = now, 0, 0, 0, 0.0
         return values
 
 
@@ -71,7 +80,10 @@ def step_line(record: dict, total: int, health: dict | None) -> str:
     parts.append(f"sft {_number(record['sft'])}  jepa {_number(record['jepa'])}")
     norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"
     parts.append(f"gn {norm}  lr {record['lr']:.1e}")
-    parts.append(f"{record['tokens_per_s'] / 1e3:.1f}k tok/s  {record['memory_gib']:.1f} GiB")
+    parts.append(f"{record['tokens_per_s'] / 1e3:.1f}k tok/s")
+    if record["masked"]:
+        parts.append(f"{record['masked_per_s'] / 1e3:.1f}k masked/s")
+    parts.append(f"matmul {record['matmul']:.0%}  {record['memory_gib']:.1f} GiB")
     parts.append(f"wait {record['wait']:.1%}")
     if health and health.get("target_rank") is not None:
         parts.append(f"rank {health['target_rank']:.0f}  triv {health['ratio']:.2f}")

@@ -8,7 +8,8 @@ z: the online encoder on [context | masked future]; z̄: the target encoder on t
 
 Segments of a PackedBatch are unpacked into rows, padded on the right.
 
-Legend: B rows, T positions (of a padded row, or of the pack), D width, M masked positions.
+Legend: B rows, T positions (of a padded row, or of the pack), U tokens of the target encoder,
+D width, N labelled rows, M masked positions.
 """
 
 from dataclasses import dataclass
@@ -32,15 +33,34 @@ class JepaStates:
     previous_MD: Tensor  # target hidden state at the last visible token before each
 
 
+def losses(
+    encoder: PatientEncoder,
+    target: TargetEncoder | None,
+    batch: PackedBatch,
+    *,
+    sft_scale: float,
+    jepa_scale: float,
+    normalize: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The summed SFT loss times `sft_scale` and the summed JEPA loss times `jepa_scale`.
+
+    None where the scale is 0 or the batch has nothing to predict.
+    """
+    sft = jepa = None
+    if sft_scale > 0 and batch.labels:
+        sft = sft_sum(encoder, batch) * sft_scale
+    if jepa_scale > 0 and batch.masked:
+        jepa = jepa_sum(encoder, target, batch, normalize=normalize) * jepa_scale
+    return sft, jepa
+
+
 def sft_sum(encoder: PatientEncoder, batch: PackedBatch) -> Tensor:
     """First forward: the summed next-token loss of the trunks."""
-    trunks = trunk_rows(batch)
-    hidden_BTD = encoder.hidden(padded([batch.ids_T[r] for r in trunks], 0))
-    labels_BT = padded([batch.labels_T[r] for r in trunks], -100)
-    labelled = labels_BT >= 0
-    return linear_cross_entropy.reference(
-        hidden_BTD[labelled], encoder.head_VD, labels_BT[labelled]
-    )
+    trunks = [batch.ids_T[r] for r in trunk_rows(batch)]
+    hidden_BTD = encoder.hidden(padded(trunks, 0))
+    hidden_TD = torch.cat([h[: len(t)] for h, t in zip(hidden_BTD, trunks, strict=True)])
+    hidden_ND = hidden_TD[batch.labelled_N]
+    return linear_cross_entropy.reference(hidden_ND, encoder.head_VD, batch.label_N)
 
 
 def jepa_sum(
@@ -49,74 +69,76 @@ def jepa_sum(
     """Second and third forward: the summed JEPA loss of the branches; 0 without a masked row."""
     if not batch.masked:
         return torch.zeros((), device=batch.ids_T.device)
-    states = jepa_states(encoder, target, batch)
-    rows = torch.arange(len(states.target_MD), device=states.target_MD.device)
+    target_UD = target_hidden(target, batch)
+    prediction_MD = predict(encoder, online_hidden(encoder, batch))
     loss = masked_jepa_mse.reference
-    return loss(states.prediction_MD, states.target_MD, rows, normalize=normalize)
+    return loss(prediction_MD, target_UD, batch.target_M, normalize=normalize)
 
 
-def jepa_states(encoder: PatientEncoder, target: TargetEncoder, batch: PackedBatch) -> JepaStates:
-    """Both encoders at the masked positions of a batch, in the order of `masked_M`."""
-    target_TD = target_hidden(target, batch)
+def measure(
+    encoder: PatientEncoder, target: TargetEncoder | None, batch: PackedBatch
+) -> tuple[Tensor, JepaStates | None]:
+    """The summed SFT loss, and both encoders at the masked positions if there is a target."""
+    sft = sft_sum(encoder, batch)
+    if target is None or not batch.masked:
+        return sft, None
     online_MD = online_hidden(encoder, batch)
-    # the head of an encoder in bf16 is fp32: predictions are compared at full width
-    prediction_MD = encoder.predictor(online_MD.to(encoder.predictor[-1].weight.dtype))
+    return sft, states_of(encoder, online_MD, target_hidden(target, batch), batch)
+
+
+def predict(encoder: PatientEncoder, online_MD: Tensor) -> Tensor:
+    """g; the predictor of an encoder in bf16 is fp32: predictions are compared at full width."""
+    return encoder.predictor(online_MD.to(encoder.predictor[-1].weight.dtype))
+
+
+def states_of(
+    encoder: PatientEncoder, online_MD: Tensor, target_UD: Tensor, batch: PackedBatch
+) -> JepaStates:
+    """What is compared, from the online states at masked rows and all that the target read."""
     return JepaStates(
-        prediction_MD,
+        predict(encoder, online_MD),
         online_MD,
-        target_TD[batch.target_M],
-        target_TD[_last_visible(batch)],
+        target_UD[batch.target_M],
+        target_UD[_last_visible(batch)],
     )
 
 
 def online_hidden(encoder: PatientEncoder, batch: PackedBatch) -> Tensor:
     """The online encoder on [context | masked future], at the masked positions: [M, D]."""
-    rows, masks, places = [], [], []
-    masked_T = torch.zeros(len(batch.ids_T), dtype=torch.bool, device=batch.ids_T.device)
-    masked_T[batch.masked_M] = True
-    for row, (segment, prefix) in enumerate(branch_rows(batch)):
-        rows.append(torch.cat([batch.ids_T[prefix], batch.ids_T[segment]]))
-        masks.append(torch.cat([torch.zeros_like(masked_T[prefix]), masked_T[segment]]))
-        column = torch.nonzero(masks[-1])[:, 0]
-        places.append(torch.stack([torch.full_like(column, row), column]))
+    masked_T = torch.zeros_like(batch.ids_T, dtype=torch.bool)
+    masked_T = masked_T.index_fill(0, batch.masked_M, True)
+    branches = branch_rows(batch)
+    rows = [torch.cat([batch.ids_T[prefix], batch.ids_T[own]]) for own, prefix in branches]
+    masks = [torch.cat([masked_T[prefix], masked_T[own]]) for own, prefix in branches]
     hidden_BTD = encoder.hidden(padded(rows, 0), padded(masks, False))
-    place_2M = torch.cat(places, 1)
-    return hidden_BTD[place_2M[0], place_2M[1]]
+    lengths = [(own.stop - own.start, prefix.stop - prefix.start) for own, prefix in branches]
+    found = [h[p : p + n] for h, (n, p) in zip(hidden_BTD, lengths, strict=True)]
+    return torch.cat(found)[batch.masked_M - branches[0][0].start]
 
 
 @torch.no_grad()
 def target_hidden(target: TargetEncoder, batch: PackedBatch) -> Tensor:
-    """The target encoder on the unmasked trunks, in the order of the pack: [trunk tokens, D]."""
-    trunks = trunk_rows(batch)
-    hidden_BTD = target.hidden(padded([batch.ids_T[r] for r in trunks], 0))
-    return torch.cat([h[: r.stop - r.start] for h, r in zip(hidden_BTD, trunks, strict=True)])
+    """The target encoder on the unmasked trunks, in the order of the pack: [U, D]."""
+    table = batch.target_segments.host_S6.tolist()
+    rows = [batch.target_ids_U[start : start + length] for start, length, *_ in table]
+    hidden_BTD = target.hidden(padded(rows, 0))
+    return torch.cat([h[: len(r)] for h, r in zip(hidden_BTD, rows, strict=True)])
 
 
 def trunk_rows(batch: PackedBatch) -> list[slice]:
     """The rows of each trunk."""
-    table = zip(
-        batch.start_S.tolist(), batch.length_S.tolist(), batch.prefix_S.tolist(), strict=True
-    )
-    return [slice(start, start + length) for start, length, prefix in table if prefix == 0]
+    return [slice(start, start + length) for start, length, _, prefix in batch.rows if prefix == 0]
 
 
 def branch_rows(batch: PackedBatch) -> list[tuple[slice, slice]]:
     """The rows of each branch, and of the trunk's prefix that it sees."""
-    columns = (batch.start_S, batch.length_S, batch.trunk_start_S, batch.prefix_S)
-    table = zip(*(c.tolist() for c in columns), strict=True)
-    return [(slice(s, s + n), slice(t, t + p)) for s, n, t, p in table if p > 0]
+    return [(slice(s, s + n), slice(t, t + p)) for s, n, t, p in batch.rows if p > 0]
 
 
 def _last_visible(batch: PackedBatch) -> Tensor:
-    """For each masked position, the trunk row of the last token before it that is not masked."""
-    segments = branch_rows(batch)
-    masked_T = torch.zeros(len(batch.ids_T), dtype=torch.bool, device=batch.ids_T.device)
-    masked_T[batch.masked_M] = True
-    rows = []
-    for segment, prefix in segments:
-        position = torch.arange(segment.stop - segment.start, device=masked_T.device)
-        seen = torch.where(masked_T[segment], -1, position)
-        last = torch.cummax(seen, 0).values[masked_T[segment]]
-        # -1, nothing seen in the branch yet, is the last token of the context
-        rows.append(prefix.stop + last)
-    return torch.cat(rows)
+    """For each masked position, the row of U of the last token before it that is not masked."""
+    # the last token of the context, where nothing has been seen in the branch yet
+    none_T = torch.cat([torch.full_like(batch.ids_T[:n], p - 1) for _, n, _, p in batch.rows])
+    seen_T = batch.position_T.index_copy(0, batch.masked_M, none_T[batch.masked_M])
+    last_T = torch.cat([torch.cummax(seen_T[s : s + n], 0).values for s, n, _, _ in batch.rows])
+    return batch.target_M - (batch.position_T - last_T)[batch.masked_M]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
+from smbkernels import use
 
 from smbfast.config import Settings, build, read_toml
 
@@ -48,6 +49,11 @@ class ModelSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the frozen base; auto is bfloat16 on a GPU, float32 on a CPU"
     )
+    recompute: Literal["none", "mlp", "full"] = Field(
+        "none",
+        description="what the backward computes again to save memory: nothing, what lies inside "
+        "the MLPs, or whole layers",
+    )
     hidden: int = Field(128, ge=8, description="width of a model made from scratch")
     layers: int = Field(4, ge=1, description="its layers")
     heads: int = Field(4, ge=1, description="its query heads")
@@ -77,6 +83,16 @@ class LoraSettings(Settings):
 class ObjectiveSettings(Settings):
     """SFT and JEPA (design: mask, cuts, target)."""
 
+    path: Literal["shared", "reference"] = Field(
+        "shared",
+        description="one forward for SFT and all cuts, or three padded ones in plain PyTorch: the "
+        "same losses and gradients, several times slower",
+    )
+    self_check: bool = Field(
+        True,
+        description="before the first step of a phase, compare the shared forward with the "
+        "reference on a slice of the batch, and refuse to train on a mismatch",
+    )
     mask_ratio: float = Field(0.5, gt=0, le=1, description="share of eligible future tokens masked")
     mask_unit: Literal["token", "event", "span"] = Field(
         "token", description="what is masked as one: a token (the paper), a line, a run of tokens"
@@ -141,8 +157,19 @@ class OptimSettings(Settings):
     )
     clip: float = Field(1.0, gt=0, description="gradient norm is clipped to this")
     batch: int = Field(16, ge=1, description="windows of an optimizer step")
-    micro_batch: int = Field(8, ge=1, description="windows of one forward; no effect on the result")
+    micro_tokens: int | Literal["auto"] = Field(
+        "auto",
+        description="tokens of one forward, trunks and branches together; no effect on the result; "
+        "auto: what fits in memory, found before the first step",
+    )
     min_lr: float = Field(0.1, ge=0, le=1, description="cosine ends at this share of the peak")
+
+    @field_validator("micro_tokens")
+    @classmethod
+    def _some_tokens(cls, value: int | str) -> int | str:
+        if value != "auto" and value < 64:
+            raise ValueError("must be auto, or at least 64")
+        return value
 
     @field_validator("betas")
     @classmethod
@@ -169,7 +196,7 @@ class ProbeSettings(Settings):
     )
     encoder: Literal["online", "target"] = Field("online", description="which one is embedded")
     pool: Literal["last", "mean"] = Field("last", description="last token, or mean of the window")
-    batch: int = Field(16, ge=1, description="nodes of one forward")
+    tokens: int = Field(16384, ge=64, description="tokens of one forward, nodes of many windows")
     bootstraps: int = Field(1000, ge=100, description="resamples of patients for the intervals")
 
 
@@ -203,6 +230,18 @@ class TrainSettings(Settings):
     eval: EvalSettings = EvalSettings()
     probe: ProbeSettings = ProbeSettings()
     phases: list[PhaseSettings] = Field([], description="in order; [[phases]] tables in TOML")
+    kernels: str = Field(
+        "auto",
+        description="auto: the fastest that runs here; torch: references alone; or by operation, "
+        "`timeline_attention:sdpa,lora_linear:torch` (python -m smbkernels lists them)",
+    )
+
+    @field_validator("kernels")
+    @classmethod
+    def _known_kernels(cls, value: str) -> str:
+        everywhere, by_op = kernel_choice(value)
+        with use(everywhere, **by_op):  # names what does not exist
+            return value
 
     @property
     def trains(self) -> Literal["lora", "all"]:
@@ -223,8 +262,8 @@ class TrainSettings(Settings):
             raise ValueError(f"phases must have names of their own, got {', '.join(names)}")
         if self.probe.encoder == "target" and self.phases[-1].w_jepa == 0:
             raise ValueError("probe.encoder=target needs a last phase with w_jepa above 0")
-        if self.optim.micro_batch > self.optim.batch:
-            raise ValueError("optim.micro_batch must not be above optim.batch")
+        if self.objective.path == "reference" and self.model.recompute != "none":
+            raise ValueError("model.recompute goes with objective.path=shared")
         if self.model.adapter and not self.model.path:
             raise ValueError("model.adapter needs model.path, the backbone it was trained on")
         if self.model.train == "lora" and not self.model.path:
@@ -238,6 +277,26 @@ class TrainSettings(Settings):
                 "model.hidden must divide by twice model.heads (rotary pairs), heads by kv_heads"
             )
         return self
+
+
+def kernel_choice(text: str) -> tuple[str | None, dict[str, str]]:
+    """A backend for all operations or None, and backends by operation, for `smbkernels.use`.
+
+    Raises:
+        ValueError: words that are neither a backend nor `operation:backend`.
+    """
+    everywhere, by_op = None, {}
+    for word in text.split(","):
+        name, colon, backend = word.strip().partition(":")
+        if not name or bool(colon) != bool(backend):
+            raise ValueError("must be auto, torch, or operation:backend, comma between them")
+        if colon:
+            by_op[name] = backend
+        elif everywhere:
+            raise ValueError(f"must name one backend for all operations, got {text}")
+        else:
+            everywhere = name
+    return everywhere, by_op
 
 
 def presets() -> list[str]:

@@ -15,10 +15,10 @@ def test_every_preset_loads_and_reads_back(name, tmp_path):
     assert build(TrainSettings, read_toml(file), []) == settings
 
 
-@pytest.mark.parametrize("form", ["optim.batch=6", "--optim.batch=6", "--optim.micro-batch=1"])
+@pytest.mark.parametrize("form", ["optim.batch=6", "--optim.batch=6", "--optim.micro-tokens=64"])
 def test_overrides_take_both_forms(form):
     optim = load("tiny", [form]).optim
-    assert (optim.batch, optim.micro_batch) in ((6, 2), (4, 1))
+    assert (optim.batch, optim.micro_tokens) in ((6, "auto"), (4, 64))
 
 
 def test_lists_none_and_tables():
@@ -57,7 +57,7 @@ def test_a_file_may_begin_from_a_preset(tmp_path):
     file.write_text('base = "tiny"\n[optim]\nbatch = 9\n')
     settings = load(str(file), [])
     assert (settings.preset, settings.optim.batch) == ("mine", 9)
-    assert settings.optim.micro_batch == load("tiny", []).optim.micro_batch
+    assert settings.optim.micro_tokens == load("tiny", []).optim.micro_tokens
     assert settings.phases == load("tiny", []).phases
 
 

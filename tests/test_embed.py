@@ -1,21 +1,163 @@
 """Embeddings at decision nodes: what they may see, and what they are."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from smbkernels.timeline_attention import Segments
+from torch import Tensor
 
 import smbfast.train as entry
 from smbfast import embed
+from smbfast.batch import Timeline
 from smbfast.checkpoint import restore_final
 from smbfast.data.labels import read_labels
 from smbfast.data.meds import MedsDataset
+from smbfast.data.nodes import NodeText, distinct_nodes, node_texts, shared_windows
 from smbfast.data.prepared import Prepared
 from smbfast.simulate import simulate
+from tests.tiny import random_window
+from tests.two_paths import FP32, FP64, make_encoder, moved_target
 
 CPU = torch.device("cpu")
+MANY = 1 << 20
+
+
+def text_of(window: Timeline, ids: np.ndarray, time: int) -> NodeText:
+    return NodeText(window.subject, time, "train", window.first_bucket, ids.astype(np.int32))
+
+
+def nodes_of(window: Timeline, places: list[tuple[int, int]]) -> list[NodeText]:
+    """Nodes after so many complete buckets, each with so many tokens of a tail of its own."""
+    texts = []
+    for time, (complete, tail) in enumerate(sorted(places)):
+        own_T = np.random.default_rng(time).integers(3, 50, tail)
+        ids = np.concatenate([window.ids_T[: window.bucket_start(complete)], own_T])
+        texts.append(text_of(window, ids, time))
+    return texts
+
+
+def one_each(hidden, texts: list[NodeText], pool: str) -> np.ndarray:
+    """The reference: one forward for each node, of its window and nothing else."""
+    rows = []
+    for text in texts:
+        states_TD = hidden(torch.from_numpy(text.ids_T.astype(np.int64))[None])[0].double()
+        rows.append((states_TD[-1] if pool == "last" else states_TD.mean(0)).numpy())
+    return np.stack(rows)
+
+
+places = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [(FP64, 1e-12), (FP32, 5e-6)])
+@pytest.mark.parametrize("pool", ["last", "mean"])
+@pytest.mark.parametrize(
+    ("kind", "lora", "which"),
+    [("qwen3", True, "online"), ("llama", False, "online"), ("qwen3", True, "target")],
+)
+def test_nodes_of_one_forward_are_those_of_one_forward_each(kind, lora, which, pool, dtype, tol):
+    encoder = make_encoder(kind, lora=lora, dtype=dtype)
+    chosen = encoder if which == "online" else moved_target(encoder)
+
+    @settings(max_examples=15, deadline=None)
+    @given(chosen_places=st.lists(places, min_size=1, max_size=3), tokens=st.integers(40, 400))
+    @torch.no_grad()
+    def equal(chosen_places, tokens):
+        windows = [random_window(seed, buckets=6) for seed in range(len(chosen_places))]
+        found = [nodes_of(w, p) for w, p in zip(windows, chosen_places, strict=True)]
+        texts = [text for own in found for text in own]
+        shared = list(shared_windows(iter(texts), tokens))
+        assert [node for window in shared for node in window.nodes] == texts
+        got = embed.pooled(chosen.packed, shared, pool, CPU)
+        expected = one_each(chosen.hidden, texts, pool)
+        assert np.abs(got - expected).max() <= tol * np.abs(expected).max()
+        plain = embed.pooled(embed.one_by_one(chosen.hidden), shared, pool, CPU)
+        assert np.abs(plain - expected).max() <= tol * np.abs(expected).max()
+
+    equal()
+
+
+def test_a_window_is_read_once():
+    """Five nodes of one window: the trunk and four tails, of which one needs no token."""
+    window = random_window(1, buckets=6)
+    texts = nodes_of(window, [(2, 3), (2, 0), (4, 2), (4, 5), (6, 3)])
+    read = []
+
+    def packed(ids_T: Tensor, position_T: Tensor, segments: Segments) -> Tensor:
+        read.append(len(ids_T))
+        return position_T[:, None].double()
+
+    table = embed.embed_nodes(packed, iter(texts), CPU, total=5, tokens=MANY, pool="last")
+    assert read == [len(texts[-1].ids_T) + 3 + 2 + 5]
+    assert [row[0] for row in table["embedding"].to_pylist()] == [len(t.ids_T) - 1 for t in texts]
+
+
+def test_windows_without_a_common_token_have_trunks_of_their_own():
+    """No branch can hang on nothing: a timeline without a header, nodes in its first bucket."""
+    window = random_window(1)
+    texts = [text_of(window, np.array(ids), i) for i, ids in enumerate(([5, 6], [7], [7, 8]))]
+    shared = list(shared_windows(iter(texts), MANY))
+    assert [w.trunk_T.tolist() for w in shared] == [[5, 6], [7, 8]]
+    assert [w.prefix_K for w in shared] == [[2], [1, 2]] and not any(w.branches for w in shared)
+
+
+@torch.no_grad()
+def test_windows_share_forwards_of_bounded_length():
+    encoder = make_encoder()
+    windows = [random_window(seed, buckets=4 + seed % 5) for seed in range(40)]
+    texts = [t for w in windows for t in nodes_of(w, [(1, 2), (3, 0), (4, 4)])]
+    read = []
+
+    def packed(ids_T: Tensor, position_T: Tensor, segments: Segments) -> Tensor:
+        read.append(len(ids_T))
+        return encoder.packed(ids_T, position_T, segments)
+
+    tables = [
+        embed.embed_nodes(packed, iter(texts), CPU, total=len(texts), tokens=tokens, pool="mean")
+        for tokens in (256, 64)
+    ]
+    assert max(read) <= 256 and max(read) > 64 and min(read) <= 64
+    assert tables[0]["prediction_time"].to_pylist() == tables[1]["prediction_time"].to_pylist()
+    keys = [(t.subject, t.time) for t in texts]
+    assert tables[0]["subject_id"].to_pylist() == [s for s, _ in keys] and keys == sorted(keys)
+    np.testing.assert_allclose(*(matrix(t) for t in tables), atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", ["last", "mean"])
+@torch.no_grad()
+def test_nothing_a_node_does_not_see_changes_a_bit_of_it(pool):
+    """Neither the rest of its trunk, nor other branches, nor the patient beside it."""
+    encoder, (first, second) = make_encoder(), (random_window(1), random_window(2))
+    seen = nodes_of(first, [(3, 2)])[0]
+    found = []
+    for shift in (0, 1):
+        later = replace(first, ids_T=first.ids_T.copy())
+        later.ids_T[first.bucket_start(3) + 3 :] += shift
+        other = replace(second, ids_T=second.ids_T + shift)
+        texts = [*nodes_of(other, [(5, 2)]), seen, *nodes_of(later, [(5, 3), (6, 0)])]
+        shared = list(shared_windows(iter(texts), MANY))
+        assert [len(window.nodes) for window in shared] == [1, 3]
+        found.append(embed.pooled(encoder.packed, shared, pool, CPU))
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+    assert all((a != b).any() for k, (a, b) in enumerate(zip(*found, strict=True)) if k != 1)
+
+
+def test_states_that_are_not_finite_and_no_nodes_are_refused():
+    texts = nodes_of(random_window(1), [(2, 0)])
+
+    def broken(ids_T: Tensor, position_T: Tensor, segments: Segments) -> Tensor:
+        return torch.full((len(ids_T), 4), torch.nan)
+
+    more = {"total": 1, "tokens": MANY, "pool": "last"}
+    with pytest.raises(ValueError, match="finite"):
+        embed.embed_nodes(broken, iter(texts), CPU, **more)
+    with pytest.raises(ValueError, match="no decision node"):
+        embed.embed_nodes(broken, iter([]), CPU, **more)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +210,12 @@ def test_a_node_that_tasks_share_is_embedded_once(run, tmp_path):
 def test_the_entry_and_the_training_run_agree_and_batches_do_not_matter(run, tmp_path):
     trained = pq.read_table(run / "run" / "embeddings" / "online.parquet")
     again = embedded(run / "cohort", run / "run", tmp_path / "e.parquet")
-    alone = embedded(run / "cohort", run / "run", tmp_path / "one.parquet", "--batch=1")
+    alone = embedded(run / "cohort", run / "run", tmp_path / "one.parquet", "--tokens=64")
+    plain = embedded(run / "cohort", run / "run", tmp_path / "p.parquet", "--path=reference")
     assert again["subject_id"].equals(trained["subject_id"])
     np.testing.assert_array_equal(matrix(again), matrix(trained))
     np.testing.assert_allclose(matrix(alone), matrix(again), atol=2e-5)
+    np.testing.assert_allclose(matrix(plain), matrix(again), atol=2e-5)
 
 
 def test_target_and_pooling_are_others(run, tmp_path):
@@ -88,8 +232,8 @@ def test_an_embedding_is_the_last_hidden_state_of_the_node(run, tmp_path):
     encoder, _, record = restore_final(run / "run" / "final", CPU)
     dataset = MedsDataset.open(run / "cohort")
     prepared = Prepared.open(run / "run" / "prepared")
-    nodes = embed.distinct_nodes([read_labels(run / "cohort" / "labels" / "death_3y")])
-    texts = embed.node_texts(dataset, prepared.serializer(dataset), nodes, record["window"], {})
+    nodes = distinct_nodes([read_labels(run / "cohort" / "labels" / "death_3y")])
+    texts = node_texts(dataset, prepared.serializer(dataset), nodes, record["window"], {})
     rows = {
         (s, t): e
         for s, t, e in zip(

@@ -9,7 +9,7 @@ import torch
 
 from smbfast.data.loader import Step, make_batch
 from smbfast.model.target import TargetEncoder
-from smbfast.reference import branch_rows, jepa_states, jepa_sum, online_hidden, sft_sum
+from smbfast.reference import branch_rows, jepa_sum, measure, online_hidden, sft_sum, trunk_rows
 from smbfast.settings import ObjectiveSettings
 from tests.tiny import DELIMITERS, random_window, tiny_encoder
 
@@ -78,7 +78,8 @@ def test_jepa_by_hand(kind, lora, form, norm):
     target = perturbed_target(encoder, form)
     trunk = merged_copy(encoder, target)
     masked = set(batch.masked_M.tolist())
-    pair = dict(zip(batch.masked_M.tolist(), batch.target_M.tolist(), strict=True))
+    at_M = batch.target_position_U[batch.target_M]
+    pair = dict(zip(batch.masked_M.tolist(), at_M.tolist(), strict=True))
     first, act, second = encoder.predictor
     expected = 0.0
     for segment, prefix in branch_rows(batch):
@@ -89,12 +90,8 @@ def test_jepa_by_hand(kind, lora, form, norm):
         ]
         online = encoder.trunk(inputs_embeds=torch.stack(embedded)[None]).last_hidden_state[0]
         start = prefix.start
-        length = next(
-            n
-            for s, n, p in zip(batch.start_S, batch.length_S, batch.prefix_S, strict=True)
-            if int(s) == start and int(p) == 0
-        )
-        ids = batch.ids_T[start : start + int(length)][None]
+        trunk_row = next(t for t in trunk_rows(batch) if t.start == start)
+        ids = batch.ids_T[trunk_row][None]
         full = trunk(input_ids=ids).last_hidden_state[0]
         for column, row in enumerate(rows):
             if row not in masked:
@@ -102,7 +99,7 @@ def test_jepa_by_hand(kind, lora, form, norm):
             z = online[column] @ first.weight.T + first.bias
             z = 0.5 * z * (1 + torch.erf(z / math.sqrt(2)))
             g = z @ second.weight.T + second.bias
-            t = full[pair[row] - start]
+            t = full[pair[row]]
             if norm == "layer":
                 t = (t - t.mean()) / torch.sqrt(t.var(correction=0) + 1e-5)
             expected += float(((g - t) ** 2).mean())
@@ -173,12 +170,8 @@ def test_the_unmasked_future_of_the_trunk_never_enters_the_online_side():
         for segment, prefix in branch_rows(batch):
             del segment
             later = [p.stop for _, p in branch_rows(batch) if p.start == prefix.start]
-            trunk = next(
-                (int(s), int(s + n))
-                for s, n, p in zip(batch.start_S, batch.length_S, batch.prefix_S, strict=True)
-                if int(s) == prefix.start and int(p) == 0
-            )
-            ids_T[max(later) : trunk[1]] = 5
+            trunk = next(t for t in trunk_rows(batch) if t.start == prefix.start)
+            ids_T[max(later) : trunk.stop] = 5
         after = online_hidden(encoder, replace(batch, ids_T=ids_T))
     assert torch.equal(before, after)
 
@@ -187,12 +180,12 @@ def test_the_unmasked_future_of_the_trunk_never_enters_the_online_side():
 def test_target_gets_no_gradient_and_starts_as_the_online_encoder(lora, form):
     encoder, batch = tiny_encoder(lora=lora), batch_of()
     target = TargetEncoder(encoder, form)
-    ids = batch.ids_T[: int(batch.length_S[0])][None]
+    ids = batch.ids_T[trunk_rows(batch)[0]][None]
     hidden = target.hidden(ids)
     assert not hidden.requires_grad
     torch.testing.assert_close(hidden, encoder.hidden(ids).detach(), rtol=1e-4, atol=1e-5)
     assert target.measures()["distance"] < 1e-7
-    states = jepa_states(encoder, target, batch)
+    _, states = measure(encoder, target, batch)
     assert not states.target_MD.requires_grad and states.prediction_MD.requires_grad
 
 

@@ -6,15 +6,17 @@ and neither workers nor micro-batches nor a restart change a mask or a cut.
 Legend: W windows, T tokens, L lines, B buckets.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
-import torch
 
-from smbfast.batch import PackedBatch, Timeline
+from smbfast.batch import PackedBatch, Timeline, add_losses, pack_segments
+from smbfast.data.packing import online_cost, plan_rows
 from smbfast.data.sections import SECTIONS
 from smbfast.data.shards import Shard
 from smbfast.data.timelines import window_of, window_spans
@@ -71,13 +73,8 @@ class Step:
     @classmethod
     def of(cls, index: int, micro: list[PackedBatch]) -> "Step":
         """Count over all micro-batches."""
-        return cls(
-            index,
-            micro,
-            sum(b.labels for b in micro),
-            sum(b.masked for b in micro),
-            sum(b.trunk_tokens for b in micro),
-        )
+        counts = ((b.labels, b.masked, b.trunk_tokens) for b in micro)
+        return cls(index, micro, *(sum(n) for n in zip(*counts, strict=True)))
 
 
 def step_windows(n_windows: int, batch: int, seed: int, step: int) -> np.ndarray:
@@ -100,26 +97,95 @@ def make_step(
     step: int,
     *,
     batch: int,
-    micro_batch: int,
+    tokens: int,
     seed: int,
+    sft: bool = True,
     jepa: bool,
+    ratio: float = 0.0,
 ) -> Step:
-    """The batches of step `step` (from 0)."""
+    """The batches of step `step` (from 0): its windows in as few rows as `plan_rows` finds.
+
+    Args:
+        tokens: online tokens that a row holds.
+        sft, jepa: which losses the step has.
+        ratio: cost of a visible pair over that of a token (`smbfast.data.packing`).
+    """
     chosen = [windows[i] for i in step_windows(len(windows), batch, seed, step)]
-    chosen.sort(key=len, reverse=True)  # neighbours of like length pad least; order is not a draw
-    groups = [chosen[i : i + micro_batch] for i in range(0, len(chosen), micro_batch)]
-    return Step.of(step, [make_batch(g, objective, seed, step, jepa=jepa) for g in groups])
+    chosen.sort(key=lambda w: (w.subject, w.first_bucket))  # identity, not arrival, breaks ties
+    micro = make_rows(chosen, objective, seed, step, tokens=tokens, sft=sft, jepa=jepa, ratio=ratio)
+    labels, masked = sum(b.labels for b in micro), sum(b.masked for b in micro)
+    return Step(step, micro, labels, masked, sum(len(w) for w in chosen))
 
 
-def prefetched(make: "list", depth: int = 2) -> Iterator[Step]:
-    """Results of the callables `make`, computed one or two ahead by a thread."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = [pool.submit(f) for f in make[:depth]]
-        for i in range(len(make)):
-            ready = pending.pop(0)
-            if i + depth < len(make):
-                pending.append(pool.submit(make[i + depth]))
-            yield ready.result()
+def make_rows(
+    windows: list[Timeline],
+    objective: ObjectiveSettings,
+    seed: int,
+    step: int,
+    *,
+    tokens: int,
+    sft: bool = True,
+    jepa: bool,
+    ratio: float = 0.0,
+) -> list[PackedBatch]:
+    """The batches of some windows, in as few rows of `tokens` as `plan_rows` finds."""
+    cuts_of = [_cuts(w, objective, seed, step, jepa=jepa) for w in windows]
+    sizes = [
+        _online_size(w, c if jepa else [], objective, sft=sft)
+        for w, c in zip(windows, cuts_of, strict=True)
+    ]
+    used = [i for i, (n, _) in enumerate(sizes) if n]
+    if not used:
+        return []
+    tokens_W, pairs_W = np.array([sizes[i] for i in used], np.int64).T
+    rows = []
+    for row in plan_rows(tokens_W, online_cost(tokens_W, pairs_W, ratio), tokens):
+        mine = [used[i] for i in row.tolist()]
+        group, cuts = [windows[i] for i in mine], [cuts_of[i] for i in mine]
+        rows.append(_packed(group, cuts, objective, seed, step, sft=sft, jepa=jepa))
+    return rows
+
+
+def _online_size(
+    window: Timeline, cuts: list[int], objective: ObjectiveSettings, *, sft: bool
+) -> tuple[int, int]:
+    """Tokens and visible pairs of a trunk and its branches; none without a part in the step."""
+    if not (sft or cuts):
+        return 0, 0
+    trunk = len(window) if sft else cuts[-1]
+    futures = [(cut, future_end(window, cut, objective) - cut) for cut in cuts]
+    pairs = trunk * (trunk + 1) // 2 + sum(n * cut + n * (n + 1) // 2 for cut, n in futures)
+    return trunk + sum(n for _, n in futures), pairs
+
+
+def prefetched(
+    make: Sequence[Callable[[], Step]], *, workers: int = 2, pin: bool = False
+) -> Iterator[Step]:
+    """Results of the callables `make`, in order, computed ahead by threads.
+
+    Threads suffice: a step of 8 windows takes some milliseconds, mostly in NumPy, and the loop
+    says how long it waited.
+
+    Args:
+        workers: threads, and steps that are kept ready beside those in the making.
+        pin: into page-locked memory, for a GPU.
+    """
+    ready: deque[Future[Step]] = deque()
+    ahead = iter(make)
+
+    def made(function: Callable[[], Step]) -> Step:
+        step = function()
+        return replace(step, micro=[b.pinned() for b in step.micro]) if pin else step
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            ready.extend(pool.submit(made, f) for f in islice(ahead, 2 * workers))
+            while ready:
+                step = ready.popleft().result()
+                ready.extend(pool.submit(made, f) for f in islice(ahead, 1))
+                yield step
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def make_batch(
@@ -128,50 +194,67 @@ def make_batch(
     seed: int,
     step: int,
     *,
+    sft: bool = True,
     jepa: bool,
 ) -> PackedBatch:
-    """Trunks of `windows` and, with `jepa`, one masked branch per cut."""
-    trunks, branches, labels, masked, target, prefixes, starts = [], [], [], [], [], [], []
-    offset = 0
-    drawn = jepa or objective.sft_labels == "future"  # labels of the future need the cut as well
-    cuts_of = [cut_points(w, objective, seed, step) if drawn else [] for w in windows]
+    """Trunks of `windows` with their labels and, with `jepa`, one masked branch per cut.
+
+    Without `sft` nothing is predicted on a trunk: it ends where the last branch leaves it, and a
+    window without a cut has no part in the batch.
+    """
+    cuts_of = [_cuts(w, objective, seed, step, jepa=jepa) for w in windows]
+    return _packed(windows, cuts_of, objective, seed, step, sft=sft, jepa=jepa)
+
+
+def _cuts(
+    window: Timeline, objective: ObjectiveSettings, seed: int, step: int, *, jepa: bool
+) -> list[int]:
+    # labels of the future need the cut as well
+    drawn = jepa or objective.sft_labels == "future"
+    return cut_points(window, objective, seed, step) if drawn else []
+
+
+def _packed(
+    windows: list[Timeline],
+    cuts_of: list[list[int]],
+    objective: ObjectiveSettings,
+    seed: int,
+    step: int,
+    *,
+    sft: bool,
+    jepa: bool,
+) -> PackedBatch:
+    trunk_tokens = sum(len(w) for w in windows)
+    trunks, branches, labels, masked, targets, target = [], [], [], [], [], []
+    seen = 0  # tokens of the target encoder so far
     for window, cuts in zip(windows, cuts_of, strict=True):
-        trunks.append(window.ids_T.astype(np.int64))
-        labels.append(_labels(window, objective, cuts))
-        starts.append(offset)
-        offset += len(window)
-    trunk_tokens = offset
-    for window, cuts, start in zip(windows, cuts_of, starts, strict=True):
+        if not (sft or cuts):
+            continue
+        trunks.append(window.ids_T if sft else window.ids_T[: cuts[-1]])
+        labels.append(_labels(window, objective, cuts) if sft else np.full(cuts[-1], -100))
+        hung = []
         for k, cut in enumerate(cuts if jepa else []):
-            end = future_end(window, cut, objective)
             mask = masked_tokens(window, cut, objective, seed, step, k)
-            future = window.ids_T[cut:end].astype(np.int64)
+            future = window.ids_T[cut : future_end(window, cut, objective)].copy()
             future[mask - cut] = 0
-            branches.append(future)
-            masked.append(mask - cut + offset)
-            target.append(mask + start)
-            prefixes.append((cut, start))
-            offset += len(future)
-    n_trunks, rows = len(trunks), [*trunks, *branches]
-    length_S = np.array([len(r) for r in rows], np.int64)
-    prefix_S = np.array([0] * n_trunks + [p for p, _ in prefixes], np.int64)
-    position_T = np.concatenate(
-        [np.arange(len(r)) + p for r, p in zip(rows, prefix_S, strict=True)]
+            hung.append((cut, future))
+            masked.append(mask - cut)
+            target.append(mask + seen)
+        branches.append(hung)
+        if hung:
+            last = max(int(mask[-1]) for mask in target[-len(hung) :]) - seen + 1
+            targets.append(window.ids_T[:last])
+            seen += last
+    batch = pack_segments(trunks, branches)
+    starts = [start for start, _, _, prefix in batch.rows if prefix]
+    masked = [m + start for m, start in zip(masked, starts, strict=True)]
+    return add_losses(
+        batch, _joined(labels), _joined(masked), targets, _joined(target), trunk_tokens
     )
-    labels.append(np.full(offset - trunk_tokens, -100, np.int64))
-    arrays = {
-        "ids_T": np.concatenate(rows),
-        "position_T": position_T,
-        "labels_T": np.concatenate(labels),
-        "start_S": np.cumsum(length_S) - length_S,
-        "length_S": length_S,
-        "trunk_start_S": np.array([*starts, *(s for _, s in prefixes)], np.int64),
-        "prefix_S": prefix_S,
-        "masked_M": np.concatenate([*masked, np.empty(0, np.int64)]),
-        "target_M": np.concatenate([*target, np.empty(0, np.int64)]),
-    }
-    tensors = {k: torch.from_numpy(v.astype(np.int64)) for k, v in arrays.items()}
-    return PackedBatch(**tensors, trunk_tokens=trunk_tokens)
+
+
+def _joined(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([*arrays, np.empty(0, np.int64)])
 
 
 def cut_points(window: Timeline, objective: ObjectiveSettings, seed: int, step: int) -> list[int]:

@@ -3,7 +3,8 @@
 The only file that knows transformers and PEFT models. Inputs go in as embeddings, because the
 learned mask vector stands where a masked token's embedding would.
 
-Legend: B rows of a padded batch, T positions, D width, V vocabulary.
+Legend: B rows of a padded batch, T positions (of a padded row, or tokens of a pack), D width,
+V vocabulary, M masked positions, R token rows trained beside LoRA.
 """
 
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from smbkernels.timeline_attention import Segments
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from smbfast.model.packed import PackedDecoder, Recompute
 from smbfast.settings import LoraSettings, TrainSettings
 
 transformers_logging.disable_progress_bar()  # its bars are noise in a job's log
@@ -46,8 +49,10 @@ class PatientEncoder(nn.Module):
         self.width = table_VD.shape[-1]
         self.predictor = Predictor(self.width, predictor_layers)
         # as large as a typical embedding, so that the first layer norm sees nothing strange
-        scale = table_VD.detach().float().std().item()
-        self.mask_vector = nn.Parameter(torch.randn(self.width) * scale)
+        scale = table_VD.detach().float().std()
+        self.mask_vector = nn.Parameter(torch.randn(self.width, device=scale.device) * scale)
+        self._tokens: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._decoder: PackedDecoder | None = None
 
     @property
     def is_lora(self) -> bool:
@@ -63,6 +68,17 @@ class PatientEncoder(nn.Module):
     def trunk(self) -> nn.Module:
         """The decoder without its head."""
         return self.base.base_model
+
+    @property
+    def decoder(self) -> PackedDecoder:
+        """The decoder on packed rows.
+
+        Raises:
+            ValueError: the backbone has layers that it does not compute.
+        """
+        if self._decoder is None:
+            self._decoder = PackedDecoder(self.trunk)
+        return self._decoder
 
     @property
     def head_VD(self) -> Tensor:
@@ -83,6 +99,70 @@ class PatientEncoder(nn.Module):
         Rows are padded on the right: no real position sees the padding, so no mask is needed.
         """
         return decode(self.trunk, self.embed(ids_BT, masked_BT))
+
+    def packed(
+        self,
+        ids_T: Tensor,
+        position_T: Tensor,
+        segments: Segments,
+        masked_M: Tensor | None = None,
+        *,
+        recompute: Recompute = "none",
+    ) -> Tensor:
+        """Last hidden states after the final norm, [T, D], of trunks and branches in one row.
+
+        Args:
+            masked_M: rows that read the mask vector.
+            recompute: see `smbfast.model.packed.PackedDecoder`.
+
+        Raises:
+            ValueError: the backbone has layers that this path does not compute.
+        """
+        embedded_TD = self.embed_packed(ids_T)
+        if masked_M is not None and len(masked_M):
+            vector_MD = self.mask_vector.to(embedded_TD.dtype).expand(len(masked_M), -1)
+            embedded_TD = embedded_TD.index_copy(0, masked_M, vector_MD)
+        return self.decoder(embedded_TD, position_T, segments, recompute=recompute)
+
+    def embed_packed(self, ids_T: Tensor, row_RD: Tensor | None = None) -> Tensor:
+        """Input embeddings [T, D]. Rows that are trained beside a frozen table are looked up apart:
+        PEFT would copy the table at each forward, and fill one of gradients.
+
+        Args:
+            row_RD: in the place of the trained rows.
+        """
+        table = self.base.get_input_embeddings()
+        adapter = getattr(table, "token_adapter", None)
+        if adapter is None:
+            return table(ids_T)
+        embedded_TD = F.embedding(ids_T, adapter.base_layer.weight)
+        slot_T = self._trained_tokens(adapter, ids_T.device)[1][ids_T]
+        if row_RD is None:
+            row_RD = adapter.trainable_tokens_delta["default"]
+        own_TD = F.embedding(slot_T.clamp_min(0), row_RD.to(embedded_TD.dtype))
+        return torch.where((slot_T >= 0)[:, None], own_TD, embedded_TD)
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The LM head's weight [V, D]; ids [R] and weights [R, D] of rows trained beside it."""
+        module = self.base.get_output_embeddings()
+        adapter = getattr(module, "token_adapter", None)
+        if adapter is None:
+            return module.weight, None, None
+        weight_VD = adapter.base_layer.weight
+        token_R = self._trained_tokens(adapter, weight_VD.device)[0]
+        return weight_VD, token_R, adapter.trainable_tokens_delta["default"]
+
+    def _trained_tokens(self, adapter: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Ids [R] of trained rows, and for each token of the vocabulary its place there, or -1."""
+        key = id(adapter), device
+        if key not in self._tokens:
+            token_R = torch.tensor(adapter.token_indices["default"], device=device)
+            size = adapter.base_layer.weight.shape[0]
+            slot_V = torch.full((size,), -1, device=device)
+            slot_V[token_R] = torch.arange(len(token_R), device=device)
+            self._tokens[key] = token_R, slot_V
+        return self._tokens[key]
 
     def lora_layers(self) -> dict[str, LoraLayer]:
         """Adapted linears by their name under `trunk`."""
@@ -124,12 +204,23 @@ def make_encoder(
         _fit_vocabulary(lm, tokenizer, new_tokens or [])
         adapts = settings.trains == "lora"
         lm = _with_adapter(lm, settings, new_tokens or []) if adapts else lm.float()
+    _refuse_other_logits(lm)
     if lm.config.max_position_embeddings < settings.data.window:
         raise ValueError(
             f"data.window must be at most {lm.config.max_position_embeddings}, the positions of "
             f"this backbone, got {settings.data.window}"
         )
     return PatientEncoder(lm, settings.objective.predictor_layers).to(device)
+
+
+def _refuse_other_logits(lm: PreTrainedModel | PeftModel) -> None:
+    """Both paths take logits as hidden states times the head, and nothing else."""
+    names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
+    other = [n for n in names if getattr(lm.config, n, None) not in (None, 1)]
+    if getattr(lm.get_output_embeddings(), "bias", None) is not None:
+        other.append("a bias of the LM head")
+    if other:
+        raise ValueError(f"the backbone must have plain logits, this one has {', '.join(other)}")
 
 
 def load_lm(path: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -6,13 +6,16 @@ the head, the predictor and the mask vector have no average. `smbfast.model.aver
 forms of an average of adapted linears: merged, exact but a second copy of every adapted matrix,
 and tracked, of low rank over the shared base.
 
-Legend: B rows, T positions, D width.
+Legend: B rows, T positions (of a padded row, or tokens of a pack), D width, R trained token rows.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Literal
 
 import torch
+from smbkernels.timeline_attention import Segments
 from torch import Tensor
 from torch.func import functional_call
 
@@ -78,18 +81,41 @@ class TargetEncoder:
     def hidden(self, ids_BT: Tensor) -> Tensor:
         """Last hidden states after the final norm, [B, T, D], of unmasked rows."""
         encoder = self.encoder
-        weights = {n: w for part in self.parts for n, w in part.weights().items()}
+        weights = self._weights()
         rows_nD = weights.pop(ROWS, None)
         if not encoder.is_lora:
             table = weights[_embedding_name(encoder)]
             embedded_BTD = torch.nn.functional.embedding(ids_BT, table)
         else:
             embedded_BTD = self._embed(ids_BT, rows_nD)
-        inside = encoder.is_lora and self.form == "merged"  # the averages hold the adapters
-        with encoder.lm.disable_adapter() if inside else nullcontext():
-            return functional_call(
-                _Decoder(encoder.trunk), {f"trunk.{n}": w for n, w in weights.items()}, embedded_BTD
-            )
+        return self._lent(weights, partial(decode, encoder.trunk), embedded_BTD)
+
+    @torch.no_grad()
+    def packed(
+        self, ids_T: Tensor, position_T: Tensor, segments: Segments, *, norm: bool = True
+    ) -> Tensor:
+        """Last hidden states [T, D] of unmasked tokens in one row, after the final norm.
+
+        Args:
+            norm: False: before it, for `final_norm`.
+        """
+        encoder = self.encoder
+        weights = self._weights()
+        rows_RD = weights.pop(ROWS, None)
+        if not encoder.is_lora:
+            table = weights[_embedding_name(encoder)]
+            embedded_TD = torch.nn.functional.embedding(ids_T, table)
+        else:
+            embedded_TD = encoder.embed_packed(ids_T, rows_RD)
+        run = partial(encoder.decoder, position_T=position_T, segments=segments, norm=norm)
+        return self._lent(weights, run, embedded_TD)
+
+    def final_norm(self) -> tuple[Tensor, float]:
+        """Weight [D] and eps of the final RMSNorm, for those rows that `packed` is needed at."""
+        norm = self.encoder.trunk.norm
+        own = self.encoder.is_lora  # LoRA shares the norms
+        weight_D = norm.weight if own else self._weights()["norm.weight"]
+        return weight_D.detach(), norm.variance_epsilon
 
     @torch.no_grad()
     def measures(self) -> dict[str, float]:
@@ -121,6 +147,19 @@ class TargetEncoder:
         for part, share in zip(self.parts, shares, strict=True):
             part.load(share)
 
+    def _weights(self) -> dict[str, Tensor]:
+        return {n: w for part in self.parts for n, w in part.weights().items()}
+
+    def _lent(
+        self, weights: dict[str, Tensor], run: Callable[[Tensor], Tensor], embedded: Tensor
+    ) -> Tensor:
+        """`run` on a trunk whose parameters are the averages."""
+        encoder = self.encoder
+        inside = encoder.is_lora and self.form == "merged"  # the averages hold the adapters
+        with encoder.lm.disable_adapter() if inside else nullcontext():
+            named = {f"trunk.{n}": w for n, w in weights.items()}
+            return functional_call(_Decoder(encoder.trunk, run), named, embedded)
+
     def _embed(self, ids_BT: Tensor, rows_nD: Tensor | None) -> Tensor:
         embedded_BTD = self.encoder.base.get_input_embeddings()(ids_BT)
         if rows_nD is None:
@@ -134,12 +173,12 @@ class TargetEncoder:
 class _Decoder(torch.nn.Module):
     """A trunk as a module whose input is its embeddings."""
 
-    def __init__(self, trunk: torch.nn.Module) -> None:
+    def __init__(self, trunk: torch.nn.Module, run: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.run = trunk, run
 
-    def forward(self, embedded_BTD: Tensor) -> Tensor:
-        return decode(self.trunk, embedded_BTD)
+    def forward(self, embedded: Tensor) -> Tensor:
+        return self.run(embedded)
 
 
 def target_bytes(encoder: PatientEncoder, form: Form, *, rank: int, every: int) -> int:

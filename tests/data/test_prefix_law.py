@@ -1,7 +1,8 @@
 """The prefix law: what a decision node sees is its subject's record as it stood at that moment.
 
-tokens(events up to t) == complete buckets of the trunk + tail, before and after windowing, on every
-label of the demo datasets and on generated tables. K decision nodes.
+tokens(events up to t) == complete buckets of the trunk + tail, before and after windowing, and as
+the prefix and branch that are embedded, on every label of the demo datasets and on generated
+tables. K decision nodes.
 """
 
 from collections.abc import Iterator
@@ -15,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from smbfast import embed
 from smbfast.batch import Timeline
+from smbfast.data import nodes as own
 from smbfast.data.labels import read_labels
 from smbfast.data.meds import EventBatch, MedsDataset
+from smbfast.data.nodes import Nodes, NodeText, distinct_nodes, node_texts, shared_windows
 from smbfast.data.serialize import Serializer
 from smbfast.data.timelines import node_window
 from smbfast.data.tokens import train_tokenizer
-from smbfast.embed import Nodes, NodeText, distinct_nodes, node_texts
 from tests.data.event_tables import (
     DATA,
     DATASETS,
@@ -70,12 +71,33 @@ def composed(
         return node_window(record, window, begin)
 
     counts: dict[str, int] = {}
-    with patch.object(embed, "node_window", spy):
+    begin = serializer.encoder.begin
+    with patch.object(own, "node_window", spy):
         texts = list(node_texts(dataset, serializer, nodes, window, counts))
     assert counts["embedded"] == len(texts) == len(records)
     skipped = counts["before_first_event"] + counts["unknown_subjects"]
     assert counts["embedded"] + skipped == counts["nodes"] == len(nodes.time_K)
-    return {(t.subject, t.time): (r, t) for r, t in zip(records, texts, strict=True)}
+    found = {(t.subject, t.time): (r, t) for r, t in zip(records, texts, strict=True)}
+    for tokens in (1, 2 * window, 1 << 40):
+        check_shared(found, tokens, window, begin)
+    return found
+
+
+def check_shared(found: Composed, tokens: int, window: int, begin: int | None) -> None:
+    """Trunk prefix and branch of every node are its window; no complete bucket is in a branch."""
+    seen = []
+    for shared in shared_windows((text for _, text in found.values()), tokens):
+        assert len(shared) <= tokens or len(shared.nodes) == 1
+        spans = zip(shared.nodes, shared.prefix_K, shared.branch_K, strict=True)
+        for node, prefix, branch in spans:
+            seen.append((node.subject, node.time))
+            seen_of_trunk, own_T = shared.branches[branch] if branch >= 0 else (prefix, [])
+            assert seen_of_trunk == prefix > 0
+            ids_T = np.concatenate([shared.trunk_T[:prefix], own_T])
+            assert np.array_equal(ids_T, node.ids_T)
+            cut, _ = node_window(found[seen[-1]][0], window, begin)
+            assert prefix >= cut.bucket_start(len(cut.bucket_end_B) - 1)
+    assert seen == list(found)
 
 
 def truncated(
@@ -237,14 +259,14 @@ def test_the_law_is_broken_by_a_tail_that_sees_its_whole_bucket() -> None:
     events.append(event("2150-01-31 12:00", "DIAGNOSIS//b"))
     batch, serializer = batch_of(events), serializer_of(OURS)
     nodes = at(1, [us("2150-01-31 11:00")])
-    honest = embed._tails
+    honest = own._tails
 
     def leaking(
-        batch: EventBatch, rows: slice, timed_N: np.ndarray, own: Serializer, time_K: np.ndarray
+        batch: EventBatch, rows: slice, timed_N: np.ndarray, used: Serializer, time_K: np.ndarray
     ) -> list:
-        return honest(batch, rows, timed_N, own, own.bucket_key(time_K) + DAY - 1)
+        return honest(batch, rows, timed_N, used, used.bucket_key(time_K) + DAY - 1)
 
-    with patch.object(embed, "_tails", leaking):
+    with patch.object(own, "_tails", leaking):
         found = composed(InMemory(batch), serializer, nodes)
         with pytest.raises(AssertionError):
             check_law(iter([batch]), serializer, nodes, found)

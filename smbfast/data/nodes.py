@@ -1,0 +1,183 @@
+"""Decision nodes to token windows, and windows that begin alike to trunks and branches.
+
+A node (subject, prediction time) is embedded once, however many tasks ask for it, from complete
+buckets and the tail of the current one: only events with `time <= prediction_time` are seen.
+
+Legend: K nodes, N events, T tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+
+from smbfast.batch import Timeline
+from smbfast.data.labels import Labels
+from smbfast.data.meds import BIRTH, STATIC, EventBatch, MedsDataset
+from smbfast.data.serialize import Serializer
+from smbfast.data.timelines import node_timeline, node_window
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Distinct decision nodes, sorted by subject and time."""
+
+    subject_K: np.ndarray  # int64
+    time_K: np.ndarray  # int64 microseconds since 1970
+    split_K: np.ndarray  # str
+
+
+@dataclass(frozen=True)
+class NodeText:
+    """What one node is embedded from."""
+
+    subject: int
+    time: int
+    split: str
+    first_bucket: int  # of its timeline, with which its window begins
+    ids_T: np.ndarray
+
+
+@dataclass(frozen=True)
+class SharedWindow:
+    """Nodes whose windows begin alike: a trunk, and what each node does not share with it.
+
+    Node k is the last token of `trunk_T[:prefix_K[k]]` followed by branch `branch_K[k]`, if any.
+    """
+
+    nodes: list[NodeText]
+    trunk_T: np.ndarray
+    branches: list[tuple[int, np.ndarray]]  # tokens of the trunk it sees, its own token ids
+    prefix_K: list[int]
+    branch_K: list[int]  # -1: the node is a position on the trunk
+
+    def __len__(self) -> int:
+        """Tokens of the trunk and all branches."""
+        return len(self.trunk_T) + sum(len(ids) for _, ids in self.branches)
+
+
+def distinct_nodes(tasks: list[Labels]) -> Nodes:
+    """The nodes of all tasks, each once."""
+    nodes = {
+        (int(s), int(t)): str(split)
+        for task in tasks
+        for s, t, split in zip(task.subject_N, task.time_N, task.split_N, strict=True)
+    }
+    keys = sorted(nodes)
+    pairs = np.array(keys, np.int64).reshape(-1, 2)
+    return Nodes(pairs[:, 0], pairs[:, 1], np.array([nodes[k] for k in keys], dtype=str))
+
+
+def node_texts(
+    dataset: MedsDataset,
+    serializer: Serializer,
+    nodes: Nodes,
+    window: int,
+    counts: dict[str, int],
+) -> Iterator[NodeText]:
+    """The window of each node, in the order of the data; what is skipped or lost is counted.
+
+    Counted: nodes of unknown subjects, nodes before a subject's first event, tokens lost.
+    """
+    counts.update(nodes=len(nodes.subject_K), embedded=0, before_first_event=0, tokens_lost=0)
+    begin = serializer.encoder.begin
+    known = 0
+    for split in [s for s in dataset.splits if s in nodes.split_K]:  # "" is an unknown subject's
+        mine = nodes.split_K == split
+        for batch in dataset.batches(split, np.unique(nodes.subject_K[mine])):
+            timelines = serializer.timelines(batch)
+            births = np.array([c == BIRTH for c in batch.codes])[batch.code_N]
+            timed_N = (batch.time_N != STATIC) & ~births
+            for s, timeline in enumerate(timelines):
+                subject = timeline.subject
+                rows = slice(int(batch.offset_S1[s]), int(batch.offset_S1[s + 1]))
+                # nodes are sorted by subject: no pass over all of them for every subject
+                first, last = np.searchsorted(nodes.subject_K, [subject, subject + 1])
+                at = first + np.flatnonzero(mine[first:last])
+                known += len(at)
+                tails = _tails(batch, rows, timed_N, serializer, nodes.time_K[at])
+                for k, (complete, tail) in zip(at, _complete(timeline, tails), strict=True):
+                    record = node_timeline(timeline, complete, tail)
+                    if not len(record.bucket_end_B):
+                        counts["before_first_event"] += 1
+                        continue
+                    cut, lost = node_window(record, window, begin)
+                    counts["tokens_lost"] += lost
+                    counts["embedded"] += 1
+                    time = int(nodes.time_K[k])
+                    yield NodeText(subject, time, split, cut.first_bucket, cut.ids_T)
+    counts["unknown_subjects"] = len(nodes.subject_K) - known
+
+
+def _tails(
+    batch: EventBatch,
+    rows: slice,
+    timed_N: np.ndarray,
+    serializer: Serializer,
+    time_K: np.ndarray,
+) -> list[tuple[int, Timeline | None]]:
+    """For each node of a subject: its bucket, and the bucket's events up to the node as tokens."""
+    time_N = batch.time_N[rows]
+    timed = np.flatnonzero(timed_N[rows])
+    key_K = serializer.bucket_key(time_K)
+    picks = []
+    for node_time, key in zip(time_K, key_K, strict=True):
+        a = np.searchsorted(time_N[timed], key, side="left")
+        b = np.searchsorted(time_N[timed], node_time, side="right")
+        picks.append(timed[a:b] + rows.start)
+    offset = np.concatenate([[0], np.cumsum([len(p) for p in picks])])
+    full = [i for i, p in enumerate(picks) if len(p)]
+    tails: list[tuple[int, Timeline | None]] = [(int(k), None) for k in key_K]
+    if full:
+        chosen = np.concatenate([picks[i] for i in full])
+        bounds = np.append(offset[full], offset[-1])
+        for i, tail in zip(full, serializer.timelines(batch.rows(chosen, bounds)), strict=True):
+            tails[i] = (int(key_K[i]), tail)
+    return tails
+
+
+def _complete(
+    timeline: Timeline, tails: list[tuple[int, Timeline | None]]
+) -> list[tuple[int, Timeline | None]]:
+    """Buckets that were complete when the node's own bucket began."""
+    return [(int(np.searchsorted(timeline.bucket_time_B, key)), tail) for key, tail in tails]
+
+
+def shared_windows(texts: Iterator[NodeText], tokens: int) -> Iterator[SharedWindow]:
+    """Nodes that follow each other, of one subject and window start, as trunk and branches.
+
+    The trunk is the window of the last of them: it holds every bucket that is complete at any. A
+    branch begins at the first token in which a node's window differs, so that the tokens a node
+    sees are its own window by construction: nothing later is among them.
+
+    Args:
+        tokens: more than these are shared out to several trunks, down to one node each.
+    """
+    for _, alike in groupby(texts, key=lambda text: (text.subject, text.first_bucket)):
+        yield from _shared(list(alike), tokens)
+
+
+def _shared(nodes: list[NodeText], tokens: int) -> Iterator[SharedWindow]:
+    trunk_T = nodes[-1].ids_T
+    prefix_K = [_common(node.ids_T, trunk_T) for node in nodes]
+    branches: list[tuple[int, np.ndarray]] = []
+    branch_K = []
+    for node, prefix in zip(nodes, prefix_K, strict=True):
+        own_T = node.ids_T[prefix:]
+        branch_K.append(len(branches) if len(own_T) else -1)
+        branches += [(prefix, own_T)] if len(own_T) else []
+    window = SharedWindow(nodes, trunk_T, branches, prefix_K, branch_K)
+    if len(nodes) > 1 and (len(window) > tokens or not min(prefix_K)):
+        half = len(nodes) // 2
+        yield from _shared(nodes[:half], tokens)
+        yield from _shared(nodes[half:], tokens)
+    else:
+        yield window
+
+
+def _common(ids_T: np.ndarray, trunk_T: np.ndarray) -> int:
+    """Tokens with which both begin."""
+    length = min(len(ids_T), len(trunk_T))
+    unlike = np.flatnonzero(ids_T[:length] != trunk_T[:length])
+    return int(unlike[0]) if len(unlike) else length

@@ -1,0 +1,163 @@
+"""Floating-point operations of a step's matrix products, in closed form from host integers.
+
+Counted are the products that a step has to make (2 per multiply-add): linears, LoRA, attention over
+visible pairs, LM head at labelled rows, predictor at masked rows, and the target encoder. Not
+counted are element-wise work, the optimizer, the averages' update, and what is recomputed to save
+memory; but for the scores in the backward of attention, which every kernel recomputes.
+
+Per token a linear [N, K] costs 2 N K forward, 2 N K for the gradient of its input, and 2 N K for
+that of its weight where that is trained. Attention costs 4 C per head and visible pair forward and
+10 C backward. The head costs as a linear does, and so do rows of it that are trained apart.
+"""
+
+from dataclasses import dataclass, fields
+
+from smbkernels.lora_linear import lora_flops
+from smbkernels.timeline_attention import attention_flops
+from torch import nn
+
+from smbfast.batch import PackedBatch
+from smbfast.model.averages import kept_rank
+from smbfast.model.backbone import PatientEncoder
+
+READS_EMBEDDING = ("q_proj", "k_proj", "v_proj")  # of the first layer
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations by what they are for; online and target encoder together."""
+
+    base: int = 0  # of the layers' linears, without adapters
+    lora: int = 0
+    attention: int = 0
+    head: int = 0
+    predictor: int = 0
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(getattr(self, f.name) for f in fields(self))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear of a layer: [N, K], rank of its adapter, columns of the target's; 0: none."""
+
+    n: int
+    k: int
+    rank: int
+    columns: int
+    reads_embedding: bool
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the operations of an encoder and its target follow from."""
+
+    linears: tuple[Linear, ...]  # of all layers
+    layers: int
+    heads: int
+    head_dim: int
+    width: int
+    vocabulary: int
+    predictor_layers: int
+    whole: bool  # trained whole; else LoRA on a frozen base
+    head_trained: bool
+    head_rows: int  # rows of the head that are trained beside it
+    rows_trained: bool  # the gradient of every input embedding is needed, masked or not
+
+    @classmethod
+    def of(cls, encoder: PatientEncoder, *, tracked: tuple[int, int] | None = None) -> "ModelShape":
+        """The shape of an encoder, on any device.
+
+        Args:
+            tracked: rank (as times the adapter's) and `every` of a tracked target; None: merged,
+                whose linears hold their adapters.
+        """
+        config, adapted = encoder.base.config, encoder.lora_layers()
+        inside = tuple(f"{name}." for name in adapted)  # adapters are linears themselves
+        linears = []
+        for name, module in encoder.trunk.named_modules():
+            if name.startswith(inside) or not (name in adapted or isinstance(module, nn.Linear)):
+                continue
+            n, k = module.out_features, module.in_features
+            rank = adapted[name].r["default"] if name in adapted else 0
+            columns = 0
+            if rank and tracked:
+                columns = kept_rank(n, k, rank, tracked[0]) + tracked[1] * rank
+            first = name.startswith("layers.0.") and name.endswith(READS_EMBEDDING)
+            linears.append(Linear(n, k, rank, columns, first))
+        head_VD, token_R, _ = encoder.head
+        return cls(
+            linears=tuple(linears),
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            width=encoder.width,
+            vocabulary=head_VD.shape[0],
+            predictor_layers=sum(isinstance(m, nn.Linear) for m in encoder.predictor),
+            whole=not encoder.is_lora,
+            head_trained=head_VD.requires_grad,
+            head_rows=0 if token_R is None else len(token_R),
+            rows_trained=not encoder.is_lora or encoder.trained_rows() is not None,
+        )
+
+    @property
+    def attention_ratio(self) -> float:
+        """Operations of a visible pair over those of a token in the linears: for planning rows.
+
+        At Qwen3-8B with LoRA: 7.4e-5.
+        """
+        one = online_flops(self, 1, 1, masked=True)
+        return one.attention / one.base
+
+
+def step_flops(shape: ModelShape, batch: PackedBatch) -> Flops:
+    """A batch forward and backward in one pass, with its target encoder."""
+    return (
+        online_flops(shape, batch.segments.tokens, batch.segments.pairs, masked=batch.masked > 0)
+        + head_flops(shape, batch.labels)
+        + predictor_flops(shape, batch.masked)
+        + target_flops(shape, batch.target_segments.tokens, batch.target_segments.pairs)
+    )
+
+
+def online_flops(shape: ModelShape, tokens: int, pairs: int, *, masked: bool) -> Flops:
+    """The online encoder's layers, forward and backward; masked: it reads the mask vector."""
+    embedding = masked or shape.rows_trained  # else the backward ends before the first linears
+    base = lora = 0
+    for linear in shape.linears:
+        product = 2 * tokens * linear.n * linear.k
+        needs_x = embedding or not linear.reads_embedding
+        base += product * (1 + needs_x + shape.whole)
+        rank, size = [linear.rank], [(linear.n, linear.k)]
+        lora += lora_flops(tokens, size, rank, backward=False) - product
+        lora += lora_flops(tokens, size, rank, backward=True, needs_x=needs_x) - product * needs_x
+    sizes = (pairs, shape.heads, shape.head_dim)
+    attention = attention_flops(*sizes) + attention_flops(*sizes, backward=True)
+    return Flops(base=base, lora=lora, attention=shape.layers * attention)
+
+
+def target_flops(shape: ModelShape, tokens: int, pairs: int) -> Flops:
+    """The target encoder's layers: forward alone."""
+    base = lora = 0
+    for linear in shape.linears:
+        base += 2 * tokens * linear.n * linear.k
+        lora += 2 * tokens * linear.columns * (linear.n + linear.k)
+    attention = attention_flops(pairs, shape.heads, shape.head_dim)
+    return Flops(base=base, lora=lora, attention=shape.layers * attention)
+
+
+def head_flops(shape: ModelShape, labels: int) -> Flops:
+    """The LM head and its loss at labelled rows."""
+    product = 2 * labels * shape.width
+    whole = shape.vocabulary * (2 + shape.head_trained)
+    return Flops(head=product * (whole + 3 * shape.head_rows))
+
+
+def predictor_flops(shape: ModelShape, masked: int) -> Flops:
+    """The predictor at masked rows, which is always trained."""
+    return Flops(predictor=6 * masked * shape.predictor_layers * shape.width**2)

@@ -1,0 +1,112 @@
+"""A run's folder: which run it holds, how that stands, and the data it trains on."""
+
+import json
+from pathlib import Path
+
+from smbfast.config import read_toml
+from smbfast.data.loader import WindowSet
+from smbfast.data.prepared import Prepared
+from smbfast.files import write_text
+from smbfast.prepare import check_prepared, prepare
+from smbfast.settings import DataSettings, TrainSettings
+from smbfast.simulate import simulate
+
+# what may differ between a run and its resumption: none of it changes a weight but by rounding
+FREE_KEYS = (
+    "data.workers",
+    "kernels",
+    "model.recompute",
+    "objective.path",
+    "objective.self_check",
+    "optim.micro_",
+    "run.dir",
+    "run.export",
+    "run.resume",
+    "run.log_every",
+    "run.save_every",
+    "run.keep",
+    "run.threads",
+    "probe.",
+)
+
+
+def earlier(run: Path, settings: TrainSettings) -> str:
+    """What the run folder holds of this very run: "new" (nothing), "resumed" or "done".
+
+    Raises:
+        ValueError: the folder holds another run, or any run with `run.resume=never`.
+    """
+    config = run / "config.toml"
+    if not config.is_file():
+        return "new"
+    if settings.run.resume == "never":
+        raise ValueError(
+            f"{run} already holds a run and run.resume is never; name another --run.dir"
+        )
+    # a setting that did not exist yet when the run began had its default
+    known = TrainSettings.model_construct().model_dump(mode="json", exclude={"phases"})
+    then = _flat(known) | _flat(read_toml(config))
+    now = _flat(settings.model_dump(mode="json"))
+    keys = [k for k in {**then, **now} if not k.startswith(FREE_KEYS)]
+    changed = [f"{k}: {then.get(k)} -> {now.get(k)}" for k in keys if then.get(k) != now.get(k)]
+    if changed:
+        raise ValueError(
+            f"{run} holds a run with other settings; name another --run.dir, or take back\n  "
+            + "\n  ".join(changed)
+        )
+    try:
+        state = json.loads((run / "status.json").read_text())["state"]
+    except (OSError, ValueError, KeyError):
+        state = "unknown"
+    return "done" if state == "done" else "resumed"
+
+
+def _flat(values: object, prefix: str = "") -> dict[str, object]:
+    if isinstance(values, dict):
+        items = [(f"{prefix}.{k}" if prefix else k, v) for k, v in values.items()]
+    elif isinstance(values, list) and any(isinstance(v, dict) for v in values):
+        items = [(f"{prefix}.{i}", v) for i, v in enumerate(values)]
+    else:
+        return {} if values is None else {prefix: values}
+    return {k: v for name, value in items for k, v in _flat(value, name).items()}
+
+
+def prepared_data(settings: TrainSettings, run: Path) -> tuple[DataSettings, Prepared]:
+    """The data settings with paths filled in, and the token shards."""
+    data = settings.data
+    if data.path is None:
+        # named by what it is: another number of patients is another cohort
+        cohort = run / f"cohort-{settings.cohort.patients}-{settings.cohort.seed}"
+        if not cohort.is_dir():
+            simulate(cohort, settings.cohort.patients, settings.cohort.seed)
+        data = data.model_copy(update={"path": str(cohort)})
+    if data.prepared and (Path(data.prepared) / "prepare.json").is_file():
+        prepared = Prepared.open(Path(data.prepared))
+        check_prepared(prepared, data, settings.model.path)
+        return data, prepared
+    out = Path(data.prepared) if data.prepared else run / "prepared"
+    return data, prepare(data, out, settings.model.path, ("train", "tuning"))
+
+
+def check_windows(windows: WindowSet, tuning: WindowSet, path: str | None) -> None:
+    """Raise a ValueError unless both splits have windows."""
+    for split, found in (("train", windows), ("tuning", tuning)):
+        if not len(found):
+            raise ValueError(f"{path}: split `{split}` must have subjects with timed events; none")
+
+
+def write_status(run: Path, state: str, step: int, command: str) -> None:
+    """`status.json`: running, preempted, failed or done; and how to go on."""
+    content = {"state": state, "step": step, "command": command}
+    write_text(run / "status.json", json.dumps(content, indent=1))
+
+
+def write_end(settings: TrainSettings | None, state: str) -> None:
+    """A run that had begun and broke says so in its status, with the command that goes on."""
+    try:
+        status = settings.folder / "status.json"
+        content = json.loads(status.read_text())
+        if content["state"] == "running":
+            write_text(status, json.dumps({**content, "state": state}, indent=1))
+    except (OSError, ValueError, KeyError, AttributeError):
+        return  # no run had begun, or its folder cannot be written: the error itself is told

@@ -1,0 +1,177 @@
+"""Before the first step: how many tokens a forward may have, whether the shared forward computes
+what the reference does, and how fast this device multiplies matrices.
+"""
+
+import math
+import time
+from functools import cache, partial
+
+import numpy as np
+import torch
+
+from smbfast import objective, reference
+from smbfast.batch import PackedBatch
+from smbfast.data.loader import WindowSet, make_batch, step_windows
+from smbfast.model.backbone import PatientEncoder
+from smbfast.model.memory import (
+    MOST,
+    choose_micro_tokens,
+    free_memory,
+    full_batch,
+    predict_peak,
+)
+from smbfast.model.target import TargetEncoder
+from smbfast.objective import Losses
+from smbfast.settings import PhaseSettings, TrainSettings
+
+MOST_ON_CPU = 4096  # tokens; more is slower there, as what a layer reads leaves the caches
+SLICE = 1024  # tokens of the windows that are compared: our choice
+_MISMATCH = "the shared forward and the reference differ on this model"
+# relative, of the losses, of all gradients together, of any one. Right models were within 3e-7 and
+# 2e-6 in fp32; in bf16, 24 of 4 layers, within 9e-4 and 8e-2 for any one, which grows with depth
+TOLERANCE = {torch.float32: (1e-4, 1e-3, 5e-3), torch.bfloat16: (2e-2, 1e-1, 5e-1)}
+
+
+def losses_of(settings: TrainSettings) -> Losses:
+    """The objective on the path that the settings name."""
+    normalize = settings.objective.target_norm == "layer"
+    if settings.objective.path == "reference":
+        return partial(reference.losses, normalize=normalize)
+    return partial(objective.losses, normalize=normalize, recompute=settings.model.recompute)
+
+
+def micro_tokens(
+    settings: TrainSettings, encoder: PatientEncoder, before: int | None = None
+) -> tuple[int, int]:
+    """Tokens of a forward, and the peak memory in bytes that is predicted for a step.
+
+    The tokens are those of the settings, or those that this run had before, or as many as fit.
+
+    Raises:
+        ValueError: not even the largest window fits.
+    """
+    chosen = settings.optim.micro_tokens
+    device = encoder.mask_vector.device
+    free = free_memory(device)
+    held = sum(t.numel() * t.element_size() for t in encoder.parameters())
+    phases = settings.phases
+    sft, jepa = any(p.w_sft > 0 for p in phases), any(p.w_jepa > 0 for p in phases)
+    form = settings.objective
+    kept = (form.target_form, form.tracked_rank, form.tracked_every) if jepa else None
+    run = partial(losses_of(settings), sft_scale=float(sft), jepa_scale=float(jepa))
+
+    @cache
+    def needs(tokens: int) -> int:
+        batch = full_batch(tokens, settings.data.window, form, sft=sft, jepa=jepa)
+        return predict_peak(encoder, batch, run, target=kept).total - held
+
+    if chosen == "auto" and before and needs(before) <= free:
+        chosen = before
+    if chosen != "auto":
+        return chosen, needs(chosen) + held
+    share = 1 - form.context[0] if jepa else 0.0
+    largest = round(settings.data.window * (1 + share * form.cuts))
+    most = MOST_ON_CPU if device.type == "cpu" else MOST
+    chosen = choose_micro_tokens(needs, free, least=largest, most=most)
+    return chosen, needs(chosen) + held
+
+
+def self_check(
+    encoder: PatientEncoder,
+    target: TargetEncoder | None,
+    windows: WindowSet,
+    settings: TrainSettings,
+    step: int,
+    phase: PhaseSettings,
+) -> dict[str, float]:
+    """Compare losses and every gradient of the shared forward with the reference's.
+
+    On the shortest windows of the step that have something to predict, up to `SLICE` tokens (one
+    at least). Returns the relative differences, nothing where nothing is predicted; the encoder has
+    no gradients afterwards.
+
+    Raises:
+        ValueError: they are larger than rounding explains.
+    """
+    batch = _slice(windows, settings, step, phase).to(encoder.mask_vector.device)
+    if not (batch.labels or batch.masked):
+        return {}
+    scales = {
+        "sft_scale": phase.w_sft / max(batch.labels, 1),
+        "jepa_scale": phase.w_jepa / max(batch.masked, 1),
+    }
+    normalize = settings.objective.target_norm == "layer"
+    paths = partial(reference.losses, normalize=normalize), losses_of(settings)
+    found = []
+    for path in paths:
+        values = path(encoder, target, batch, **scales)
+        torch.autograd.backward([v for v in values if v is not None])
+        gradients = {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
+        found.append((values, gradients))
+        encoder.zero_grad(set_to_none=True)
+    (expected, true), (values, own) = found
+    if [v is None for v in values] != [v is None for v in expected]:
+        raise ValueError(f"{_MISMATCH}: only one of them has a loss of each kind")
+    if true.keys() != own.keys():
+        names = ", ".join(sorted(true.keys() ^ own.keys())[:3])
+        raise ValueError(f"{_MISMATCH}: only one of them has a gradient of {names}")
+    pairs = [(v.item(), e.item()) for v, e in zip(values, expected, strict=True) if v is not None]
+    loss = float(torch.tensor([abs(v - e) / max(abs(e), 1e-12) for v, e in pairs] or [0.0]).max())
+    size = {n: float(g.norm()) for n, g in true.items()}
+    gap = {n: float((own[n] - g).norm()) for n, g in true.items()}
+    norm = math.hypot(*size.values())
+    # a gradient that hardly counts may be all rounding
+    apart = {n: gap[n] / max(size[n] + 1e-3 * norm, 1e-30) for n in true}
+    worst = max(apart, key=lambda n: math.inf if math.isnan(apart[n]) else apart[n])
+    found = (loss, math.hypot(*gap.values()) / max(norm, 1e-30), apart[worst])
+    allowed = TOLERANCE.get(layer_dtype(encoder), TOLERANCE[torch.float32])
+    if not all(f <= a for f, a in zip(found, allowed, strict=True)):  # NaN fails
+        told = [f"{f:.1e} (allowed {a:.0e})" for f, a in zip(found, allowed, strict=True)]
+        raise ValueError(
+            f"{_MISMATCH}: losses by {told[0]}, all gradients by {told[1]}, the gradient of "
+            f"{worst} by {told[2]}. Try --kernels=torch to find the kernel, "
+            "--objective.path=reference to train without the shared forward, or "
+            "--objective.self_check=false to go on all the same"
+        )
+    return dict(zip(("loss", "gradients", "gradient"), found, strict=True))
+
+
+def layer_dtype(encoder: PatientEncoder) -> torch.dtype:
+    """The dtype that the layers compute in."""
+    return next(encoder.trunk.layers.parameters()).dtype
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """FLOP/s of a large matrix product on this device: the ceiling of a step.
+
+    The best of several, after a warm-up.
+    """
+    n = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    best, end = float("inf"), time.monotonic() + seconds
+    left @ right
+    while time.monotonic() < end:
+        wait()
+        start = time.perf_counter()
+        left @ right
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def _slice(
+    windows: WindowSet, settings: TrainSettings, step: int, phase: PhaseSettings
+) -> PackedBatch:
+    seed, form = settings.run.seed, settings.objective
+    order = step_windows(len(windows), settings.optim.batch, seed, step)
+    sft, jepa = phase.w_sft > 0, phase.w_jepa > 0
+    ones = [
+        (window, make_batch([window], form, seed, step, sft=sft, jepa=jepa))
+        for window in sorted((windows[i] for i in order), key=len)
+    ]
+    # without a cut anywhere there is still SFT to compare
+    ones = [o for o in ones if o[1].masked] or [o for o in ones if o[1].labels]
+    ends = np.cumsum([one.segments.tokens for _, one in ones])
+    chosen = [window for window, _ in ones[: int(np.searchsorted(ends, SLICE)) + 1]]
+    return make_batch(chosen, form, seed, step, sft=sft, jepa=jepa)

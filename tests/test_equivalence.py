@@ -1,0 +1,264 @@
+"""The shared forward and the three of the reference: the same losses and the same gradients.
+
+fp64 with RMSNorms in fp64 says that the mathematics is the same; fp32 that nothing is lost where
+training runs. A gradient is compared as a whole: the norm of the difference over its norm.
+"""
+
+from functools import cache
+from itertools import chain, permutations, product
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from smbfast import objective, reference
+from smbfast.batch import PackedBatch, Timeline
+from smbfast.data.loader import make_batch, make_rows, make_step
+from smbfast.model.backbone import PatientEncoder
+from smbfast.model.target import TargetEncoder
+from smbfast.optim import make_optimizer
+from smbfast.settings import ObjectiveSettings, OptimSettings
+from tests.strategies import UNITS, objectives, steps
+from tests.tiny import random_window
+from tests.two_paths import (
+    CASES,
+    FP32,
+    FP64,
+    PATHS,
+    Case,
+    apart,
+    assert_same,
+    exact_norms,
+    make_encoder,
+    moved_target,
+    run,
+    twin,
+)
+
+TOLERANCE = {FP64: 1e-12, FP32: 5e-6}
+WEIGHTS = [(1.0, 1.0), (0.1, 2.0), (0.0, 1.0), (1.0, 0.0)]  # of SFT and JEPA
+WINDOWS = [random_window(s, buckets=b) for s, b in ((1, 6), (2, 5), (3, 7))]
+WINDOWS.append(random_window(4, buckets=1))  # no bucket after its first: no cut
+ROOMY = 10_000  # tokens: all windows in one row
+KINDS = ["qwen3", "llama"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@cache
+def pairs(kind: str, case: Case) -> dict[torch.dtype, tuple[PatientEncoder, TargetEncoder]]:
+    """An encoder and a target that has stayed behind, and the same numbers in fp64.
+
+    Made once: no test changes them.
+    """
+    torch.manual_seed(0)
+    encoder = make_encoder(kind, lora=case.lora, tie=case.tie)
+    exact = twin(encoder)
+    target = moved_target(encoder, case.form)
+    exact.load_state_dict(encoder.state_dict())
+    exact.double()
+    exact_norms(exact)
+    return {FP64: (exact, TargetEncoder.of_state(exact, target.state())), FP32: (encoder, target)}
+
+
+def assert_paths_agree(
+    kind: str,
+    case: Case,
+    windows: list[Timeline],
+    form: ObjectiveSettings,
+    plans: list[list[PackedBatch]],
+    weights: tuple[float, float],
+    *,
+    hard: bool = False,
+) -> None:
+    """Each plan's rows by the shared forward, against the reference on whole windows at once.
+
+    Args:
+        hard: fp32 itself may be too coarse: allow what the reference is off from fp64.
+    """
+    for row in chain(*plans):
+        row.check()
+    weights = dict(zip(("sft", "jepa"), weights, strict=True))
+    weights["normalize"] = form.target_norm == "layer"
+    # with labels and whole trunks, whatever the rows leave out
+    whole = make_batch(windows, form, 0, 0, sft=True, jepa=True)
+    truth = None
+    for dtype, (encoder, target) in pairs(kind, case).items():
+        expected = run("reference", encoder, target, [whole], **weights)
+        for rows in plans:
+            found = run("shared", encoder, target, rows, **weights)
+            assert_same(found, expected, TOLERANCE[dtype], truth=truth)
+        truth = expected if hard else None
+
+
+@settings(
+    max_examples=48,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(
+    kind=st.sampled_from(KINDS),
+    case=st.sampled_from(CASES),
+    windows=steps(),
+    form=objectives(),
+    capacity=st.sampled_from([16, 80, 160, ROOMY]),
+    weights=st.sampled_from(WEIGHTS),
+)
+def test_any_windows_cuts_masks_and_rows(kind, case, windows, form, capacity, weights):
+    wants = {"sft": weights[0] > 0, "jepa": weights[1] > 0}
+    rows = make_rows(windows, form, 0, 0, tokens=capacity, **wants)
+    assert_paths_agree(kind, case, windows, form, [rows], weights, hard=True)
+
+
+GRID = list(product(UNITS, [1, 3], ["all", "future"], [None, 9], ["layer", "none"]))
+
+
+@pytest.mark.parametrize(
+    ("place", "unit", "cuts", "labels", "horizon", "norm"),
+    [(i, *g) for i, g in enumerate(GRID)],
+    ids=lambda v: str(v),
+)
+def test_every_setting(place, unit, cuts, labels, horizon, norm):
+    """Each with the four weights, in one row and in four; models and targets in turn."""
+    form = ObjectiveSettings(
+        mask_unit=unit,
+        cuts=cuts,
+        sft_labels=labels,
+        horizon=horizon,
+        target_norm=norm,
+        min_future=4,
+        span=3,
+    )
+    kind, case = KINDS[place % 2], CASES[place // 2 % len(CASES)]
+    weights = WEIGHTS[place % 4]
+    wants = {"sft": weights[0] > 0, "jepa": weights[1] > 0}
+    plans = []
+    for tokens, count in ((ROOMY, 1), (1, 4 if wants["sft"] else 3)):
+        step = make_step(WINDOWS, form, 0, batch=4, tokens=tokens, seed=0, **wants)
+        assert len(step.micro) == count and (step.masked > 0) == wants["jepa"]
+        # every window but one has all its cuts
+        branches = 3 * cuts * wants["jepa"]
+        assert sum(len(b.rows) for b in step.micro) == 3 + wants["sft"] + branches
+        plans.append(step.micro)
+    assert_paths_agree(kind, case, WINDOWS, form, plans, weights)
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_packed_equals_one_patient_at_a_time(case, dtype):
+    """And in any order: means are of the whole step."""
+    form = ObjectiveSettings(min_future=4, cuts=2)
+    encoder, target = pairs("qwen3", case)[dtype]
+    alone = [make_batch([w], form, 0, 0, jepa=True) for w in WINDOWS]
+    expected = run("shared", encoder, target, alone)
+    for order in list(permutations(WINDOWS))[::7]:
+        packed = make_batch(list(order), form, 0, 0, jepa=True)
+        assert_same(run("shared", encoder, target, [packed]), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+def test_measured_losses_and_states_are_the_same(case, dtype):
+    batch = make_batch(WINDOWS, ObjectiveSettings(min_future=4, cuts=3), 0, 0, jepa=True)
+    encoder, target = pairs("llama", case)[dtype]
+    with torch.no_grad():
+        sft, states = objective.measure(encoder, target, batch)
+        true_sft, true = reference.measure(encoder, target, batch)
+        assert objective.measure(encoder, None, batch)[1] is None
+    assert apart(sft, true_sft) < TOLERANCE[dtype]
+    for name, expected in vars(true).items():
+        assert apart(getattr(states, name), expected) < TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("recompute", ["mlp", "full"])
+@pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_computed_again_is_the_same(kind, case, recompute):
+    """Bit for bit: the same kernels on the same numbers."""
+    batch = make_batch(WINDOWS, ObjectiveSettings(min_future=4, cuts=3), 0, 0, jepa=True)
+    encoder, target = pairs(kind, case)[FP32]
+    kept = run("shared", encoder, target, [batch])
+    again = run("shared", encoder, target, [batch], recompute=recompute)
+    assert again[0] == kept[0] and again[1].keys() == kept[1].keys()
+    assert all(torch.equal(again[1][n], g) for n, g in kept[1].items())
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
+@pytest.mark.parametrize("jepa", [0.0, 1.0])
+def test_adapters_alone(jepa, recompute):
+    """Without JEPA nothing that the first layer reads wants a gradient."""
+    encoder = make_encoder(rows=(), dtype=FP64)
+    target = moved_target(encoder)
+    batch = make_batch(WINDOWS, ObjectiveSettings(min_future=4), 0, 0, jepa=jepa > 0)
+    expected = run("reference", encoder, target, [batch], jepa=jepa)
+    found = run("shared", encoder, target, [batch], jepa=jepa, recompute=recompute)
+    assert_same(found, expected, TOLERANCE[FP64])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", PATHS)
+def test_labels_begin_with_the_last_token_of_the_context(path):
+    """Which both paths are given: against the tokens of the windows themselves."""
+    encoder, target = pairs("qwen3", CASES[0])[FP64]
+    form = ObjectiveSettings(min_future=4, cuts=2, sft_labels="future")
+    for window in WINDOWS[:3]:
+        batch = make_batch([window], form, 0, 0, jepa=True)
+        cut = min(prefix for *_, prefix in batch.rows if prefix)
+        ids_T = torch.from_numpy(window.ids_T).long()
+        hidden_TD = encoder.hidden(ids_T[None])[0]
+        logits = hidden_TD[cut - 1 : -1] @ encoder.head_VD.T
+        expected = torch.nn.functional.cross_entropy(logits, ids_T[cut:], reduction="sum")
+        weights = {"sft_scale": 1.0, "jepa_scale": 0.0, "normalize": True}
+        assert apart(PATHS[path](encoder, target, batch, **weights)[0], expected) < 1e-12
+
+
+def trained(path: str, encoder: PatientEncoder, case: Case, tokens: int) -> list[list[float]]:
+    """30 steps of both losses, as `smbfast.train` takes them; the losses of each."""
+    form = ObjectiveSettings(min_future=4, cuts=2)
+    target = TargetEncoder(encoder, case.form, rank=1, every=4)
+    optimizer = make_optimizer(encoder, OptimSettings())
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    told = []
+    for index in range(30):
+        step = make_step(WINDOWS, form, index, batch=3, tokens=tokens, seed=0, jepa=True)
+        told.append([0.0, 0.0])
+        for micro in step.micro:
+            scales = {"sft_scale": 1 / step.labels, "jepa_scale": 1 / step.masked}
+            parts = PATHS[path](encoder, target, micro, normalize=True, **scales)
+            torch.autograd.backward([part for part in parts if part is not None])
+            for place, part in enumerate(parts):
+                told[-1][place] += 0.0 if part is None else float(part.detach())
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        target.update(0.9)
+    return told
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"), [("qwen3", CASES[0]), ("llama", CASES[2]), ("qwen3", CASES[5])], ids=str
+)
+def test_thirty_steps_stay_together(kind, case):
+    """Losses within 1e-5, parameters within 1e-4; one path in one row, the other in several."""
+    one = make_encoder(kind, lora=case.lora, tie=case.tie)
+    other = twin(one)
+    before = {n: p.detach().clone() for n, p in one.named_parameters()}
+    expected = trained("reference", one, case, ROOMY)
+    found = trained("shared", other, case, 64)
+    for left, right in zip(found, expected, strict=True):
+        assert left == pytest.approx(right, rel=1e-5)
+    assert found[-1][0] < 0.9 * found[0][0]
+    for (name, p), q in zip(other.named_parameters(), one.parameters(), strict=True):
+        assert apart(p.detach(), q.detach()) < 1e-4, name
+        assert torch.equal(p, before[name]) != p.requires_grad, name

@@ -1,0 +1,391 @@
+"""What a step on the shared forward does beside its sums: what it reads, waits for and leaves."""
+
+import copy
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from smbkernels import use
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import smbfast.model.averages as averages
+import smbfast.model.packed as packed
+from smbfast import objective
+from smbfast.batch import PackedBatch, pack_segments
+from smbfast.data.loader import make_batch
+from smbfast.model.backbone import PatientEncoder
+from smbfast.model.target import TargetEncoder
+from smbfast.optim import make_optimizer
+from smbfast.settings import ObjectiveSettings, OptimSettings
+from tests.tiny import VOCABULARY, random_window
+from tests.two_paths import CASES, FP64, assert_same, exact_norms, make_encoder, moved_target, run
+
+WINDOWS = [random_window(s, buckets=b) for s, b in ((1, 6), (2, 5), (3, 7))]
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# each of these reads something on the host, or finds a shape on the device
+WAITS = {
+    f"aten::{name}"
+    for name in (
+        "_linalg_check_errors",
+        "_local_scalar_dense",
+        "_unique2",
+        "bincount",
+        "equal",
+        "is_nonzero",
+        "item",
+        "lift_fresh",
+        "masked_scatter",
+        "masked_select",
+        "nonzero",
+        "unique_consecutive",
+        "unique_dim",
+    )
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def batch_of(cuts: int = 2, **more: bool) -> PackedBatch:
+    form = ObjectiveSettings(min_future=4, cuts=cuts)
+    return make_batch(WINDOWS, form, 0, 0, jepa=True, **more)
+
+
+class NoWait(TorchDispatchMode):
+    """Fails where a GPU would be waited for.
+
+    Sees ATen inside our own operations; not what a C++ operation does, nor what CUDA's kernels
+    would do that a CPU's do not.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket._qualified_op_name
+        assert name not in WAITS, name
+        if name.startswith("aten::index"):
+            found = [x for a in args if isinstance(a, list | tuple) for x in a]
+            assert not any(isinstance(x, Tensor) and x.dtype == torch.bool for x in found), name
+        if name == "aten::repeat_interleave":
+            assert (kwargs or {}).get("output_size") is not None, name
+        if name in OPDEFS:
+            with self:
+                return OPDEFS[name]._init_fn(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def micro_step(encoder, target, optimizer, batch) -> Tensor:
+    """What `smbfast.train` does between two lines of the log."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parts = objective.losses(encoder, target, batch, sft_scale=0.1, jepa_scale=0.1, normalize=True)
+    torch.autograd.backward(list(parts))
+    total = sum(part.detach() for part in parts)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    target.update(0.9)
+    return total
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nothing_waits_for_the_device(case, monkeypatch):
+    """Once all is allocated; a tracked target is truncated elsewhere, once in `tracked_every`."""
+    for name in ("masked_jepa_mse", "linear_cross_entropy"):
+        module = sys.modules[f"smbkernels.{name}"]  # on a CPU alone they read a scalar, for nothing
+        monkeypatch.setattr(module, "_scaled", lambda grad, grad_loss: grad * grad_loss)
+    encoder, batch = make_encoder(lora=case.lora, tie=case.tie), batch_of()
+    target = TargetEncoder(encoder, case.form, rank=1, every=4)
+    optimizer = make_optimizer(encoder, OptimSettings())
+    micro_step(encoder, target, optimizer, batch)  # makes moments and tables
+    tables = {batch.segments.host_S6.data_ptr(), batch.target_segments.host_S6.data_ptr()}
+    for name in ("tolist", "numpy", "cpu"):
+        real = getattr(Tensor, name)
+
+        def on_host(x, *args, name=name, real=real):
+            assert x.data_ptr() in tables, name
+            return real(x, *args)
+
+        monkeypatch.setattr(Tensor, name, on_host)
+    with NoWait():
+        total = micro_step(encoder, target, optimizer, batch)
+        for act in (total.item, total.tolist, lambda: total[total > 0], lambda: bool(total)):
+            with pytest.raises(AssertionError):
+                act()
+
+
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+def test_nothing_of_the_batch_is_read_on_the_host(case, monkeypatch):
+    """Tensors without numbers: whatever reads one fails."""
+    monkeypatch.setattr(averages, "ema_update_", lambda *_args, **_kwargs: None)
+    encoder = make_encoder(lora=case.lora).to("meta")
+    target = TargetEncoder(encoder, case.form)
+    with use("torch", timeline_attention="sdpa"):
+        parts = objective.losses(
+            encoder, target, batch_of().to("meta"), sft_scale=1.0, jepa_scale=1.0, normalize=True
+        )
+        torch.autograd.backward(list(parts))
+    for name, parameter in encoder.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+def test_a_branch_sees_its_prefix_and_itself_alone(case):
+    """Other tokens anywhere else: its bits stay; a token that it sees: they do not."""
+    encoder = make_encoder("llama", lora=case.lora)
+    batch = batch_of(cuts=3)
+
+    def hidden(ids_T: Tensor) -> Tensor:
+        rows = (batch.position_T, batch.segments, batch.masked_M)
+        return encoder.packed(ids_T, *rows)
+
+    before_TD = hidden(batch.ids_T)
+    for start, length, trunk, prefix in batch.rows:
+        own = slice(start, start + length)
+        seen_T = torch.zeros(len(batch.ids_T), dtype=torch.bool)
+        seen_T[own] = seen_T[trunk : trunk + prefix] = True
+        changed_T = torch.where(seen_T, batch.ids_T, (batch.ids_T + 7) % 49 + 1)
+        assert torch.equal(hidden(changed_T)[own], before_TD[own])
+        inside = trunk + prefix - 1 if prefix else start
+        ids_T = batch.ids_T.clone()
+        ids_T[inside] = (ids_T[inside] + 7) % 49 + 1
+        assert not torch.equal(hidden(ids_T)[own], before_TD[own])
+
+
+@torch.no_grad()
+def test_the_identity_of_a_masked_token_is_not_read():
+    encoder, batch = make_encoder(), batch_of()
+    rows = (batch.position_T, batch.segments, batch.masked_M)
+    ids_T = batch.ids_T.index_fill(0, batch.masked_M, 7)
+    assert torch.equal(encoder.packed(ids_T, *rows), encoder.packed(batch.ids_T, *rows))
+    vector_D = encoder.mask_vector.data
+    encoder.mask_vector.data = vector_D + 1
+    assert not torch.equal(encoder.packed(ids_T, *rows), encoder.packed(batch.ids_T, *rows[:2]))
+
+
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+def test_the_target_reads_each_trunk_through_its_last_masked_token(case):
+    """Not further: what stands behind is not in the batch, and nothing before sees it."""
+    windows = [*WINDOWS, random_window(9, buckets=1)]
+    form = ObjectiveSettings(min_future=4, cuts=2, horizon=4)
+    batch = make_batch(windows, form, 0, 0, jepa=True)
+    table = batch.target_segments.host_S6.tolist()
+    assert len(table) == len(WINDOWS)  # the last window has no cut
+    for window, (start, length, *_) in zip(WINDOWS, table, strict=True):
+        rows_M = batch.target_M[(batch.target_M >= start) & (batch.target_M < start + length)]
+        assert int(rows_M.max()) == start + length - 1
+        ids_U = batch.target_ids_U[start : start + length]
+        assert torch.equal(ids_U, torch.from_numpy(window.ids_T[:length]).long())
+    encoder = make_encoder(lora=case.lora)
+    target = moved_target(encoder, case.form)
+    weights = {"sft_scale": 1.0, "jepa_scale": 1.0, "normalize": True}
+    sft, jepa = objective.losses(encoder, target, batch, **weights)
+    # the very trunks, another token after the last that the target reads
+    ids_T = batch.ids_T.clone()
+    for (start, length, *_), (_, read, *_) in zip(batch.rows, table, strict=False):
+        ids_T[start + read : start + length] = 7
+    assert not torch.equal(ids_T, batch.ids_T)
+    changed = replace(batch, ids_T=ids_T)
+    again = objective.losses(encoder, target, changed, **weights)
+    assert torch.equal(again[1], jepa) and not torch.equal(again[0], sft)
+    first = batch.target_ids_U.clone()
+    first[0] += 1
+    unlike = objective.losses(encoder, target, replace(batch, target_ids_U=first), **weights)
+    assert torch.equal(unlike[0], sft) and not torch.equal(unlike[1], jepa)
+
+
+def test_without_sft_a_trunk_ends_at_its_last_cut():
+    whole, short = batch_of(), batch_of(sft=False)
+    assert short.labels == 0 and short.masked == whole.masked
+    assert short.trunk_tokens == whole.trunk_tokens == sum(len(w) for w in WINDOWS)
+    cuts = [max(p for _, _, t, p in short.rows if t == s) for s, _, _, p in short.rows if p == 0]
+    assert [n for _, n, _, p in short.rows if p == 0] == cuts
+    assert torch.equal(short.target_ids_U, whole.target_ids_U)
+
+
+def marks(encoder: PatientEncoder) -> list:
+    """What the shared forward puts in its place: instance attributes, and the attention's name."""
+    spaces = [sorted(vars(m)) for m in encoder.modules()]
+    modeling = packed.nn.Module, type(encoder.trunk.layers[0])
+    return [spaces, encoder.trunk.config._attn_implementation, [sorted(vars(m)) for m in modeling]]
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+def test_the_model_is_as_it_was(case, recompute):
+    """And the reference keeps its bits in the same process."""
+    encoder, batch = make_encoder(lora=case.lora), batch_of()
+    target = moved_target(encoder, case.form)
+    expected = run("reference", encoder, target, [batch])
+    encoder.decoder  # noqa: B018  # an attribute of its own from the first time on
+    before = marks(encoder)
+    run("shared", encoder, target, [batch], recompute=recompute)
+    assert marks(encoder) == before
+    assert not any("forward" in vars(m) for m in encoder.modules())
+    losses, gradients = run("reference", encoder, target, [batch])
+    assert losses == expected[0]
+    assert all(torch.equal(gradients[n], g) for n, g in expected[1].items())
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
+@pytest.mark.parametrize("place", ["self_attn.o_proj", "mlp.act_fn", "post_attention_layernorm"])
+def test_the_model_is_as_it_was_after_an_error_inside_a_layer(place, recompute):
+    encoder, batch = make_encoder(), batch_of()
+    target = moved_target(encoder)
+    before, expected = marks(encoder), run("shared", encoder, target, [batch])
+    module = encoder.trunk.layers[1].get_submodule(place)
+    own = type(module)
+
+    class Broken(own):
+        def forward(self, *_args):
+            raise MemoryError
+
+    if place == "self_attn.o_proj":  # its own forward is not called: what it holds is read
+        module.scaling = {}
+        kind, mend = KeyError, lambda: setattr(module, "scaling", {"default": 2.0})
+    else:
+        module.__class__ = Broken
+        kind, mend = MemoryError, lambda: setattr(module, "__class__", own)
+    with pytest.raises(kind):
+        run("shared", encoder, target, [batch], recompute=recompute)
+    mend()
+    encoder.zero_grad(set_to_none=True)
+    assert marks(encoder) == before
+    losses, gradients = run("shared", encoder, target, [batch])
+    assert losses == expected[0]
+    assert all(torch.equal(gradients[n], g) for n, g in expected[1].items())
+
+
+@pytest.mark.parametrize(
+    ("targets", "groups"),
+    [
+        (ALL, [3, 1, 2, 1]),
+        (["q_proj", "v_proj"], [2]),
+        (["k_proj", "down_proj"], [1, 1]),
+        (["up_proj"], [1]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_linears_of_one_input_are_one_call(kind, targets, groups, monkeypatch):
+    """Any subset of them, and it equals PEFT's own forward."""
+    sizes = []
+    real = packed.lora_linear
+
+    def counted(x_TK, weight, *args, **kwargs):
+        sizes.append(len(weight))
+        return real(x_TK, weight, *args, **kwargs)
+
+    encoder, batch = make_encoder(kind, targets=targets, dtype=FP64), batch_of()
+    for form in ("merged", "tracked"):
+        target = moved_target(encoder, form)
+        expected = run("reference", encoder, target, [batch])
+        with monkeypatch.context() as patch:
+            patch.setattr(packed, "lora_linear", counted)
+            found = run("shared", encoder, target, [batch])
+        # the merged target's weights hold the adapters: its linears are plain
+        forwards = 1 if form == "merged" else 2
+        assert sizes == groups * 2 * forwards  # layers
+        sizes.clear()
+        assert_same(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("targets", [ALL, ["q_proj", "o_proj"]])
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
+def test_linears_with_bias(case, targets):
+    """As Qwen2's q, k and v; here o has one as well."""
+    config = {"attention_bias": True, "mlp_bias": True}
+    encoder = make_encoder("llama", lora=case.lora, targets=targets, dtype=FP64, **config)
+    assert bool(encoder.trunk.layers[0].self_attn.q_proj.bias.abs().min() > 0)
+    target, batch = moved_target(encoder, case.form), batch_of()
+    expected = run("reference", encoder, target, [batch])
+    assert_same(run("shared", encoder, target, [batch]), expected, 1e-12)
+
+
+def test_nothing_of_a_step_outlives_it():
+    """Outputs that a group has handed out are not kept."""
+    encoder, batch = make_encoder(), batch_of()
+    target = moved_target(encoder)
+    for recompute in ("none", "mlp", "full"):
+        run("shared", encoder, target, [batch], recompute=recompute)
+        for layer in encoder.decoder._layers:
+            for _, _, placed in layer.patches:
+                group = placed.func.__self__
+                assert group._x is None and not any(o is not None for o in group._outputs)
+
+
+def test_a_copy_of_an_encoder_is_run_by_its_own_weights():
+    encoder, batch = make_encoder(), batch_of()
+    before = run("shared", encoder, None, [batch], jepa=0)
+    other = copy.deepcopy(encoder)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.zero_()
+    assert run("shared", other, None, [batch], jepa=0)[0] == before[0]
+
+
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 24,
+    "initializer_range": 0.3,
+}
+
+
+def encoder_of(config: PreTrainedConfig) -> PatientEncoder:
+    return PatientEncoder(AutoModelForCausalLM.from_config(config), 2)
+
+
+@pytest.mark.parametrize(
+    "config", [Qwen2Config(**SMALL), MistralConfig(**SMALL, sliding_window=None)], ids=type
+)
+def test_its_other_kinds(config):
+    encoder, batch = encoder_of(config).double(), batch_of()
+    exact_norms(encoder)
+    target = moved_target(encoder)
+    expected = run("reference", encoder, target, [batch])
+    assert_same(run("shared", encoder, target, [batch]), expected, 1e-12)
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2), "gpt2"),
+        (Qwen3Config(**SMALL, attention_dropout=0.1), "attention_dropout 0, got 0.1"),
+        (
+            Qwen3Config(**SMALL, use_sliding_window=True, sliding_window=8, max_window_layers=0),
+            "full attention in every layer",
+        ),
+        (MistralConfig(**SMALL, sliding_window=8), "full attention in every layer"),
+        (LlamaConfig(**SMALL, rope_parameters=DYNAMIC), "dynamic"),
+    ],
+    ids=["gpt2", "dropout", "sliding layers", "sliding window", "rope"],
+)
+def test_other_decoders_are_refused_with_the_way_out(config, words):
+    encoder = encoder_of(config)
+    batch = pack_segments([WINDOWS[0].ids_T], [[]])
+    with pytest.raises(ValueError) as refused:
+        encoder.packed(batch.ids_T, batch.position_T, batch.segments)
+    for word in (words, "objective.path=shared needs", "objective.path=reference takes it"):
+        assert word in str(refused.value)
