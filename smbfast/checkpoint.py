@@ -98,7 +98,7 @@ def load(
         steps = checkpoint.record["optimizer_steps"].get(name)
         if steps is not None:
             optimizer.state[parameter] = {
-                "step": torch.tensor(float(steps)),
+                "step": torch.tensor(float(steps), device=parameter.device),
                 "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
                 "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
             }

@@ -91,7 +91,8 @@ def header(
         (
             "memory",
             f"weights {held / GIB:.2f} GiB, AdamW moments {moments / GIB:.2f}, target "
-            f"{average / GIB:.2f}; peak of a step, predicted, {predicted / GIB:.2f}",
+            f"{average / GIB:.2f}; peak of a step "
+            + (f"{predicted / GIB:.2f}, predicted" if predicted else "not predicted"),
         ),
         ("writes", f"{run}/  metrics.jsonl, tensorboard, checkpoints, best, final, report.html"),
     ]

@@ -29,9 +29,11 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"run.device must be auto, cpu or cuda[:n], got `{name}`") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
-        raise ValueError(f"run.device={name} needs that CUDA GPU; torch sees {found}")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise ValueError(f"run.device={name} needs that CUDA GPU; torch sees {found}")
+        torch.cuda.set_device(device)  # some kernels are launched on the current one
     return device
 
 

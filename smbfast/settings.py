@@ -307,6 +307,19 @@ def presets() -> list[str]:
     return sorted(n for n in names if n != "sections")
 
 
+def run_arguments(argv: list[str]) -> tuple[str, list[str]]:
+    """The preset or file that a command line names, and its overrides in their long form."""
+    words = list(argv)
+    named = words and "=" not in words[0] and not words[0].startswith("-")
+    name = words.pop(0) if named else "default"
+    for short in ("export", "resume"):  # `--export merged`, `--export=merged`
+        words = [f"--run.{a[2:]}" if a.startswith(f"--{short}=") else a for a in words]
+        if f"--{short}" in words[:-1]:
+            at = words.index(f"--{short}")
+            words[at : at + 2] = [f"--run.{short}={words[at + 1]}"]
+    return name, words
+
+
 def load(name: str, overrides: list[str]) -> TrainSettings:
     """A preset or TOML file with dotted overrides laid over it.
 

@@ -45,12 +45,17 @@ def micro_tokens(
 ) -> tuple[int, int]:
     """Tokens of a forward, and the peak memory in bytes that is predicted for a step.
 
-    The tokens are those of the settings, or those that this run had before, or as many as fit.
+    The tokens are those of the settings, or those that this run had `before`, or as many as fit;
+    on the reference path, which takes any backbone, a fixed number, and nothing is predicted (0).
 
     Raises:
         ValueError: not even the largest window fits.
     """
     chosen = settings.optim.micro_tokens
+    if chosen == "auto" and before:
+        chosen = before
+    if settings.objective.path == "reference":
+        return (MOST_ON_CPU if chosen == "auto" else chosen), 0
     device = encoder.mask_vector.device
     free = free_memory(device)
     held = sum(t.numel() * t.element_size() for t in encoder.parameters())
@@ -65,12 +70,11 @@ def micro_tokens(
         batch = full_batch(tokens, settings.data.window, form, sft=sft, jepa=jepa)
         return predict_peak(encoder, batch, run, target=kept).total - held
 
-    if chosen == "auto" and before and needs(before) <= free:
-        chosen = before
     if chosen != "auto":
         return chosen, needs(chosen) + held
-    share = 1 - form.context[0] if jepa else 0.0
-    largest = round(settings.data.window * (1 + share * form.cuts))
+    window = settings.data.window
+    future = min(round((1 - form.context[0]) * window), form.horizon or window)
+    largest = window + jepa * form.cuts * future
     most = MOST_ON_CPU if device.type == "cpu" else MOST
     chosen = choose_micro_tokens(needs, free, least=largest, most=most)
     return chosen, needs(chosen) + held
@@ -138,7 +142,7 @@ def self_check(
 
 def layer_dtype(encoder: PatientEncoder) -> torch.dtype:
     """The dtype that the layers compute in."""
-    return next(encoder.trunk.layers.parameters()).dtype
+    return next(encoder.trunk.parameters()).dtype
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
@@ -149,15 +153,15 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
     n = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    best, end = float("inf"), time.monotonic() + seconds
+    times: list[float] = []
     left @ right
-    while time.monotonic() < end:
+    while not times or sum(times) < seconds:
         wait()
         start = time.perf_counter()
         left @ right
         wait()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
 
 
 def _slice(

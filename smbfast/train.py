@@ -6,7 +6,9 @@ what they are), `target` (the EMA), `checkpoint`. What comes before the first st
 `smbfast.startup`, what comes after the last in `smbfast.evaluation`.
 
 Between two lines of the log nothing waits for the device: counts are made with the batch, losses
-stay where they are, and a step that is not finite is skipped by the optimizer's own kernel.
+stay where they are, and a step that is not finite is skipped by the optimizer's own kernel (the
+average then takes the unchanged weights once more). One exception is not ours to mend: on a GPU
+the `eigh` of a tracked target's truncation waits, every `tracked_every` steps.
 """
 
 import shlex
@@ -36,7 +38,7 @@ from smbfast.runtime import (
     stop_on_signals,
     terminate_as_interrupt,
 )
-from smbfast.settings import TrainSettings, kernel_choice, load, presets
+from smbfast.settings import TrainSettings, kernel_choice, load, presets, run_arguments
 from smbfast.startup import layer_dtype, losses_of, matmul_rate, micro_tokens, self_check
 
 PATIENCE = 3  # steps in a row with a gradient that is not finite before a run gives up
@@ -119,7 +121,9 @@ def train(settings: TrainSettings, command: str) -> str:
     ]
     health: dict = {}
     entry: dict = {}
-    bad, saved = torch.zeros((), device=device), first  # steps in a row that were not finite
+    # steps that were not finite: in a row up to now, in a row at worst, all since the last look
+    bad = worst = skips = torch.zeros((), device=device)
+    saved = first
     checks = settings.objective.self_check and settings.objective.path == "shared"
     meter = Meter(total, first, ceiling)
     fetched = time.monotonic()
@@ -172,6 +176,7 @@ def train(settings: TrainSettings, command: str) -> str:
             # read on the device by the optimizer: where it is set no weight and no moment moves
             optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
             bad = (bad + 1) * optimizer.found_inf
+            worst, skips = torch.maximum(worst, bad), skips + optimizer.found_inf
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if target is not None:
@@ -184,12 +189,14 @@ def train(settings: TrainSettings, command: str) -> str:
             stopping = bool(stop)  # read once: a signal may come at any moment
             saves = done % settings.run.save_every == 0 or last or stopping
             if logs or evaluates or saves:  # here the device is waited for
-                skipped = int(bad)
-                if skipped:
-                    print(f"step {done}: gradient not finite, step skipped", file=sys.stderr)
-                if skipped >= PATIENCE:
+                skipped, in_a_row, some = (int(n) for n in torch.stack([bad, worst, skips]))
+                worst = skips = torch.zeros_like(bad)
+                if some:
+                    told = f"step {done}: gradient not finite, steps skipped since the last line"
+                    print(f"{told}: {some}", file=sys.stderr)
+                if in_a_row >= PATIENCE:
                     raise RunFailed(
-                        f"the gradient was not finite in {skipped} steps in a row, up to step "
+                        f"the gradient was not finite in {in_a_row} steps in a row, up to step "
                         f"{done} (phase `{phase.name}`); the last good checkpoint is kept"
                     )
             if logs:
@@ -257,14 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     if {"-h", "--help"} & set(argv):
         print(help_text(TrainSettings, f"{prog} [preset]", EPILOG))
         return
-    name = argv.pop(0) if argv and "=" not in argv[0] and not argv[0].startswith("-") else "default"
     show = "--print" in argv
-    words = [a for a in argv if a != "--print"]
-    for short in ("export", "resume"):  # `--export merged`, `--export=merged`
-        words = [f"--run.{a[2:]}" if a.startswith(f"--{short}=") else a for a in words]
-        if f"--{short}" in words[:-1]:
-            at = words.index(f"--{short}")
-            words[at : at + 2] = [f"--run.{short}={words[at + 1]}"]
+    name, words = run_arguments([a for a in argv if a != "--print"])
     command = shlex.join([*prog.split(), name, *words])
     ours = None
     try:

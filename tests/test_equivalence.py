@@ -99,7 +99,7 @@ def assert_paths_agree(
 
 
 @settings(
-    max_examples=48,
+    max_examples=40,
     derandomize=True,
     deadline=None,
     database=None,
@@ -246,9 +246,7 @@ def trained(path: str, encoder: PatientEncoder, case: Case, tokens: int) -> list
     return told
 
 
-@pytest.mark.parametrize(
-    ("kind", "case"), [("qwen3", CASES[0]), ("llama", CASES[2]), ("qwen3", CASES[5])], ids=str
-)
+@pytest.mark.parametrize(("kind", "case"), [("llama", CASES[0]), ("qwen3", CASES[5])], ids=str)
 def test_thirty_steps_stay_together(kind, case):
     """Losses within 1e-5, parameters within 1e-4; one path in one row, the other in several."""
     one = make_encoder(kind, lora=case.lora, tie=case.tie)

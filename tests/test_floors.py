@@ -18,7 +18,7 @@ FLOORS = [
     {"checkpoint", "console", "startup"},
     {"simulate", "prepare", "embed", "probe", "report"},
     {"evaluation", "runfolder"},
-    {"train"},
+    {"train", "check"},
 ]
 SIBLINGS = {("figures", "runlog"), ("optim", "sample")}
 

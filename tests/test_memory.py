@@ -1,6 +1,7 @@
 """Predicted memory against what a step really takes, and the choice of a micro-batch from it."""
 
 import gc
+import os
 import subprocess
 import sys
 from functools import partial
@@ -136,6 +137,26 @@ def test_nothing_of_the_encoder_is_touched():
         assert torch.equal(parameter, before[name]), name
 
 
+def test_kernels_that_are_called_directly_are_not_launched():
+    """Liger's, compiled for a GPU; interpreted, as in tests here, they are called otherwise."""
+    code = """
+import torch
+from torch._subclasses import FakeTensorMode
+from smbfast.model.liger import _kernels
+from smbfast.model.memory import _no_launch
+norm, _, silu = _kernels()
+with FakeTensorMode(), _no_launch(torch.device("cuda")):
+    x, weight = torch.randn(1, 64, 512, requires_grad=True), torch.randn(512, requires_grad=True)
+    silu.apply(norm.apply(x, weight, 1e-6, 0.0, "llama", True), x * 2).sum().backward()
+    print(tuple(x.grad.shape), tuple(weight.grad.shape))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "(1, 64, 512) (512,)", done.stderr
+
+
 def test_recomputing_and_smaller_rows_need_less():
     encoder = tiny_encoder(lora=True)
     needs = {
@@ -197,3 +218,6 @@ def test_a_container_may_have_less_than_the_machine(monkeypatch):
     assert memory.free_memory(torch.device("cpu")) == 4 << 20
     files["/sys/fs/cgroup/memory.max"] = "3000\n"
     assert memory.free_memory(torch.device("cpu")) == 2000
+    # what was read from files is given back
+    files["/sys/fs/cgroup/memory.stat"] = "active_file 9\ninactive_file 500\n"
+    assert memory.free_memory(torch.device("cpu")) == 2500

@@ -262,8 +262,11 @@ def cut_points(window: Timeline, objective: ObjectiveSettings, seed: int, step: 
     ends = window.bucket_end_B[:-1].astype(np.int64)
     low, high = (share * len(window) for share in objective.context)
     ends = ends[(ends >= low) & (ends <= high) & (len(window) - ends >= objective.min_future)]
-    allowed = [c for c in ends.tolist() if _line_spans(window, c, future_end(window, c, objective))]
-    if not allowed:
+    # a future that has a line to mask
+    starts = window.line_start_L[window.line_section_L != _NEVER_MASKED]
+    stops = np.minimum(len(window), ends + (objective.horizon or len(window)))
+    allowed = ends[np.searchsorted(starts, stops) > np.searchsorted(starts, ends)]
+    if not len(allowed):
         return []
     random = generator(seed, "cut", step, window.subject, window.first_bucket)
     return sorted(random.choice(allowed, min(objective.cuts, len(allowed)), replace=False).tolist())

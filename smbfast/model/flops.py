@@ -95,7 +95,8 @@ class ModelShape:
             linears=tuple(linears),
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
-            head_dim=config.head_dim,
+            head_dim=getattr(config, "head_dim", None)
+            or encoder.width // config.num_attention_heads,
             width=encoder.width,
             vocabulary=head_VD.shape[0],
             predictor_layers=sum(isinstance(m, nn.Linear) for m in encoder.predictor),

@@ -28,6 +28,7 @@ from smbfast.model.liger import Patch, liger_patches
 
 Recompute = Literal["none", "mlp", "full"]
 ATTENTION = "smbfast_timeline"
+KERNEL_WIDTHS = (64, 128)  # head dims that the kernel for GPUs is made for
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
@@ -44,8 +45,13 @@ def _attend(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """[1, H, T, C] as the interface has it, to [1, T, H, C]."""
-    rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    return timeline_attention(*rows, segments, scale=scaling)[0][None], None
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    C = query.shape[-1]
+    width = next((w for w in KERNEL_WIDTHS if w >= C), C) if query.is_cuda else C
+    if width > C:  # zeros change no score, and columns of zeros no output
+        rows = [F.pad(x, (0, width - C)) for x in rows]
+    out_THC, _ = timeline_attention(*rows, segments, scale=scaling)
+    return out_THC[None, ..., :C], None
 
 
 AttentionInterface.register(ATTENTION, _attend)

@@ -1,0 +1,69 @@
+"""What a run settles before its first step: rows, the ceiling, other backbones, a missing cut."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+import smbfast.startup as startup
+from smbfast.metrics import Meter
+from smbfast.model.backbone import PatientEncoder
+from smbfast.model.flops import ModelShape
+from smbfast.settings import PhaseSettings, load
+from smbfast.startup import layer_dtype, matmul_rate, micro_tokens, self_check
+from tests.tiny import random_window, tiny_encoder
+from tests.two_paths import make_encoder, moved_target
+
+BOTH = PhaseSettings(name="both", steps=1, w_sft=0.1, w_jepa=1.0)
+
+
+def test_the_ceiling_is_measured_however_short_the_time():
+    rate = matmul_rate(torch.device("cpu"), torch.float32, seconds=0.0)
+    assert rate > 0 and Meter(10, 0, rate).read(1)["matmul"] == 0
+
+
+def test_a_step_without_a_cut_is_still_checked(monkeypatch):
+    """SFT is compared where no window has a cut: attention that returns zeros is refused."""
+    windows = [random_window(s, buckets=1) for s in range(4)]
+    encoder = make_encoder()
+    target = moved_target(encoder)
+    settings = load("tiny", [])
+    assert self_check(encoder, target, windows, settings, 0, BOTH)["loss"] < 1e-5
+
+    def nothing(query, key, value, segments, *, scale=None):
+        return query * 0, None
+
+    monkeypatch.setattr("smbfast.model.packed.timeline_attention", nothing)
+    with pytest.raises(ValueError, match="the shared forward and the reference differ"):
+        self_check(encoder, target, windows, settings, 0, BOTH)
+
+
+def test_a_resumed_run_keeps_its_rows_however_little_is_free(monkeypatch):
+    monkeypatch.setattr(startup, "free_memory", lambda device: 1)
+    assert micro_tokens(load("tiny", []), tiny_encoder(), 1536)[0] == 1536
+    with pytest.raises(ValueError, match=r"optim\.micro_tokens"):
+        micro_tokens(load("tiny", []), tiny_encoder())
+
+
+def test_the_largest_window_counts_the_horizon_of_its_branches(monkeypatch):
+    """Eight futures of 16 tokens beside 128, not eight of three quarters of them."""
+    asked = []
+    monkeypatch.setattr(
+        startup, "choose_micro_tokens", lambda *a, least, most: asked.append(least) or least
+    )
+    for horizon, expected in ((["--objective.horizon=16"], 256), ([], 128 + 8 * 96)):
+        micro_tokens(load("tiny", ["--objective.cuts=8", *horizon]), tiny_encoder())
+        assert asked[-1] == expected
+
+
+def test_backbones_that_only_the_reference_takes_can_be_counted():
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=2))
+    shape = dict(vocab_size=61, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    qwen2 = Qwen2ForCausalLM(
+        Qwen2Config(**shape, num_key_value_heads=1, intermediate_size=24, tie_word_embeddings=True)
+    )
+    settings = load("tiny", ["--objective.path=reference"])
+    for lm in (gpt2, qwen2):
+        encoder = PatientEncoder(lm, 2)
+        assert ModelShape.of(encoder).head_dim == 8
+        assert layer_dtype(encoder) == torch.float32
+        assert micro_tokens(settings, encoder) == (startup.MOST_ON_CPU, 0)
