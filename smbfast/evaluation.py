@@ -27,22 +27,25 @@ from smbfast.sample import sample_of
 from smbfast.settings import DataSettings, PhaseSettings, TrainSettings
 
 
-def fixed_batches(tuning: WindowSet, settings: TrainSettings, layout: dict) -> list[PackedBatch]:
-    """The same tuning windows, cuts and masks at every evaluation.
+def fixed_batches(
+    tuning: WindowSet, settings: TrainSettings, layout: dict
+) -> dict[bool, list[PackedBatch]]:
+    """The same tuning windows, cuts and masks at every evaluation, without and with branches.
 
     Args:
         layout: `tokens` and `ratio` of `make_rows`.
     """
     count = min(settings.eval.windows, len(tuning))
     chosen = [tuning[i] for i in torch.linspace(0, len(tuning) - 1, count).long().tolist()]
-    return make_rows(chosen, settings.objective, settings.run.seed, FIXED, jepa=True, **layout)
+    draws = (chosen, settings.objective, settings.run.seed, FIXED)
+    return {jepa: make_rows(*draws, jepa=jepa, **layout) for jepa in (False, True)}
 
 
 @torch.no_grad()
 def evaluate(
     encoder: PatientEncoder,
     target: TargetEncoder | None,
-    fixed: list[PackedBatch],
+    fixed: dict[bool, list[PackedBatch]],
     settings: TrainSettings,
     phase: PhaseSettings,
 ) -> dict:
@@ -51,9 +54,10 @@ def evaluate(
     `loss` is that of the phase, by which its best step is chosen.
     """
     device = encoder.mask_vector.device
-    labels = sum(b.labels for b in fixed)
+    batches = fixed[target is not None]
+    labels = sum(b.labels for b in batches)
     path = objective if settings.objective.path == "shared" else reference
-    found = [path.measure(encoder, target, b.to(device)) for b in fixed]
+    found = [path.measure(encoder, target, b.to(device)) for b in batches]
     sft = sum(float(total) for total, _ in found) / max(labels, 1)
     values: dict = {"sft": sft, "jepa": None}
     parts = [states for _, states in found if states is not None]

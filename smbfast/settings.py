@@ -290,6 +290,8 @@ def kernel_choice(text: str) -> tuple[str | None, dict[str, str]]:
         name, colon, backend = word.strip().partition(":")
         if not name or bool(colon) != bool(backend):
             raise ValueError("must be auto, torch, or operation:backend, comma between them")
+        if colon and name in by_op:
+            raise ValueError(f"must name one backend for {name}, got {text}")
         if colon:
             by_op[name] = backend
         elif everywhere:

@@ -70,11 +70,11 @@ def micro_tokens(
         batch = full_batch(tokens, settings.data.window, form, sft=sft, jepa=jepa)
         return predict_peak(encoder, batch, run, target=kept).total - held
 
-    if chosen != "auto":
-        return chosen, needs(chosen) + held
     window = settings.data.window
     future = min(round((1 - form.context[0]) * window), form.horizon or window)
-    largest = window + jepa * form.cuts * future
+    largest = window + jepa * form.cuts * future  # has a row of its own if it must
+    if chosen != "auto":
+        return chosen, needs(max(chosen, largest)) + held
     most = MOST_ON_CPU if device.type == "cpu" else MOST
     chosen = choose_micro_tokens(needs, free, least=largest, most=most)
     return chosen, needs(chosen) + held

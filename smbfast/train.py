@@ -27,7 +27,7 @@ from smbfast.files import cannot_write, write_text
 from smbfast.metrics import Meter, MetricsLog, step_line
 from smbfast.model.backbone import make_encoder
 from smbfast.model.flops import ModelShape, step_flops
-from smbfast.model.target import TargetEncoder
+from smbfast.model.target import TargetEncoder, form_of
 from smbfast.optim import learning_rate, make_optimizer, place, tau, total_steps
 from smbfast.report import write_report
 from smbfast.runfolder import check_windows, earlier, prepared_data, write_end, write_status
@@ -83,17 +83,17 @@ def train(settings: TrainSettings, command: str) -> str:
     optimizer = make_optimizer(encoder, settings.optim)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     found = checkpoint.latest(run)
-    target, first, offset, best, seconds, rows = None, 0, 0, {}, 0.0, None
+    target, first, offset, best, seconds, capacity = None, 0, 0, {}, 0.0, None
     if found:
         target = checkpoint.load(found, encoder, optimizer)
         record = found.record
         first, offset, best = record["step"], record["metrics_offset"], record["best"]
-        seconds, rows = record["seconds"], record.get("micro_tokens")
-    rows, predicted = micro_tokens(settings, encoder, rows)
-    tracked = encoder.is_lora and objective.target_form != "merged"
-    columns = (objective.tracked_rank, objective.tracked_every) if tracked else None
-    shape = ModelShape.of(encoder, tracked=columns)
-    layout = {"tokens": rows, "ratio": shape.attention_ratio}
+        seconds, capacity = record["seconds"], record.get("micro_tokens")
+    capacity, predicted = micro_tokens(settings, encoder, capacity)
+    tracks = {"rank": objective.tracked_rank, "every": objective.tracked_every}
+    tracked = form_of(encoder, objective.target_form, **tracks) == "tracked"
+    shape = ModelShape.of(encoder, tracked=tuple(tracks.values()) if tracked else None)
+    layout = {"tokens": capacity, "ratio": shape.attention_ratio}
     fixed = evaluation.fixed_batches(tuning, settings, layout)
     losses = losses_of(settings)
     ceiling = matmul_rate(device, layer_dtype(encoder))
@@ -101,11 +101,11 @@ def train(settings: TrainSettings, command: str) -> str:
     if not found:  # nothing below is the user's to mend: from here on the folder is this run's
         write_text(run / "config.toml", to_toml(settings))
     header = console.header(
-        settings, prepared, encoder, windows, tuning, first, device, rows, predicted
+        settings, prepared, encoder, windows, tuning, first, device, capacity, predicted
     )
     if not found:
         log.write("header", **header)
-    steps = [
+    steps = (
         partial(
             make_step,
             windows,
@@ -118,7 +118,7 @@ def train(settings: TrainSettings, command: str) -> str:
             **layout,
         )
         for step in range(first, total)
-    ]
+    )
     health: dict = {}
     entry: dict = {}
     # steps that were not finite: in a row up to now, in a row at worst, all since the last look
@@ -135,12 +135,7 @@ def train(settings: TrainSettings, command: str) -> str:
             at = place(settings, step)
             phase = at.phase
             if phase.w_jepa > 0 and target is None:
-                target = TargetEncoder(
-                    encoder,
-                    objective.target_form,
-                    rank=objective.tracked_rank,
-                    every=objective.tracked_every,
-                )
+                target = TargetEncoder(encoder, objective.target_form, **tracks)
             if phase.w_jepa == 0:
                 target = None
             if at.begins:
@@ -169,8 +164,8 @@ def train(settings: TrainSettings, command: str) -> str:
                 if any(part is not None for part in parts):
                     torch.autograd.backward([part for part in parts if part is not None])
                 sft, jepa = (
-                    total if part is None else total + part.detach()
-                    for total, part in zip((sft, jepa), parts, strict=True)
+                    so_far if part is None else so_far + part.detach()
+                    for so_far, part in zip((sft, jepa), parts, strict=True)
                 )
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.optim.clip)
             # read on the device by the optimizer: where it is set no weight and no moment moves
@@ -182,6 +177,7 @@ def train(settings: TrainSettings, command: str) -> str:
             if target is not None:
                 target.update(tau(settings, step))
             done = step + 1
+            # of the shared forward: what the reference computes beyond it is no use
             meter.add(batch, sum(step_flops(shape, m).total for m in batch.micro), waited)
             last = at.step + 1 == phase.steps
             logs = done % settings.run.log_every == 0 or last or done == first + 1
@@ -189,7 +185,7 @@ def train(settings: TrainSettings, command: str) -> str:
             stopping = bool(stop)  # read once: a signal may come at any moment
             saves = done % settings.run.save_every == 0 or last or stopping
             if logs or evaluates or saves:  # here the device is waited for
-                skipped, in_a_row, some = (int(n) for n in torch.stack([bad, worst, skips]))
+                skipped, in_a_row, some = map(int, torch.stack([bad, worst, skips]).tolist())
                 worst = skips = torch.zeros_like(bad)
                 if some:
                     told = f"step {done}: gradient not finite, steps skipped since the last line"
@@ -227,7 +223,7 @@ def train(settings: TrainSettings, command: str) -> str:
                 record = {
                     "metrics_offset": log.offset,
                     "best": best,
-                    "micro_tokens": rows,
+                    "micro_tokens": capacity,
                     "seconds": seconds + time.monotonic() - started,
                 }
                 checkpoint.save(run, done, encoder, target, optimizer, record, settings.run.keep)

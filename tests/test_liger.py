@@ -4,6 +4,8 @@ On a CPU they run in Triton's interpreter, in fp32; on a GPU as they are, in bf1
 """
 
 import copy
+import importlib
+import inspect
 import sys
 from functools import partial
 from types import ModuleType
@@ -235,9 +237,23 @@ def test_why_there_are_none_is_said_once(monkeypatch, unsaid, caplog):
     for _ in range(2):
         assert liger_patches(nn.Linear(2, 2)) == []
     reason = "Liger's RMSNorm, RoPE and SwiGLU are not used: "
-    assert caplog.messages == [reason + "Linear is not a layer of Qwen3 or Llama"]
+    assert caplog.messages == [reason + "Linear is not a layer of a known family"]
     liger._kernels.cache_clear()
     monkeypatch.setitem(sys.modules, "liger_kernel.ops.rms_norm", ModuleType("empty"))
     for layer in tiny_lm("llama").model.layers:
         assert liger_patches(layer) == []
     assert len(caplog.messages) == 2 and "LigerRMSNormFunction" in caplog.messages[1]
+
+
+def test_families_share_the_code_that_is_replaced():
+    """What is checked of Llama and Qwen3 holds for all."""
+    kinds = {}
+    for module, family in liger.FAMILIES.items():
+        modeling = importlib.import_module(module)
+        parts = (
+            getattr(modeling, f"{family}RMSNorm").forward,
+            getattr(modeling, f"{family}MLP").forward,
+            getattr(modeling, liger.ROPE),
+        )
+        kinds[family] = tuple(inspect.getsource(part) for part in parts)
+    assert len(kinds) == 4 and len(set(kinds.values())) == 1

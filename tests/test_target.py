@@ -297,8 +297,13 @@ def test_a_state_of_the_other_form_is_refused_and_changes_nothing():
         assert all(torch.equal(w, after[n]) for n, w in before.items())
 
 
-def test_the_form_is_chosen_by_what_is_trained():
+def test_the_form_is_chosen_by_what_is_trained_and_what_it_costs(monkeypatch):
     assert TargetEncoder(tiny_encoder()).form == "merged"
+    # a narrow model in fp32: columns would cost more than the products they are added to
+    assert TargetEncoder(tiny_encoder(lora=True)).form == "merged"
+    # in bf16 a merged average is rounded in the forward, however narrow
+    assert TargetEncoder(tiny_encoder(lora=True).bfloat16()).form == "tracked"
+    monkeypatch.setattr("smbfast.model.target.NARROW", 100.0)
     assert TargetEncoder(tiny_encoder(lora=True)).form == "tracked"
     with pytest.raises(ValueError, match="needs LoRA"):
         TargetEncoder(tiny_encoder(), "tracked")

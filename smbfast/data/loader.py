@@ -7,7 +7,7 @@ Legend: W windows, T tokens, L lines, B buckets.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -73,8 +73,8 @@ class Step:
     @classmethod
     def of(cls, index: int, micro: list[PackedBatch]) -> "Step":
         """Count over all micro-batches."""
-        counts = ((b.labels, b.masked, b.trunk_tokens) for b in micro)
-        return cls(index, micro, *(sum(n) for n in zip(*counts, strict=True)))
+        labels, masked = sum(b.labels for b in micro), sum(b.masked for b in micro)
+        return cls(index, micro, labels, masked, sum(b.trunk_tokens for b in micro))
 
 
 def step_windows(n_windows: int, batch: int, seed: int, step: int) -> np.ndarray:
@@ -113,8 +113,7 @@ def make_step(
     chosen = [windows[i] for i in step_windows(len(windows), batch, seed, step)]
     chosen.sort(key=lambda w: (w.subject, w.first_bucket))  # identity, not arrival, breaks ties
     micro = make_rows(chosen, objective, seed, step, tokens=tokens, sft=sft, jepa=jepa, ratio=ratio)
-    labels, masked = sum(b.labels for b in micro), sum(b.masked for b in micro)
-    return Step(step, micro, labels, masked, sum(len(w) for w in chosen))
+    return Step.of(step, micro)
 
 
 def make_rows(
@@ -131,7 +130,7 @@ def make_rows(
     """The batches of some windows, in as few rows of `tokens` as `plan_rows` finds."""
     cuts_of = [_cuts(w, objective, seed, step, jepa=jepa) for w in windows]
     sizes = [
-        _online_size(w, c if jepa else [], objective, sft=sft)
+        _online_size(w, c, objective, sft=sft, jepa=jepa)
         for w, c in zip(windows, cuts_of, strict=True)
     ]
     used = [i for i, (n, _) in enumerate(sizes) if n]
@@ -147,11 +146,12 @@ def make_rows(
 
 
 def _online_size(
-    window: Timeline, cuts: list[int], objective: ObjectiveSettings, *, sft: bool
+    window: Timeline, cuts: list[int], objective: ObjectiveSettings, *, sft: bool, jepa: bool
 ) -> tuple[int, int]:
     """Tokens and visible pairs of a trunk and its branches; none without a part in the step."""
-    if not (sft or cuts):
+    if not _has_part(cuts, objective, sft=sft):
         return 0, 0
+    cuts = cuts if jepa else []
     trunk = len(window) if sft else cuts[-1]
     futures = [(cut, future_end(window, cut, objective) - cut) for cut in cuts]
     pairs = trunk * (trunk + 1) // 2 + sum(n * cut + n * (n + 1) // 2 for cut, n in futures)
@@ -159,7 +159,7 @@ def _online_size(
 
 
 def prefetched(
-    make: Sequence[Callable[[], Step]], *, workers: int = 2, pin: bool = False
+    make: Iterable[Callable[[], Step]], *, workers: int = 2, pin: bool = False
 ) -> Iterator[Step]:
     """Results of the callables `make`, in order, computed ahead by threads.
 
@@ -199,8 +199,8 @@ def make_batch(
 ) -> PackedBatch:
     """Trunks of `windows` with their labels and, with `jepa`, one masked branch per cut.
 
-    Without `sft` nothing is predicted on a trunk: it ends where the last branch leaves it, and a
-    window without a cut has no part in the batch.
+    Without `sft` nothing is predicted on a trunk: it ends where the last branch leaves it. A
+    window that has nothing to predict has no part in the batch.
     """
     cuts_of = [_cuts(w, objective, seed, step, jepa=jepa) for w in windows]
     return _packed(windows, cuts_of, objective, seed, step, sft=sft, jepa=jepa)
@@ -224,12 +224,13 @@ def _packed(
     sft: bool,
     jepa: bool,
 ) -> PackedBatch:
-    trunk_tokens = sum(len(w) for w in windows)
+    trunk_tokens = 0
     trunks, branches, labels, masked, targets, target = [], [], [], [], [], []
     seen = 0  # tokens of the target encoder so far
     for window, cuts in zip(windows, cuts_of, strict=True):
-        if not (sft or cuts):
+        if not _has_part(cuts, objective, sft=sft):
             continue
+        trunk_tokens += len(window)
         trunks.append(window.ids_T if sft else window.ids_T[: cuts[-1]])
         labels.append(_labels(window, objective, cuts) if sft else np.full(cuts[-1], -100))
         hung = []
@@ -251,6 +252,11 @@ def _packed(
     return add_losses(
         batch, _joined(labels), _joined(masked), targets, _joined(target), trunk_tokens
     )
+
+
+def _has_part(cuts: list[int], objective: ObjectiveSettings, *, sft: bool) -> bool:
+    """Whether a window has anything to predict: without a cut, all its tokens or none."""
+    return bool(cuts) or (sft and objective.sft_labels == "all")
 
 
 def _joined(arrays: list[np.ndarray]) -> np.ndarray:

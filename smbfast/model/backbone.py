@@ -1,7 +1,7 @@
 """A Hugging Face causal LM as the online encoder: LoRA on a frozen base, or a small model whole.
 
-The only file that knows transformers and PEFT models. Inputs go in as embeddings, because the
-learned mask vector stands where a masked token's embedding would.
+Loads what transformers and PEFT make; `packed` and `liger` run its layers. Inputs go in as
+embeddings, because the learned mask vector stands where a masked token's embedding would.
 
 Legend: B rows of a padded batch, T positions (of a padded row, or tokens of a pack), D width,
 V vocabulary, M masked positions, R token rows trained beside LoRA.
@@ -125,8 +125,10 @@ class PatientEncoder(nn.Module):
         return self.decoder(embedded_TD, position_T, segments, recompute=recompute)
 
     def embed_packed(self, ids_T: Tensor, row_RD: Tensor | None = None) -> Tensor:
-        """Input embeddings [T, D]. Rows that are trained beside a frozen table are looked up apart:
-        PEFT would copy the table at each forward, and fill one of gradients.
+        """Input embeddings [..., D] of ids [...].
+
+        Rows that are trained beside a frozen table are looked up apart: PEFT would copy the table
+        at each forward, and fill one of gradients.
 
         Args:
             row_RD: in the place of the trained rows.
@@ -140,7 +142,7 @@ class PatientEncoder(nn.Module):
         if row_RD is None:
             row_RD = adapter.trainable_tokens_delta["default"]
         own_TD = F.embedding(slot_T.clamp_min(0), row_RD.to(embedded_TD.dtype))
-        return torch.where((slot_T >= 0)[:, None], own_TD, embedded_TD)
+        return torch.where((slot_T >= 0)[..., None], own_TD, embedded_TD)
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -204,7 +206,7 @@ def make_encoder(
         _fit_vocabulary(lm, tokenizer, new_tokens or [])
         adapts = settings.trains == "lora"
         lm = _with_adapter(lm, settings, new_tokens or []) if adapts else lm.float()
-    _refuse_other_logits(lm)
+    _refuse_other_ends(lm)
     if lm.config.max_position_embeddings < settings.data.window:
         raise ValueError(
             f"data.window must be at most {lm.config.max_position_embeddings}, the positions of "
@@ -213,8 +215,14 @@ def make_encoder(
     return PatientEncoder(lm, settings.objective.predictor_layers).to(device)
 
 
-def _refuse_other_logits(lm: PreTrainedModel | PeftModel) -> None:
-    """Both paths take logits as hidden states times the head, and nothing else."""
+def _refuse_other_ends(lm: PreTrainedModel | PeftModel) -> None:
+    """Both paths take embeddings by their ids, and logits as hidden states times the head."""
+    for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+        if isinstance(module, LoraLayer):
+            raise ValueError(
+                "lora.targets must be linears of the layers; got the embeddings or the LM head, "
+                "which train the rows of new tokens alone"
+            )
     names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
     other = [n for n in names if getattr(lm.config, n, None) not in (None, 1)]
     if getattr(lm.get_output_embeddings(), "bias", None) is not None:

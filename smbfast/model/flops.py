@@ -113,7 +113,7 @@ class ModelShape:
         At Qwen3-8B with LoRA: 7.4e-5.
         """
         one = online_flops(self, 1, 1, masked=True)
-        return one.attention / one.base
+        return one.attention / max(one.base, 1)  # GPT-2's linears are of another class
 
 
 def step_flops(shape: ModelShape, batch: PackedBatch) -> Flops:

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 
 Patch = tuple[MutableMapping[str, Any], str, Any]  # what stands under a name while a layer runs
 DEVICE = "cuda"
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float32)
 FAMILIES = {
     "transformers.models.llama.modeling_llama": "Llama",
+    "transformers.models.mistral.modeling_mistral": "Mistral",
+    "transformers.models.qwen2.modeling_qwen2": "Qwen2",
     "transformers.models.qwen3.modeling_qwen3": "Qwen3",
 }
 ROPE = "apply_rotary_pos_emb"
@@ -35,7 +37,7 @@ log = logging.getLogger("smbfast")
 
 
 def liger_patches(module: nn.Module) -> list[Patch]:
-    """Of a decoder layer or a norm of Qwen3 or Llama on a GPU; elsewhere none.
+    """Of a decoder layer or a norm of `FAMILIES` on a GPU; elsewhere none.
 
     Why there are none on a GPU is logged once.
     """
@@ -55,7 +57,7 @@ def liger_patches(module: nn.Module) -> list[Patch]:
             modeling = vars(sys.modules[type(part).__module__])
             patches.append((modeling, ROPE, partial(_rope, modeling[ROPE])))
     if not patches:
-        _say(f"{type(module).__name__} is not a layer of Qwen3 or Llama")
+        _say(f"{type(module).__name__} is not a layer of a known family")
     return patches if patches and _kernels() else []
 
 

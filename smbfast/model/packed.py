@@ -231,5 +231,6 @@ def _attention(config: Any) -> Iterator[None]:
 
 def _refuse(expected: str, found: object) -> NoReturn:
     raise ValueError(
-        f"objective.path=shared needs {expected}, got {found}; objective.path=reference takes it"
+        f"the shared path needs {expected}, got {found}; objective.path=reference (of embed: "
+        "path=reference) takes it"
     )
