@@ -1,0 +1,67 @@
+"""Embeddings of several decision nodes of a window: from one forward, or from one forward each.
+
+    B1    a row of its own for each node, packed
+    B4    complete buckets once, the tails of the nodes as branches
+
+Both go through `encoder.packed`, without gradients.
+"""
+
+import torch
+from torch import Tensor
+
+from bench.step_variants import ONLINE, Part, Variant, untimed
+from bench.step_workloads import Workload, node_batches
+from smbfast.model.backbone import PatientEncoder, padded
+
+
+class Nodes(Variant):
+    """The last hidden state of every node of a workload."""
+
+    def __init__(self, encoder: PatientEncoder, *, shared: bool) -> None:
+        super().__init__(encoder)
+        self.shared = shared
+
+    def take(self, workload: Workload) -> None:
+        device = self.parameters[0].device
+        packs = node_batches(workload, shared=self.shared)
+        self.packs = [(batch.to(device), last.to(device)) for batch, last in packs]
+
+    @torch.no_grad()
+    def states(self, part: Part) -> Tensor:
+        """In the order of windows and nodes: [nodes, D]."""
+        with part(ONLINE):
+            forward = self.encoder.packed
+            return torch.cat(
+                [forward(b.ids_T, b.position_T, b.segments)[last] for b, last in self.packs]
+            )
+
+    def accumulate(self, part: Part) -> tuple[Tensor, Tensor]:
+        return self.states(part), self.states(part)
+
+    def outcome(self) -> dict[str, Tensor]:
+        return {"hidden states": self.states(untimed)}
+
+    def step(self, part: Part = untimed) -> None:
+        self.states(part)
+
+    def update(self, tau: float) -> None:
+        """There is no target."""
+
+    def averages(self) -> list[Tensor]:
+        return []
+
+
+class NodesReference(Nodes):
+    """A padded row of its own for each node."""
+
+    def __init__(self, encoder: PatientEncoder) -> None:
+        super().__init__(encoder, shared=False)
+
+    @torch.no_grad()
+    def states(self, part: Part) -> Tensor:
+        found = []
+        for batch, _ in self.packs:
+            rows = [batch.ids_T[s : s + n] for s, n, *_ in batch.rows]
+            hidden_BTD = self.encoder.hidden(padded(rows, 0))
+            found += [h[len(r) - 1] for h, r in zip(hidden_BTD, rows, strict=True)]
+        return torch.stack(found)

@@ -1,0 +1,368 @@
+"""The training step as others would write it: the same losses, gradients and averages.
+
+    B0    Hugging Face + PEFT, SDPA, padded batches of 8 rows, three forwards, a merged deep copy as
+          target; B0c with gradient checkpointing
+    B1    packed without padding: varlen attention by transformers' attention interface, Liger on a
+          GPU, two online passes and the target, the average by `_foreach_lerp_`; B1c as B0c
+    B2    B1 with torch.compile of every layer
+    B3    B2 with the prefix shared, by FlexAttention
+    B3'   the prefix shared by the two-call decomposition, otherwise Hugging Face's code and PEFT's
+          linears; compiled on a GPU
+
+All compute logits at labelled rows alone, and use the fused AdamW that ours does. On a GPU they run
+under autocast with adapters in fp32, as Hugging Face's trainer does.
+
+Legend: B rows of a padded batch, T tokens, U tokens of the target, D width, V vocabulary, N
+labelled rows, M masked positions.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.helpers import disable_input_dtype_casting
+from smbkernels.attention import sdpa, varlen
+from smbkernels.timeline_attention import Segments
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import AttentionInterface
+
+from bench.rivals import mask_of
+from bench.step_teacher import Teacher
+from bench.step_variants import BACKWARD, LOSSES, ONLINE, TARGET, Part, Variant, twin
+from bench.step_workloads import PADDED_ROWS, Workload
+from smbfast.batch import PackedBatch, pack_segments
+from smbfast.model.backbone import PatientEncoder, padded
+
+VARLEN, FLEX = "bench_varlen", "bench_flex"
+ENGINES = {"cpu": sdpa.timeline_attention, "cuda": varlen.timeline_attention}
+
+
+class HuggingFace(Variant):
+    """What rivals share.
+
+    Args:
+        teacher: the weights of a target to use, where several variants would not fit in memory.
+        foreach: the averages of a layer move in one call.
+        checkpoint: transformers' gradient checkpointing.
+    """
+
+    def __init__(
+        self,
+        encoder: PatientEncoder,
+        teacher: Teacher | None = None,
+        *,
+        foreach: bool,
+        checkpoint: bool,
+    ) -> None:
+        super().__init__(encoder)
+        self.teacher = teacher or Teacher(encoder)
+        self.target = twin(self.teacher.lm)
+        self.foreach = foreach
+        self.gpu = self.parameters[0].is_cuda
+        self.layers = list(encoder.lora_layers().values())
+        if checkpoint:
+            encoder.base.gradient_checkpointing_enable({"use_reentrant": False})
+            encoder.train()
+
+    def update(self, tau: float) -> None:
+        self.teacher.update(self.layers, tau, foreach=self.foreach)
+
+    def averages(self) -> list[Tensor]:
+        return [*self.teacher.lm.parameters(), *self.teacher.masters]
+
+    @contextmanager
+    def forward(self, part: Part, name: str) -> Iterator[None]:
+        """A timed part that computes forward."""
+        with part(name):
+            if not self.gpu:
+                yield
+                return
+            with torch.autocast("cuda", torch.bfloat16):
+                with disable_input_dtype_casting(self.encoder.lm):
+                    yield
+
+    def sft(self, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
+        """The summed next-token loss, from all logits of its rows."""
+        logits_NV = F.linear(hidden_ND, self.encoder.head_VD).float()
+        return F.cross_entropy(logits_NV, label_N, reduction="sum")
+
+    def jepa(self, online_MD: Tensor, target_MD: Tensor) -> Tensor:
+        """The summed squared error of predictions."""
+        prediction_MD = self.encoder.predictor(online_MD).float()
+        target_MD = F.layer_norm(target_MD.float(), target_MD.shape[-1:])
+        return F.mse_loss(prediction_MD, target_MD, reduction="sum") / target_MD.shape[-1]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A padded batch, and what is read of it."""
+
+    ids_BT: Tensor
+    masked_BT: Tensor
+    row: Tensor  # of its flattened hidden states
+    read: Tensor  # labels of those rows, or rows of the target that they are compared with
+
+
+class Padded(HuggingFace):
+    """B0: what one writes first."""
+
+    def __init__(
+        self,
+        encoder: PatientEncoder,
+        teacher: Teacher | None = None,
+        *,
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__(encoder, teacher, foreach=False, checkpoint=checkpoint)
+
+    def take(self, workload: Workload) -> None:
+        super().take(workload)
+        trunks, branches, targets, seen = [], [], [], 0
+        for batch in self.batches:
+            masked_T, read_T = masked_of(batch), torch.full_like(batch.ids_T, -1)
+            read_T[batch.labelled_N] = batch.label_N
+            read_T[batch.masked_M] = batch.target_M + seen
+            for start, length, trunk, prefix in batch.rows:
+                own, before = slice(start, start + length), slice(trunk, trunk + prefix)
+                if not prefix:
+                    trunks.append((batch.ids_T[own], masked_T[own], read_T[own]))
+                    continue
+                unread_T = torch.full_like(batch.ids_T[before], -1)
+                ids = torch.cat([batch.ids_T[before], batch.ids_T[own]])
+                masked = torch.cat([masked_T[before], masked_T[own]])
+                branches.append((ids, masked, torch.cat([unread_T, read_T[own]])))
+            lengths = batch.target_segments.host_S6[:, 1].tolist()
+            for ids in batch.target_ids_U.split(lengths):
+                targets.append((ids, torch.zeros_like(ids, dtype=torch.bool), ids))
+            seen += batch.target_segments.tokens
+        self.trunks, self.branches, self.targets = (
+            [_padded_rows(items[i : i + PADDED_ROWS]) for i in range(0, len(items), PADDED_ROWS)]
+            for items in (trunks, branches, targets)
+        )
+
+    def accumulate(self, part: Part) -> tuple[Tensor, Tensor]:
+        sft = jepa = 0.0
+        for rows in self.trunks:
+            with self.forward(part, ONLINE):
+                hidden_BTD = self.encoder.hidden(rows.ids_BT)
+            with self.forward(part, LOSSES):
+                loss = (
+                    self.sft(hidden_BTD.flatten(0, 1).index_select(0, rows.row), rows.read)
+                    * self.sft_scale
+                )
+            with part(BACKWARD):
+                loss.backward()
+            sft = sft + loss.detach()
+        with self.forward(part, TARGET), torch.no_grad():
+            embed = self.target.get_input_embeddings()
+            states = [
+                self.target.base_model(inputs_embeds=embed(rows.ids_BT), use_cache=False)
+                .last_hidden_state.flatten(0, 1)
+                .index_select(0, rows.row)
+                for rows in self.targets
+            ]
+            target_UD = torch.cat(states)
+        for rows in self.branches:
+            with self.forward(part, ONLINE):
+                hidden_BTD = self.encoder.hidden(rows.ids_BT, rows.masked_BT)
+            with self.forward(part, LOSSES):
+                online_MD = hidden_BTD.flatten(0, 1).index_select(0, rows.row)
+                loss = self.jepa(online_MD, target_UD[rows.read]) * self.jepa_scale
+            with part(BACKWARD):
+                loss.backward()
+            jepa = jepa + loss.detach()
+        return sft, jepa
+
+
+def _varlen(module, query, key, value, attention_mask, *, segments, scaling, **_):
+    heads = (x[0].transpose(0, 1) for x in (query, key, value))
+    out_THC, _ = ENGINES[query.device.type](*heads, segments, scale=scaling)
+    return out_THC[None], None
+
+
+def _flex(module, query, key, value, attention_mask, *, blocks, scaling, **_):
+    out = flex_attention(query, key, value, block_mask=blocks, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(VARLEN, _varlen)
+AttentionInterface.register(FLEX, _flex)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One online forward on a packed row, and what is read of it."""
+
+    ids_T: Tensor
+    position_T: Tensor
+    segments: Segments
+    masked_T: Tensor
+    labelled_N: Tensor
+    label_N: Tensor
+    masked_M: Tensor
+    target_M: Tensor
+
+
+class Packed(HuggingFace):
+    """B1, B2, B3 and B3': no padding.
+
+    Args:
+        shared: one online forward on trunks and branches, instead of one for each loss.
+        compiled: every layer, by `torch.compile`, once it is `ready`.
+        flex: attention by FlexAttention, once it is `ready`.
+    """
+
+    def __init__(
+        self,
+        encoder: PatientEncoder,
+        teacher: Teacher | None = None,
+        *,
+        shared: bool = False,
+        compiled: bool = False,
+        flex: bool = False,
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__(encoder, teacher, foreach=True, checkpoint=checkpoint)
+        self.shared, self.compiled, self.flex = shared, compiled, flex
+        self.models = (encoder.base, self.target)
+        self.masks = None
+        self._attend_by(VARLEN)
+        if self.gpu:  # its RoPE takes the place of that of every Qwen3 in the process
+            from liger_kernel import transformers as liger
+
+            for lm in self.models:
+                liger._apply_liger_kernel_to_instance(lm, fused_linear_cross_entropy=False)
+            self.liger_loss = liger.LigerFusedLinearCrossEntropyLoss(reduction="sum")
+
+    def ready(self) -> None:
+        if self.flex:
+            self.masks = {}
+            self._attend_by(FLEX)
+        if self.compiled:
+            # for every shape of a workload, with gradients or without, the first or one more: more
+            # than torch's limit of 8, beyond which it would run as it is written
+            torch._dynamo.config.recompile_limit = 64
+            for lm in self.models:
+                for layer in lm.base_model.layers:
+                    layer.compile(dynamic=False)
+
+    def _attend_by(self, name: str) -> None:
+        for lm in self.models:
+            lm.base_model.config._attn_implementation = name
+
+    def take(self, workload: Workload) -> None:
+        super().take(workload)
+        self.passes = [_shared(b) if self.shared else _two(b) for b in self.batches]
+        if self.masks is not None:
+            self.masks = {}  # those of other segments, which may have had the same id
+
+    def accumulate(self, part: Part) -> tuple[Tensor, Tensor]:
+        sft = jepa = 0.0
+        for batch, passes in zip(self.batches, self.passes, strict=True):
+            with self.forward(part, TARGET), torch.no_grad():
+                embedded_UD = self.target.get_input_embeddings()(batch.target_ids_U)
+                target_UD = self.hidden(
+                    self.target.base_model,
+                    embedded_UD,
+                    batch.target_position_U,
+                    batch.target_segments,
+                )
+            for one in passes:
+                with self.forward(part, ONLINE):
+                    embedded_TD = self.encoder.embed(one.ids_T, one.masked_T)
+                    hidden_TD = self.hidden(
+                        self.encoder.trunk, embedded_TD, one.position_T, one.segments
+                    )
+                loss = 0.0
+                with self.forward(part, LOSSES):
+                    if len(one.labelled_N):
+                        own = (
+                            self.sft(hidden_TD.index_select(0, one.labelled_N), one.label_N)
+                            * self.sft_scale
+                        )
+                        loss, sft = loss + own, sft + own.detach()
+                    if len(one.masked_M):
+                        own = self.jepa(
+                            hidden_TD.index_select(0, one.masked_M), target_UD[one.target_M]
+                        )
+                        own = own * self.jepa_scale
+                        loss, jepa = loss + own, jepa + own.detach()
+                with part(BACKWARD):
+                    loss.backward()
+        return sft, jepa
+
+    def sft(self, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
+        """By Liger on a GPU."""
+        if not self.gpu:
+            return super().sft(hidden_ND, label_N)
+        return self.liger_loss(self.encoder.head_VD, hidden_ND, label_N)
+
+    def hidden(
+        self, trunk: nn.Module, embedded_TD: Tensor, position_T: Tensor, segments: Segments
+    ) -> Tensor:
+        """Hidden states [T, D] of a packed row, after the final norm, in Hugging Face's code."""
+        seen: dict[str, Any] = {"segments": segments}
+        if self.masks is not None:
+            device = embedded_TD.device
+            if id(segments) not in self.masks:
+                self.masks[id(segments)] = mask_of(segments, str(device))
+            visible = self.masks[id(segments)]
+            size = (None, None, segments.tokens, segments.tokens)
+            seen = {"blocks": create_block_mask(visible, *size, device=device, _compile=self.gpu)}
+        out = trunk(
+            inputs_embeds=embedded_TD[None], position_ids=position_T[None], use_cache=False, **seen
+        )
+        return out.last_hidden_state[0]
+
+
+def _shared(batch: PackedBatch) -> list[Pass]:
+    """Trunks and branches in one row."""
+    rows = (batch.labelled_N, batch.label_N, batch.masked_M, batch.target_M)
+    own = (batch.ids_T, batch.position_T, batch.segments, masked_of(batch))
+    return [Pass(*own, *rows)]
+
+
+def _two(batch: PackedBatch) -> list[Pass]:
+    """The trunks, then each branch behind a copy of its prefix."""
+    masked_T, rows, masks = masked_of(batch), [], []
+    for start, length, trunk, prefix in batch.rows:
+        if prefix:
+            parts = (slice(trunk, trunk + prefix), slice(start, start + length))
+            rows.append(torch.cat([batch.ids_T[p] for p in parts]))
+            masks.append(torch.cat([masked_T[p] for p in parts]))
+    trunks = [batch.ids_T[s : s + n] for s, n, _, prefix in batch.rows if not prefix]
+    none = batch.label_N[:0]
+    unmasked_T = masked_T[: sum(len(t) for t in trunks)]
+    masked_T = torch.cat(masks)
+    masked_M = masked_T.nonzero()[:, 0]
+    return [
+        Pass(*_in_a_row(trunks), unmasked_T, batch.labelled_N, batch.label_N, none, none),
+        Pass(*_in_a_row(rows), masked_T, none, none, masked_M, batch.target_M),
+    ]
+
+
+def _in_a_row(rows: list[Tensor]) -> tuple[Tensor, Tensor, Segments]:
+    packed = pack_segments([r.cpu().numpy() for r in rows], [[] for _ in rows])
+    packed = packed.to(rows[0].device)
+    return packed.ids_T, packed.position_T, packed.segments
+
+
+def masked_of(batch: PackedBatch) -> Tensor:
+    """Whether a row is masked."""
+    masked_T = torch.zeros_like(batch.ids_T, dtype=torch.bool)
+    masked_T[batch.masked_M] = True
+    return masked_T
+
+
+def _padded_rows(items: list[tuple[Tensor, Tensor, Tensor]]) -> Rows:
+    """Of ids, which are masked, and what is read of each (-1: nothing)."""
+    ids_BT, masked_BT, read_BT = (
+        padded(list(rows), fill)
+        for rows, fill in zip(zip(*items, strict=True), (0, False, -1), strict=True)
+    )
+    row = (read_BT >= 0).flatten().nonzero()[:, 0]
+    return Rows(ids_BT, masked_BT, row, read_BT.flatten()[row])
