@@ -22,6 +22,9 @@ SMALL = {
         96, 2, [32, 64], 48, F32, DEVICE, heads=4, kv_heads=2, head_dim=64
     ),
     "lora_linear": lambda: cases.lora_linear([(96, 64), (32, 64)], 80, F32, DEVICE),
+    "linear_cross_entropy": lambda: cases.linear_cross_entropy(
+        80, 64, 300, F32, DEVICE, trained=True
+    ),
 }
 NAMES = [(op, name) for op in SMALL for name in (REFERENCE, *(b.name for b in OPS[op].backends))]
 

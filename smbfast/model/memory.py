@@ -174,9 +174,9 @@ def choose_micro_tokens(
         return most
     tokens = least + (most - least) * (budget - low) // (high - low)
     tokens -= tokens % STEP
-    while tokens > least and needs(tokens) > budget:  # a trace each: few, rather than the most
-        tokens = least + (tokens - least) // 2
-        tokens -= tokens % STEP
+    step = STEP
+    while tokens > least and needs(tokens) > budget:  # a trace each: longer steps, fewer of them
+        tokens, step = tokens - step, 2 * step
     return max(tokens, least)
 
 

@@ -107,8 +107,10 @@ def test_segments_of_the_loader():
     windows = [random_window(s, buckets=b) for s, b in ((1, 6), (2, 4), (3, 9))]
     for cuts in (1, 3):
         batch = make_batch(windows, ObjectiveSettings(min_future=4, cuts=cuts), 0, 5, jepa=True)
-        packed = Segments.of(batch.start_S, batch.length_S, batch.trunk_start_S, batch.prefix_S)
+        packed = batch.segments
         assert packed.tokens == len(batch.ids_T)
+        columns = packed.host_S6[:, :4].unbind(1)
+        assert torch.equal(Segments.of(*columns).host_S6, packed.host_S6)
         # every token sees as many as stand before it in its timeline, and itself
         assert torch.equal(visible(packed).sum(1), batch.position_T + 1)
 
