@@ -24,7 +24,7 @@ from smbfast.model.target import TargetEncoder
 from smbfast.objective import Losses
 from smbfast.settings import PhaseSettings, TrainSettings
 
-MOST_ON_CPU = 4096  # tokens; more is slower there, as what a layer reads leaves the caches
+MOST_ON_CPU = 4096  # tokens: as far as what a CPU needs was compared with its prediction
 SLICE = 1024  # tokens of the windows that are compared: our choice
 _MISMATCH = "the shared forward and the reference differ on this model"
 # relative, of the losses, of all gradients together, of any one. Right models were within 3e-7 and
