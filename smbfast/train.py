@@ -8,7 +8,7 @@ what they are), `target` (the EMA), `checkpoint`. What comes before the first st
 Between two lines of the log nothing waits for the device: counts are made with the batch, losses
 stay where they are, and a step that is not finite is skipped by the optimizer's own kernel (the
 average then takes the unchanged weights once more). One exception is not ours to mend: on a GPU
-the `eigh` of a tracked target's truncation waits, every `tracked_every` steps.
+the truncation of a tracked target waits, every `tracked_every` steps.
 """
 
 import shlex

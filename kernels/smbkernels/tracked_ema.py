@@ -96,8 +96,7 @@ def _truncate(u_MNQ: Tensor, v_MQK: Tensor, rank: int, dtype: torch.dtype) -> tu
     shift_M1 = trace_M1 * (SHIFT * torch.finfo(dtype).eps)
     # where a column has no weight, or all are zero, any positive number makes L regular
     filled_MQ = torch.where(live_MQ, shift_M1, torch.where(trace_M1 > 0, trace_M1, 1))
-    # _ex: does not ask a GPU whether it went well; `eigh` on the result does, and would tell
-    lower_MQQ = torch.linalg.cholesky_ex(gram_u_MQQ + torch.diag_embed(filled_MQ)).L
+    lower_MQQ = torch.linalg.cholesky(gram_u_MQQ + torch.diag_embed(filled_MQ))
     square_MQ, vector_MQQ = torch.linalg.eigh(lower_MQQ.mT @ gram_v_MQQ @ lower_MQQ)
     square_MQ = square_MQ.clamp_min(0)
     kept_MQR = vector_MQQ[:, :, -rank:]
