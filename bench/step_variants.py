@@ -110,7 +110,7 @@ class Smbfast(Variant):
 
     Args:
         form: of the target.
-        recompute: see `smbfast.model.packed.PackedDecoder`.
+        recompute: see `smbfast.model.decoder.PackedDecoder`.
         plain: operations that run on their references.
     """
 

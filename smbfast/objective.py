@@ -16,7 +16,7 @@ from torch import Tensor
 
 from smbfast.batch import PackedBatch
 from smbfast.model.backbone import PatientEncoder
-from smbfast.model.packed import Recompute
+from smbfast.model.decoder import Recompute
 from smbfast.model.target import TargetEncoder
 from smbfast.reference import JepaStates, predict, states_of
 
@@ -41,7 +41,7 @@ def losses(
     Args:
         target: not needed where `jepa_scale` is 0.
         normalize: targets are layer-normed.
-        recompute: see `smbfast.model.packed.PackedDecoder`.
+        recompute: see `smbfast.model.decoder.PackedDecoder`.
 
     Raises:
         ValueError: the backbone has layers that a packed row cannot go through.

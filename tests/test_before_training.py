@@ -32,7 +32,7 @@ def test_a_step_without_a_cut_is_still_checked(monkeypatch):
     def nothing(query, key, value, segments, *, scale=None):
         return query * 0, None
 
-    monkeypatch.setattr("smbfast.model.packed.timeline_attention", nothing)
+    monkeypatch.setattr("smbfast.model.decoder.timeline_attention", nothing)
     with pytest.raises(ValueError, match="the shared forward and the reference differ"):
         self_check(encoder, target, windows, settings, 0, BOTH)
 

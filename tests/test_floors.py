@@ -102,6 +102,15 @@ def test_nothing_is_unpickled():
             assert "allow_pickle=True" not in file.read_text()
 
 
+def test_no_module_s_namespace_is_written():
+    """Parts that are swapped inside `__dict__` while they run are invisible to torch.compile."""
+    for file in (ROOT / "smbfast").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            assert not (isinstance(node, ast.Attribute) and node.attr == "__dict__"), file
+            if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+                assert "vars(" not in ast.unparse(node.value), file
+
+
 def test_no_file_is_too_long_to_read():
     for folder in ("smbfast", "kernels", "bench"):
         for file in (ROOT / folder).rglob("*.py"):

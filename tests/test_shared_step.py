@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from smbkernels import load as load_kernels
 from smbkernels import use
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 import smbfast.model.averages as averages
-import smbfast.model.packed as packed
+import smbfast.model.decoder as decoder_module
 from smbfast import objective
 from smbfast.batch import PackedBatch, pack_segments
 from smbfast.data.loader import make_batch
@@ -219,57 +220,56 @@ def test_without_sft_a_trunk_ends_at_its_last_cut():
     assert torch.equal(short.target_ids_U, whole.target_ids_U)
 
 
-def marks(encoder: PatientEncoder) -> list:
-    """What the shared forward puts in its place: instance attributes, and the attention's name."""
-    spaces = [sorted(vars(m)) for m in encoder.modules()]
-    modeling = packed.nn.Module, type(encoder.trunk.layers[0])
-    return [spaces, encoder.trunk.config._attn_implementation, [sorted(vars(m)) for m in modeling]]
-
-
 @pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
 @pytest.mark.parametrize("case", CASES[::2], ids=str)
 def test_the_model_is_as_it_was(case, recompute):
-    """And the reference keeps its bits in the same process."""
+    """Nothing is put into a module, and the reference keeps its bits in the same process."""
     encoder, batch = make_encoder(lora=case.lora), batch_of()
     target = moved_target(encoder, case.form)
     expected = run("reference", encoder, target, [batch])
-    encoder.decoder  # noqa: B018  # an attribute of its own from the first time on
-    before = marks(encoder)
+    before = [sorted(vars(m)) for m in encoder.trunk.modules()]
     run("shared", encoder, target, [batch], recompute=recompute)
-    assert marks(encoder) == before
-    assert not any("forward" in vars(m) for m in encoder.modules())
+    assert [sorted(vars(m)) for m in encoder.trunk.modules()] == before
     losses, gradients = run("reference", encoder, target, [batch])
     assert losses == expected[0]
     assert all(torch.equal(gradients[n], g) for n, g in expected[1].items())
 
 
-@pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
-@pytest.mark.parametrize("place", ["self_attn.o_proj", "mlp.act_fn", "post_attention_layernorm"])
-def test_the_model_is_as_it_was_after_an_error_inside_a_layer(place, recompute):
+def test_after_an_error_inside_a_layer_the_next_step_is_the_same():
+    """The weights that the target lent, and the adapters it switched off, are put back."""
     encoder, batch = make_encoder(), batch_of()
-    target = moved_target(encoder, "tracked")  # PEFT leaves a mark when adapters are switched off
-    before, expected = marks(encoder), run("shared", encoder, target, [batch])
-    module = encoder.trunk.layers[1].get_submodule(place)
-    own = type(module)
+    for form in ("merged", "tracked"):
+        target = moved_target(encoder, form)
+        expected = run("shared", encoder, target, [batch])
+        activation = encoder.trunk.layers[1].mlp.act_fn
+        encoder.trunk.layers[1].mlp.act_fn = None  # not callable
+        with pytest.raises(TypeError):
+            run("shared", encoder, target, [batch])
+        encoder.trunk.layers[1].mlp.act_fn = activation
+        encoder.zero_grad(set_to_none=True)
+        losses, gradients = run("shared", encoder, target, [batch])
+        assert losses == expected[0]
+        assert all(torch.equal(gradients[n], g) for n, g in expected[1].items())
 
-    class Broken(own):
-        def forward(self, *_args):
-            raise MemoryError
 
-    if place == "self_attn.o_proj":  # its own forward is not called: what it holds is read
-        module.scaling = {}
-        kind, mend = KeyError, lambda: setattr(module, "scaling", {"default": 2.0})
-    else:
-        module.__class__ = Broken
-        kind, mend = MemoryError, lambda: setattr(module, "__class__", own)
-    with pytest.raises(kind):
-        run("shared", encoder, target, [batch], recompute=recompute)
-    mend()
-    encoder.zero_grad(set_to_none=True)
-    assert marks(encoder) == before
-    losses, gradients = run("shared", encoder, target, [batch])
-    assert losses == expected[0]
-    assert all(torch.equal(gradients[n], g) for n, g in expected[1].items())
+def test_a_compiled_layer_holds_the_fused_operations():
+    """One graph: four groups of LoRA linears, one attention, and no plain linear beside them."""
+    encoder, batch = make_encoder(), batch_of()
+    embedded_TD = encoder.embed_packed(batch.ids_T).detach().requires_grad_()
+    cos_1TC, sin_1TC = encoder.trunk.rotary_emb(embedded_TD[None], batch.position_T[None])
+    inputs = (encoder.trunk.layers[0], embedded_TD, (cos_1TC[0], sin_1TC[0]), batch.segments)
+    names: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _inputs: list) -> object:
+        names.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    load_kernels("cpu")
+    compiled = torch.compile(decoder_module.run_layer, backend=record, fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), decoder_module.run_layer(*inputs))
+    assert sum("lora_linear" in name for name in names) == 4
+    assert sum("timeline_attention" in name for name in names) == 1
+    assert not any("linear" in name and "lora_linear" not in name for name in names)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_the_model_is_as_it_was_after_an_error_inside_a_layer(place, recompute):
 def test_linears_of_one_input_are_one_call(kind, targets, groups, monkeypatch):
     """Any subset of them, and it equals PEFT's own forward."""
     sizes = []
-    real = packed.lora_linear
+    real = decoder_module.lora_linear
 
     def counted(x_TK, weight, *args, **kwargs):
         sizes.append(len(weight))
@@ -296,7 +296,7 @@ def test_linears_of_one_input_are_one_call(kind, targets, groups, monkeypatch):
         target = moved_target(encoder, form)
         expected = run("reference", encoder, target, [batch])
         with monkeypatch.context() as patch:
-            patch.setattr(packed, "lora_linear", counted)
+            patch.setattr(decoder_module, "lora_linear", counted)
             found = run("shared", encoder, target, [batch])
         # the merged target's weights hold the adapters: its linears are plain
         forwards = 1 if form == "merged" else 2
@@ -315,18 +315,6 @@ def test_linears_with_bias(case, targets):
     target, batch = moved_target(encoder, case.form), batch_of()
     expected = run("reference", encoder, target, [batch])
     assert_same(run("shared", encoder, target, [batch]), expected, 1e-12)
-
-
-def test_nothing_of_a_step_outlives_it():
-    """Outputs that a group has handed out are not kept."""
-    encoder, batch = make_encoder(), batch_of()
-    target = moved_target(encoder)
-    for recompute in ("none", "mlp", "full"):
-        run("shared", encoder, target, [batch], recompute=recompute)
-        for layer in encoder.decoder._layers:
-            for _, _, placed in layer.patches:
-                group = placed.func.__self__
-                assert group._x is None and not any(o is not None for o in group._outputs)
 
 
 def test_a_copy_of_an_encoder_is_run_by_its_own_weights():

@@ -7,7 +7,7 @@ import torch
 from smbkernels import use
 from smbkernels.registry import OPS
 
-import smbfast.model.packed as packed
+import smbfast.model.decoder as packed
 import smbfast.startup as startup
 import smbfast.train as entry
 from smbfast import objective

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from smbfast.model.packed import PackedDecoder, Recompute
+from smbfast.model.decoder import PackedDecoder, Recompute
 from smbfast.settings import LoraSettings, TrainSettings
 
 transformers_logging.disable_progress_bar()  # its bars are noise in a job's log
@@ -113,7 +113,7 @@ class PatientEncoder(nn.Module):
 
         Args:
             masked_M: rows that read the mask vector.
-            recompute: see `smbfast.model.packed.PackedDecoder`.
+            recompute: see `smbfast.model.decoder.PackedDecoder`.
 
         Raises:
             ValueError: the backbone has layers that this path does not compute.

@@ -1,0 +1,168 @@
+"""The decoder of a causal LM on packed rows, written out: norm, attention, norm, MLP.
+
+Llama, Mistral, Qwen2 and Qwen3 share this layer. The modules and parameters are those that
+transformers and PEFT made, read at each call, so that a target encoder can lend its own weights.
+Only the order of the calls is ours: attention is `smbkernels.timeline_attention`, LoRA linears that
+read one input are one `smbkernels.lora_linear`, and on a GPU the norms, RoPE and SwiGLU are
+Liger's. The reference path runs transformers' own forward of the same modules.
+
+Legend: T tokens, H heads, G key and value heads, C head dim, D width, F width of the MLP, K input
+width of a linear.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn
+
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from smbkernels import lora_linear, timeline_attention
+from smbkernels.timeline_attention import Segments
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from smbfast.model.liger import rms_norm, rope, swiglu
+
+Recompute = Literal["none", "mlp", "full"]
+KERNEL_WIDTHS = (64, 128)  # head dims that the attention kernel for GPUs is made for
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class PackedDecoder:
+    """The decoder of a causal LM on packed rows.
+
+    Holds no parameters: it reads those that the modules have when it runs, so that the target
+    encoder can lend its own.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        """For a decoder of one of `FAMILIES`; the layers of others do more than is written here.
+
+        Raises:
+            ValueError: another family of decoder, sliding windows, or dropout.
+        """
+        config = decoder.config
+        if config.model_type not in FAMILIES:
+            _refuse(f"a backbone of kind {', '.join(FAMILIES)}", config.model_type)
+        layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if layer_types != {"full_attention"} or getattr(config, "sliding_window", None):
+            _refuse("full attention in every layer", "sliding windows")
+        rope_type = config.rope_parameters["rope_type"]
+        if rope_type in ("dynamic", "longrope"):  # they ask the host for the longest position
+            _refuse("RoPE that does not depend on lengths", rope_type)
+        if getattr(config, "attention_dropout", 0):  # SFT and JEPA would have drawn apart
+            _refuse("attention_dropout 0", config.attention_dropout)
+        self.decoder = decoder
+
+    def __call__(
+        self,
+        embedded_TD: Tensor,
+        position_T: Tensor,
+        segments: Segments,
+        *,
+        norm: bool = True,
+        recompute: Recompute = "none",
+    ) -> Tensor:
+        """Hidden states [T, D] after the last layer, and after the final norm with `norm`.
+
+        Args:
+            recompute: activation checkpointing: what is computed again in the backward instead of
+                being stored: nothing, the inner activations of the MLPs, or all of a layer but
+                its input.
+        """
+        hidden_TD = embedded_TD
+        # the module checks position ids where a mask is made, which would wait for a GPU: not here
+        cos_1TC, sin_1TC = self.decoder.rotary_emb(hidden_TD[None], position_T[None])
+        rotary = cos_1TC[0], sin_1TC[0]
+        for layer in self.decoder.layers:
+            inputs = (layer, hidden_TD, rotary, segments, recompute)
+            hidden_TD = _again(run_layer, *inputs) if recompute == "full" else run_layer(*inputs)
+        return rms_norm(self.decoder.norm, hidden_TD) if norm else hidden_TD
+
+
+def run_layer(
+    layer: nn.Module,
+    hidden_TD: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    segments: Segments,
+    recompute: Recompute = "none",
+) -> Tensor:
+    """One decoder layer of any of `FAMILIES`, [T, D] to [T, D].
+
+    Args:
+        rotary: cosines and sines of the positions, [T, C] each.
+        recompute: "mlp" computes the MLP's inner activations again in the backward.
+    """
+    normed_TD = rms_norm(layer.input_layernorm, hidden_TD, in_place=True)
+    hidden_TD = hidden_TD + _attention(layer.self_attn, normed_TD, rotary, segments)
+    normed_TD = rms_norm(layer.post_attention_layernorm, hidden_TD, in_place=True)
+    if recompute == "mlp":
+        return hidden_TD + _again(_mlp, layer.mlp, normed_TD)
+    return hidden_TD + _mlp(layer.mlp, normed_TD)
+
+
+def _attention(
+    attention: nn.Module, x_TD: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments
+) -> Tensor:
+    C = attention.head_dim
+    projected = _linears(x_TD, attention.q_proj, attention.k_proj, attention.v_proj)
+    q_THC, k_TGC, v_TGC = (y.unflatten(-1, (-1, C)) for y in projected)
+    if hasattr(attention, "q_norm"):  # Qwen3
+        q_THC = rms_norm(attention.q_norm, q_THC, in_place=True)
+        k_TGC = rms_norm(attention.k_norm, k_TGC, in_place=True)
+    q_THC, k_TGC = rope(q_THC, k_TGC, *rotary)
+    width = next((w for w in KERNEL_WIDTHS if w >= C), C) if q_THC.is_cuda else C
+    if width > C:  # zeros change no score, and columns of zeros no output
+        q_THC, k_TGC, v_TGC = (F.pad(x, (0, width - C)) for x in (q_THC, k_TGC, v_TGC))
+    out_THC, _ = timeline_attention(q_THC, k_TGC, v_TGC, segments, scale=attention.scaling)
+    return _linears(out_THC[..., :C].flatten(1), attention.o_proj)[0]
+
+
+def _mlp(mlp: nn.Module, x_TD: Tensor) -> Tensor:
+    gate_TF, up_TF = _linears(x_TD, mlp.gate_proj, mlp.up_proj)
+    return _linears(swiglu(mlp, gate_TF, up_TF), mlp.down_proj)[0]
+
+
+def _linears(x_TK: Tensor, *modules: nn.Module) -> list[Tensor]:
+    """Outputs of linears that read one input.
+
+    Those with an adapter are one call, or two where only part of them have a bias.
+    """
+    output_of: dict[nn.Module, Tensor] = {}
+    for biased in (False, True):
+        adapted = [m for m in modules if _adapts(m) and (_base(m).bias is not None) == biased]
+        if adapted:
+            outputs = lora_linear(
+                x_TK,
+                [_base(m).weight for m in adapted],
+                [m.lora_B["default"].weight for m in adapted],
+                [m.lora_A["default"].weight for m in adapted],
+                scale=[m.scaling["default"] for m in adapted],
+                bias=[_base(m).bias for m in adapted] if biased else None,
+            )
+            output_of |= dict(zip(adapted, outputs, strict=True))
+    for module in modules:
+        if module not in output_of:
+            base = _base(module)
+            output_of[module] = F.linear(x_TK, base.weight, base.bias)
+    return [output_of[m] for m in modules]
+
+
+def _adapts(module: nn.Module) -> bool:
+    # a merged target switches adapters off: its weights hold them
+    return isinstance(module, LoraLayer) and not module.disable_adapters
+
+
+def _base(module: nn.Module) -> nn.Linear:
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+
+
+def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Computed again in the backward; nothing is drawn that would have to be drawn again."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _refuse(expected: str, received: object) -> NoReturn:
+    raise ValueError(
+        f"the shared path needs {expected}, got {received}; objective.path=reference (of embed: "
+        "path=reference) takes it"
+    )
