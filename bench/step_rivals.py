@@ -152,7 +152,7 @@ class Padded(HuggingFace):
             with self.forward(part, LOSSES):
                 loss = (
                     self.sft(hidden_BTD.flatten(0, 1).index_select(0, rows.row), rows.read)
-                    * self.sft_scale
+                    * self.scales.sft_scale
                 )
             with part(BACKWARD):
                 loss.backward()
@@ -171,7 +171,7 @@ class Padded(HuggingFace):
                 hidden_BTD = self.encoder.hidden(rows.ids_BT, rows.masked_BT)
             with self.forward(part, LOSSES):
                 online_MD = hidden_BTD.flatten(0, 1).index_select(0, rows.row)
-                loss = self.jepa(online_MD, target_UD[rows.read]) * self.jepa_scale
+                loss = self.jepa(online_MD, target_UD[rows.read]) * self.scales.jepa_scale
             with part(BACKWARD):
                 loss.backward()
             jepa = jepa + loss.detach()
@@ -282,14 +282,14 @@ class Packed(HuggingFace):
                     if len(one.labelled_N):
                         own = (
                             self.sft(hidden_TD.index_select(0, one.labelled_N), one.label_N)
-                            * self.sft_scale
+                            * self.scales.sft_scale
                         )
                         loss, sft = loss + own, sft + own.detach()
                     if len(one.masked_M):
                         own = self.jepa(
                             hidden_TD.index_select(0, one.masked_M), target_UD[one.target_M]
                         )
-                        own = own * self.jepa_scale
+                        own = own * self.scales.jepa_scale
                         loss, jepa = loss + own, jepa + own.detach()
                 with part(BACKWARD):
                     loss.backward()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from bench.step_workloads import Workload
 from smbfast import objective, reference
 from smbfast.model.backbone import PatientEncoder
-from smbfast.model.target import TargetEncoder
+from smbfast.model.target import TargetEncoder, TargetForm
+from smbfast.step import LossScales, Updater, forward_backward
 
 PARTS = ONLINE, TARGET, LOSSES, BACKWARD, OPTIMIZER, EMA = (
     "online forward",
@@ -50,13 +51,14 @@ class Variant:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
+        self.updater = Updater(self.optimizer, clip=1.0)
 
     def take(self, workload: Workload) -> None:
         """Have a step's micro-batches in the form in which a loader would hand them over."""
         batches = workload.batches()
         device = self.parameters[0].device
-        self.sft_scale = 1 / sum(b.labels for b in batches)
-        self.jepa_scale = 1 / sum(b.masked for b in batches)
+        labels, masked = sum(b.labels for b in batches), sum(b.masked for b in batches)
+        self.scales = LossScales.of(1.0, 1.0, labels, masked)
         self.batches = [b.to(device) for b in batches]
 
     def ready(self) -> None:
@@ -92,9 +94,7 @@ class Variant:
         """A whole step."""
         self.accumulate(part)
         with part(OPTIMIZER):
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.updater.step()
         with part(EMA):
             self.update(TAU)
 
@@ -123,7 +123,7 @@ class Smbfast(Variant):
         plain: tuple[str, ...] = (),
     ) -> None:
         super().__init__(encoder)
-        self.target = TargetEncoder(encoder, form)
+        self.target = TargetEncoder(encoder, TargetForm(form))
         self.losses = partial(objective.losses, recompute=recompute)
         self.plain = plain
         self._part = untimed
@@ -139,23 +139,14 @@ class Smbfast(Variant):
 
     def accumulate(self, part: Part) -> tuple[Tensor, Tensor]:
         self._part = part
-        totals = [0.0, 0.0]
-        with use(**dict.fromkeys(self.plain, "torch")):
-            for batch in self.batches:
-                with part(LOSSES):  # what is left of it: the two forwards are timed apart
-                    found = self.losses(
-                        self.encoder,
-                        self.target,
-                        batch,
-                        sft_scale=self.sft_scale,
-                        jepa_scale=self.jepa_scale,
-                        normalize=True,
-                    )
-                with part(BACKWARD):
-                    sum(x for x in found if x is not None).backward()
-                for i, x in enumerate(found):
-                    totals[i] += 0.0 if x is None else x.detach()
-        return tuple(totals)
+
+        def losses(*args: Any, **scales: float) -> tuple[Tensor | None, Tensor | None]:
+            with part(LOSSES):  # what is left of it: the two forwards have parts of their own
+                return self.losses(*args, normalize=True, **scales)
+
+        # what is left of it, once the losses have their part
+        with use(**dict.fromkeys(self.plain, "torch")), part(BACKWARD):
+            return forward_backward(losses, self.encoder, self.target, self.batches, self.scales)
 
     def update(self, tau: float) -> None:
         with use(**dict.fromkeys(self.plain, "torch")):

@@ -65,11 +65,11 @@ def save(
     return folder
 
 
-def latest(run: Path) -> Checkpoint | None:
+def latest(run: Path, *, set_aside: bool = True) -> Checkpoint | None:
     """The newest checkpoint that verifies.
 
-    A damaged one is named on stderr and set aside as `damaged-step-...`, so that it never counts
-    among those that are kept.
+    A damaged one is named on stderr and, with `set_aside`, renamed to `damaged-step-...`, so that
+    it never counts among the newest that are to stay.
     """
     for folder in reversed(_folders(run)):
         try:
@@ -77,9 +77,10 @@ def latest(run: Path) -> Checkpoint | None:
             return Checkpoint(folder, json.loads((folder / "record.json").read_text()))
         except ValueError as error:
             print(f"smbfast: passing over a checkpoint: {error}", file=sys.stderr)
-            aside = folder.with_name(f"damaged-{folder.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
+            if set_aside:
+                aside = folder.with_name(f"damaged-{folder.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
     return None
 
 

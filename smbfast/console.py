@@ -7,28 +7,18 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from smbfast.data.loader import WindowSet
-from smbfast.data.prepared import Prepared
-from smbfast.model.backbone import PatientEncoder, parameter_counts
+from smbfast.model.backbone import parameter_counts
 from smbfast.model.target import target_bytes
+from smbfast.open_run import OpenRun
 from smbfast.optim import total_steps
 from smbfast.runlog import GOOD_RATIO, HALF
 from smbfast.runtime import GIB, duration, few, git_state, versions
-from smbfast.settings import TrainSettings
 
 
-def header(
-    settings: TrainSettings,
-    prepared: Prepared,
-    encoder: PatientEncoder,
-    windows: WindowSet,
-    tuning: WindowSet,
-    first: int,
-    device: torch.device,
-    micro_tokens: int,
-    predicted: int,
-) -> dict:
+def header(run: OpenRun) -> dict:
     """Print the start header; return it as the first record of `metrics.jsonl`."""
+    settings, prepared, encoder, windows = run.settings, run.prepared, run.encoder, run.windows
+    first, predicted = run.progress.step, run.predicted_peak
     trained, total = parameter_counts(encoder)
     counts = prepared.counts
     unmapped = sum(prepared.record["unmapped"].values()) / max(counts["events"], 1)
@@ -37,7 +27,9 @@ def header(
     if encoder.is_lora:
         how += f" r{encoder.lm.peft_config['default'].r}"
     held = sum(p.numel() * p.element_size() for p in encoder.parameters())
-    moments, average = 8 * trained, _target_bytes(settings, encoder)
+    has_target = any(phase.w_jepa > 0 for phase in settings.phases)
+    average = target_bytes(encoder, run.target_form) if has_target else 0
+    moments = 8 * trained
     found = versions()
     per_split = prepared.record["counts"]
     data = {
@@ -52,12 +44,11 @@ def header(
         "texts_cut": counts["texts_cut"],
         "nonfinite_values": counts["nonfinite_values"],
     }
-    run = settings.folder
     rows = [
-        ("run", f"{run}  ({'resumed after step ' + str(first) if first else 'new'})"),
+        ("run", f"{run.folder}  ({'resumed after step ' + str(first) if first else 'new'})"),
         (
             "on",
-            f"{device}, {torch.get_num_threads()} threads   torch {found['torch']}  "
+            f"{run.device}, {torch.get_num_threads()} threads   torch {found['torch']}  "
             f"transformers {found['transformers']}  {git_state()}",
         ),
         (
@@ -84,7 +75,7 @@ def header(
         ),
         (
             "step",
-            f"{settings.optim.batch} windows in rows of up to {micro_tokens:,} tokens; "
+            f"{settings.optim.batch} windows in rows of up to {run.micro_tokens:,} tokens; "
             f"{total_steps(settings)} steps: "
             + ", ".join(f"{p.name} {p.steps}" for p in settings.phases),
         ),
@@ -94,14 +85,17 @@ def header(
             f"{average / GIB:.2f}; peak of a step "
             + (f"{predicted / GIB:.2f}, predicted" if predicted else "not predicted"),
         ),
-        ("writes", f"{run}/  metrics.jsonl, tensorboard, checkpoints, best, final, report.html"),
+        (
+            "writes",
+            f"{run.folder}/  metrics.jsonl, tensorboard, checkpoints, best, final, report.html",
+        ),
     ]
     _card(rows)
     return {
         "config": settings.model_dump(mode="json"),
         "versions": found,
         "git": git_state(),
-        "device": str(device),
+        "device": str(run.device),
         "model": {"backbone": backbone, "trained": trained, "parameters": total, "how": how},
         "data": data,
     }
@@ -128,15 +122,14 @@ def _warning(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def end_card(
-    run: Path,
-    settings: TrainSettings,
-    training: float,
-    total: float,
-    best: dict,
-    health: dict,
-) -> None:
-    """What came out, and the next commands."""
+def end_card(opened: OpenRun, training: float, health: dict) -> None:
+    """What came out, and the next commands.
+
+    Args:
+        training: seconds spent training, by all processes.
+        health: of the last evaluation.
+    """
+    run, settings, best = opened.folder, opened.settings, opened.progress.best
     rows = [("trained", f"{total_steps(settings)} steps in {duration(training)}")]
     rows += [
         (f"best {name}", f"step {b['step']}, tuning loss {b['loss']:.4f}: {run}/best/{name}")
@@ -178,14 +171,6 @@ def _card(rows: list[tuple[str, str]]) -> None:
         console.print(
             Text(f"{name:<11}", style="bold").append(text, style="not bold"), soft_wrap=True
         )
-
-
-def _target_bytes(settings: TrainSettings, encoder: PatientEncoder) -> int:
-    if not any(phase.w_jepa > 0 for phase in settings.phases):
-        return 0
-    objective = settings.objective
-    rank, every = objective.tracked_rank, objective.tracked_every
-    return target_bytes(encoder, objective.target_form, rank=rank, every=every)
 
 
 def _si(value: float) -> str:

@@ -3,12 +3,19 @@
 import json
 import os
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
+from smbfast import console
+from smbfast.config import to_toml
 from smbfast.data.loader import Step
-from smbfast.runtime import duration
+from smbfast.files import write_text
+from smbfast.open_run import OpenRun
+from smbfast.optim import place, total_steps
+from smbfast.runtime import duration, peak_memory_gib
+from smbfast.step import StepLosses
 
 
 class MetricsLog:
@@ -50,12 +57,22 @@ class Meter:
         self._tokens = self._masked = self._flops = 0
         self._waited = 0.0
 
-    def add(self, step: Step, flops: int, waited: float) -> None:
+    def waits(self, steps: Iterable[Step]) -> Iterator[Step]:
+        """The steps themselves; what the loop waits for each of them is counted."""
+        steps = iter(steps)
+        while True:
+            asked = time.monotonic()
+            step = next(steps, None)
+            if step is None:
+                return
+            self._waited += time.monotonic() - asked
+            yield step
+
+    def add(self, step: Step, flops: int) -> None:
         """Count a step."""
         self._tokens += step.tokens
         self._masked += step.masked
         self._flops += flops
-        self._waited += waited
 
     def read(self, step: int) -> dict[str, float]:
         """Since the last reading: `tokens_per_s` (of trunks, each once), `masked_per_s`, `matmul`
@@ -72,6 +89,55 @@ class Meter:
         }
         self._mark, self._tokens, self._masked, self._flops, self._waited = now, 0, 0, 0, 0.0
         return values
+
+
+def open_log(run: OpenRun) -> MetricsLog:
+    """The log of a run, with its header printed; a new run's configuration is written."""
+    progress = run.progress
+    log = MetricsLog(run.folder, progress.metrics_offset, progress.step)
+    if not progress.step:  # from here on the folder is this run's: what could be mended was
+        write_text(run.folder / "config.toml", to_toml(run.settings))
+    header = console.header(run)
+    if not progress.step:
+        log.write("header", **header)
+    return log
+
+
+def log_step(
+    log: MetricsLog,
+    run: OpenRun,
+    step: Step,
+    summed: StepLosses,
+    health: dict,
+    *,
+    lr: float,
+    grad_norm: float | None,
+    pace: dict[str, float],
+) -> None:
+    """Log and print an optimizer step: losses are means over the whole step, without weights.
+
+    Args:
+        summed: weighted losses of the step; reading them waits for the device.
+        health: of the last evaluation.
+        grad_norm: None: the step was skipped.
+        pace: what the meter read.
+    """
+    phase = place(run.settings, step.index).phase
+    record = {
+        "step": step.index + 1,
+        "phase": phase.name,
+        "sft": float(summed.sft) / phase.w_sft if phase.w_sft > 0 else None,
+        "jepa": float(summed.jepa) / phase.w_jepa if step.masked else None,
+        "grad_norm": grad_norm,
+        "lr": lr,
+        **pace,
+        "memory_gib": peak_memory_gib(run.device),
+        "masked": step.masked,
+        "labels": step.labels,
+    }
+    log.write("step", **record)
+    line = step_line(record, total_steps(run.settings), health if phase.w_jepa > 0 else None)
+    print(line, flush=True)
 
 
 def step_line(record: dict, total: int, health: dict | None) -> str:

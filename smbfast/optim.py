@@ -35,6 +35,36 @@ def place(settings: TrainSettings, step: int) -> Place:
     raise AssertionError("a step beyond the last phase")
 
 
+@dataclass(frozen=True)
+class Due:
+    """What is to be done after a step."""
+
+    log: bool
+    evaluate: bool
+    save: bool
+    stop: bool
+
+    @property
+    def anything(self) -> bool:
+        """Whether the device is waited for after this step."""
+        return self.log or self.evaluate or self.save
+
+
+def due_after(settings: TrainSettings, at: Place, done: int, first: int, stop: bool) -> Due:
+    """What is due once `done` steps are done, in a process that began after step `first`.
+
+    Args:
+        stop: a signal has asked to stop.
+    """
+    run, last = settings.run, at.step + 1 == at.phase.steps
+    return Due(
+        log=done % run.log_every == 0 or last or done == first + 1,
+        evaluate=done % settings.eval.every == 0 or last,
+        save=done % run.save_every == 0 or last or stop,
+        stop=stop,
+    )
+
+
 def total_steps(settings: TrainSettings) -> int:
     """Optimizer steps of all phases."""
     return sum(p.steps for p in settings.phases)

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 from smbfast.config import read_toml
+from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits, with_splits
 from smbfast.data.loader import WindowSet
+from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
 from smbfast.files import write_text
 from smbfast.prepare import check_prepared, prepare
@@ -86,6 +88,24 @@ def prepared_data(settings: TrainSettings, run: Path) -> tuple[DataSettings, Pre
         return data, prepared
     out = Path(data.prepared) if data.prepared else run / "prepared"
     return data, prepare(data, out, settings.model.path, ("train", "tuning"))
+
+
+def read_tasks(settings: TrainSettings, data: DataSettings) -> list[tuple[Path, Labels]]:
+    """The tasks to probe, read and checked before anything is trained.
+
+    Raises:
+        ValueError: a task that is not there, or labels that cannot be used.
+    """
+    names, root = settings.probe.labels, Path(data.path)
+    if names is None and settings.data.path is None:
+        names = sorted(p.name for p in (root / "labels").iterdir() if p.is_dir())
+    if not names:
+        return []
+    dataset = MedsDataset.open(root)
+    tasks = [(f, with_splits(read_labels(f), dataset)) for f in find_tasks(names, root)]
+    for _, labels in tasks:
+        require_splits(labels)
+    return tasks
 
 
 def check_windows(windows: WindowSet, tuning: WindowSet, path: str | None) -> None:

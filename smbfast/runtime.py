@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,50 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Let `held_memory(peak=True)` count from here; False where a process cannot reset its own."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def held_memory(device: torch.device, *, peak: bool = False) -> int:
+    """Bytes allocated on a GPU, or resident, now or at most; 0 where that cannot be read."""
+    if device.type == "cuda":
+        read = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+        return read(device)
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    status = dict(line.split(":", 1) for line in lines)
+    return int(status["VmHWM" if peak else "VmRSS"].split()[0]) << 10
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """FLOP/s of a large matrix product on this device: the ceiling of a step.
+
+    The best of several, after a warm-up.
+    """
+    n = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    times: list[float] = []
+    left @ right
+    while not times or sum(times) < seconds:
+        wait()
+        start = time.perf_counter()
+        left @ right
+        wait()
+        times.append(time.perf_counter() - start)
+    return 2 * n**3 / min(times)
 
 
 class StopFlag:

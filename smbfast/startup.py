@@ -1,17 +1,19 @@
-"""Before the first step: how many tokens a forward may have, whether the shared forward computes
-what the reference does, and how fast this device multiplies matrices.
+"""Before the first step: how many tokens a forward may have, and whether the shared forward
+computes what the reference does.
 """
 
 import math
-import time
+from collections.abc import Sequence
 from functools import cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from smbfast import objective, reference
 from smbfast.batch import PackedBatch
-from smbfast.data.loader import WindowSet, make_batch, step_windows
+from smbfast.data.loader import Step, WindowSet, make_batch, step_windows
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.memory import (
     MOST,
@@ -20,9 +22,10 @@ from smbfast.model.memory import (
     full_batch,
     predict_peak,
 )
-from smbfast.model.target import TargetEncoder
+from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.objective import Losses
 from smbfast.settings import PhaseSettings, TrainSettings
+from smbfast.step import LossScales, backward
 
 MOST_ON_CPU = 4096  # tokens: as far as what a CPU needs was compared with its prediction
 SLICE = 1024  # tokens of the windows that are compared: our choice
@@ -38,6 +41,20 @@ def losses_of(settings: TrainSettings) -> Losses:
     if settings.objective.path == "reference":
         return partial(reference.losses, normalize=normalize)
     return partial(objective.losses, normalize=normalize, recompute=settings.model.recompute)
+
+
+def checks_itself(settings: TrainSettings) -> bool:
+    """Whether `self_check` is made before each phase: there is a shared forward to check."""
+    return settings.objective.self_check and settings.objective.path == "shared"
+
+
+def refuse_empty(step: Step, phase: PhaseSettings) -> None:
+    """Raise a ValueError for a step that has nothing to predict."""
+    if phase.w_sft == 0 and step.masked == 0:
+        raise ValueError(
+            f"step {step.index + 1} has no masked position and phase `{phase.name}` no SFT: "
+            "raise data.window or optim.batch, or lower objective.min_future"
+        )
 
 
 def micro_tokens(
@@ -62,13 +79,13 @@ def micro_tokens(
     phases = settings.phases
     sft, jepa = any(p.w_sft > 0 for p in phases), any(p.w_jepa > 0 for p in phases)
     form = settings.objective
-    kept = (form.target_form, form.tracked_rank, form.tracked_every) if jepa else None
+    target = TargetForm.of(form) if jepa else None
     run = partial(losses_of(settings), sft_scale=float(sft), jepa_scale=float(jepa))
 
     @cache
     def needs(tokens: int) -> int:
         batch = full_batch(tokens, settings.data.window, form, sft=sft, jepa=jepa)
-        return predict_peak(encoder, batch, run, target=kept).total - held
+        return predict_peak(encoder, batch, run, target=target).total - held
 
     window = settings.data.window
     future = min(round((1 - form.context[0]) * window), form.horizon or window)
@@ -100,20 +117,46 @@ def self_check(
     batch = _slice(windows, settings, step, phase).to(encoder.mask_vector.device)
     if not (batch.labels or batch.masked):
         return {}
-    scales = {
-        "sft_scale": phase.w_sft / max(batch.labels, 1),
-        "jepa_scale": phase.w_jepa / max(batch.masked, 1),
-    }
+    scales = LossScales.of(phase.w_sft, phase.w_jepa, batch.labels, batch.masked)
     normalize = settings.objective.target_norm == "layer"
-    paths = partial(reference.losses, normalize=normalize), losses_of(settings)
-    found = []
-    for path in paths:
-        values = path(encoder, target, batch, **scales)
-        torch.autograd.backward([v for v in values if v is not None])
+    results = []
+    for path in (partial(reference.losses, normalize=normalize), losses_of(settings)):
+        values = path(encoder, target, batch, **scales._asdict())
+        backward(values)
         gradients = {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
-        found.append((values, gradients))
+        results.append((values, gradients))
         encoder.zero_grad(set_to_none=True)
-    (expected, true), (values, own) = found
+    (expected, true), (values, own) = results
+    differences = _differences(values, expected, own, true)
+    allowed = TOLERANCE.get(layer_dtype(encoder), TOLERANCE[torch.float32])
+    gaps = (differences.loss, differences.gradients, differences.gradient)
+    if not all(gap <= most for gap, most in zip(gaps, allowed, strict=True)):  # NaN fails
+        texts = [f"{gap:.1e} (allowed {most:.0e})" for gap, most in zip(gaps, allowed, strict=True)]
+        raise ValueError(
+            f"{_MISMATCH}: losses by {texts[0]}, all gradients by {texts[1]}, the gradient of "
+            f"{differences.worst} by {texts[2]}. Try --kernels=torch to find the kernel, "
+            "--objective.path=reference to train without the shared forward, or "
+            "--objective.self_check=false to go on all the same"
+        )
+    return dict(zip(("loss", "gradients", "gradient"), gaps, strict=True))
+
+
+class _Differences(NamedTuple):
+    """Relative: of the losses, of all gradients together, of the worst single one, and its name."""
+
+    loss: float
+    gradients: float
+    gradient: float
+    worst: str
+
+
+def _differences(
+    values: Sequence[Tensor | None],
+    expected: Sequence[Tensor | None],
+    own: dict[str, Tensor],
+    true: dict[str, Tensor],
+) -> _Differences:
+    """Of losses and gradients from the reference's."""
     if [v is None for v in values] != [v is None for v in expected]:
         raise ValueError(f"{_MISMATCH}: only one of them has a loss of each kind")
     if true.keys() != own.keys():
@@ -125,43 +168,15 @@ def self_check(
     gap = {n: float((own[n] - g).norm()) for n, g in true.items()}
     norm = math.hypot(*size.values())
     # a gradient that hardly counts may be all rounding
-    apart = {n: gap[n] / max(size[n] + 1e-3 * norm, 1e-30) for n in true}
-    worst = max(apart, key=lambda n: math.inf if math.isnan(apart[n]) else apart[n])
-    found = (loss, math.hypot(*gap.values()) / max(norm, 1e-30), apart[worst])
-    allowed = TOLERANCE.get(layer_dtype(encoder), TOLERANCE[torch.float32])
-    if not all(f <= a for f, a in zip(found, allowed, strict=True)):  # NaN fails
-        told = [f"{f:.1e} (allowed {a:.0e})" for f, a in zip(found, allowed, strict=True)]
-        raise ValueError(
-            f"{_MISMATCH}: losses by {told[0]}, all gradients by {told[1]}, the gradient of "
-            f"{worst} by {told[2]}. Try --kernels=torch to find the kernel, "
-            "--objective.path=reference to train without the shared forward, or "
-            "--objective.self_check=false to go on all the same"
-        )
-    return dict(zip(("loss", "gradients", "gradient"), found, strict=True))
+    relative = {n: gap[n] / max(size[n] + 1e-3 * norm, 1e-30) for n in true}
+    worst = max(relative, key=lambda n: math.inf if math.isnan(relative[n]) else relative[n])
+    total = math.hypot(*gap.values()) / max(norm, 1e-30)
+    return _Differences(loss, total, relative[worst], worst)
 
 
 def layer_dtype(encoder: PatientEncoder) -> torch.dtype:
     """The dtype that the layers compute in."""
     return next(encoder.trunk.parameters()).dtype
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of a large matrix product on this device: the ceiling of a step.
-
-    The best of several, after a warm-up.
-    """
-    n = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
-    times: list[float] = []
-    left @ right
-    while not times or sum(times) < seconds:
-        wait()
-        start = time.perf_counter()
-        left @ right
-        wait()
-        times.append(time.perf_counter() - start)
-    return 2 * n**3 / min(times)
 
 
 def _slice(

@@ -1,47 +1,47 @@
 """python -m smbfast.train: SFT, then JEPA, then embeddings at decision nodes, probes and a report.
 
-The loop is `train`, one flat function, read from top to bottom. What it stands on: `loader` (a step
-is a pure function of seed and number), `objective` (one forward for both losses; `reference` says
-what they are), `target` (the EMA), `checkpoint`. What comes before the first step is in
-`smbfast.startup`, what comes after the last in `smbfast.evaluation`.
+The loop is `train`, one flat function, read from top to bottom. What it stands on: `open_run` (all
+that comes before the first step), `loader` (a step is a pure function of seed and number),
+`objective` (one forward for both losses; `reference` says what they are), `step` (forward,
+backward, update), `evaluation` and `checkpoint`.
 
 Between two lines of the log nothing waits for the device: counts are made with the batch, losses
-stay where they are, and a step that is not finite is skipped by the optimizer's own kernel (the
-average then takes the unchanged weights once more). One exception is not ours to mend: on a GPU
-the truncation of a tracked target waits, every `tracked_every` steps.
+stay where they are, and a step whose gradient is not finite is skipped by the optimizer's own
+kernel. One exception is not ours to mend: on a GPU the truncation of a tracked target waits, every
+`tracked_every` steps.
 """
 
 import shlex
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 
 import torch
 from smbkernels import use
 
-from smbfast import checkpoint, console, evaluation
+from smbfast import checkpoint, console
 from smbfast.config import help_text, to_toml
-from smbfast.data.loader import WindowSet, make_step, prefetched
-from smbfast.files import cannot_write, write_text
-from smbfast.metrics import Meter, MetricsLog, step_line
-from smbfast.model.backbone import make_encoder
-from smbfast.model.flops import ModelShape, step_flops
-from smbfast.model.target import TargetEncoder, form_of
-from smbfast.optim import learning_rate, make_optimizer, place, tau, total_steps
+from smbfast.data.loader import prefetched
+from smbfast.evaluation import evaluate, evaluate_step, fixed_batches, probe_run
+from smbfast.files import cannot_write
+from smbfast.metrics import Meter, log_step, open_log
+from smbfast.model.flops import step_flops
+from smbfast.model.target import TargetEncoder
+from smbfast.open_run import OpenRun
+from smbfast.optim import due_after, learning_rate, place, tau, total_steps
 from smbfast.report import write_report
-from smbfast.runfolder import check_windows, earlier, prepared_data, write_end, write_status
+from smbfast.runfolder import earlier, write_end, write_status
 from smbfast.runtime import (
     choose_device,
     duration,
-    peak_memory_gib,
+    matmul_rate,
     stop_on_signals,
     terminate_as_interrupt,
 )
 from smbfast.settings import TrainSettings, kernel_choice, load, presets, run_arguments
-from smbfast.startup import layer_dtype, losses_of, matmul_rate, micro_tokens, self_check
+from smbfast.startup import checks_itself, layer_dtype, losses_of, refuse_empty, self_check
+from smbfast.step import LossScales, RunFailed, Updater, forward_backward
 
-PATIENCE = 3  # steps in a row with a gradient that is not finite before a run gives up
 EPILOG = f"""first argument: a preset ({", ".join(presets())}) or a .toml file; default `default`
   --print            show the resolved run as TOML and stop
   --resume=never     short for --run.resume=never
@@ -53,10 +53,6 @@ examples
   python -m smbfast.train lora --data.path=MEDS_FOLDER --model.path=Qwen/Qwen3-8B"""
 
 
-class RunFailed(RuntimeError):
-    """Training itself broke; the message says where."""
-
-
 def train(settings: TrainSettings, command: str) -> str:
     """Run all phases of `settings`, from the start or from the newest checkpoint.
 
@@ -66,185 +62,66 @@ def train(settings: TrainSettings, command: str) -> str:
         ValueError: bad data, a model that does not load, a run folder that is of another run.
         RunFailed: the gradient was not finite several steps in a row.
     """
-    started = time.monotonic()
-    run = settings.folder
-    device = choose_device(settings.run.device)
-    run.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if settings.run.threads:
-        torch.set_num_threads(settings.run.threads)
-    data, prepared = prepared_data(settings, run)
-    objective, total = settings.objective, total_steps(settings)
-    windows = WindowSet.of(prepared.shards("train"), data.window, prepared.encoder.begin)
-    tuning = WindowSet.of(prepared.shards("tuning"), data.window, prepared.encoder.begin)
-    check_windows(windows, tuning, data.path)
-    tasks = evaluation.read_tasks(settings, data)  # a typo there must not cost a training run
-    new_tokens = prepared.record["new_tokens"]
-    encoder = make_encoder(settings, prepared.tokenizer, device, new_tokens)
-    optimizer = make_optimizer(encoder, settings.optim)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    found = checkpoint.latest(run)
-    target, first, offset, best, seconds, capacity = None, 0, 0, {}, 0.0, None
-    if found:
-        target = checkpoint.load(found, encoder, optimizer)
-        record = found.record
-        first, offset, best = record["step"], record["metrics_offset"], record["best"]
-        seconds, capacity = record["seconds"], record.get("micro_tokens")
-    capacity, predicted = micro_tokens(settings, encoder, capacity)
-    tracks = {"rank": objective.tracked_rank, "every": objective.tracked_every}
-    tracked = form_of(encoder, objective.target_form, **tracks) == "tracked"
-    shape = ModelShape.of(encoder, tracked=tuple(tracks.values()) if tracked else None)
-    layout = {"tokens": capacity, "ratio": shape.attention_ratio}
-    fixed = evaluation.fixed_batches(tuning, settings, layout)
-    losses = losses_of(settings)
-    ceiling = matmul_rate(device, layer_dtype(encoder))
-    log = MetricsLog(run, offset, first)
-    if not found:  # nothing below is the user's to mend: from here on the folder is this run's
-        write_text(run / "config.toml", to_toml(settings))
-    header = console.header(
-        settings, prepared, encoder, windows, tuning, first, device, capacity, predicted
-    )
-    if not found:
-        log.write("header", **header)
-    steps = (
-        partial(
-            make_step,
-            windows,
-            objective,
-            step,
-            batch=settings.optim.batch,
-            seed=settings.run.seed,
-            sft=place(settings, step).phase.w_sft > 0,
-            jepa=place(settings, step).phase.w_jepa > 0,
-            **layout,
-        )
-        for step in range(first, total)
-    )
+    run = OpenRun.open(settings)
+    encoder, target, first = run.encoder, run.take_target(), run.progress.step
+    total, losses = total_steps(settings), losses_of(settings)
+    updater = Updater(run.optimizer, settings.optim.clip)
+    fixed = fixed_batches(run)
+    meter = Meter(total, first, matmul_rate(run.device, layer_dtype(encoder)))
+    log = open_log(run)
     health: dict = {}
-    entry: dict = {}
-    # steps that were not finite: in a row up to now, in a row at worst, all since the last look
-    bad = worst = skips = torch.zeros((), device=device)
-    saved = first
-    checks = settings.objective.self_check and settings.objective.path == "shared"
-    meter = Meter(total, first, ceiling)
-    fetched = time.monotonic()
-    write_status(run, "running", first, command)
+    entry: dict = {}  # the health when the phase began
+    write_status(run.folder, "running", first, command)
     with stop_on_signals() as stop:
-        for batch in prefetched(steps, pin=device.type == "cuda"):
-            waited = time.monotonic() - fetched
-            step = batch.index
-            at = place(settings, step)
+        for batch in meter.waits(prefetched(run.steps_to_do(), pin=run.device.type == "cuda")):
+            step, at = batch.index, place(settings, batch.index)
             phase = at.phase
-            if phase.w_jepa > 0 and target is None:
-                target = TargetEncoder(encoder, objective.target_form, **tracks)
             if phase.w_jepa == 0:
                 target = None
+            elif target is None:
+                target = TargetEncoder(encoder, run.target_form)
             if at.begins:
-                health = entry = evaluation.evaluate(encoder, target, fixed, settings, phase)
+                health = entry = evaluate(encoder, target, fixed, settings, phase)
                 log.write("eval", step=step, phase=phase.name, **health)
-            if phase.w_sft == 0 and batch.masked == 0:
-                raise ValueError(
-                    f"step {step + 1} has no masked position and phase `{phase.name}` no SFT: "
-                    "raise data.window or optim.batch, or lower objective.min_future"
-                )
-            if checks and (at.begins or step == first):
-                apart = self_check(encoder, target, windows, settings, step, phase)
-                log.write("self_check", step=step, phase=phase.name, **apart)
+            refuse_empty(batch, phase)
+            if checks_itself(settings) and (at.begins or step == first):
+                gaps = self_check(encoder, target, run.windows, settings, step, phase)
+                log.write("self_check", step=step, phase=phase.name, **gaps)
+
             lr = learning_rate(settings, at)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            sft = jepa = torch.zeros((), device=device)
-            for micro in batch.micro:
-                parts = losses(
-                    encoder,
-                    target,
-                    micro.to(device),
-                    sft_scale=phase.w_sft / max(batch.labels, 1),
-                    jepa_scale=phase.w_jepa / max(batch.masked, 1),
-                )
-                if any(part is not None for part in parts):
-                    torch.autograd.backward([part for part in parts if part is not None])
-                sft, jepa = (
-                    so_far if part is None else so_far + part.detach()
-                    for so_far, part in zip((sft, jepa), parts, strict=True)
-                )
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, settings.optim.clip)
-            # read on the device by the optimizer: where it is set no weight and no moment moves
-            optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
-            bad = (bad + 1) * optimizer.found_inf
-            worst, skips = torch.maximum(worst, bad), skips + optimizer.found_inf
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if target is not None:
-                target.update(tau(settings, step))
-            done = step + 1
-            # of the shared forward: what the reference computes beyond it is no use
-            meter.add(batch, sum(step_flops(shape, m).total for m in batch.micro), waited)
-            last = at.step + 1 == phase.steps
-            logs = done % settings.run.log_every == 0 or last or done == first + 1
-            evaluates = done % settings.eval.every == 0 or last
-            stopping = bool(stop)  # read once: a signal may come at any moment
-            saves = done % settings.run.save_every == 0 or last or stopping
-            if logs or evaluates or saves:  # here the device is waited for
-                skipped, in_a_row, some = map(int, torch.stack([bad, worst, skips]).tolist())
-                worst = skips = torch.zeros_like(bad)
-                if some:
-                    told = f"step {done}: gradient not finite, steps skipped since the last line"
-                    print(f"{told}: {some}", file=sys.stderr)
-                if in_a_row >= PATIENCE:
-                    raise RunFailed(
-                        f"the gradient was not finite in {in_a_row} steps in a row, up to step "
-                        f"{done} (phase `{phase.name}`); the last good checkpoint is kept"
-                    )
-            if logs:
-                record = {
-                    "step": done,
-                    "phase": phase.name,
-                    "sft": float(sft) / phase.w_sft if phase.w_sft > 0 else None,
-                    "jepa": float(jepa) / phase.w_jepa if batch.masked else None,
-                    "grad_norm": None if skipped else float(grad_norm),
-                    "lr": lr,
-                    **meter.read(done),
-                    "memory_gib": peak_memory_gib(device),
-                    "masked": batch.masked,
-                    "labels": batch.labels,
-                }
-                log.write("step", **record)
-                print(step_line(record, total, health if phase.w_jepa > 0 else None), flush=True)
-            if evaluates:
-                health = evaluation.evaluate(encoder, target, fixed, settings, phase)
-                log.write("eval", step=done, phase=phase.name, **health)
-                console.warn(health, entry)
-                if health["loss"] < best.get(phase.name, {}).get("loss", float("inf")):
-                    best[phase.name] = {"loss": health["loss"], "step": done}
-                    final = run / "best" / phase.name
-                    info = evaluation.final_record(settings, prepared, encoder, data, done)
-                    checkpoint.save_final(final, encoder, target, prepared.tokenizer, info)
-            if saves and not skipped:
-                record = {
-                    "metrics_offset": log.offset,
-                    "best": best,
-                    "micro_tokens": capacity,
-                    "seconds": seconds + time.monotonic() - started,
-                }
-                checkpoint.save(run, done, encoder, target, optimizer, record, settings.run.keep)
-                saved = done
-                write_status(run, "running", saved, command)
-            if stopping:
-                write_status(run, "preempted", saved, command)
+            scales = LossScales.of(phase.w_sft, phase.w_jepa, batch.labels, batch.masked)
+            summed = forward_backward(losses, encoder, target, batch.micro, scales)
+            grad_norm = updater.step(lr, target, tau(settings, step))
+            # FLOPs of the shared forward: what the reference computes beyond it is no use
+            meter.add(batch, sum(step_flops(run.shape, m).total for m in batch.micro))
+
+            # a signal may come at any moment: whether one came is read once
+            due = due_after(settings, at, step + 1, first, bool(stop))
+            if due.anything:  # here the device is waited for
+                skipped = updater.report_skips(step + 1, phase.name)
+            if due.log:
+                norm = None if skipped else float(grad_norm)
+                pace = meter.read(step + 1)
+                log_step(log, run, batch, summed, health, lr=lr, grad_norm=norm, pace=pace)
+            if due.evaluate:
+                health = evaluate_step(run, target, fixed, phase, step + 1, entry, log)
+            if due.save and not skipped:
+                run.save(target, step + 1, log.offset, command)
+            if due.stop:
+                write_status(run.folder, "preempted", run.progress.step, command)
                 log.close()
-                print(f"{stop.name}: stopped, step {saved} is saved; the same command goes on")
+                at_step = f"step {run.progress.step} is saved"
+                print(f"{stop.name}: stopped, {at_step}; the same command goes on")
                 return "preempted"
-            fetched = time.monotonic()
-    info = evaluation.final_record(settings, prepared, encoder, data, total)
-    checkpoint.save_final(run / "final", encoder, target, prepared.tokenizer, info)
-    seconds += time.monotonic() - started
-    _export(settings, device)
-    evaluation.finish(settings, data, tasks, prepared, encoder, target, device)
-    log.write("end", step=total, seconds=seconds, best=best)
+    run.save_model(run.folder / "final", target, total)
+    seconds = run.seconds()
+    _export(settings, run.device)
+    probe_run(run, target)
+    log.write("end", step=total, seconds=seconds, best=run.progress.best)
     log.close()
-    write_report(run)
-    write_status(run, "done", total, command)
-    console.end_card(run, settings, seconds, time.monotonic() - started, best, health)
+    write_report(run.folder)
+    write_status(run.folder, "done", total, command)
+    console.end_card(run, seconds, health)
     return "done"
 
 

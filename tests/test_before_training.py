@@ -8,8 +8,9 @@ import smbfast.startup as startup
 from smbfast.metrics import Meter
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.flops import ModelShape
+from smbfast.runtime import matmul_rate
 from smbfast.settings import PhaseSettings, load
-from smbfast.startup import layer_dtype, matmul_rate, micro_tokens, self_check
+from smbfast.startup import layer_dtype, micro_tokens, self_check
 from tests.tiny import random_window, tiny_encoder
 from tests.two_paths import make_encoder, moved_target
 

@@ -53,6 +53,18 @@ def test_a_run_is_left_as_it_is(cohort, run, capsys):
     assert "is done" in capsys.readouterr().out
 
 
+def test_a_resumed_run_is_predicted_with_its_own_micro_batches(cohort, tmp_path, capsys):
+    """`auto` is what the run began with, not what would fit today."""
+    folder = tmp_path / "run"
+    words = ["tiny", f"--data.path={cohort}", f"--run.dir={folder}", *SHORT]
+    train.main([*words, "--optim.micro_tokens=256"])
+    capsys.readouterr()
+    check(cohort, folder)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("memory") and "up to 256 tokens" in line for line in lines)
+    assert any("as checkpoint 12 has them" in line for line in lines)
+
+
 @pytest.mark.parametrize(
     "more", [[], ["--objective.target_form=merged"], ["--model.recompute=full"]], ids=str
 )

@@ -16,7 +16,7 @@ from smbfast import objective, reference
 from smbfast.batch import PackedBatch, Timeline
 from smbfast.data.loader import make_batch, make_rows, make_step
 from smbfast.model.backbone import PatientEncoder
-from smbfast.model.target import TargetEncoder
+from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.optim import make_optimizer
 from smbfast.settings import ObjectiveSettings, OptimSettings
 from tests.strategies import UNITS, objectives, steps
@@ -225,7 +225,7 @@ def test_labels_begin_with_the_last_token_of_the_context(path):
 def trained(path: str, encoder: PatientEncoder, case: Case, tokens: int) -> list[list[float]]:
     """30 steps of both losses, as `smbfast.train` takes them; the losses of each."""
     form = ObjectiveSettings(min_future=4, cuts=2)
-    target = TargetEncoder(encoder, case.form, rank=1, every=4)
+    target = TargetEncoder(encoder, TargetForm(case.form, rank=1, every=4))
     optimizer = make_optimizer(encoder, OptimSettings())
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:

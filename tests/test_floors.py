@@ -13,11 +13,16 @@ FLOORS = [
     {"config", "files", "batch", "runtime", "configs", "templates"},
     {"settings"},
     {"data", "model", "runlog", "figures"},  # siblings: none imports another of them, but:
-    {"reference", "probing", "metrics"},
+    {"reference", "probing"},
     {"diagnostics", "objective", "optim", "sample"},
-    {"checkpoint", "console", "startup"},
+    {"checkpoint", "step"},
+    {"startup"},
     {"simulate", "prepare", "embed", "probe", "report"},
-    {"evaluation", "runfolder"},
+    {"runfolder"},
+    {"open_run"},
+    {"console"},
+    {"metrics"},
+    {"evaluation"},
     {"train", "check"},
 ]
 SIBLINGS = {("figures", "runlog"), ("optim", "sample")}
@@ -109,6 +114,22 @@ def test_no_module_s_namespace_is_written():
             assert not (isinstance(node, ast.Attribute) and node.attr == "__dict__"), file
             if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
                 assert "vars(" not in ast.unparse(node.value), file
+
+
+def test_the_training_loop_can_be_read_at_once():
+    """At most 120 lines and 30 names; ruff holds its branches."""
+    tree = ast.parse((ROOT / "smbfast" / "train.py").read_text())
+    [loop] = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train"]
+    assert loop.end_lineno - loop.lineno + 1 <= 120
+    stored = [n for n in ast.walk(loop) if isinstance(n, ast.Name)]
+    assert len({n.id for n in stored if isinstance(n.ctx, ast.Store)}) <= 30
+
+
+def test_a_step_is_written_once():
+    """Training, its preflight, the self-check and the benchmarks call `smbfast.step`."""
+    texts = [f.read_text() for d in ("smbfast", "bench") for f in (ROOT / d).rglob("*.py")]
+    assert sum(text.count("clip_grad_norm_") for text in texts) == 1
+    assert sum(text.count("autograd.backward(") for text in texts) <= 2  # and traced memory
 
 
 def test_no_file_is_too_long_to_read():

@@ -4,6 +4,7 @@ Each count equals its closed form, and the closed forms stay under the ceilings 
 forward has to reach, against three forwards without padding.
 """
 
+from dataclasses import replace
 from functools import cache
 from unittest import mock
 
@@ -27,11 +28,11 @@ from smbfast.model.flops import (
     step_flops,
     target_flops,
 )
-from smbfast.model.target import TargetEncoder
+from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.settings import LoraSettings
 
 N = 4096
-TRACKED = (4, 4)
+TRACKED = TargetForm("tracked", rank=4, every=4)
 ALL = LoraSettings().targets
 LONG = (0.5, 0.75)  # shares of context
 EIGHT = [int(share * N) for share in np.linspace(0.3, 0.875, 8)]
@@ -87,7 +88,7 @@ def counted(path, encoder, batch, form, *, sft=1.0, jepa=1.0) -> dict[str, int]:
     backends = {"timeline_attention": "sdpa", "lora_linear": "fused"}
     backends["linear_cross_entropy"] = "chunked"
     with mock.patch.object(Merged, "update"):  # has no values to move here
-        target = TargetEncoder(encoder, form, rank=TRACKED[0], every=TRACKED[1])
+        target = TargetEncoder(encoder, replace(TRACKED, name=form))
     with use(**backends), FlopCounterMode(display=False) as counter:
         scales = {"sft_scale": sft, "jepa_scale": jepa}
         losses = path.losses(encoder, target, batch.to("meta"), normalize=True, **scales)

@@ -14,7 +14,7 @@ from peft import get_peft_model
 from smbfast.model import memory
 from smbfast.model.backbone import PatientEncoder, lora_config
 from smbfast.model.memory import Memory, choose_micro_tokens, full_batch, predict_peak
-from smbfast.model.target import TargetEncoder
+from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.objective import losses
 from smbfast.settings import LoraSettings, ObjectiveSettings
 from tests.tiny import tiny_encoder, tiny_lm
@@ -49,7 +49,7 @@ def objective(recompute: str):
 def predicted(kind: str, recompute: str, device: str = "cpu", width: int = 512) -> Memory:
     encoder = encoder_of(kind, width, 6, 8192).to(device)
     batch = full_batch(TOKENS, WINDOW, FORM, sft=True, jepa=True)
-    return predict_peak(encoder, batch, objective(recompute), target=("auto", 4, 4))
+    return predict_peak(encoder, batch, objective(recompute), target=TargetForm())
 
 
 def train(kind: str, recompute: str, width: int, layers: int, tokens: int, device="cpu") -> None:
@@ -109,7 +109,7 @@ def test_parts_of_a_prediction_are_what_they_are_made_of():
     encoder = tiny_encoder()
     size = sum(p.numel() * 4 for p in encoder.parameters())
     batch = full_batch(512, 128, FORM, sft=True, jepa=True)
-    found = predict_peak(encoder, batch, objective("none"), target=("merged", 4, 4))
+    found = predict_peak(encoder, batch, objective("none"), target=TargetForm("merged"))
     rounding = 512 * len(list(encoder.parameters()))
     assert size <= found.gradients <= size + rounding
     assert found.moments == 2 * found.gradients
@@ -121,7 +121,7 @@ def test_parts_of_a_prediction_are_what_they_are_made_of():
     kept = 2 * config.hidden_size + 2 * config.intermediate_size
     assert found.activations >= 4 * 512 * kept * config.num_hidden_layers
     first = predict_peak(
-        encoder, batch, objective("none"), target=("merged", 4, 4), accumulates=False
+        encoder, batch, objective("none"), target=TargetForm("merged"), accumulates=False
     )
     assert first.total < found.total
 
@@ -130,7 +130,7 @@ def test_nothing_of_the_encoder_is_touched():
     encoder = tiny_encoder(lora=True)
     before = {n: p.detach().clone() for n, p in encoder.named_parameters()}
     batch = full_batch(256, 128, FORM, sft=True, jepa=True)
-    predict_peak(encoder, batch, objective("full"), target=("tracked", 4, 4))
+    predict_peak(encoder, batch, objective("full"), target=TargetForm("tracked"))
     for name, parameter in encoder.named_parameters():
         assert type(parameter) is torch.nn.Parameter and parameter.grad is None, name
         assert torch.equal(parameter, before[name]), name
@@ -163,7 +163,7 @@ def test_recomputing_and_smaller_rows_need_less():
             encoder,
             full_batch(tokens, 128, FORM, sft=True, jepa=True),
             objective(how),
-            target=("tracked", 4, 4),
+            target=TargetForm("tracked"),
         ).activations
         for tokens in (512, 1024)
         for how in ("none", "mlp", "full")

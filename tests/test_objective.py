@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from smbfast.data.loader import Step, make_batch
-from smbfast.model.target import TargetEncoder
+from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.reference import branch_rows, jepa_sum, measure, online_hidden, sft_sum, trunk_rows
 from smbfast.settings import ObjectiveSettings
 from tests.tiny import DELIMITERS, random_window, tiny_encoder
@@ -25,7 +25,7 @@ def batch_of(windows=WINDOWS, objective=OBJECTIVE, step=0):
 
 def perturbed_target(encoder, form="auto"):
     """A target that has moved away from the online encoder."""
-    target = TargetEncoder(encoder, form)
+    target = TargetEncoder(encoder, TargetForm(form))
     for name, weight in target.state().items():
         if not name.startswith("tracked."):
             weight.add_(0.05 * torch.randn_like(weight))
@@ -179,7 +179,7 @@ def test_the_unmasked_future_of_the_trunk_never_enters_the_online_side():
 @pytest.mark.parametrize(("lora", "form"), FORMS)
 def test_target_gets_no_gradient_and_starts_as_the_online_encoder(lora, form):
     encoder, batch = tiny_encoder(lora=lora), batch_of()
-    target = TargetEncoder(encoder, form)
+    target = TargetEncoder(encoder, TargetForm(form))
     ids = batch.ids_T[trunk_rows(batch)[0]][None]
     hidden = target.hidden(ids)
     assert not hidden.requires_grad
@@ -193,7 +193,7 @@ def test_target_gets_no_gradient_and_starts_as_the_online_encoder(lora, form):
 def test_target_is_the_exact_average_of_effective_weights(lora, form):
     """Against an fp64 average of the merged weights over real updates."""
     encoder = tiny_encoder(lora=lora)
-    target = TargetEncoder(encoder, form)
+    target = TargetEncoder(encoder, TargetForm(form))
 
     def effective():
         if not lora:
@@ -234,7 +234,7 @@ def test_the_target_covers_every_trained_weight_of_the_trunk():
     linears = {f"{n}.base_layer.weight" for n in lora.lora_layers()}
     assert len(linears) == 2 * 7
     for form in ("merged", "tracked"):
-        assert set(TargetEncoder(lora, form).exact()) == linears | {"token_rows"}
+        assert set(TargetEncoder(lora, TargetForm(form)).exact()) == linears | {"token_rows"}
 
 
 def test_after_updates_the_target_is_the_model_of_the_averaged_weights():
@@ -257,7 +257,7 @@ def test_after_updates_the_target_is_the_model_of_the_averaged_weights():
 
 def test_head_predictor_and_mask_vector_have_no_average():
     for lora, form in FORMS:
-        names = TargetEncoder(tiny_encoder(lora=lora), form).state()
+        names = TargetEncoder(tiny_encoder(lora=lora), TargetForm(form)).state()
         assert not any("lm_head" in n or "predictor" in n or "mask_vector" in n for n in names)
 
 

@@ -3,6 +3,7 @@
 import copy
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -27,9 +28,10 @@ from smbfast import objective
 from smbfast.batch import PackedBatch, pack_segments
 from smbfast.data.loader import make_batch
 from smbfast.model.backbone import PatientEncoder
-from smbfast.model.target import TargetEncoder
+from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.optim import make_optimizer
 from smbfast.settings import ObjectiveSettings, OptimSettings
+from smbfast.step import LossScales, Updater, forward_backward
 from tests.tiny import VOCABULARY, random_window
 from tests.two_paths import CASES, FP64, assert_same, exact_norms, make_encoder, moved_target, run
 
@@ -90,18 +92,12 @@ class NoWait(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def micro_step(encoder, target, optimizer, batch) -> Tensor:
-    """What `smbfast.train` does between two lines of the log."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    parts = objective.losses(encoder, target, batch, sft_scale=0.1, jepa_scale=0.1, normalize=True)
-    torch.autograd.backward(list(parts))
-    total = sum(part.detach() for part in parts)
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    target.update(0.9)
-    return total
+def micro_step(updater, encoder, target, batch) -> Tensor:
+    """A step of one micro-batch, as training takes it; the sum of its losses."""
+    losses = partial(objective.losses, normalize=True)
+    summed = forward_backward(losses, encoder, target, [batch], LossScales(0.1, 0.1))
+    updater.step(1e-3, target, 0.9)
+    return summed.sft + summed.jepa
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -111,9 +107,9 @@ def test_nothing_waits_for_the_device(case, monkeypatch):
         module = sys.modules[f"smbkernels.{name}"]  # on a CPU alone they read a scalar, for nothing
         monkeypatch.setattr(module, "_scaled", lambda grad, grad_loss: grad * grad_loss)
     encoder, batch = make_encoder(lora=case.lora, tie=case.tie), batch_of()
-    target = TargetEncoder(encoder, case.form, rank=1, every=4)
-    optimizer = make_optimizer(encoder, OptimSettings())
-    micro_step(encoder, target, optimizer, batch)  # makes moments and tables
+    target = TargetEncoder(encoder, TargetForm(case.form, rank=1, every=4))
+    updater = Updater(make_optimizer(encoder, OptimSettings()), clip=1.0)
+    micro_step(updater, encoder, target, batch)  # makes moments and tables
     tables = {batch.segments.host_S6.data_ptr(), batch.target_segments.host_S6.data_ptr()}
     for name in ("tolist", "numpy", "cpu"):
         real = getattr(Tensor, name)
@@ -124,7 +120,7 @@ def test_nothing_waits_for_the_device(case, monkeypatch):
 
         monkeypatch.setattr(Tensor, name, on_host)
     with NoWait():
-        total = micro_step(encoder, target, optimizer, batch)
+        total = micro_step(updater, encoder, target, batch)
         for act in (total.item, total.tolist, lambda: total[total > 0], lambda: bool(total)):
             with pytest.raises(AssertionError):
                 act()
@@ -135,7 +131,7 @@ def test_nothing_of_the_batch_is_read_on_the_host(case, monkeypatch):
     """Tensors without numbers: whatever reads one fails."""
     monkeypatch.setattr(averages, "ema_update_", lambda *_args, **_kwargs: None)
     encoder = make_encoder(lora=case.lora).to("meta")
-    target = TargetEncoder(encoder, case.form)
+    target = TargetEncoder(encoder, TargetForm(case.form))
     with use("torch", timeline_attention="sdpa"):
         parts = objective.losses(
             encoder, target, batch_of().to("meta"), sft_scale=1.0, jepa_scale=1.0, normalize=True

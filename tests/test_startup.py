@@ -7,7 +7,7 @@ import torch
 from smbkernels import use
 from smbkernels.registry import OPS
 
-import smbfast.model.decoder as packed
+import smbfast.model.decoder as decoder_module
 import smbfast.startup as startup
 import smbfast.train as entry
 from smbfast import objective
@@ -133,7 +133,7 @@ def test_a_wrong_kernel_is_refused(wrong, phase, monkeypatch):
     encoder = make_encoder()
     target = moved_target(encoder)
     name, spoil = WRONG[wrong]
-    spoiled(monkeypatch, packed, name, spoil)
+    spoiled(monkeypatch, decoder_module, name, spoil)
     if phase == "sft" and wrong == "a token less of each prefix":
         assert checked(encoder, target, phase)  # no branch, nothing wrong
         return
@@ -254,7 +254,7 @@ def test_a_run_checks_itself_before_each_phase(cohort, tmp_path):
 
 
 def test_a_run_on_a_wrong_kernel_takes_no_step(cohort, tmp_path, monkeypatch):
-    spoiled(monkeypatch, packed, "timeline_attention", WRONG["attention a little off"][1])
+    spoiled(monkeypatch, decoder_module, "timeline_attention", WRONG["attention a little off"][1])
     refused(lambda: short_run(cohort, tmp_path / "run"), "smbfast.train:", "self_check=false")
     log = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert '"step"' not in {json.loads(line)["kind"] for line in log.splitlines()}

@@ -7,7 +7,7 @@ from smbkernels.ema_update import join
 
 import smbfast.model.averages as averages
 from smbfast.model.averages import kept_rank
-from smbfast.model.target import TargetEncoder, target_bytes
+from smbfast.model.target import TargetEncoder, TargetForm, target_bytes
 from smbfast.settings import load
 from tests.tiny import DELIMITERS, tiny_encoder
 
@@ -35,7 +35,7 @@ def moved(encoder, seed=0, size=0.1):
 
 def low_rank(encoder, form="tracked", **more):
     """A target of so small a model does discard: rank 4 of at most 16."""
-    return TargetEncoder(encoder, form, rank=1, **more)
+    return TargetEncoder(encoder, TargetForm(form, rank=1, **more))
 
 
 def products(target):
@@ -51,7 +51,7 @@ def products(target):
 def test_tracked_forward_is_that_of_merged_weights(updates):
     """In fp64, W + U V by the adapter path against the same sum written out; token rows too."""
     encoder = tiny_encoder(lora=True).double()
-    target, merged = low_rank(encoder), TargetEncoder(encoder, "merged")
+    target, merged = low_rank(encoder), TargetEncoder(encoder, TargetForm("merged"))
     for step in range(updates):
         moved(encoder, step)
         target.update(0.7)
@@ -69,7 +69,7 @@ def test_a_forward_leaves_the_online_encoder_as_it_was(form):
     encoder = tiny_encoder(lora=True)
     before = encoder.hidden(IDS)
     trained = [n for n, p in encoder.named_parameters() if p.requires_grad]
-    target = TargetEncoder(encoder, form)
+    target = TargetEncoder(encoder, TargetForm(form))
     moved(encoder)
     online = encoder.hidden(IDS)
     assert not torch.equal(online, before)
@@ -81,7 +81,7 @@ def test_a_forward_leaves_the_online_encoder_as_it_was(form):
 @pytest.mark.parametrize("form", FORMS)
 def test_tau_of_zero_is_the_online_encoder_and_of_one_changes_nothing(form):
     encoder = tiny_encoder(lora=True)
-    target = TargetEncoder(encoder, form)
+    target = TargetEncoder(encoder, TargetForm(form))
     for step, tau in enumerate([0.9, 0.5, 1.0, 0.99, 1.0, 0.0]):  # a schedule
         before = target.exact()
         before = {n: w.clone() for n, w in before.items()}
@@ -97,13 +97,13 @@ def test_tau_of_zero_is_the_online_encoder_and_of_one_changes_nothing(form):
 def test_a_schedule_of_tau_is_averaged_exactly(form):
     """At full rank tracked is exact too; against fp64."""
     encoder = tiny_encoder(lora=True)
-    target = TargetEncoder(encoder, form)
-    exact = {n: w.double() for n, w in TargetEncoder(encoder, "merged").exact().items()}
+    target = TargetEncoder(encoder, TargetForm(form))
+    exact = {n: w.double() for n, w in TargetEncoder(encoder, TargetForm("merged")).exact().items()}
     for step in range(11):
         moved(encoder, step)
         tau = 0.8 + 0.02 * step
         target.update(tau)
-        online = TargetEncoder(encoder, "merged").exact()
+        online = TargetEncoder(encoder, TargetForm("merged")).exact()
         exact = {n: tau * w + (1 - tau) * online[n].double() for n, w in exact.items()}
     for name, weight in target.exact().items():
         assert (weight.double() - exact[name]).norm() < 1e-6 * exact[name].norm(), name
@@ -141,8 +141,8 @@ def test_an_adapter_that_rests_is_of_its_own_rank():
 
 def test_what_is_discarded_is_reported_and_bounds_the_error():
     encoder = tiny_encoder(lora=True)
-    targets = {rank: TargetEncoder(encoder, "tracked", rank=rank) for rank in (1, 2, 4)}
-    exact = TargetEncoder(encoder, "merged")
+    targets = {rank: TargetEncoder(encoder, TargetForm("tracked", rank=rank)) for rank in (1, 2, 4)}
+    exact = TargetEncoder(encoder, TargetForm("merged"))
     for step in range(21):
         moved(encoder, step, 0.02)
         for target in (*targets.values(), exact):
@@ -162,7 +162,7 @@ def test_what_is_discarded_is_reported_and_bounds_the_error():
 
 def test_distance_means_the_same_in_both_forms():
     encoder = tiny_encoder(lora=True)
-    pair = [TargetEncoder(encoder, form) for form in FORMS]
+    pair = [TargetEncoder(encoder, TargetForm(form)) for form in FORMS]
     for step in range(6):
         moved(encoder, step)
         found = []
@@ -211,7 +211,10 @@ def test_merged_halves_of_a_bf16_backbone_are_an_fp32_average():
     with torch.no_grad():
         for mine, theirs in zip(wide.lm.parameters(), encoder.lm.parameters(), strict=True):
             mine.copy_(theirs)
-    target, full = TargetEncoder(encoder, "merged"), TargetEncoder(wide, "merged")
+    target, full = (
+        TargetEncoder(encoder, TargetForm("merged")),
+        TargetEncoder(wide, TargetForm("merged")),
+    )
     for step in range(20):
         moved(encoder, step, 0.01)
         moved(wide, step, 0.01)
@@ -262,7 +265,7 @@ def test_tracked_factors_stay_fp32_beside_a_bf16_backbone():
 @pytest.mark.parametrize(("lora", "form", "calls"), [(False, "merged", 1), (True, "merged", 2)])
 def test_one_call_moves_all_matrices(lora, form, calls, monkeypatch):
     """And one the token rows, which have no adapter."""
-    target = TargetEncoder(tiny_encoder(lora=lora), form)
+    target = TargetEncoder(tiny_encoder(lora=lora), TargetForm(form))
     seen = []
     real = averages.ema_update_
     monkeypatch.setattr(
@@ -275,7 +278,7 @@ def test_one_call_moves_all_matrices(lora, form, calls, monkeypatch):
 @pytest.mark.parametrize("form", ["merged", "tracked"])
 def test_a_parameter_that_was_given_another_tensor_is_followed(form):
     encoder = tiny_encoder(lora=True)
-    target = TargetEncoder(encoder, form)
+    target = TargetEncoder(encoder, TargetForm(form))
     with torch.no_grad():
         for layer in encoder.lora_layers().values():
             b = layer.lora_B["default"].weight
@@ -288,7 +291,7 @@ def test_a_parameter_that_was_given_another_tensor_is_followed(form):
 
 def test_a_state_of_the_other_form_is_refused_and_changes_nothing():
     encoder = tiny_encoder(lora=True)
-    merged, tracked = (TargetEncoder(encoder, form) for form in ("merged", "tracked"))
+    merged, tracked = (TargetEncoder(encoder, TargetForm(form)) for form in ("merged", "tracked"))
     for one, other in ((merged, tracked), (tracked, merged)):
         before = {n: w.clone() for n, w in one.state().items()}
         with pytest.raises(ValueError):
@@ -306,15 +309,15 @@ def test_the_form_is_chosen_by_what_is_trained_and_what_it_costs(monkeypatch):
     monkeypatch.setattr("smbfast.model.target.NARROW", 100.0)
     assert TargetEncoder(tiny_encoder(lora=True)).form == "tracked"
     with pytest.raises(ValueError, match="needs LoRA"):
-        TargetEncoder(tiny_encoder(), "tracked")
+        TargetEncoder(tiny_encoder(), TargetForm("tracked"))
     with pytest.raises(ValueError, match=r"objective\.target_form"):
         load("tiny", ["--objective.target_form=tracked"])
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_state_of_another_model_is_refused(form):
-    target = TargetEncoder(tiny_encoder(lora=True), form)
-    other = TargetEncoder(tiny_encoder("llama", lora=True), form)
+    target = TargetEncoder(tiny_encoder(lora=True), TargetForm(form))
+    other = TargetEncoder(tiny_encoder("llama", lora=True), TargetForm(form))
     state = target.state()
     assert list(other.state()) == list(state)  # the same names and shapes: it loads
     other.load(state)
@@ -332,10 +335,10 @@ def test_a_state_of_another_model_is_refused(form):
 def test_memory_is_foretold():
     encoder = tiny_encoder(lora=True)
     for form in FORMS:
-        target = TargetEncoder(encoder, form)
+        target = TargetEncoder(encoder, TargetForm(form))
         factors = [w for part in target.parts for w in (part.weights().values())]
         expected = sum(w.numel() * w.element_size() for w in factors)
-        assert target_bytes(encoder, form, rank=4, every=4) == expected
+        assert target_bytes(encoder, TargetForm(form)) == expected
     assert kept_rank(64, 64, 4, 4) == 16 and kept_rank(8, 64, 4, 4) == 8
     assert kept_rank(8, 64, 16, 1) == 16  # an adapter wider than its matrix still fits
     assert encoder.trained_rows()[0] == DELIMITERS

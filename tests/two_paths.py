@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from smbfast import objective, reference
 from smbfast.batch import PackedBatch
 from smbfast.model.backbone import PatientEncoder, lora_config
-from smbfast.model.target import Form, TargetEncoder
+from smbfast.model.target import Form, TargetEncoder, TargetForm
 from smbfast.settings import LoraSettings
 from tests.tiny import DELIMITERS, tiny_lm
 
@@ -84,7 +84,7 @@ def move(encoder: PatientEncoder, seed: int, size: float = 0.05, only=("",)) -> 
 
 def moved_target(encoder: PatientEncoder, form: Form = "auto", updates: int = 5) -> TargetEncoder:
     """One that stays behind an encoder that moves; a tracked one discards at the 2nd and 4th."""
-    target = TargetEncoder(encoder, form, rank=1, every=2)
+    target = TargetEncoder(encoder, TargetForm(form, rank=1, every=2))
     for step in range(updates):
         move(encoder, step + 1)
         target.update(0.7)

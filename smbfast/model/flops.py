@@ -17,8 +17,8 @@ from smbkernels.timeline_attention import attention_flops
 from torch import nn
 
 from smbfast.batch import PackedBatch
-from smbfast.model.averages import kept_rank
 from smbfast.model.backbone import PatientEncoder
+from smbfast.model.target import TargetForm
 
 READS_EMBEDDING = ("q_proj", "k_proj", "v_proj")  # of the first layer
 
@@ -70,12 +70,11 @@ class ModelShape:
     rows_trained: bool  # the gradient of every input embedding is needed, masked or not
 
     @classmethod
-    def of(cls, encoder: PatientEncoder, *, tracked: tuple[int, int] | None = None) -> "ModelShape":
+    def of(cls, encoder: PatientEncoder, *, tracked: TargetForm | None = None) -> "ModelShape":
         """The shape of an encoder, on any device.
 
         Args:
-            tracked: rank (as times the adapter's) and `every` of a tracked target; None: merged,
-                whose linears hold their adapters.
+            tracked: form of a tracked target; None: merged, whose linears hold their adapters.
         """
         config, adapted = encoder.base.config, encoder.lora_layers()
         inside = tuple(f"{name}." for name in adapted)  # adapters are linears themselves
@@ -85,9 +84,7 @@ class ModelShape:
                 continue
             n, k = module.out_features, module.in_features
             rank = adapted[name].r["default"] if name in adapted else 0
-            columns = 0
-            if rank and tracked:
-                columns = kept_rank(n, k, rank, tracked[0]) + tracked[1] * rank
+            columns = tracked.columns(n, k, rank) if rank and tracked else 0
             first = name.startswith("layers.0.") and name.endswith(READS_EMBEDDING)
             linears.append(Linear(n, k, rank, columns, first))
         head_VD, token_R, _ = encoder.head

@@ -4,8 +4,8 @@ Each call looks at its tensors: Liger returns the dtype it is given, where trans
 mixed dtypes, fp64, and tensors that are not on a GPU go through transformers' own code, and so does
 everything under `use("torch")`.
 
-A graph through Liger is good for one backward: SwiGLU's writes gradients over what it stored, RoPE's
-and the norms' over the gradient that comes in, and RoPE rotates in place.
+A graph through Liger is good for one backward: SwiGLU writes gradients over what it stored, RoPE
+and the norms over the gradient that comes in, and RoPE rotates in place.
 
 Legend: T tokens, H heads, G key and value heads, C head dim, F width of the MLP.
 """

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from smbfast.batch import PackedBatch, add_losses, pack_segments
 from smbfast.model.backbone import PatientEncoder
-from smbfast.model.target import Form, TargetEncoder
+from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.settings import ObjectiveSettings
 
 BLOCK = 512  # bytes
@@ -70,14 +70,14 @@ def predict_peak(
     batch: PackedBatch,
     run: Run,
     *,
-    target: tuple[Form, int, int] | None = None,
+    target: TargetForm | None = None,
     accumulates: bool = True,
 ) -> Memory:
     """The peak of a step whose heaviest micro-batch is `batch`; the optimizer has its moments.
 
     Args:
         run: (encoder, target, batch) -> losses, None where there is nothing to predict.
-        target: form, rank and `every` of the target encoder that is held; None: none is.
+        target: form of the target encoder that is held; None: none is.
         accumulates: gradients of an earlier micro-batch are there already.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # tables of segments stay on the CPU
@@ -88,7 +88,7 @@ def predict_peak(
         held = None
         if target is not None:
             with use(ema_update_="torch"):
-                held = TargetEncoder(encoder, target[0], rank=target[1], every=target[2])
+                held = TargetEncoder(encoder, target)
         live = _Live()
         weights = live.hold([*encoder.parameters(), *encoder.buffers()])
         averages = live.hold(held.state()) if held else 0

@@ -11,6 +11,7 @@ Legend: B rows, T positions (of a padded row, or tokens of a pack), D width, R t
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -21,31 +22,71 @@ from torch.func import functional_call
 
 from smbfast.model.averages import Merged, Source, Tracked, kept_rank, refuse_others
 from smbfast.model.backbone import PatientEncoder, decode
+from smbfast.settings import ObjectiveSettings
 
 Form = Literal["auto", "merged", "tracked"]
 ROWS = "token_rows"
 NARROW = 0.2  # products that tracked columns add, as a share of those they are added to
 
 
-class TargetEncoder:
-    """Averages under the trunk, and the forward that reads them."""
+@dataclass(frozen=True)
+class TargetForm:
+    """How a target averages adapted linears."""
 
-    @torch.no_grad()
-    def __init__(
-        self, encoder: PatientEncoder, form: Form = "auto", *, rank: int = 4, every: int = 4
-    ) -> None:
-        """A target that equals the online encoder.
+    name: Form = "auto"
+    rank: int = 4  # of a tracked target, as a multiple of the adapter's
+    every: int = 4  # updates between the truncations of a tracked target
 
-        Args:
-            form: of adapted linears; auto: see `form_of`.
-            rank: of a tracked target, as a multiple of the adapter's.
-            every: updates between its truncations.
+    @classmethod
+    def of(cls, objective: ObjectiveSettings) -> "TargetForm":
+        """As the settings have it."""
+        return cls(objective.target_form, objective.tracked_rank, objective.tracked_every)
+
+    def resolved(self, encoder: PatientEncoder) -> "TargetForm":
+        """What `auto` is for this encoder: tracked with LoRA, merged for a narrow model in fp32.
+
+        A tracked target adds its columns to the products with every adapted [N, K]: 5 % at
+        Qwen3-8B, 40 % at width 512. Where that is more than `NARROW` and weights are fp32, so that
+        a merged average is exact in the forward too, a second copy costs less (our choice).
 
         Raises:
             ValueError: tracked without LoRA.
         """
+        if self.name == "tracked" and not encoder.is_lora:
+            raise ValueError("a tracked target needs LoRA: a weight trained whole is merged")
+        if self.name != "auto":
+            return self
+        return replace(self, name="merged" if self._merges(encoder) else "tracked")
+
+    def columns(self, n: int, k: int, r: int) -> int:
+        """Columns that a tracked average of an adapter [n, r] [r, k] holds."""
+        return kept_rank(n, k, r, self.rank) + self.every * r
+
+    def _merges(self, encoder: PatientEncoder) -> bool:
+        adapted = [s for s in _sources(encoder) if s.b is not None]
+        if adapted and not all(s.weight.element_size() >= 4 for s in adapted):
+            return False
+        shapes = [(*s.weight.shape, s.b.shape[1]) for s in adapted]
+        added = sum(self.columns(n, k, r) * (n + k) for n, k, r in shapes)
+        return added >= NARROW * sum(n * k for n, k, _ in shapes)
+
+
+class TargetEncoder:
+    """Averages under the trunk, and the forward that reads them."""
+
+    @torch.no_grad()
+    def __init__(self, encoder: PatientEncoder, form: TargetForm | None = None) -> None:
+        """A target that equals the online encoder.
+
+        Args:
+            form: None is `TargetForm()`, which is resolved for this encoder.
+
+        Raises:
+            ValueError: tracked without LoRA.
+        """
+        form = (form or TargetForm()).resolved(encoder)
         self.encoder = encoder
-        self.form = form_of(encoder, form, rank=rank, every=every)
+        self.form = form.name
         self.updates = 0
         self.parts: list[Merged | Tracked] = []
         by_kind: dict[tuple, list[Source]] = {}
@@ -54,7 +95,9 @@ class TargetEncoder:
             kind = (tracked, source.b is not None, None if tracked else source.weight.dtype)
             by_kind.setdefault(kind, []).append(source)
         for (tracked, *_), sources in by_kind.items():
-            self.parts.append(Tracked(sources, rank, every) if tracked else Merged(sources))
+            self.parts.append(
+                Tracked(sources, form.rank, form.every) if tracked else Merged(sources)
+            )
 
     @classmethod
     def of_state(cls, encoder: PatientEncoder, state: dict[str, Tensor]) -> "TargetEncoder":
@@ -65,9 +108,9 @@ class TargetEncoder:
         """
         settings = state.get("tracked.settings")
         if settings is None:
-            target = cls(encoder, "merged")
+            target = cls(encoder, TargetForm("merged"))
         else:
-            target = cls(encoder, "tracked", rank=int(settings[0]), every=int(settings[1]))
+            target = cls(encoder, TargetForm("tracked", int(settings[0]), int(settings[1])))
         target.load(state)
         return target
 
@@ -173,42 +216,17 @@ class _Decoder(torch.nn.Module):
         return self.run(embedded)
 
 
-def target_bytes(encoder: PatientEncoder, form: Form, *, rank: int, every: int) -> int:
+def target_bytes(encoder: PatientEncoder, form: TargetForm) -> int:
     """Memory of the averages that such a target would hold."""
-    total, form = 0, form_of(encoder, form, rank=rank, every=every)
+    total, tracked = 0, form.resolved(encoder).name == "tracked"
     for source in _sources(encoder):
         weight = source.weight
-        if source.b is not None and form == "tracked":
+        if source.b is not None and tracked:
             (n, r), k = source.b.shape, source.a.shape[1]
-            total += 4 * (n + k) * (kept_rank(n, k, r, rank) + every * r)
+            total += 4 * (n + k) * form.columns(n, k, r)
         else:
             total += max(4, weight.element_size()) * weight.numel()
     return total
-
-
-def form_of(
-    encoder: PatientEncoder, form: Form, *, rank: int, every: int
-) -> Literal["merged", "tracked"]:
-    """What `auto` is: tracked with LoRA, but merged for a narrow model at full width.
-
-    A tracked target adds its columns to the products with every adapted [N, K]: 5 % at Qwen3-8B,
-    40 % at width 512. Where that is more than `NARROW` and weights are fp32, so that a merged
-    average is exact in the forward too, a second copy costs less (our choice).
-
-    Raises:
-        ValueError: tracked without LoRA.
-    """
-    if form == "tracked" and not encoder.is_lora:
-        raise ValueError("a tracked target needs LoRA: a weight trained whole is merged")
-    if form != "auto":
-        return form
-    adapted = [s for s in _sources(encoder) if s.b is not None]
-    if not adapted or all(s.weight.element_size() >= 4 for s in adapted):
-        shapes = [(*s.weight.shape, s.b.shape[1]) for s in adapted]
-        added = sum((kept_rank(n, k, r, rank) + every * r) * (n + k) for n, k, r in shapes)
-        if added >= NARROW * sum(n * k for n, k, _ in shapes):
-            return "merged"
-    return "tracked"
 
 
 def _sources(encoder: PatientEncoder) -> list[Source]:

@@ -1,0 +1,225 @@
+"""What a run is opened with: data, windows, model, optimizer, checkpoint, micro-batch.
+
+Training and its preflight open a run by the same call, so that what the second predicts is what
+the first does, of a new run and of one that goes on.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from smbkernels import load as load_kernels
+
+from smbfast import checkpoint
+from smbfast.data.labels import Labels
+from smbfast.data.loader import Step, WindowSet, make_step
+from smbfast.data.prepared import Prepared
+from smbfast.model.backbone import PatientEncoder, make_encoder, parameter_counts
+from smbfast.model.flops import ModelShape
+from smbfast.model.target import TargetEncoder, TargetForm
+from smbfast.optim import make_optimizer, place, total_steps
+from smbfast.runfolder import check_windows, prepared_data, read_tasks, write_status
+from smbfast.runtime import GIB, choose_device, held_memory
+from smbfast.settings import DataSettings, TrainSettings
+from smbfast.startup import micro_tokens
+
+Report = Callable[[str, str], None]  # name of a part of the run, and what is to be said of it
+
+
+@dataclass
+class Progress:
+    """How far a run is: what a checkpoint records beside its tensors."""
+
+    step: int = 0  # steps done
+    metrics_offset: int = 0  # bytes of metrics.jsonl that belong to them
+    best: dict[str, dict] = field(default_factory=dict)  # by phase: loss and step
+    seconds: float = 0.0  # spent training
+    micro_tokens: int | None = None  # tokens of a micro-batch, as the run began with
+
+    @classmethod
+    def of(cls, record: dict) -> "Progress":
+        """From a checkpoint's record; what an older one lacks has its default."""
+        return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
+
+
+@dataclass
+class OpenRun:
+    """A run that is ready for its next step."""
+
+    settings: TrainSettings
+    device: torch.device
+    data: DataSettings  # with the path of the simulated cohort filled in
+    prepared: Prepared
+    windows: WindowSet
+    tuning: WindowSet
+    tasks: list[tuple[Path, Labels]]  # probed at the end; read before, so that a typo costs nothing
+    encoder: PatientEncoder
+    optimizer: torch.optim.Optimizer
+    target: TargetEncoder | None  # of the checkpoint, if it has one; see `take_target`
+    progress: Progress
+    micro_tokens: int  # online tokens of a micro-batch
+    predicted_peak: int  # bytes; 0: not predicted
+    bytes_before: int  # held by the process before there was a model
+    began: float  # time.monotonic() when it was opened
+
+    @classmethod
+    def open(
+        cls, settings: TrainSettings, *, set_aside: bool = True, report: Report | None = None
+    ) -> "OpenRun":
+        """Prepare the data, make the model, and go on from the newest checkpoint if there is one.
+
+        Args:
+            set_aside: move damaged checkpoints aside; otherwise they are only passed over.
+            report: called after each part.
+
+        Raises:
+            ValueError: bad data, a model that does not load, a checkpoint of another model.
+        """
+        began, folder, device = (
+            time.monotonic(),
+            settings.folder,
+            choose_device(settings.run.device),
+        )
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        report = report or (lambda _name, _text: None)
+        if settings.run.threads:
+            torch.set_num_threads(settings.run.threads)
+        data, prepared = prepared_data(settings, folder)
+        windows, tuning = (
+            WindowSet.of(prepared.shards(split), data.window, prepared.encoder.begin)
+            for split in ("train", "tuning")
+        )
+        check_windows(windows, tuning, data.path)
+        tasks = read_tasks(settings, data)
+        report(
+            "data",
+            f"{len(windows):,} windows, {windows.tokens:,} tokens, {len(tasks)} tasks to probe",
+        )
+        bytes_before = held_memory(device)
+        encoder = make_encoder(settings, prepared.tokenizer, device, prepared.record["new_tokens"])
+        optimizer = make_optimizer(encoder, settings.optim)
+        target, progress = None, Progress()
+        if newest := checkpoint.latest(folder, set_aside=set_aside):
+            target = checkpoint.load(newest, encoder, optimizer)
+            progress = Progress.of(newest.record)
+        report("model", _model_text(encoder, len(prepared.tokenizer), progress.step))
+        report("kernels", "; ".join(load_kernels(device.type)))
+        tokens, peak = micro_tokens(settings, encoder, progress.micro_tokens)
+        report(
+            "memory",
+            f"up to {tokens:,} tokens a forward, {peak / GIB:.2f} GiB at the peak predicted",
+        )
+        return cls(
+            settings=settings,
+            device=device,
+            data=data,
+            prepared=prepared,
+            windows=windows,
+            tuning=tuning,
+            tasks=tasks,
+            encoder=encoder,
+            optimizer=optimizer,
+            target=target,
+            progress=progress,
+            micro_tokens=tokens,
+            predicted_peak=peak,
+            bytes_before=bytes_before,
+            began=began,
+        )
+
+    def take_target(self) -> TargetEncoder | None:
+        """The checkpoint's target encoder, for the caller alone: freed when it lets go of it."""
+        target, self.target = self.target, None
+        return target
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.settings.folder
+
+    @cached_property
+    def target_form(self) -> TargetForm:
+        """The form of its target encoder: merged or tracked."""
+        return TargetForm.of(self.settings.objective).resolved(self.encoder)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """What the FLOPs of a step follow from."""
+        form = self.target_form
+        return ModelShape.of(self.encoder, tracked=form if form.name == "tracked" else None)
+
+    def make_step(self, index: int) -> Step:
+        """The micro-batches of optimizer step `index` (from 0, over all phases)."""
+        phase = place(self.settings, index).phase
+        return make_step(
+            self.windows,
+            self.settings.objective,
+            index,
+            batch=self.settings.optim.batch,
+            tokens=self.micro_tokens,
+            seed=self.settings.run.seed,
+            sft=phase.w_sft > 0,
+            jepa=phase.w_jepa > 0,
+            ratio=self.shape.attention_ratio,
+        )
+
+    def steps_to_do(self) -> Iterator[Callable[[], Step]]:
+        """What makes each step that is left, in order."""
+        for index in range(self.progress.step, total_steps(self.settings)):
+            yield partial(self.make_step, index)
+
+    def seconds(self) -> float:
+        """Spent on this run, by earlier processes and by this one."""
+        return self.progress.seconds + time.monotonic() - self.began
+
+    def save(self, target: TargetEncoder | None, step: int, offset: int, command: str) -> None:
+        """Write a checkpoint after step `step`, with `offset` bytes of metrics.jsonl."""
+        record = {
+            "metrics_offset": offset,
+            "best": self.progress.best,
+            "micro_tokens": self.micro_tokens,
+            "seconds": self.seconds(),
+        }
+        keep = self.settings.run.keep
+        checkpoint.save(self.folder, step, self.encoder, target, self.optimizer, record, keep)
+        self.progress.step = step
+        write_status(self.folder, "running", step, command)
+
+    def save_model(self, folder: Path, target: TargetEncoder | None, step: int) -> None:
+        """Write the model after step `step` as transformers and PEFT load it."""
+        record, tokenizer = _model_record(self, step), self.prepared.tokenizer
+        checkpoint.save_final(folder, self.encoder, target, tokenizer, record)
+
+
+def _model_record(run: OpenRun, step: int) -> dict:
+    """What loading the model needs to know beside its tensors."""
+    settings, prepared = run.settings, run.prepared
+    return {
+        "trains": settings.trains,
+        "backbone": _lasting(settings.model.path),
+        "dtype": str(next(run.encoder.trunk.parameters()).dtype).removeprefix("torch."),
+        "vocabulary": len(prepared.tokenizer),
+        "predictor_layers": settings.objective.predictor_layers,
+        "window": run.data.window,
+        "pool": settings.probe.pool,
+        "delimiters": prepared.record["delimiters"],
+        "format": prepared.record["format"],
+        "encoder": prepared.record["encoder"],
+        "section_rules": prepared.record["section_rules"],
+        "options": prepared.options,
+        "step": step,
+    }
+
+
+def _lasting(path: str | None) -> str | None:
+    """A local folder by its absolute path, so that it is found from anywhere."""
+    return str(Path(path).resolve()) if path and Path(path).is_dir() else path
+
+
+def _model_text(encoder: PatientEncoder, num_ids: int, step: int) -> str:
+    trained, parameters = parameter_counts(encoder)
+    text = f"{trained:,} of {parameters:,} parameters trained, {num_ids:,} ids"
+    return f"{text}, as checkpoint {step} has them" if step else text
