@@ -9,7 +9,7 @@ import torch
 from smbkernels.masked_jepa_mse import normalized_target
 from torch import Tensor
 
-from smbfast.reference import JepaStates
+from smbfast.model.target import JepaStates
 
 RANK_ROWS = 4096  # rows that a rank is computed from: our choice
 

@@ -18,10 +18,9 @@ from smbfast.embed import embed_nodes, packed_of, write_embeddings
 from smbfast.files import write_text
 from smbfast.metrics import MetricsLog
 from smbfast.model.backbone import PatientEncoder, make_encoder
-from smbfast.model.target import TargetEncoder
+from smbfast.model.target import JepaStates, TargetEncoder
 from smbfast.open_run import OpenRun
 from smbfast.probe import ProbeConfig, run_probe
-from smbfast.reference import JepaStates
 from smbfast.runtime import few
 from smbfast.sample import sample_of
 from smbfast.settings import PhaseSettings, TrainSettings

@@ -11,14 +11,14 @@ positions.
 
 from collections.abc import Callable
 
+import torch
 from smbkernels import linear_cross_entropy, masked_jepa_mse
 from torch import Tensor
 
 from smbfast.batch import PackedBatch
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.decoder import Recompute
-from smbfast.model.target import TargetEncoder
-from smbfast.reference import JepaStates, predict, states_of
+from smbfast.model.target import JepaStates, TargetEncoder
 
 Losses = Callable[..., tuple[Tensor | None, Tensor | None]]  # `losses`, here or of the reference
 
@@ -78,8 +78,27 @@ def measure(
     sft = _sft(encoder, hidden_TD, batch, 1.0)
     if target is None or not batch.masked:
         return sft, None
-    online_MD = hidden_TD.index_select(0, batch.masked_M)
-    return sft, states_of(encoder, online_MD, _target(target, batch), batch)
+    online_MD, target_UD = hidden_TD.index_select(0, batch.masked_M), _target(target, batch)
+    return sft, JepaStates(
+        prediction_MD=predict(encoder, online_MD),
+        online_MD=online_MD,
+        target_MD=target_UD[batch.target_M],
+        previous_MD=target_UD[_last_visible(batch)],
+    )
+
+
+def predict(encoder: PatientEncoder, online_MD: Tensor) -> Tensor:
+    """g; the predictor of an encoder in bf16 is fp32: predictions are compared at full width."""
+    return encoder.predictor(online_MD.to(encoder.predictor[-1].weight.dtype))
+
+
+def _last_visible(batch: PackedBatch) -> Tensor:
+    """For each masked position, the row of U of the last token before it that is not masked."""
+    # the last token of the context, where nothing has been seen in the branch yet
+    none_T = torch.cat([torch.full_like(batch.ids_T[:n], p - 1) for _, n, _, p in batch.rows])
+    seen_T = batch.position_T.index_copy(0, batch.masked_M, none_T[batch.masked_M])
+    last_T = torch.cat([torch.cummax(seen_T[s : s + n], 0).values for s, n, _, _ in batch.rows])
+    return batch.target_M - (batch.position_T - last_T)[batch.masked_M]
 
 
 def _online(encoder: PatientEncoder, batch: PackedBatch, recompute: Recompute = "none") -> Tensor:

@@ -12,25 +12,14 @@ Legend: B rows, T positions (of a padded row, or of the pack), U tokens of the t
 D width, N labelled rows, M masked positions.
 """
 
-from dataclasses import dataclass
-
 import torch
+import torch.nn.functional as F
 from smbkernels import linear_cross_entropy, masked_jepa_mse
 from torch import Tensor
 
 from smbfast.batch import PackedBatch
 from smbfast.model.backbone import PatientEncoder, padded
-from smbfast.model.target import TargetEncoder
-
-
-@dataclass(frozen=True)
-class JepaStates:
-    """What the JEPA loss compares, and what diagnostics look at."""
-
-    prediction_MD: Tensor
-    online_MD: Tensor  # online hidden state at the masked positions
-    target_MD: Tensor  # target hidden state there, before T
-    previous_MD: Tensor  # target hidden state at the last visible token before each
+from smbfast.model.target import JepaStates, TargetEncoder
 
 
 def losses(
@@ -82,25 +71,25 @@ def measure(
     sft = sft_sum(encoder, batch)
     if target is None or not batch.masked:
         return sft, None
-    online_MD = online_hidden(encoder, batch)
-    return sft, states_of(encoder, online_MD, target_hidden(target, batch), batch)
+    online_MD, target_UD = online_hidden(encoder, batch), target_hidden(target, batch)
+    return sft, JepaStates(
+        prediction_MD=predict(encoder, online_MD),
+        online_MD=online_MD,
+        target_MD=target_UD[batch.target_M],
+        previous_MD=target_UD[last_visible(batch)],
+    )
 
 
 def predict(encoder: PatientEncoder, online_MD: Tensor) -> Tensor:
-    """g; the predictor of an encoder in bf16 is fp32: predictions are compared at full width."""
-    return encoder.predictor(online_MD.to(encoder.predictor[-1].weight.dtype))
+    """g, written out: Linear and GELU, repeated, then Linear.
 
-
-def states_of(
-    encoder: PatientEncoder, online_MD: Tensor, target_UD: Tensor, batch: PackedBatch
-) -> JepaStates:
-    """What is compared, from the online states at masked rows and all that the target read."""
-    return JepaStates(
-        predict(encoder, online_MD),
-        online_MD,
-        target_UD[batch.target_M],
-        target_UD[_last_visible(batch)],
-    )
+    The predictor of an encoder in bf16 is fp32: predictions are compared at full width.
+    """
+    linears = [part for part in encoder.predictor if isinstance(part, torch.nn.Linear)]
+    value_MD = online_MD.to(linears[0].weight.dtype)
+    for linear in linears[:-1]:
+        value_MD = F.gelu(F.linear(value_MD, linear.weight, linear.bias))
+    return F.linear(value_MD, linears[-1].weight, linears[-1].bias)
 
 
 def online_hidden(encoder: PatientEncoder, batch: PackedBatch) -> Tensor:
@@ -135,10 +124,16 @@ def branch_rows(batch: PackedBatch) -> list[tuple[slice, slice]]:
     return [(slice(s, s + n), slice(t, t + p)) for s, n, t, p in batch.rows if p > 0]
 
 
-def _last_visible(batch: PackedBatch) -> Tensor:
+def last_visible(batch: PackedBatch) -> list[int]:
     """For each masked position, the row of U of the last token before it that is not masked."""
-    # the last token of the context, where nothing has been seen in the branch yet
-    none_T = torch.cat([torch.full_like(batch.ids_T[:n], p - 1) for _, n, _, p in batch.rows])
-    seen_T = batch.position_T.index_copy(0, batch.masked_M, none_T[batch.masked_M])
-    last_T = torch.cat([torch.cummax(seen_T[s : s + n], 0).values for s, n, _, _ in batch.rows])
-    return batch.target_M - (batch.position_T - last_T)[batch.masked_M]
+    masked, rows = set(batch.masked_M.tolist()), []
+    start_of = {
+        row: own.start for own, _ in branch_rows(batch) for row in range(own.start, own.stop)
+    }
+    for row, target_row in zip(batch.masked_M.tolist(), batch.target_M.tolist(), strict=True):
+        back = 1
+        # what precedes the first token of a branch is the last token of its context
+        while row - back >= start_of[row] and row - back in masked:
+            back += 1
+        rows.append(target_row - back)
+    return rows

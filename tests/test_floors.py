@@ -116,6 +116,15 @@ def test_no_module_s_namespace_is_written():
                 assert "vars(" not in ast.unparse(node.value), file
 
 
+def test_the_specification_stands_alone():
+    """A mistake in the fast path must not be in what judges it, and the other way round."""
+    for name, other in (("objective", "reference"), ("reference", "objective")):
+        modules = imported(ROOT / "smbfast" / f"{name}.py")
+        assert not any(module.startswith(f"smbfast.{other}") for module in modules)
+    for module in imported(ROOT / "tests" / "second_oracle.py"):
+        assert not module.startswith(("smbfast", "smbkernels", "tests"))
+
+
 def test_the_training_loop_can_be_read_at_once():
     """At most 120 lines and 30 names; ruff holds its branches."""
     tree = ast.parse((ROOT / "smbfast" / "train.py").read_text())

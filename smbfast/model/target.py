@@ -71,6 +71,16 @@ class TargetForm:
         return added >= NARROW * sum(n * k for n, k, _ in shapes)
 
 
+@dataclass(frozen=True)
+class JepaStates:
+    """What the JEPA loss compares, and what diagnostics look at."""
+
+    prediction_MD: Tensor
+    online_MD: Tensor  # online hidden state at the masked positions
+    target_MD: Tensor  # target hidden state there, before T
+    previous_MD: Tensor  # target hidden state at the last visible token before each
+
+
 class TargetEncoder:
     """Averages under the trunk, and the forward that reads them."""
 
