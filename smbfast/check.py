@@ -31,8 +31,9 @@ from smbfast.model.memory import Memory, predict_peak
 from smbfast.model.target import TargetEncoder
 from smbfast.objective import Losses
 from smbfast.optim import make_optimizer, trained
+from smbfast.progress import duration
 from smbfast.runfolder import check_windows, earlier, prepared_data
-from smbfast.runtime import GIB, choose_device, duration, terminate_as_interrupt
+from smbfast.runtime import GIB, choose_device, terminate_as_interrupt
 from smbfast.settings import (
     PhaseSettings,
     TrainSettings,

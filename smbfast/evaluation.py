@@ -16,15 +16,15 @@ from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import distinct_nodes, node_texts
 from smbfast.data.prepared import Prepared
 from smbfast.diagnostics import diagnose
-from smbfast.embed import embed_nodes, packed_of, write_embeddings
 from smbfast.files import write_text
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.target import TargetEncoder
-from smbfast.probe import ProbeConfig, run_probe
+from smbfast.probing.embedding import embed_nodes, packed_of, write_embeddings
+from smbfast.probing.run_probe import run_probe
 from smbfast.reference import JepaStates
+from smbfast.reporting.sample import sample_of
 from smbfast.runtime import few
-from smbfast.sample import sample_of
-from smbfast.settings import DataSettings, PhaseSettings, TrainSettings
+from smbfast.settings import DataSettings, PhaseSettings, ProbeConfig, TrainSettings
 
 
 def fixed_batches(

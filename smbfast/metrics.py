@@ -8,7 +8,7 @@ from pathlib import Path
 from tensorboardX import SummaryWriter
 
 from smbfast.data.loader import Step
-from smbfast.runtime import duration
+from smbfast.progress import duration
 
 
 class MetricsLog:

@@ -29,11 +29,11 @@ from smbfast.model.backbone import make_encoder
 from smbfast.model.flops import ModelShape, step_flops
 from smbfast.model.target import TargetEncoder, form_of
 from smbfast.optim import learning_rate, make_optimizer, place, tau, total_steps
-from smbfast.report import write_report
+from smbfast.progress import duration
+from smbfast.reporting.page import write_report
 from smbfast.runfolder import check_windows, earlier, prepared_data, write_end, write_status
 from smbfast.runtime import (
     choose_device,
-    duration,
     peak_memory_gib,
     stop_on_signals,
     terminate_as_interrupt,

@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from smbfast.data.meds import SPLITS, MedsDataset
+from smbfast.data.meds import MedsDataset
 from smbfast.data.parquet import column_names, open_parquet
+from smbfast.data.splits import SPLITS
 
 _UTC = {"utc", "etc/utc", "gmt", "z", "+00:00", "-00:00", "+0000"}
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_matrix, hstack
 
-from smbfast.data.meds import BIRTH, SPLITS, STATIC, EventBatch, MedsDataset
+from smbfast.data.meds import BIRTH, STATIC, EventBatch, MedsDataset
+from smbfast.data.splits import SPLITS
 from smbfast.probing.features import join
 
 _YEAR = 365.25 * 86_400e6  # microseconds

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from smbfast.data.labels import Labels, integer_column, key_table, time_column
-from smbfast.data.meds import SPLITS
+from smbfast.data.splits import SPLITS
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from smbfast.data.labels import Labels
-from smbfast.data.meds import SPLITS
+from smbfast.data.splits import SPLITS
 from smbfast.probing import logistic, resample, survival
 
 ORACLE_NAMES = {"bayes_filter": "oracle_filter", "latent": "oracle_latent"}

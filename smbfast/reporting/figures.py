@@ -18,7 +18,15 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from smbfast.runlog import GOOD_RATIO, HALF, Phase, Record, column, relative, trivial_ratio
+from smbfast.reporting.runlog import (
+    GOOD_RATIO,
+    HALF,
+    Phase,
+    Record,
+    column,
+    relative,
+    trivial_ratio,
+)
 
 # Okabe and Ito: told apart with every common colour vision deficiency
 BLUE, ORANGE, GREEN, PURPLE, GREY, INK = (

@@ -47,8 +47,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr
 
-from smbfast.data import cohort
-from smbfast.data.cohort import DAY, LOSS, STEP_DAYS, Block, Nodes, Z
+from smbfast.simulation import cohort
+from smbfast.simulation.cohort import DAY, LOSS, STEP_DAYS, Block, Nodes, Z
 
 HORIZON_DAYS = {"death_1y": 365, "death_3y": 1095, "progression_1y": 365}
 TASKS = (*HORIZON_DAYS, "tte_death")
