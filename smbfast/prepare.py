@@ -31,10 +31,10 @@ class PrepareSettings(DataSettings):
 def main(argv: list[str] | None = None) -> None:
     """The command: arguments, one call of `smbfast.data.preparing`, what it counted."""
     settings = command_line(PrepareSettings, argv, prog="python -m smbfast.prepare")
-    start = time.monotonic()
     with entry("smbfast.prepare", stopped="the same command goes on"):
         from smbfast.data.preparing import prepare
 
+        start = time.monotonic()
         prepared = prepare(settings, Path(settings.out), settings.tokenizer, tuple(settings.splits))
     counts = prepared.counts
     share = sum(prepared.record["unmapped"].values()) / max(counts["events"], 1)

@@ -72,7 +72,7 @@ def find_tasks(names: list[str], data: Path) -> list[Path]:
     known = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     if not (names or known):
         raise ValueError(f"labels must name task folders; none given and none under {folder}")
-    found = []
+    paths = []
     for name in names or known:
         options = [Path(name), data / "labels" / name]
         path = next((p for p in options if p.exists()), None)
@@ -85,8 +85,8 @@ def find_tasks(names: list[str], data: Path) -> list[Path]:
                 f"labels `{name}` must be a folder or a task of {folder} "
                 f"({', '.join(known) or 'which has none'})"
             )
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths
 
 
 def read_labels(path: Path) -> Labels:
@@ -256,9 +256,9 @@ def _cast(column: pa.ChunkedArray, to: pa.DataType, name: str, file: Path) -> pa
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    found = [p for p in folder.rglob("*.parquet") if p.is_file() and p.name[0] not in "._"]
+    paths = [p for p in folder.rglob("*.parquet") if p.is_file() and p.name[0] not in "._"]
     place = {split: at for at, split in enumerate(SPLITS)}
-    return sorted(found, key=lambda p: (place.get(_split_of(folder, p), len(SPLITS)), str(p)))
+    return sorted(paths, key=lambda p: (place.get(_split_of(folder, p), len(SPLITS)), str(p)))
 
 
 def _task_of(path: Path) -> str:

@@ -164,10 +164,12 @@ def _read_codes(file: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
         raise ValueError(f"{file}: row {codes.index(None)} must have a `code`, it is null")
     descriptions = strings(file, table["description"])
     parents = strings(file, table["parent_codes"]) if "parent_codes" in table.column_names else []
-    kept = ([n for n in p if isinstance(n, str)] if isinstance(p, list) else [] for p in parents)
+    parent_names = (
+        [n for n in p if isinstance(n, str)] if isinstance(p, list) else [] for p in parents
+    )
     return (
         {c: d for c, d in zip(codes, descriptions, strict=True) if d},
-        {c: p for c, p in zip(codes, kept, strict=False) if p},
+        {c: p for c, p in zip(codes, parent_names, strict=False) if p},
     )
 
 
@@ -192,11 +194,11 @@ def _check_schema(file: Path, schema: pa.Schema) -> list[str]:
             raise ValueError(
                 f"{file} must have the column `{name}` once; it has {column_names(schema)}"
             )
-        found = schema.field(name).type
-        if not accepts(found):
-            raise ValueError(f"{file}: column `{name}` must be {expected}, it is {found}")
-        if name == "time" and found.tz is not None:
-            raise ValueError(f"{file}: column `time` must have no time zone, it is {found}")
+        actual = schema.field(name).type
+        if not accepts(actual):
+            raise ValueError(f"{file}: column `{name}` must be {expected}, it is {actual}")
+        if name == "time" and actual.tz is not None:
+            raise ValueError(f"{file}: column `time` must have no time zone, it is {actual}")
         columns.append(name)
     return columns
 

@@ -38,12 +38,12 @@ def read_columns(
             raise ValueError(f"{file} must have a column `{name}`; it has {column_names(schema)}")
         if schema.names.count(name) > 1:
             raise ValueError(f"{file} must have one column `{name}`; it has {column_names(schema)}")
-        found = schema.field(name).type
-        if pa.types.is_dictionary(found):
-            found = found.value_type
-        if found not in types:
+        actual = schema.field(name).type
+        if pa.types.is_dictionary(actual):
+            actual = actual.value_type
+        if actual not in types:
             expected = " or ".join(str(t) for t in types if t is not None)
-            raise ValueError(f"{file}: column `{name}` must be {expected}, it is {found}")
+            raise ValueError(f"{file}: column `{name}` must be {expected}, it is {actual}")
         columns.append(name)
     try:
         table = parquet.read(columns=columns)

@@ -76,8 +76,8 @@ def serializer_of(dataset: MedsDataset, encoder: TextEncoder, record: dict) -> S
     Raises:
         ValueError: the record was made with another format of the text, or another tokenizer.
     """
-    found = {"format": VERSION, "encoder": encoder.fingerprint()}
-    for name, value in found.items():
+    expected = {"format": VERSION, "encoder": encoder.fingerprint()}
+    for name, value in expected.items():
         if record.get(name) != value:
             raise ValueError(
                 f"the {name} of the text must be {value}, the record says {record.get(name)}: "

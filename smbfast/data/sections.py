@@ -58,9 +58,9 @@ class SectionMap:
     def __call__(self, code: str, parents: list[str] | None = None) -> tuple[int, bool]:
         """The section index of a code, and whether a rule (not the fallback) decided."""
         for name in (code, *(parents or ())):
-            found = self._match(name.upper())
-            if found is not None:
-                return found, True
+            section = self._match(name.upper())
+            if section is not None:
+                return section, True
         return self.fallback, False
 
     def _match(self, code: str) -> int | None:

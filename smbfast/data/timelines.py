@@ -25,14 +25,14 @@ def window_spans(timeline: Timeline, window: int, begin: bool) -> list[tuple[int
     room = window - header_length(timeline, window, begin)
     start_B, end_B = _bucket_bounds(timeline)
     spans: list[tuple[int, int]] = []
-    first, n_buckets = 0, len(end_B)
-    while first < n_buckets:
+    first, num_buckets = 0, len(end_B)
+    while first < num_buckets:
         last = _fits_until(start_B, end_B, first, room)
         if spans and spans[-1][1] == last:  # nothing new fits: begin with the bucket itself
             first = last
             continue
         spans.append((first, last))
-        if last == n_buckets:
+        if last == num_buckets:
             break
         half = int(np.searchsorted(start_B, end_B[last - 1] - room // 2))
         first = min(max(half, first + 1), last)

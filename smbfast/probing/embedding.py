@@ -139,13 +139,13 @@ def embed_nodes(
 
 def _rows(windows: Iterator[SharedWindow], tokens: int) -> Iterator[list[SharedWindow]]:
     """Windows of each forward, planned among so many at a time that memory is bounded."""
-    while group := _some(windows, _PLANNED * tokens):
+    while group := _next_windows(windows, _PLANNED * tokens):
         size_W = np.array([len(window) for window in group])
         for row in plan_rows(size_W, size_W, tokens):
             yield [group[w] for w in row]
 
 
-def _some(windows: Iterator[SharedWindow], tokens: int) -> list[SharedWindow]:
+def _next_windows(windows: Iterator[SharedWindow], tokens: int) -> list[SharedWindow]:
     group: list[SharedWindow] = []
     while tokens > 0 and (window := next(windows, None)) is not None:
         group.append(window)

@@ -57,13 +57,13 @@ def matched(labels: Labels, embeddings: Embeddings) -> np.ndarray:
         ValueError: no label row has an embedding, or the two disagree on the split of a row.
     """
     row_N = join(labels.subject_N, labels.time_N, embeddings.subject_M, embeddings.time_M)
-    found_N = row_N >= 0
-    if not found_N.any():
+    matched_N = row_N >= 0
+    if not matched_N.any():
         raise ValueError(
             f"{embeddings.path} must hold embeddings of the {len(labels)} label rows of "
             f"{labels.task}; it has none of them"
         )
-    wrong = int(np.sum(embeddings.split_M[row_N[found_N]] != labels.split_N[found_N]))
+    wrong = int(np.sum(embeddings.split_M[row_N[matched_N]] != labels.split_N[matched_N]))
     if wrong:
         raise ValueError(
             f"{embeddings.path} must have the splits of the labels of {labels.task}; "

@@ -85,9 +85,9 @@ def auprc(score_N: np.ndarray, true_N: np.ndarray) -> Metric:
 
     def metric(weight_BN: np.ndarray) -> np.ndarray:
         positive_BG, negative_BG = _sums(weight_BN[:, order_N], true_N, start_G)
-        found_BG = np.cumsum(positive_BG, 1)
-        called_BG = found_BG + np.cumsum(negative_BG, 1)
-        precision_BG = found_BG / np.maximum(called_BG, 1)
+        true_BG = np.cumsum(positive_BG, 1)
+        called_BG = true_BG + np.cumsum(negative_BG, 1)
+        precision_BG = true_BG / np.maximum(called_BG, 1)
         return _ratio((positive_BG * precision_BG).sum(1), positive_BG.sum(1))
 
     return metric

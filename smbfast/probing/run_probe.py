@@ -59,20 +59,22 @@ def run_probe(config: ProbeConfig, say: Callable[[str], None] = print) -> dict[s
     trained = read_embeddings(config.embeddings)
     untrained = read_embeddings(config.untrained) if config.untrained else None
     rows = [_matched_rows(labels, trained, untrained) for labels in tasks]
-    kept = [labels.take(row_N >= 0) for labels, (row_N, _) in zip(tasks, rows, strict=True)]
-    subject_N = np.concatenate([labels.subject_N for labels in kept])
-    time_N = np.concatenate([labels.time_N for labels in kept])
+    matched_tasks = [
+        labels.take(row_N >= 0) for labels, (row_N, _) in zip(tasks, rows, strict=True)
+    ]
+    subject_N = np.concatenate([labels.subject_N for labels in matched_tasks])
+    time_N = np.concatenate([labels.time_N for labels in matched_tasks])
     counts = count_codes(dataset, subject_N, time_N, lambda text: progress(f"codes of {text}"))
     protocol = Protocol(
         config.bootstraps, config.cox_bootstraps, config.seed, config.cox_components
     )
     readable = {"smbfast": _own_name(config.embeddings)} | _READABLE
     measured: list[Measured] = []
-    for labels, task, (row_N, untrained_N) in zip(kept, tasks, rows, strict=True):
-        found_N = row_N >= 0
-        features = {"smbfast": trained.embedding_MD[row_N[found_N]].astype(np.float64)}
+    for labels, task, (row_N, untrained_N) in zip(matched_tasks, tasks, rows, strict=True):
+        matched_N = row_N >= 0
+        features = {"smbfast": trained.embedding_MD[row_N[matched_N]].astype(np.float64)}
         if untrained is not None:
-            other_NF = untrained.embedding_MD[untrained_N[found_N]]
+            other_NF = untrained.embedding_MD[untrained_N[matched_N]]
             features["untrained"] = other_NF.astype(np.float64)
         features["counts"] = counts.features(
             labels.subject_N, labels.time_N, labels.split_N == "train"
@@ -86,7 +88,7 @@ def run_probe(config: ProbeConfig, say: Callable[[str], None] = print) -> dict[s
         "protocol": _protocol_text(config),
         "small_cells": config.small_cells,
     }
-    for labels, result in zip(kept, measured, strict=True):
+    for labels, result in zip(matched_tasks, measured, strict=True):
         if labels.kind == "binary" and result.score_N is not None:
             _write_predictions(out / "predictions" / f"{labels.task}.parquet", labels, result)
     with committed_file(out / "probe.json") as staging:

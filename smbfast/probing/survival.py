@@ -51,11 +51,11 @@ def components(
     train = split_N == "train"
     scaled_NF = MaxAbsScaler().fit(feature_NF[train]).transform(feature_NF)
     rows, features = int(train.sum()), feature_NF.shape[1]
-    kept = max(1, min(wanted, rows - 1, features - issparse(feature_NF)))
+    num_components = max(1, min(wanted, rows - 1, features - issparse(feature_NF)))
     if issparse(feature_NF):
-        reducer = TruncatedSVD(kept, random_state=seed)
+        reducer = TruncatedSVD(num_components, random_state=seed)
     else:
-        reducer = PCA(kept, random_state=seed)
+        reducer = PCA(num_components, random_state=seed)
     # features without any spread make it divide zero by zero for a ratio nobody reads
     with np.errstate(invalid="ignore", divide="ignore"):
         component_NK = reducer.fit(scaled_NF[train]).transform(scaled_NF)

@@ -137,7 +137,7 @@ def _judge(
         for name, metric in values:
             if name == model["name"]:
                 key = (name, metric)
-                model["metrics"][metric] = _told(resample.interval(values[key], drawn[key]))
+                model["metrics"][metric] = _as_record(resample.interval(values[key], drawn[key]))
     for against in ("untrained", "counts"):
         for name, metric in values:
             if name == against and first in scores:
@@ -146,7 +146,7 @@ def _judge(
                     values[one] - values[other], drawn[one] - drawn[other]
                 )
                 named = {"model": first, "against": against, "metric": metric}
-                record["differences"].append(named | _told(difference))
+                record["differences"].append(named | _as_record(difference))
 
 
 def _metrics(held: Labels, score_H: np.ndarray) -> dict[str, resample.Metric]:
@@ -159,5 +159,5 @@ def _metrics(held: Labels, score_H: np.ndarray) -> dict[str, resample.Metric]:
     return {"c_index": resample.c_index(score_H, held.duration_N, held.event_N)}
 
 
-def _told(interval: resample.Interval) -> dict[str, float | None]:
+def _as_record(interval: resample.Interval) -> dict[str, float | None]:
     return {"value": interval.value, "low": interval.low, "high": interval.high}

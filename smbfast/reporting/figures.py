@@ -28,7 +28,7 @@ from smbfast.reporting.runlog import (
     trivial_ratio,
 )
 
-# Okabe and Ito: told apart with every common colour vision deficiency
+# Okabe and Ito: distinct with every common colour vision deficiency
 BLUE, ORANGE, GREEN, PURPLE, GREY, INK = (
     "#0072B2",
     "#D55E00",
@@ -291,14 +291,14 @@ def _known(records: list[Record], key: str) -> bool:
 
 
 def _finite(records: list[Record], value_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    kept_N = np.isfinite(value_N)
-    return column(records, "step")[kept_N], value_N[kept_N]
+    finite_N = np.isfinite(value_N)
+    return column(records, "step")[finite_N], value_N[finite_N]
 
 
 def _plot(ax: Axes, step_N: np.ndarray, value_N: np.ndarray, **style: object) -> None:
     if len(step_N) > _POINTS:
-        kept = np.unique(np.linspace(0, len(step_N) - 1, _POINTS).astype(int))
-        step_N, value_N = step_N[kept], value_N[kept]
+        shown = np.unique(np.linspace(0, len(step_N) - 1, _POINTS).astype(int))
+        step_N, value_N = step_N[shown], value_N[shown]
     if len(step_N) == 1 and "marker" not in style:
         style["marker"] = "."
     ax.plot(step_N, value_N, **style)

@@ -2,7 +2,7 @@
 
 It reads the files of the run folder and nothing else, and writes `report.html` beside them: no
 script, nothing fetched, so that it opens on a machine without a network and prints. Everything
-that came from data is escaped, and counts of 1 to 10 people are not told.
+that came from data is escaped, and counts of 1 to 10 people are not shown.
 """
 
 import math
@@ -248,16 +248,16 @@ def _oracle(model: Record) -> bool:
 
 
 def _probe_summary(tasks: list[Record]) -> str:
-    told = [
+    improved = [
         any(d["sure"] and d["says"] == "better" for d in against)
         for task in tasks
         if (against := [d for d in task["differences"] if d["ends"] == ["smbfast", "untrained"]])
     ]
-    if not told:
+    if not improved:
         return ""
     return (
-        f"On {sum(told)} of {len(told)} measured tasks training made the embeddings better by at "
-        "least one metric: the interval of trained minus untrained excludes zero."
+        f"On {sum(improved)} of {len(improved)} measured tasks training made the embeddings better "
+        "by at least one metric: the interval of trained minus untrained excludes zero."
     )
 
 
@@ -316,14 +316,14 @@ def _line(line: Record) -> Record:
 
 
 def _about(header: Record) -> Record:
-    told = ("kind", "config", "data", "versions")
-    return {key: value for key, value in header.items() if key not in told}
+    elsewhere = ("kind", "config", "data", "versions")  # on the page
+    return {key: value for key, value in header.items() if key not in elsewhere}
 
 
 def _table(value: object, prefix: str = "", *, people: bool = False) -> list[tuple[str, str]]:
     """Rows of key and value of nested dicts, whatever keys they have.
 
-    `people`: its whole numbers may count subjects, so small ones are not told.
+    `people`: its whole numbers may count subjects, so small ones are not shown.
     """
     if not isinstance(value, dict):
         return [(prefix, _cell(value, people))] if prefix else []

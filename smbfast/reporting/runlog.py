@@ -234,25 +234,26 @@ def _collapse_of(phase: Phase) -> Finding:
             "loss means little. Remedies: a larger share of SFT, a lower learning rate, "
             "a target that moves more slowly.",
         )
-    kept = " and ".join(
+    spread = " and ".join(
         f"its {names[key]} at or above {_percent(lowest[key])}"
         for key in ("target_rank", "target_std")
         if key in lowest
     )
-    kept = f"the target kept {kept} of the value at phase entry"
+    spread = f"the target kept {spread} of the value at phase entry"
     if fallen:
         return Finding(
             "warn",
-            f"No collapse as a whole {where}, but single dimensions die: {kept}, yet the "
+            f"No collapse as a whole {where}, but single dimensions die: {spread}, yet the "
             f"{names['target_std_p5']} fell to {_percent(lowest['target_std_p5'])}; {loss}.",
         )
     if len(ratio_N) and ratio_N[-1] > GOOD_RATIO:
         verdict = "no better than" if ratio_N[-1] >= 1 else "hardly better than"
         return Finding(
             "warn",
-            f"No collapse {where}, but the prediction is {verdict} a trivial one: {kept}; {loss}.",
+            f"No collapse {where}, but the prediction is {verdict} a trivial one: {spread}; "
+            f"{loss}.",
         )
-    return Finding("good", f"No signs of collapse {where}: {kept}; {loss}.")
+    return Finding("good", f"No signs of collapse {where}: {spread}; {loss}.")
 
 
 def _percent(share: float) -> str:

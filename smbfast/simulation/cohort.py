@@ -283,18 +283,9 @@ def draw_block(seed: int, block: int) -> Block:
     living_BT = np.minimum(state_BT, Z - 1)
     visit_BT = alive_BT & (month_T < followed_B[:, None]) & (visit_u < VISIT_Z[living_BT])
 
-    lab_BTL = np.full((BLOCK, MONTHS, len(LABS)), np.nan)
-    at = np.nonzero(visit_BT)
-    for number, lab in enumerate(LABS):
-        value = lab.mean_Z[living_BT[at]] + lab.sd * ndtri(np.maximum(value_u[number][at], 1e-300))
-        value = np.maximum(np.round(value / lab.step) * lab.step, lab.least)
-        lab_BTL[*at, number] = np.where(measured_u[number][at] < lab.measured, value, np.nan)
-    stage_BT = np.zeros((BLOCK, MONTHS), np.int64)
-    stage_BT[at] = _pick(np.cumsum(STAGE_CODE_ZS, axis=1)[living_BT[at]], stage_u[at])
-    code_BTC = np.zeros((BLOCK, MONTHS, len(YES_NO)), bool)
-    for number, code in enumerate(YES_NO):
-        code_BTC[*at, number] = code_u[number][at] < code.chance_Z[living_BT[at]]
-
+    lab_BTL, stage_BT, code_BTC = _draw_visits(
+        living_BT, visit_BT, measured_u, value_u, stage_u, code_u
+    )
     died_B = np.where(alive_BT.all(1), MONTHS, (~alive_BT).argmax(1))
     second_B = (fixed[5] * STEP_DAYS * 86_400).astype(np.int64)
     death_B = (entry_B + died_B * STEP_DAYS) * DAY + second_B * 1_000_000
@@ -319,6 +310,35 @@ def draw_block(seed: int, block: int) -> Block:
         stage_BT=stage_BT,
         code_BTC=code_BTC,
     )
+
+
+def _draw_visits(
+    living_BT: np.ndarray,
+    visit_BT: np.ndarray,
+    measured_u: np.ndarray,
+    value_u: np.ndarray,
+    stage_u: np.ndarray,
+    code_u: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What is recorded at the visits: `lab_BTL`, `stage_BT` and `code_BTC` of `Block`.
+
+    Args:
+        living_BT: the living state of each month (any, where the patient is dead).
+        measured_u, value_u, stage_u, code_u: uniform numbers, [L, B, T], [L, B, T], [B, T] and
+            [C, B, T].
+    """
+    lab_BTL = np.full((BLOCK, MONTHS, len(LABS)), np.nan)
+    at = np.nonzero(visit_BT)
+    for number, lab in enumerate(LABS):
+        value = lab.mean_Z[living_BT[at]] + lab.sd * ndtri(np.maximum(value_u[number][at], 1e-300))
+        value = np.maximum(np.round(value / lab.step) * lab.step, lab.least)
+        lab_BTL[*at, number] = np.where(measured_u[number][at] < lab.measured, value, np.nan)
+    stage_BT = np.zeros((BLOCK, MONTHS), np.int64)
+    stage_BT[at] = _pick(np.cumsum(STAGE_CODE_ZS, axis=1)[living_BT[at]], stage_u[at])
+    code_BTC = np.zeros((BLOCK, MONTHS, len(YES_NO)), bool)
+    for number, code in enumerate(YES_NO):
+        code_BTC[*at, number] = code_u[number][at] < code.chance_Z[living_BT[at]]
+    return lab_BTL, stage_BT, code_BTC
 
 
 def draw_nodes(block: Block, seed: int, count: int) -> Nodes:

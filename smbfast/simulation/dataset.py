@@ -129,14 +129,14 @@ def _hold_block(
         schema=meds.SubjectSplitSchema.schema(),
     )
     held.setdefault("metadata/subject_splits.parquet", []).append(splits)
-    rows, found = cohort.rows(block), oracles.outcomes(block, nodes)
+    rows, outcomes = cohort.rows(block), oracles.outcomes(block, nodes)
     for split in SPLITS:
         at = np.nonzero(split_B[rows.row_E] == split)[0]
         if len(at):
             held.setdefault(f"data/{split}/{file}.parquet", []).append(
                 _event_table(rows, at, subject_B)
             )
-        for task, outcome in found.items():
+        for task, outcome in outcomes.items():
             at = np.nonzero(split_B[nodes.row_N[outcome.node_M]] == split)[0]
             node_M = outcome.node_M[at]
             key = {

@@ -83,7 +83,7 @@ def log_likelihood(block: Block) -> tuple[np.ndarray, np.ndarray]:
     Terms that no z changes (the lab and the codes of pure noise) are left in: they cancel.
     """
     at = np.nonzero(block.visit_BT)
-    seen_VZ = np.tile(np.log(cohort.VISIT_Z), (len(at[0]), 1))
+    morning_VZ = np.tile(np.log(cohort.VISIT_Z), (len(at[0]), 1))
     for number, lab in enumerate(cohort.LABS):
         value_V1 = block.lab_BTL[*at, number][:, None]
         half = 0.5 * lab.step
@@ -96,14 +96,14 @@ def log_likelihood(block: Block) -> tuple[np.ndarray, np.ndarray]:
         mass_VZ = np.maximum(ndtr(high_VZ) - ndtr(low_VZ), 1e-300)
         measured = np.log(lab.measured) + np.log(mass_VZ)
         absent = np.log(1 - lab.measured) if lab.measured < 1 else -np.inf
-        seen_VZ += np.where(np.isnan(value_V1), absent, measured)
-    told_VZ = np.log(cohort.STAGE_CODE_ZS).T[block.stage_BT[at]]
+        morning_VZ += np.where(np.isnan(value_V1), absent, measured)
+    afternoon_VZ = np.log(cohort.STAGE_CODE_ZS).T[block.stage_BT[at]]
     for number, code in enumerate(cohort.YES_NO):
         has_V1 = block.code_BTC[*at, number][:, None]
-        told_VZ += np.where(has_V1, np.log(code.chance_Z), np.log1p(-code.chance_Z))
+        afternoon_VZ += np.where(has_V1, np.log(code.chance_Z), np.log1p(-code.chance_Z))
     morning = np.tile(np.log1p(-cohort.VISIT_Z), (*block.visit_BT.shape, 1))
     afternoon = np.zeros_like(morning)
-    morning[at], afternoon[at] = seen_VZ, told_VZ
+    morning[at], afternoon[at] = morning_VZ, afternoon_VZ
     return morning, afternoon
 
 
@@ -147,7 +147,7 @@ def outcomes(block: Block, nodes: Nodes) -> dict[str, Outcome]:
     death_N = block.death_B[row_N]
     first_N, before_N = _first_advanced(block, nodes)
 
-    found = {}
+    tasks = {}
     for task, days in HORIZON_DAYS.items():
         horizon_N = nodes.time_N + days * DAY
         event_N = first_N if task == "progression_1y" else death_N
@@ -165,15 +165,15 @@ def outcomes(block: Block, nodes: Nodes) -> dict[str, Outcome]:
             (state[at] * pos_MZ).sum(1) / (state[at] * (pos_MZ + neg_MZ)).sum(1)
             for state in (belief_NZ, latent_NZ)
         )
-        found[task] = Outcome(at, true_N[at], None, bayes_M, latent_M)
+        tasks[task] = Outcome(at, true_N[at], None, bayes_M, latent_M)
     died_N = death_N >= 0
     days_N = (np.where(died_N, death_N, end_N) - nodes.time_N) / DAY
     lost_NZ = _lost_share()[block.band_B[row_N]]
-    found["tte_death"] = Outcome(
+    tasks["tte_death"] = Outcome(
         np.arange(len(row_N)), died_N, days_N,
         (belief_NZ * lost_NZ).sum(1), (latent_NZ * lost_NZ).sum(1),
     )  # fmt: skip
-    return found
+    return tasks
 
 
 def _first_advanced(block: Block, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
@@ -233,8 +233,8 @@ def _progression(
     months_M, day_M = _ahead(block, nodes, at, days)
     full = cohort.transition()
     move_AZZ, dead_AZ = full[:, :Z, :Z], full[:, :Z, cohort.DEAD]
-    told_Z = cohort.STAGE_CODE_ZS[:, list(cohort.ADVANCED)].sum(1)
-    monthly_Z = cohort.VISIT_Z * told_Z
+    advanced_Z = cohort.STAGE_CODE_ZS[:, list(cohort.ADVANCED)].sum(1)
+    monthly_Z = cohort.VISIT_Z * advanced_Z
     # column k - 1 of each: in month k after the node's, from the state of the node's month
     first, dies, none = [], [], []
     path_AZZ = move_AZZ
@@ -259,8 +259,8 @@ def _progression(
     follow_M1 = follow_K[last_M][:, None]
     pos_MZ = seen_AKZ[band_M, last_M - 1] + follow_M1 * final_MZ
     neg_MZ = gone_AKZ[band_M, last_M] + follow_M1 * (none_AKZ[band_M, last_M] - final_MZ)
-    pos_noon_MZ = told_Z + (1 - told_Z) * pos_MZ
+    pos_noon_MZ = advanced_Z + (1 - advanced_Z) * pos_MZ
     return (
         np.where(evening_M1, pos_MZ, pos_noon_MZ),
-        np.where(evening_M1, neg_MZ, (1 - told_Z) * neg_MZ),
+        np.where(evening_M1, neg_MZ, (1 - advanced_Z) * neg_MZ),
     )
