@@ -112,7 +112,8 @@ class Layout:
             serializer.unmapped[family(batch.codes[index])] += int(rare_C[index])
 
     def _items(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """For each event in text order: whether it has a value, and which of the distinct ones."""
+        """Return whether each event has a value (bool [E]), the number of its value (int64 [E]), and
+        the distinct values as text."""
         batch, event_E = self.batch, self.event_E
         value_E = batch.value_N[event_E]
         text_E = batch.text_N[event_E].astype(np.int64)
@@ -150,7 +151,7 @@ class Layout:
         return has_U[item_E], item_E, strings
 
     def _place_pieces(self) -> None:
-        """Lay out tags, headers, heads and values: `piece_P`, and `line_P` (-1: structure)."""
+        """Put tags, headers, heads and values in their places: `piece_P`, `line_P`, `lead_at`."""
         num_lines = len(self.code_L)
         has_E, item_E, items = self._items()
         valued_L = np.bincount(self.line_E[has_E], minlength=num_lines)
@@ -231,7 +232,7 @@ class Layout:
         return np.array(pieces, np.int64)[inverse] if pieces else time_K
 
     def texts(self) -> list[str]:
-        """The text of each subject."""
+        """Return the text of each subject."""
         plain = [s.removeprefix("\0") for s in self.strings]
         lead_S = self._subject_leads()
         return ["".join(plain[p] for p in self.piece_P[a:b]) for a, b in lead_S]
@@ -243,7 +244,7 @@ class Layout:
         return list(zip(start[:-1].tolist(), start[1:].tolist(), strict=True))
 
     def timelines(self) -> list[Timeline]:
-        """The tokens of each subject."""
+        """Return the tokens of each subject."""
         if not self.encoder.piecewise:
             self._join_lines()
         table = self._table_ids()
@@ -268,7 +269,7 @@ class Layout:
         ]
 
     def _join_lines(self) -> None:
-        """One piece per line, for tokenizers that merge across pieces."""
+        """Make one piece of each line, for tokenizers that merge across pieces."""
         new = np.ones(len(self.piece_P), bool)
         new[1:] = (self.line_P[1:] != self.line_P[:-1]) | (self.line_P[1:] < 0)
         start = np.append(np.flatnonzero(new), len(self.piece_P))
@@ -323,7 +324,7 @@ class Layout:
 
 
 def _without_late_births(batch: EventBatch, counts: Counter[str]) -> tuple[EventBatch, np.ndarray]:
-    """Leave out births after a subject's first event; also which of the rest are births.
+    """Leave out births after a subject's first event; return also which of the rest are births.
 
     Demographics stand before every bucket, so a node between the two would see what is to come.
     """

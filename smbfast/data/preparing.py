@@ -1,7 +1,7 @@
-"""A MEDS folder to memory-mapped token shards.
+"""Turns a MEDS folder into memory-mapped token shards.
 
-One MEDS file becomes one shard, written as a committed folder, so a run that was stopped goes on
-with the files that are left. Memory is bounded by the rows decoded at once, not by the subjects.
+One MEDS file becomes one shard, written as a committed folder. So a run that was stopped goes on
+with the remaining files. Memory is bounded by the rows decoded at once, not by the subjects.
 """
 
 import json
@@ -38,7 +38,7 @@ def prepare(
     """Prepare `splits` of `data.path` under `out`, or open what is already there.
 
     Raises:
-        ValueError: bad data (see `MedsDataset.open`), or `out` was made from other data or
+        ValueError: the data is bad (see `MedsDataset.open`), or `out` was made from other data or
             settings.
     """
     out = Path(out)
@@ -118,7 +118,7 @@ def check_prepared(prepared: Prepared, data: DataSettings, backbone: str | None)
     """Refuse shards that were made of other data, for another tokenizer or with other options.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: there is a difference, which is named.
     """
     record = prepared.record
     dataset = MedsDataset.open(Path(data.path))
@@ -143,7 +143,7 @@ def _sections(data: DataSettings) -> SectionMap:
 
 
 def _data_digest(dataset: MedsDataset, splits: tuple[str, ...]) -> str:
-    """Names, sizes and footers of the files: another export of the data changes it."""
+    """Return a digest of names, sizes and footers of the files; another export changes it."""
     parts = []
     for split in splits:
         for file in dataset.splits[split]:
@@ -156,7 +156,7 @@ def _data_digest(dataset: MedsDataset, splits: tuple[str, ...]) -> str:
 def _make_tokenizer(
     data: DataSettings, dataset: MedsDataset, folder: Path, source: str | None
 ) -> list[int]:
-    """Write the tokenizer unless it is there; the ids of delimiters its backbone does not know."""
+    """Write the tokenizer unless it is there; return the ids of delimiters new to its backbone."""
     if not folder.is_dir():
         if source:
             tokenizer, new_tokens = load_tokenizer(source, data.delimiters)
@@ -174,7 +174,7 @@ def _make_tokenizer(
 
 
 def _training_lines(dataset: MedsDataset, serializer: Serializer) -> Iterator[str]:
-    """Lines of training subjects, the same number of characters of each file."""
+    """Yield lines of training subjects, the same number of characters of each file."""
     files = dataset.splits["train"]
     for file in files:
         budget = BPE_CHARACTERS // len(files)
@@ -280,7 +280,7 @@ def _make_shard(
 
 
 def _frequent(unmapped: Counter[str]) -> dict[str, int]:
-    """Families of codes by events; those with 10 or fewer are shown as one, `(rare)`."""
+    """Return families of codes by events; those with 10 or fewer are shown as one, `(rare)`."""
     shown = {k: n for k, n in unmapped.most_common() if n > 10}
     rare = sum(unmapped.values()) - sum(shown.values())
     return shown | ({"(rare)": rare} if rare else {})

@@ -1,12 +1,12 @@
-"""Events to tagged text to token ids, a batch of subjects at a time, without a loop over events.
+"""Turns events into tagged text and token ids, a batch of subjects at a time.
 
-The text of a subject: `<demographics>` once (static events and birth), then bucket after bucket a
-`[date]` header and sections in fixed order, one line per code: `description: v1, v2`. A code
-without a value says how often it came (` x3`). The format follows the public tools of the paper's
-authors (`notes` in README); `%.4g` instead of `%.2f` and the count are our choice.
+The text of a subject begins with `<demographics>` (static events and birth). Then each bucket has a
+`[date]` header and its sections in a fixed order, with one line per code: `description: v1, v2`. A
+code without a value shows how often it occurred (` x3`). The format follows the public tools of the
+paper's authors (`notes` in README); `%.4g` instead of `%.2f` and the count are our choice.
 
-Ids are those of the whole text, because a line is cut into pieces only where the tokenizer
-provably does not merge (`TextEncoder.piecewise`).
+The token ids are those of the whole text: a line is cut into pieces only where the tokenizer
+provably does not merge across the cut (`TextEncoder.piecewise`).
 
 Legend: N events, C codes.
 """
@@ -31,7 +31,7 @@ VERSION = 1  # of the text format: part of every fingerprint
 
 @dataclass(frozen=True)
 class SerializerOptions:
-    """What of an event becomes text."""
+    """Which parts of an event become text, and how they are grouped in time."""
 
     bucket: Bucket = "day"
     values_per_line: int = 5  # the latest values of a code in a bucket; the rest is counted
@@ -39,7 +39,7 @@ class SerializerOptions:
 
 
 class Serializer:
-    """Event batches to `Timeline`s; counts what it leaves out in `counts`."""
+    """Turns event batches into `Timeline`s, and counts what is left out in `counts`."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Serializer:
         self._known: dict[str, tuple[int, bool, str]] = {}
 
     def fingerprint(self) -> str:
-        """Changes when the same events would give other tokens."""
+        """Return a digest that changes when the same events would give other tokens."""
         return digest_of(
             VERSION,
             self.encoder.fingerprint(),
@@ -70,20 +70,21 @@ class Serializer:
         )
 
     def timelines(self, batch: EventBatch) -> list[Timeline]:
-        """One Timeline per subject of the batch, in order."""
+        """Return one Timeline per subject of the batch, in order."""
         return Layout(self, batch).timelines()
 
     def texts(self, batch: EventBatch) -> list[str]:
-        """The text of each subject, of which `timelines` holds the ids."""
+        """Return the text of each subject, whose token ids `timelines` returns."""
         return Layout(self, batch).texts()
 
     def bucket_key(self, time_N: np.ndarray) -> np.ndarray:
-        """The bucket of each time: its beginning, microseconds since 1970."""
+        """Return the beginning of the bucket of each time, int64 [N] microseconds since 1970."""
         span = SPAN[self.options.bucket]
         return np.floor_divide(time_N, span) * span
 
     def code_table(self, codes: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Section, whether a rule decided, and line head of each code."""
+        """Return the section of each code (int64 [C]), whether a rule decided it (bool [C]), and the
+        beginning of its line."""
         for code in codes:
             if code not in self._known:
                 section, ruled = self._sections(code, self._parents.get(code))
@@ -98,7 +99,7 @@ class Serializer:
         )
 
     def text_value(self, text: str) -> str:
-        """A text value as it may stand in a line."""
+        """Return a text value in the form in which it may stand in a line."""
         text = clean(text)
         if len(text) > self.options.text_chars:
             self.counts["texts_cut"] += 1
