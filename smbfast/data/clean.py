@@ -24,7 +24,7 @@ def clean(text: str, limit: int | None = None) -> str:
 
 
 def line_head(text: str) -> str:
-    """Return cleaned text as it may begin a line: its first bracket would read as a header or tag."""
+    """Return cleaned text as it may begin a line: a bracket there would read as a header or tag."""
     return _BRACKET.sub("(", text) or "?"
 
 

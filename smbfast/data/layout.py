@@ -112,8 +112,8 @@ class Layout:
             serializer.unmapped[family(batch.codes[index])] += int(rare_C[index])
 
     def _items(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Return whether each event has a value (bool [E]), the number of its value (int64 [E]), and
-        the distinct values as text."""
+        """Return whether each event has a value (bool [E]), the number of its value (int64 [E]),
+        and the distinct values as text."""
         batch, event_E = self.batch, self.event_E
         value_E = batch.value_N[event_E]
         text_E = batch.text_N[event_E].astype(np.int64)

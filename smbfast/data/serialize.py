@@ -83,8 +83,8 @@ class Serializer:
         return np.floor_divide(time_N, span) * span
 
     def code_table(self, codes: list[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Return the section of each code (int64 [C]), whether a rule decided it (bool [C]), and the
-        beginning of its line."""
+        """Return the section of each code (int64 [C]), whether a rule decided it (bool [C]), and
+        the beginning of its line."""
         for code in codes:
             if code not in self._known:
                 section, ruled = self._sections(code, self._parents.get(code))

@@ -1,7 +1,7 @@
-"""A model and MEDS labels to embeddings at decision nodes.
+"""Embeds decision nodes of MEDS labels with a model.
 
-All nodes of a window come from one forward: complete buckets are the trunk, and what a node does
-not share with the others is a branch (`smbfast.data.nodes`).
+All nodes of a window are embedded by one forward: the complete buckets are the trunk, and what a
+node does not share with the others is a branch (`smbfast.data.nodes`).
 
 Legend: K nodes, W windows, S branches, T tokens, D width, P sums of consecutive states, E ends of
 prefixes of a trunk.
@@ -39,7 +39,7 @@ _PLANNED = 32  # forwards planned together: what fills them well, and fits in me
 
 @dataclass(frozen=True)
 class Embedded:
-    """Embeddings of the nodes of tasks (see `embed_nodes`), and what was met on the way."""
+    """Embeddings of the nodes of tasks (see `embed_nodes`), and the counts of `node_texts`."""
 
     table: pa.Table
     num_tasks: int
@@ -103,13 +103,13 @@ def embed_nodes(
     tokens: int,
     pool: Pool,
 ) -> pa.Table:
-    """Embeddings of all nodes; rows in the order of (subject, time).
+    """Return the embeddings of all nodes, with rows in the order of (subject, time).
 
-    Nodes of one window share its trunk, windows of many patients a forward of at most `tokens`
-    tokens (a longer window has one of its own).
+    Nodes of one window share its trunk. Windows of many patients share a forward of at most
+    `tokens` tokens (a longer window has a forward of its own).
 
     Raises:
-        ValueError: there is no node, or a model gives states that are not finite.
+        ValueError: there is no node, or the model gives states that are not finite.
     """
     nodes: list[NodeText] = []
     parts: list[np.ndarray] = []
@@ -138,7 +138,7 @@ def embed_nodes(
 
 
 def _rows(windows: Iterator[SharedWindow], tokens: int) -> Iterator[list[SharedWindow]]:
-    """Windows of each forward, planned among so many at a time that memory is bounded."""
+    """Yield the windows of each forward, planned among few enough at a time to bound memory."""
     while group := _next_windows(windows, _PLANNED * tokens):
         size_W = np.array([len(window) for window in group])
         for row in plan_rows(size_W, size_W, tokens):
@@ -156,14 +156,14 @@ def _next_windows(windows: Iterator[SharedWindow], tokens: int) -> list[SharedWi
 def pooled(
     packed: Packed, windows: list[SharedWindow], pool: Pool, device: torch.device
 ) -> np.ndarray:
-    """Embeddings [K, D] of the nodes of some windows, in fp64, from one forward."""
+    """Return the embeddings of the nodes of `windows`, fp64 [K, D], from one forward."""
     batch = pack_segments([w.trunk_T for w in windows], [w.branches for w in windows]).to(device)
     hidden_TD = packed(batch.ids_T, batch.position_T, batch.segments)
     return _last(hidden_TD, windows) if pool == "last" else _mean(hidden_TD, windows)
 
 
 def _last(hidden_TD: Tensor, windows: list[SharedWindow]) -> np.ndarray:
-    """The state at each node's last token, on its trunk or at the end of its branch."""
+    """Return the state at each node's last token, on its trunk or at the end of its branch."""
     start, own_start = 0, sum(len(w.trunk_T) for w in windows)  # branches lie behind all trunks
     row_K = []
     for window in windows:
@@ -176,11 +176,11 @@ def _last(hidden_TD: Tensor, windows: list[SharedWindow]) -> np.ndarray:
 
 
 def _mean(hidden_TD: Tensor, windows: list[SharedWindow]) -> np.ndarray:
-    """The mean over each node's tokens: the part of the trunk that it sees, and its branch.
+    """Return the mean over each node's tokens: the part of the trunk that it sees, and its branch.
 
-    Each token is summed once, in fp32 at least: the pieces of a trunk between the ends of prefixes
-    are added up, in fp64, from the trunk's own start: nothing that a node does not see, not even
-    another patient's rounding, reaches it.
+    Each token is summed once, in fp32 at least. The pieces of a trunk between the ends of prefixes
+    are added up in fp64 from the trunk's own start. So nothing that a node does not see reaches it,
+    not even the rounding of another patient's sums.
     """
     ends = [np.unique(window.prefix_K) for window in windows]  # the last is the trunk's
     pieces = [length for end_E in ends for length in np.diff(end_E, prepend=0).tolist()]
@@ -203,7 +203,7 @@ def _mean(hidden_TD: Tensor, windows: list[SharedWindow]) -> np.ndarray:
 
 
 def write_embeddings(table: pa.Table, path: Path) -> None:
-    """Parquet with page checksums, private to the user, atomically."""
+    """Write parquet with page checksums, private to the user and atomically."""
     with committed_file(path, private=True) as staging:
         pq.write_table(table, staging, write_page_checksum=True)
 
@@ -214,10 +214,10 @@ def packed_of(
     which: Literal["online", "target"],
     path: Literal["shared", "reference"],
 ) -> Packed:
-    """The forward of the encoder asked for.
+    """Return the packed forward of the encoder `which`.
 
     Raises:
-        ValueError: the target encoder is asked for, but the run had none.
+        ValueError: `which` is the target encoder, but the run had none.
     """
     chosen = encoder if which == "online" else target
     if chosen is None:
@@ -226,8 +226,8 @@ def packed_of(
 
 
 def one_by_one(hidden: Callable[[Tensor], Tensor]) -> Packed:
-    """The reference of a packed forward: one for each trunk, and one for each branch and what it
-    sees.
+    """Return the reference of a packed forward: one forward for each trunk, and one for each branch
+    with what it sees.
 
     Args:
         hidden: ids [B, T] to hidden states [B, T, D].

@@ -1,4 +1,4 @@
-"""How much do frozen embeddings say about outcomes?
+"""Probes frozen embeddings: how much do they say about outcomes?
 
 Reads embeddings (`python -m smbfast.embed`) and labels, writes `probe.json` and for each binary
 task `predictions/<task>.parquet` in the schema of meds-evaluation, and prints the table.
@@ -41,12 +41,13 @@ _READABLE = {
 
 
 def run_probe(config: ProbeConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Probe every task, write `probe.json` and the predictions, print the table; the content of
-    `probe.json`.
+    """Probe every task, write `probe.json` and the predictions, and print the table.
+
+    Returns the content of `probe.json`.
 
     Raises:
-        ValueError: a file that is missing, unreadable or of the wrong form, named; labels without
-            embeddings. Nothing is written then.
+        ValueError: a file, which is named, is missing, unreadable or of the wrong form, or labels
+            have no embeddings. Nothing is written then.
     """
     started = time.monotonic()
 
@@ -112,7 +113,7 @@ def _read_tasks(config: ProbeConfig, dataset: MedsDataset) -> list[Labels]:
 def _matched_rows(
     labels: Labels, trained: Embeddings, untrained: Embeddings | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the two embeddings for each label row, -1 in both where either has none."""
+    """Return the rows of both embeddings for each label row; -1 in both where either has none."""
     row_N = matched(labels, trained)
     if untrained is None:
         return row_N, row_N
@@ -127,7 +128,7 @@ def _matched_rows(
 
 
 def _oracle(data: Path, labels: Labels) -> dict[str, np.ndarray]:
-    """Scores for each row; only held_out is read, the others are nan: nothing is fitted."""
+    """Return scores for each row: those of held_out, and nan elsewhere, as nothing is fitted."""
     file = data / "oracles" / labels.task / "held_out.parquet"
     if not file.is_file():
         return {}

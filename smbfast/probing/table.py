@@ -1,4 +1,4 @@
-"""The content of `probe.json` as text."""
+"""Prints the content of `probe.json` as text."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ _TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier (low is good)", "
 
 
 def table(record: dict[str, Any]) -> str:
-    """The content of `probe.json` as text: one block a task, one line a model."""
+    """Return the content of `probe.json` as text: one block per task, one line per model."""
     small = int(record.get("small_cells", 10))
     lines: list[str] = []
     for task in record["tasks"]:

@@ -1,4 +1,4 @@
-"""One task under the protocol: every model on the same rows, intervals and paired differences.
+"""Measures one task: every model on the same rows, with intervals and paired differences.
 
 Shape suffixes: N label rows, H held-out rows, F features.
 """
@@ -20,7 +20,7 @@ _LARGE = 50_000_000  # numbers in a matrix of features
 
 @dataclass(frozen=True)
 class Protocol:
-    """Draws for the intervals (`cox_bootstraps` for the C-index), seed, components for Cox."""
+    """The number of draws (`cox_bootstraps` for the C-index), the seed, the components for Cox."""
 
     bootstraps: int = 1000
     cox_bootstraps: int = 200
@@ -30,7 +30,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Measured:
-    """What goes into probe.json for a task; score_N of the first model for every row given
+    """The record of a task in probe.json, and score_N of the first model for every row given
     (probability or log hazard; None if the task is not measurable)."""
 
     record: dict[str, Any]
@@ -122,7 +122,7 @@ def _judge(
     protocol: Protocol,
     first: str,
 ) -> None:
-    """Fill metrics and differences in: all models on the same held-out rows and draws."""
+    """Fill in metrics and differences: all models on the same held-out rows and draws."""
     held = labels.take(labels.split_N == "held_out")
     held_H = labels.split_N == "held_out"
     metrics = {

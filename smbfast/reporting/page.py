@@ -1,4 +1,4 @@
-"""One page that says what a run did.
+"""Writes one page that says what a run did.
 
 It reads the files of the run folder and nothing else, and writes `report.html` beside them: no
 script, nothing fetched, so that it opens on a machine without a network and prints. Everything
@@ -59,7 +59,7 @@ def write_report(run: Path) -> Path:
 
 
 def render(run: Run) -> str:
-    """The whole page as text; everything but our own SVG is escaped by the template."""
+    """Return the whole page as text; the template escapes everything but our own SVG."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -96,7 +96,7 @@ def render(run: Run) -> str:
 
 
 def verdict(run: Run) -> Finding:
-    """One line: finished or not, how many steps, on how much, how long."""
+    """Say in one line whether the run finished, how many steps, on how much data and how long."""
     state = str(run.status.get("state") or run.status.get("status") or "")
     steps, total = _steps(run)
     data = _dict(run.header.get("data"))
@@ -118,7 +118,7 @@ def verdict(run: Run) -> Finding:
 
 
 def count(value: object) -> str:
-    """A count for readers; one of 1 to 10 is only said to be small."""
+    """Return a count for readers; one of 1 to 10 is only said to be small."""
     amount = number(value)
     if not math.isfinite(amount):
         return "–"
@@ -321,9 +321,10 @@ def _about(header: Record) -> Record:
 
 
 def _table(value: object, prefix: str = "", *, people: bool = False) -> list[tuple[str, str]]:
-    """Rows of key and value of nested dicts, whatever keys they have.
+    """Return rows of key and value of nested dicts, whatever keys they have.
 
-    `people`: its whole numbers may count subjects, so small ones are not shown.
+    Args:
+        people: whole numbers may count subjects, so small ones are not shown.
     """
     if not isinstance(value, dict):
         return [(prefix, _cell(value, people))] if prefix else []

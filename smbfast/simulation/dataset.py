@@ -1,4 +1,4 @@
-"""A simulated cohort as a MEDS 0.4 dataset, with labels and oracles.
+"""Writes a simulated cohort as a MEDS 0.4 dataset, with labels and oracles.
 
     data/{train,tuning,held_out}/<n>.parquet      events; sorted, a patient in one file
     metadata/{codes.parquet, dataset.json, subject_splits.parquet}
@@ -55,7 +55,7 @@ def simulate(
     its split is a draw of its own (60 / 15 / 25 %). `nodes` changes labels, never events.
 
     Raises:
-        ValueError: `out` exists, or a number is out of range.
+        ValueError: `out` exists already, or a number is out of range.
     """
     for name, value in (
         ("patients", patients),
@@ -104,7 +104,7 @@ def _write(folder: Path, patients: int, seed: int, nodes: int, patients_per_file
 
 
 def _open_all(tables: "_Tables") -> None:
-    """Every label file exists, even when no patient of its split has a label."""
+    """Open every label file, so that it exists even when no patient of its split has a label."""
     tables.open("metadata/subject_splits.parquet", meds.SubjectSplitSchema.schema())
     for task in oracles.TASKS:
         for split in SPLITS:
@@ -195,7 +195,7 @@ def _write_metadata(folder: Path, patients: int, seed: int) -> None:
 
 
 class _Tables:
-    """Parquet files that grow, by their name inside the dataset."""
+    """Parquet files that are being written, by their name inside the dataset."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""The best that anyone can predict on a simulated cohort: two oracles of each task.
+"""Computes the best possible predictions on a simulated cohort: two oracles of each task.
 
 **Bayes filter** (the bound for any model: it sees what the model may see, and knows the model of
 `cohort`). With L_t(z) = P(what was seen in month t | z), not visiting included,
@@ -78,7 +78,7 @@ class Outcome:
 
 
 def log_likelihood(block: Block) -> tuple[np.ndarray, np.ndarray]:
-    """ln P(morning | z) with whether there was a visit, and ln P(afternoon | z): fp64 [B, T, Z].
+    """Return ln P(visit or none, morning | z) and ln P(afternoon | z), fp64 [B, T, Z] each.
 
     Terms that no z changes (the lab and the codes of pure noise) are left in: they cancel.
     """
@@ -108,10 +108,10 @@ def log_likelihood(block: Block) -> tuple[np.ndarray, np.ndarray]:
 
 
 def filter_states(block: Block) -> tuple[np.ndarray, np.ndarray]:
-    """The posterior of z_t given all that was seen up to noon, and up to the evening, of month t.
+    """Return the posterior of z_t given all that was seen up to noon, and to the evening, of month t.
 
-    fp64 [B, T, Z] each, every row sums to 1. A row speaks of a patient who is alive in month t
-    and still followed; behind a death or the end of a record it means nothing.
+    Both are fp64 [B, T, Z], and every row sums to 1. A row holds for a patient who is alive in
+    month t and still followed; after a death or the end of a record it has no meaning.
     """
     morning_BTZ, afternoon_BTZ = log_likelihood(block)
     move_AZZ = cohort.transition()[:, :Z, :Z]
@@ -134,7 +134,7 @@ def _updated(belief_BZ: np.ndarray, log_BZ: np.ndarray) -> np.ndarray:
 
 
 def outcomes(block: Block, nodes: Nodes) -> dict[str, Outcome]:
-    """Labels and both oracles of every task at the nodes of a block."""
+    """Return the labels and both oracles of every task at the nodes of a block."""
     row_N, month_N = nodes.row_N, nodes.month_N
     noon_BTZ, evening_BTZ = filter_states(block)
     belief_NZ = np.where(
@@ -177,8 +177,8 @@ def outcomes(block: Block, nodes: Nodes) -> dict[str, Outcome]:
 
 
 def _first_advanced(block: Block, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
-    """Time of the first advanced diagnosis after each node (-1 = none), and whether one came
-    before."""
+    """Return the time of the first advanced diagnosis after each node (-1 = none), and whether one
+    came before."""
     advanced_NT = np.isin(block.stage_BT, cohort.ADVANCED)[nodes.row_N]
     month_T = np.arange(advanced_NT.shape[1])
     shift = month_T < (nodes.month_N + nodes.evening_N)[:, None]
@@ -192,8 +192,8 @@ def _first_advanced(block: Block, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]
 
 
 def _ahead(block: Block, nodes: Nodes, at: np.ndarray, days: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whole months from the start of the node's month to the day of the horizon's end, and which
-    day of its month that is."""
+    """Return the whole months from the start of the node's month to the day of the horizon's end,
+    and which day of its month that is."""
     ahead = block.day_BT[nodes.row_N[at], nodes.month_N[at]] + days
     return ahead // STEP_DAYS, ahead % STEP_DAYS
 
@@ -215,7 +215,7 @@ def _death(block: Block, nodes: Nodes, at: np.ndarray, days: int) -> tuple[np.nd
 
 
 def _alive_table(months: int) -> np.ndarray:
-    """P(alive k months on | z, age band), fp64 [A, months + 1, Z]."""
+    """Return P(alive k months later | z, age band), fp64 [A, months + 1, Z]."""
     move_AZZ = cohort.transition()[:, :Z, :Z]
     steps = [np.ones((len(move_AZZ), Z))]
     for _ in range(months):
