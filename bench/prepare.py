@@ -19,15 +19,16 @@ from pydantic import Field
 
 from smbfast.config import Settings, command_line
 from smbfast.runtime import git_state, versions
-from smbfast.simulate import simulate
+from smbfast.simulation.dataset import simulate
 
 RESULTS = Path(__file__).parent / "results" / "prepare.jsonl"
 # in a process of its own, so that the peak memory is that of preparing alone
 CHILD = """
 import json, resource, sys, time
-import smbfast.prepare as entry
+import smbfast.data.preparing as preparing
+from smbfast.prepare import main
 
-make_shards, spent = entry._make_shards, []
+make_shards, spent = preparing._make_shards, []
 
 def timed(*arguments):
     start = time.perf_counter()
@@ -35,8 +36,8 @@ def timed(*arguments):
     spent.append(time.perf_counter() - start)
     return made
 
-entry._make_shards = timed
-entry.main(sys.argv[1:])
+preparing._make_shards = timed
+main(sys.argv[1:])
 own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 print(json.dumps({"seconds": spent[0], "peak_mib": max(own, workers) / 1024}))

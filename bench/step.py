@@ -19,7 +19,7 @@ from bench.step_report import judged, plot, record, table
 from bench.step_workloads import Workload, workloads
 from bench.timing import Clock, ceiling
 from smbfast.config import Settings, command_line
-from smbfast.runtime import duration
+from smbfast.progress import duration
 
 EPILOG = """variants
   B0   Hugging Face + PEFT, SDPA, padded batches of 8, three forwards, a merged deep copy as target

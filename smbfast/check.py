@@ -29,11 +29,11 @@ from smbfast.model.target import TargetEncoder
 from smbfast.objective import Losses
 from smbfast.open_run import OpenRun
 from smbfast.optim import trained
+from smbfast.progress import duration
 from smbfast.runfolder import earlier
 from smbfast.runtime import (
     GIB,
     choose_device,
-    duration,
     held_memory,
     reset_peak_memory,
     terminate_as_interrupt,

@@ -11,8 +11,9 @@ from smbfast.model.backbone import parameter_counts
 from smbfast.model.target import target_bytes
 from smbfast.open_run import OpenRun
 from smbfast.optim import total_steps
-from smbfast.runlog import GOOD_RATIO, HALF
-from smbfast.runtime import GIB, duration, few, git_state, versions
+from smbfast.progress import duration
+from smbfast.reporting.runlog import GOOD_RATIO, HALF
+from smbfast.runtime import GIB, few, git_state, versions
 
 
 def header(run: OpenRun) -> dict:

@@ -14,16 +14,16 @@ from smbfast.data.loader import FIXED, make_rows
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import distinct_nodes, node_texts
 from smbfast.diagnostics import diagnose
-from smbfast.embed import embed_nodes, packed_of, write_embeddings
 from smbfast.files import write_text
 from smbfast.metrics import MetricsLog
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.target import JepaStates, TargetEncoder
 from smbfast.open_run import OpenRun
-from smbfast.probe import ProbeConfig, run_probe
+from smbfast.probing.embedding import embed_nodes, packed_of, write_embeddings
+from smbfast.probing.run_probe import run_probe
+from smbfast.reporting.sample import sample_of
 from smbfast.runtime import few
-from smbfast.sample import sample_of
-from smbfast.settings import PhaseSettings, TrainSettings
+from smbfast.settings import PhaseSettings, ProbeConfig, TrainSettings
 
 
 def fixed_batches(run: OpenRun) -> dict[bool, list[PackedBatch]]:

@@ -14,7 +14,8 @@ from smbfast.data.loader import Step
 from smbfast.files import write_text
 from smbfast.open_run import OpenRun
 from smbfast.optim import place, total_steps
-from smbfast.runtime import duration, peak_memory_gib
+from smbfast.progress import duration
+from smbfast.runtime import peak_memory_gib
 from smbfast.step import StepLosses
 
 

@@ -8,10 +8,10 @@ from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits,
 from smbfast.data.loader import WindowSet
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
+from smbfast.data.preparing import check_prepared, prepare
 from smbfast.files import write_text
-from smbfast.prepare import check_prepared, prepare
 from smbfast.settings import DataSettings, TrainSettings
-from smbfast.simulate import simulate
+from smbfast.simulation.dataset import simulate
 
 # what may differ between a run and its resumption: none of it changes a weight but by rounding
 FREE_KEYS = (

@@ -161,13 +161,3 @@ def stop_on_signals() -> Iterator[StopFlag]:
 def few(count: int) -> str:
     """A count of people or of their events for a log: 1 to 10 are not told apart."""
     return "<=10" if 0 < count <= 10 else f"{count:,}"
-
-
-def duration(seconds: float) -> str:
-    """12 s, 3m05, 2h14."""
-    seconds = max(int(seconds), 0)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}"

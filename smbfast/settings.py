@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
-from smbkernels import use
 
 from smbfast.config import Settings, build, read_toml
 
@@ -239,6 +238,8 @@ class TrainSettings(Settings):
     @field_validator("kernels")
     @classmethod
     def _known_kernels(cls, value: str) -> str:
+        from smbkernels import use  # needs torch, which --help need not wait for
+
         everywhere, by_op = kernel_choice(value)
         with use(everywhere, **by_op):  # names what does not exist
             return value
@@ -277,6 +278,38 @@ class TrainSettings(Settings):
                 "model.hidden must divide by twice model.heads (rotary pairs), heads by kv_heads"
             )
         return self
+
+
+class ProbeConfig(Settings):
+    """Probe frozen embeddings: what can a linear model read from them about later outcomes?
+
+    Binary tasks (subject_id, prediction_time, boolean_value): features scaled by their largest
+    absolute value on train, L2 logistic regression, penalty chosen by tuning AUROC, fitted on train
+    alone; AUROC, AUPRC and Brier score on held_out. Time to event (subject_id, prediction_time,
+    duration_days, event): Cox regression on principal components fitted on train; Harrell's C.
+    Intervals (95 %) resample patients, not rows; differences between models use the same resamples.
+    Two baselines stand beside: the same backbone untrained, and age, sex and counts of codes."""
+
+    embeddings: Path = Field(description="parquet of the trained model, from smbfast.embed")
+    data: Path = Field(description="folder of the MEDS dataset the labels belong to")
+    untrained: Path | None = Field(
+        None, description="parquet of the same backbone untrained; none: without this baseline"
+    )
+    labels: list[str] = Field(
+        [], description="task folders, or names under <data>/labels; empty: all that are there"
+    )
+    out: Path | None = Field(
+        None, description="folder for probe.json and predictions/; none: beside the embeddings"
+    )
+    bootstraps: int = Field(1000, ge=0, description="resamples of patients for the intervals")
+    cox_bootstraps: int = Field(200, ge=0, description="the same for the C-index, which is slower")
+    seed: int = Field(0, ge=0, description="of the resamples and of the components")
+    cox_components: int = Field(
+        10, ge=1, description="components for Cox; fewer where train has under 5 events for each"
+    )
+    small_cells: int = Field(
+        10, ge=0, description="counts from 1 to this are printed as <=N; 0 prints every count"
+    )
 
 
 def kernel_choice(text: str) -> tuple[str | None, dict[str, str]]:

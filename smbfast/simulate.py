@@ -1,52 +1,11 @@
-"""`python -m smbfast.simulate`: a simulated cohort as a MEDS 0.4 dataset, with labels and oracles.
+"""python -m smbfast.simulate: a simulated cohort as a MEDS dataset, with labels and oracles."""
 
-    data/{train,tuning,held_out}/<n>.parquet      events; sorted, a patient in one file
-    metadata/{codes.parquet, dataset.json, subject_splits.parquet}
-    labels/<task>/{train,tuning,held_out}.parquet MEDS labels; labels/tasks.json counts them
-    labels/tte_death/...                          subject_id, prediction_time, duration_days, event
-    oracles/<task>/...                            the rows of the labels, with `bayes_filter` and
-                                                  `latent` (`smbfast.data.oracles`)
-
-The disease is fiction (`smbfast.data.cohort`) and stands for no real population. Memory is that of
-one file of patients, whatever their number; the same settings give the same bytes.
-"""
-
-import json
-import sys
-import time
 from pathlib import Path
 
-import meds
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from smbfast.config import Settings, command_line
-from smbfast.data import cohort, oracles
-from smbfast.files import committed_folder
-
-SPLITS = ("train", "tuning", "held_out")
-_EVENTS = meds.DataSchema.schema()
-_KEY = [
-    pa.field("subject_id", pa.int64(), nullable=False),
-    pa.field("prediction_time", pa.timestamp("us"), nullable=False),
-]
-_BINARY = pa.schema([*_KEY, pa.field("boolean_value", pa.bool_(), nullable=False)])
-_DURATION = pa.schema(
-    [
-        *_KEY,
-        pa.field("duration_days", pa.float64(), nullable=False),
-        pa.field("event", pa.bool_(), nullable=False),
-    ]
-)
-_ORACLE = pa.schema(
-    [
-        *_KEY,
-        pa.field("bayes_filter", pa.float64(), nullable=False),
-        pa.field("latent", pa.float64(), nullable=False),
-    ]
-)
+from smbfast.entry import entry
 
 
 class SimulateConfig(Settings):
@@ -63,213 +22,12 @@ class SimulateConfig(Settings):
     )
 
 
-def simulate(
-    out: Path, patients: int, seed: int, *, nodes: int = 1, patients_per_file: int = 16384
-) -> None:
-    """Write the cohort described at the top of this file to `out`, whole or not at all.
-
-    Patient i has `subject_id` i + 1 and is the same whatever `patients` and `patients_per_file`;
-    its split is a draw of its own (60 / 15 / 25 %). `nodes` changes labels, never events.
-
-    Raises:
-        ValueError: `out` exists, or a number is out of range.
-    """
-    for name, value in (
-        ("patients", patients),
-        ("nodes", nodes),
-        ("patients_per_file", patients_per_file),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
-    with committed_folder(Path(out)) as folder:
-        _write(folder, patients, seed, nodes, patients_per_file)
-
-
-def _write(folder: Path, patients: int, seed: int, nodes: int, patients_per_file: int) -> None:
-    blocks = -(-patients // cohort.BLOCK)
-    per_file = -(-patients_per_file // cohort.BLOCK)
-    counts = {
-        task: {split: {"rows": 0, "subjects": 0, "positive": 0} for split in SPLITS}
-        for task in oracles.TASKS
-    }
-    progress = _Progress(patients)
-    with _Tables(folder) as tables:
-        _open_all(tables)
-        for file, first in enumerate(range(0, blocks, per_file)):
-            held: dict[str, list[pa.Table]] = {}
-            for number in range(first, min(first + per_file, blocks)):
-                block = cohort.draw_block(seed, number)
-                real = block.index_B < patients
-                _hold_block(held, block, real, cohort.draw_nodes(block, seed, nodes), file, counts)
-                progress.done(min((number + 1) * cohort.BLOCK, patients))
-            for name in sorted(held):
-                tables.write(name, pa.concat_tables(held[name]))
-            tables.close_data()
-    _write_metadata(folder, patients, seed)
-    about = [
-        {
-            "task": task,
-            "type": "time_to_event" if task == "tte_death" else "binary",
-            "about": f"{oracles.ABOUT[task]}; node at noon or 18:00 on the day of a visit",
-            "splits": counts[task],
-        }
-        for task in oracles.TASKS
-    ]
-    (folder / "labels" / "tasks.json").write_text(json.dumps(about, indent=1) + "\n")
-    progress.end()
-
-
-def _open_all(tables: "_Tables") -> None:
-    """Every label file exists, even when no patient of its split has a label."""
-    tables.open("metadata/subject_splits.parquet", meds.SubjectSplitSchema.schema())
-    for task in oracles.TASKS:
-        for split in SPLITS:
-            label = _DURATION if task == "tte_death" else _BINARY
-            tables.open(f"labels/{task}/{split}.parquet", label)
-            tables.open(f"oracles/{task}/{split}.parquet", _ORACLE)
-
-
-def _hold_block(
-    held: dict[str, list[pa.Table]],
-    block: cohort.Block,
-    real_B: np.ndarray,
-    nodes: cohort.Nodes,
-    file: int,
-    counts: dict[str, dict[str, dict[str, int]]],
-) -> None:
-    """Put the tables of one block into `held`, by the file they belong to."""
-    subject_B = block.index_B + 1
-    split_B = np.where(real_B, block.split_B, "")
-    splits = pa.table(
-        {"subject_id": subject_B[real_B], "split": split_B[real_B].astype(object)},
-        schema=meds.SubjectSplitSchema.schema(),
-    )
-    held.setdefault("metadata/subject_splits.parquet", []).append(splits)
-    rows, found = cohort.rows(block), oracles.outcomes(block, nodes)
-    for split in SPLITS:
-        at = np.nonzero(split_B[rows.row_E] == split)[0]
-        if len(at):
-            held.setdefault(f"data/{split}/{file}.parquet", []).append(
-                _event_table(rows, at, subject_B)
-            )
-        for task, outcome in found.items():
-            at = np.nonzero(split_B[nodes.row_N[outcome.node_M]] == split)[0]
-            node_M = outcome.node_M[at]
-            key = {
-                "subject_id": subject_B[nodes.row_N[node_M]],
-                "prediction_time": pa.array(nodes.time_N[node_M], pa.timestamp("us")),
-            }
-            if outcome.days_M is None:
-                label = pa.table({**key, "boolean_value": outcome.label_M[at]}, schema=_BINARY)
-            else:
-                value = {"duration_days": outcome.days_M[at], "event": outcome.label_M[at]}
-                label = pa.table({**key, **value}, schema=_DURATION)
-            oracle = {"bayes_filter": outcome.bayes_M[at], "latent": outcome.latent_M[at]}
-            held.setdefault(f"labels/{task}/{split}.parquet", []).append(label)
-            held.setdefault(f"oracles/{task}/{split}.parquet", []).append(
-                pa.table({**key, **oracle}, schema=_ORACLE)
-            )
-            count = counts[task][split]
-            count["rows"] += len(at)
-            count["subjects"] += len(np.unique(nodes.row_N[node_M]))
-            count["positive"] += int(outcome.label_M[at].sum())
-
-
-def _event_table(rows: cohort.Rows, at: np.ndarray, subject_B: np.ndarray) -> pa.Table:
-    time_E, value_E = rows.time_E[at], rows.value_E[at]
-    codes = pa.array([code for code, _ in cohort.CODES])
-    return pa.table(
-        {
-            "subject_id": subject_B[rows.row_E[at]],
-            "time": pa.array(time_E, pa.timestamp("us"), mask=time_E == np.iinfo(np.int64).min),
-            "code": codes.take(pa.array(rows.code_E[at])),
-            "numeric_value": pa.array(value_E, pa.float32(), mask=np.isnan(value_E)),
-            "text_value": pa.nulls(len(at), pa.large_string()),
-        },
-        schema=_EVENTS,
-    )
-
-
-def _write_metadata(folder: Path, patients: int, seed: int) -> None:
-    codes = pa.table(
-        {
-            "code": [code for code, _ in cohort.CODES],
-            "description": [description for _, description in cohort.CODES],
-            "parent_codes": pa.nulls(len(cohort.CODES), pa.list_(pa.string())),
-        },
-        schema=meds.CodeMetadataSchema.schema(),
-    )
-    pq.write_table(codes, folder / "metadata" / "codes.parquet")
-    dataset = {
-        "dataset_name": "smbfast simulated cohort",
-        "dataset_version": f"seed {seed}, {patients} patients",
-        "etl_name": "smbfast.simulate",
-        "etl_version": "1",
-        "meds_version": meds.__version__,
-    }
-    (folder / "metadata" / "dataset.json").write_text(json.dumps(dataset, indent=1) + "\n")
-
-
-class _Tables:
-    """Parquet files that grow, by their name inside the dataset."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.writers: dict[str, pq.ParquetWriter] = {}
-
-    def __enter__(self) -> "_Tables":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for writer in self.writers.values():
-            writer.close()
-
-    def open(self, name: str, schema: pa.Schema) -> None:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.writers[name] = pq.ParquetWriter(path, schema)
-
-    def write(self, name: str, table: pa.Table) -> None:
-        if name not in self.writers:
-            self.open(name, table.schema)
-        self.writers[name].write_table(table)
-
-    def close_data(self) -> None:
-        for name in [name for name in self.writers if name.startswith("data/")]:
-            self.writers.pop(name).close()
-
-
-class _Progress:
-    """A line on stderr every two seconds, and none in a run that is shorter."""
-
-    def __init__(self, patients: int) -> None:
-        self.patients = patients
-        self.start = self.told = time.monotonic()
-        self.spoke = False
-
-    def done(self, patients: int) -> None:
-        now = time.monotonic()
-        if now - self.told < 2:
-            return
-        self.told, self.spoke = now, True
-        left = (now - self.start) * (self.patients - patients) / patients
-        print(
-            f"simulate: {patients:,} of {self.patients:,} patients, {left:.0f} s left",
-            file=sys.stderr,
-        )
-
-    def end(self) -> None:
-        if self.spoke:
-            spent = time.monotonic() - self.start
-            print(f"simulate: {self.patients:,} patients in {spent:.0f} s", file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> None:
-    """The command line."""
+    """The command: arguments and one call of `smbfast.simulation.dataset`."""
     config = command_line(SimulateConfig, argv, prog="python -m smbfast.simulate")
-    try:
+    with entry("smbfast.simulate"):
+        from smbfast.simulation.dataset import simulate
+
         simulate(
             config.out,
             config.patients,
@@ -277,9 +35,6 @@ def main(argv: list[str] | None = None) -> None:
             nodes=config.nodes,
             patients_per_file=config.patients_per_file,
         )
-    except (ValueError, OSError) as error:
-        print(f"python -m smbfast.simulate: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
     print(f"{config.out}: {config.patients:,} simulated patients, seed {config.seed}")
 
 

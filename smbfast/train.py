@@ -29,11 +29,11 @@ from smbfast.model.flops import step_flops
 from smbfast.model.target import TargetEncoder
 from smbfast.open_run import OpenRun
 from smbfast.optim import due_after, learning_rate, place, tau, total_steps
-from smbfast.report import write_report
+from smbfast.progress import duration
+from smbfast.reporting.page import write_report
 from smbfast.runfolder import earlier, write_end, write_status
 from smbfast.runtime import (
     choose_device,
-    duration,
     matmul_rate,
     stop_on_signals,
     terminate_as_interrupt,

@@ -5,7 +5,7 @@ import torch
 
 import smbfast.check as entry
 from smbfast import checkpoint, train
-from smbfast.simulate import simulate
+from smbfast.simulation.dataset import simulate
 
 SHORT = ["--probe.labels=[]", "--data.window=96", "--run.threads=1"]
 STAGES = ["data", "model", "kernels", "memory", "plan", "worst pack", "self-check", "time"]

@@ -20,7 +20,8 @@ from smbfast.data.labels import read_labels
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import NodeText, distinct_nodes, node_texts, shared_windows
 from smbfast.data.prepared import Prepared
-from smbfast.simulate import simulate
+from smbfast.probing import embedding
+from smbfast.simulation.dataset import simulate
 from tests.tiny import random_window
 from tests.two_paths import FP32, FP64, make_encoder, moved_target
 
@@ -73,10 +74,10 @@ def test_nodes_of_one_forward_are_those_of_one_forward_each(kind, lora, which, p
         texts = [text for own in found for text in own]
         shared = list(shared_windows(iter(texts), tokens))
         assert [node for window in shared for node in window.nodes] == texts
-        got = embed.pooled(chosen.packed, shared, pool, CPU)
+        got = embedding.pooled(chosen.packed, shared, pool, CPU)
         expected = one_each(chosen.hidden, texts, pool)
         assert np.abs(got - expected).max() <= tol * np.abs(expected).max()
-        plain = embed.pooled(embed.one_by_one(chosen.hidden), shared, pool, CPU)
+        plain = embedding.pooled(embedding.one_by_one(chosen.hidden), shared, pool, CPU)
         assert np.abs(plain - expected).max() <= tol * np.abs(expected).max()
 
     equal()
@@ -92,7 +93,7 @@ def test_a_window_is_read_once():
         read.append(len(ids_T))
         return position_T[:, None].double()
 
-    table = embed.embed_nodes(packed, iter(texts), CPU, total=5, tokens=MANY, pool="last")
+    table = embedding.embed_nodes(packed, iter(texts), CPU, total=5, tokens=MANY, pool="last")
     assert read == [len(texts[-1].ids_T) + 3 + 2 + 5]
     assert [row[0] for row in table["embedding"].to_pylist()] == [len(t.ids_T) - 1 for t in texts]
 
@@ -118,7 +119,9 @@ def test_windows_share_forwards_of_bounded_length():
         return encoder.packed(ids_T, position_T, segments)
 
     tables = [
-        embed.embed_nodes(packed, iter(texts), CPU, total=len(texts), tokens=tokens, pool="mean")
+        embedding.embed_nodes(
+            packed, iter(texts), CPU, total=len(texts), tokens=tokens, pool="mean"
+        )
         for tokens in (256, 64)
     ]
     assert max(read) <= 256 and max(read) > 64 and min(read) <= 64
@@ -142,7 +145,7 @@ def test_nothing_a_node_does_not_see_changes_a_bit_of_it(pool):
         texts = [*nodes_of(other, [(5, 2)]), seen, *nodes_of(later, [(5, 3), (6, 0)])]
         shared = list(shared_windows(iter(texts), MANY))
         assert [len(window.nodes) for window in shared] == [1, 3]
-        found.append(embed.pooled(encoder.packed, shared, pool, CPU))
+        found.append(embedding.pooled(encoder.packed, shared, pool, CPU))
     np.testing.assert_array_equal(found[0][1], found[1][1])
     assert all((a != b).any() for k, (a, b) in enumerate(zip(*found, strict=True)) if k != 1)
 
@@ -155,9 +158,9 @@ def test_states_that_are_not_finite_and_no_nodes_are_refused():
 
     more = {"total": 1, "tokens": MANY, "pool": "last"}
     with pytest.raises(ValueError, match="finite"):
-        embed.embed_nodes(broken, iter(texts), CPU, **more)
+        embedding.embed_nodes(broken, iter(texts), CPU, **more)
     with pytest.raises(ValueError, match="no decision node"):
-        embed.embed_nodes(broken, iter([]), CPU, **more)
+        embedding.embed_nodes(broken, iter([]), CPU, **more)
 
 
 @pytest.fixture(scope="module")

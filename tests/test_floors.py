@@ -25,7 +25,6 @@ FLOORS = [
     {"evaluation"},
     {"train", "check"},
 ]
-SIBLINGS = {("figures", "runlog"), ("optim", "sample")}
 
 
 def floor_of(name: str) -> int:
@@ -62,8 +61,7 @@ def test_imports_go_down(file):
         other = unit(module)
         if other is None or other == own:
             continue
-        below = floor_of(other) < floor_of(own)
-        assert below or (own, other) in SIBLINGS, f"{file.name} imports {module}"
+        assert floor_of(other) < floor_of(own), f"{file.name} imports {module}"
 
 
 def test_every_module_has_a_floor():

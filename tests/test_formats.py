@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import smbfast.train as entry
 from smbfast.checkpoint import restore_final
 from smbfast.data.tokens import CLOSE, OPEN, train_tokenizer
-from smbfast.simulate import simulate
+from smbfast.simulation.dataset import simulate
 from tests.tiny import tiny_lm
 
 CPU = torch.device("cpu")

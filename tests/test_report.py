@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from smbfast.report import main, write_report
-from smbfast.runlog import collapse, read_run
+from smbfast.report import main
+from smbfast.reporting.page import write_report
+from smbfast.reporting.runlog import collapse, read_run
 
 HOSTILE = "</pre><script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)> $x_{"
 

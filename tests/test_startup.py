@@ -15,7 +15,7 @@ from smbfast.data.loader import make_batch
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder
 from smbfast.settings import ObjectiveSettings, PhaseSettings, TrainSettings, kernel_choice, load
-from smbfast.simulate import simulate
+from smbfast.simulation.dataset import simulate
 from smbfast.startup import losses_of, self_check
 from tests.refusal import refused
 from tests.tiny import random_window

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import smbfast.train as entry
 from smbfast.files import verify_folder
-from smbfast.simulate import simulate
+from smbfast.simulation.dataset import simulate
 
 SHORT = [
     "--probe.labels=[]",

@@ -1,7 +1,7 @@
-"""Text from data as it may stand in a line: it never looks like a line's end, a header or a tag.
+"""Cleans text from data, so that it never looks like a line's end, a header or a tag.
 
-Looking like one is judged after NFKC, because some tokenizers normalize: a full-width `＜` is a `<`
-to them.
+Text is judged after NFKC normalization, because some tokenizers normalize: to them a full-width
+`＜` is a `<`.
 """
 
 import re
@@ -19,17 +19,17 @@ _BRACKET = re.compile(r"^[\[<\uff3b\uff1c\ufe47\ufe64]")
 
 
 def clean(text: str, limit: int | None = None) -> str:
-    """Text in which newlines, control and invisible characters have become single spaces."""
+    """Replace newlines, control and invisible characters by single spaces; cut at `limit`."""
     return _HIDDEN.sub(" ", text).strip()[:limit].rstrip()
 
 
 def line_head(text: str) -> str:
-    """Cleaned text that may begin a line: a header or a tag begins with a bracket, it does not."""
+    """Return cleaned text as it may begin a line: a bracket there would read as a header or tag."""
     return _BRACKET.sub("(", text) or "?"
 
 
 def without_tags(text: str) -> str:
-    """Cleaned text in which `‹` opens what would read as a delimiter."""
+    """Return cleaned text in which `‹` replaces the `<` of whatever would read as a delimiter."""
     if text.isascii():
         return _TAG.sub("‹", text)
     folded = unicodedata.normalize("NFKC", text)

@@ -1,6 +1,6 @@
-"""Labels of one task, read from parquet and checked before anything uses them.
+"""Reads the labels of one task from parquet, and checks them before anything uses them.
 
-Two kinds of task, recognised by their columns and never by their name:
+There are two kinds of task, recognised by their columns and never by their name:
 
     binary          subject_id, prediction_time, boolean_value           (MEDS `LabelSchema`)
     time to event   subject_id, prediction_time, duration_days, event    (our choice; MEDS has none)
@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from smbfast.data.meds import SPLITS, MedsDataset
+from smbfast.data.meds import MedsDataset
 from smbfast.data.parquet import column_names, open_parquet
+from smbfast.data.splits import SPLITS
 
 _UTC = {"utc", "etc/utc", "gmt", "z", "+00:00", "-00:00", "+0000"}
 
@@ -46,32 +47,33 @@ class Labels:
         return len(self.subject_N)
 
     def counts(self) -> dict[str, int]:
-        """Rows per split."""
+        """Return the number of rows per split."""
         return {split: int(np.sum(self.split_N == split)) for split in SPLITS}
 
     def positives(self) -> dict[str, int]:
-        """True labels (binary) or observed events (time to event) per split."""
+        """Return the number of true labels or observed events (time to event) per split."""
         true_N = self.value_N if self.kind == "binary" else self.event_N
         return {split: int(np.sum(true_N[self.split_N == split])) for split in SPLITS}
 
     def take(self, rows: np.ndarray) -> "Labels":
-        """The given rows (indices or a mask) as labels of their own."""
+        """Return the given rows (indices or a mask) as labels of their own."""
         names = ("subject_N", "time_N", "split_N", "value_N", "duration_N", "event_N")
         arrays = {name: getattr(self, name) for name in names}
         return replace(self, **{k: v[rows] for k, v in arrays.items() if v is not None})
 
 
 def find_tasks(names: list[str], data: Path) -> list[Path]:
-    """Paths of tasks given by path, or by name under `<data>/labels`; of all there if none given.
+    """Return the folders of tasks, which are given by path or by name under `<data>/labels`; of all
+    tasks there if none is given.
 
     Raises:
-        ValueError: neither exists.
+        ValueError: a task is neither, or none is given and none is there.
     """
     folder = data / "labels"
     known = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     if not (names or known):
         raise ValueError(f"labels must name task folders; none given and none under {folder}")
-    found = []
+    paths = []
     for name in names or known:
         options = [Path(name), data / "labels" / name]
         path = next((p for p in options if p.exists()), None)
@@ -84,8 +86,8 @@ def find_tasks(names: list[str], data: Path) -> list[Path]:
                 f"labels `{name}` must be a folder or a task of {folder} "
                 f"({', '.join(known) or 'which has none'})"
             )
-        found.append(path)
-    return found
+        paths.append(path)
+    return paths
 
 
 def read_labels(path: Path) -> Labels:
@@ -145,7 +147,7 @@ def with_splits(labels: Labels, dataset: MedsDataset) -> Labels:
 
 
 def require_splits(labels: Labels) -> None:
-    """ValueError unless train, tuning and held_out each have a row."""
+    """Raise a ValueError unless train, tuning and held_out each have a row."""
     empty = [split for split, rows in labels.counts().items() if rows == 0]
     if empty:
         raise ValueError(
@@ -155,7 +157,7 @@ def require_splits(labels: Labels) -> None:
 
 
 def key_table(file: Path, columns: list[str]) -> pa.Table:
-    """`subject_id`, `prediction_time` and further `columns` of a parquet file, in this order.
+    """Read `subject_id`, `prediction_time` and further `columns` of a parquet file, in this order.
 
     Raises ValueError for an unreadable file and for a column that is missing or there twice.
     """
@@ -177,7 +179,7 @@ def key_table(file: Path, columns: list[str]) -> pa.Table:
 
 
 def integer_column(table: pa.Table, name: str, file: Path) -> np.ndarray:
-    """An integer column without nulls as int64 [N]."""
+    """Return an integer column without nulls as int64 [N]."""
     column = _without_null(table, name, file)
     if not pa.types.is_integer(column.type):
         raise ValueError(f"column `{name}` of {file} must be int64, is {column.type}")
@@ -185,7 +187,7 @@ def integer_column(table: pa.Table, name: str, file: Path) -> np.ndarray:
 
 
 def time_column(table: pa.Table, name: str, file: Path) -> np.ndarray:
-    """A timestamp column without nulls as int64 [N], microseconds since 1970.
+    """Return a timestamp column without nulls as int64 [N], microseconds since 1970.
 
     Other units are converted where nothing is lost. UTC is taken as it stands; another time zone is
     refused, since MEDS times have none and the shift cannot be known.
@@ -255,9 +257,9 @@ def _cast(column: pa.ChunkedArray, to: pa.DataType, name: str, file: Path) -> pa
 
 
 def _parquet_files(folder: Path) -> list[Path]:
-    found = [p for p in folder.rglob("*.parquet") if p.is_file() and p.name[0] not in "._"]
+    paths = [p for p in folder.rglob("*.parquet") if p.is_file() and p.name[0] not in "._"]
     place = {split: at for at, split in enumerate(SPLITS)}
-    return sorted(found, key=lambda p: (place.get(_split_of(folder, p), len(SPLITS)), str(p)))
+    return sorted(paths, key=lambda p: (place.get(_split_of(folder, p), len(SPLITS)), str(p)))
 
 
 def _task_of(path: Path) -> str:

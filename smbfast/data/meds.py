@@ -1,4 +1,4 @@
-"""MEDS folders in: whole subjects, sorted by time, as plain arrays.
+"""Reads MEDS folders as plain arrays: whole subjects, sorted by time.
 
 Reads MEDS 0.4 and 0.3 (no `text_value`; extra columns are ignored). The `meds` package names the
 splits; the rules that cross rows and files (one file per subject, contiguous, sorted by time, one
@@ -43,7 +43,7 @@ class EventBatch:
     nonfinite: int = 0  # values that were NaN or infinite, read as no value
 
     def rows(self, row_K: np.ndarray, offset_S1: np.ndarray) -> "EventBatch":
-        """The events `row_K`, cut into subjects (or nodes of subjects) by `offset_S1`."""
+        """Return the events `row_K`, cut into subjects (or nodes of subjects) by `offset_S1`."""
         return EventBatch(
             self.subject_N[row_K],
             self.time_N[row_K],
@@ -73,8 +73,9 @@ class MedsDataset:
         """Check a MEDS folder and index its subjects (one pass over `subject_id` alone).
 
         Raises:
-            ValueError: no such folder, not MEDS, a missing or mistyped column, interleaved
-                subjects, a subject in two files or splits, no training subject.
+            ValueError: the folder is missing or not MEDS, a column is missing or of a wrong type,
+                the rows of a subject do not stand together or are in two files or splits, or no
+                subject is in the split `train`.
         """
         path = Path(path)
         if not path.is_dir():
@@ -92,24 +93,24 @@ class MedsDataset:
         return dataset
 
     def subjects(self, split: str) -> np.ndarray:
-        """The subject ids of a split, in the order they are read (int64)."""
+        """Return the subject ids of a split, in the order they are read (int64)."""
         ids = [self._selected(self.subjects_of[f], split) for f in self.splits[split]]
         return np.concatenate(ids) if ids else np.empty(0, np.int64)
 
     def without_split(self) -> int:
-        """How many subjects of the data are in none of the three splits, and so never read."""
+        """Return how many subjects are in none of the three splits, and so never read."""
         everyone = {f: len(ids) for f, ids in self.subjects_of.items()}
         return sum(everyone.values()) - sum(len(self.subjects(s)) for s in SPLITS)
 
     def batches(self, split: str, subjects: np.ndarray | None = None) -> Iterator[EventBatch]:
-        """All events of a split (of `subjects` only, if given), whole subjects at a time."""
+        """Yield all events of a split (of `subjects` only, if given), whole subjects at a time."""
         for file in self.splits[split]:
             yield from self.file_batches(file, split, subjects)
 
     def file_batches(
         self, file: Path, split: str, subjects: np.ndarray | None = None
     ) -> Iterator[EventBatch]:
-        """As `batches`, one file."""
+        """Yield the events of one file, as `batches` does for all."""
         wanted = self._selected(self.subjects_of[file], split)
         if subjects is not None:
             wanted = np.intersect1d(wanted, subjects)
@@ -164,15 +165,17 @@ def _read_codes(file: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
         raise ValueError(f"{file}: row {codes.index(None)} must have a `code`, it is null")
     descriptions = strings(file, table["description"])
     parents = strings(file, table["parent_codes"]) if "parent_codes" in table.column_names else []
-    kept = ([n for n in p if isinstance(n, str)] if isinstance(p, list) else [] for p in parents)
+    parent_names = (
+        [n for n in p if isinstance(n, str)] if isinstance(p, list) else [] for p in parents
+    )
     return (
         {c: d for c, d in zip(codes, descriptions, strict=True) if d},
-        {c: p for c, p in zip(codes, kept, strict=False) if p},
+        {c: p for c, p in zip(codes, parent_names, strict=False) if p},
     )
 
 
 def _check_schema(file: Path, schema: pa.Schema) -> list[str]:
-    """The columns to read; raises where one is missing or of a type that would lose data."""
+    """Return the columns to read; raise where one is missing or of a type that would lose data."""
     rules = {
         "subject_id": (lambda t: pa.types.is_integer(t) and t != pa.uint64(), "int64"),
         "time": (pa.types.is_timestamp, "timestamp[us]"),
@@ -192,17 +195,17 @@ def _check_schema(file: Path, schema: pa.Schema) -> list[str]:
             raise ValueError(
                 f"{file} must have the column `{name}` once; it has {column_names(schema)}"
             )
-        found = schema.field(name).type
-        if not accepts(found):
-            raise ValueError(f"{file}: column `{name}` must be {expected}, it is {found}")
-        if name == "time" and found.tz is not None:
-            raise ValueError(f"{file}: column `time` must have no time zone, it is {found}")
+        actual = schema.field(name).type
+        if not accepts(actual):
+            raise ValueError(f"{file}: column `{name}` must be {expected}, it is {actual}")
+        if name == "time" and actual.tz is not None:
+            raise ValueError(f"{file}: column `time` must have no time zone, it is {actual}")
         columns.append(name)
     return columns
 
 
 def _subjects_of(file: Path) -> np.ndarray:
-    """The subjects of a file in order; each must be one contiguous run of rows."""
+    """Return the subjects of a file in order; the rows of each must stand together."""
     parquet = open_parquet(file)
     _check_schema(file, parquet.schema_arrow)
     runs: list[np.ndarray] = []
@@ -276,7 +279,7 @@ def _last_run_start(ids: np.ndarray) -> int:
 def _decode(
     file: Path, start: int, batches: list[pa.RecordBatch], wanted: np.ndarray | None
 ) -> Iterator[EventBatch]:
-    """Rows of whole subjects to one EventBatch; `start` is the row number of the first."""
+    """Yield rows of whole subjects as one EventBatch; `start` is the row number of the first."""
     table = pa.Table.from_batches([b for b in batches if b.num_rows])
     if table["code"].null_count:
         row = start + int(np.argmax(table["code"].is_null().to_numpy()))
@@ -320,7 +323,7 @@ def _times(file: Path, start: int, column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _static_first(time_N: np.ndarray, subject_N: np.ndarray) -> np.ndarray | None:
-    """An order with null times first in each subject; None where they already are.
+    """Return an order with null times first in each subject; None where they already are.
 
     Sorting libraries disagree on where nulls go, and MEDS leaves it open.
     """
@@ -332,7 +335,7 @@ def _static_first(time_N: np.ndarray, subject_N: np.ndarray) -> np.ndarray | Non
 
 
 def _encoded(file: Path, column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
-    """Strings as (int32 index, distinct values); null is -1."""
+    """Return strings as (int32 index, distinct values); the index of null is -1."""
     if pa.types.is_dictionary(column.type):
         column = column.cast(pa.large_string())
     encoded = pc.dictionary_encode(column).combine_chunks()

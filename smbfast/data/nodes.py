@@ -1,7 +1,7 @@
-"""Decision nodes to token windows, and windows that begin alike to trunks and branches.
+"""Turns decision nodes into token windows, and windows that begin alike into trunks and branches.
 
-A node (subject, prediction time) is embedded once, however many tasks ask for it, from complete
-buckets and the tail of the current one: only events with `time <= prediction_time` are seen.
+A node (subject, prediction time) is embedded once, however many tasks need it. It is embedded from
+the complete buckets and the tail of the current one: only events with `time <= prediction_time`.
 
 Legend: K nodes, N events, T tokens.
 """
@@ -30,7 +30,7 @@ class Nodes:
 
 @dataclass(frozen=True)
 class NodeText:
-    """What one node is embedded from."""
+    """The tokens that one node is embedded from."""
 
     subject: int
     time: int
@@ -58,7 +58,7 @@ class SharedWindow:
 
 
 def distinct_nodes(tasks: list[Labels]) -> Nodes:
-    """The nodes of all tasks, each once."""
+    """Return the nodes of all tasks, each once."""
     nodes = {
         (int(s), int(t)): str(split)
         for task in tasks
@@ -76,9 +76,10 @@ def node_texts(
     window: int,
     counts: dict[str, int],
 ) -> Iterator[NodeText]:
-    """The window of each node, in the order of the data; what is skipped or lost is counted.
+    """Yield the window of each node, in the order of the data.
 
-    Counted: nodes of unknown subjects, nodes before a subject's first event, tokens lost.
+    Nodes of unknown subjects, nodes before a subject's first event and tokens lost are counted in
+    `counts`.
     """
     counts.update(nodes=len(nodes.subject_K), embedded=0, before_first_event=0, tokens_lost=0)
     begin = serializer.encoder.begin
@@ -117,7 +118,7 @@ def _tails(
     serializer: Serializer,
     time_K: np.ndarray,
 ) -> list[tuple[int, Timeline | None]]:
-    """For each node of a subject: its bucket, and the bucket's events up to the node as tokens."""
+    """Return for each node of a subject its bucket, and the bucket's events up to it as tokens."""
     time_N = batch.time_N[rows]
     timed = np.flatnonzero(timed_N[rows])
     key_K = serializer.bucket_key(time_K)
@@ -140,19 +141,20 @@ def _tails(
 def _complete(
     timeline: Timeline, tails: list[tuple[int, Timeline | None]]
 ) -> list[tuple[int, Timeline | None]]:
-    """Buckets that were complete when the node's own bucket began."""
+    """Replace each bucket's time by the number of buckets that were complete when it began."""
     return [(int(np.searchsorted(timeline.bucket_time_B, key)), tail) for key, tail in tails]
 
 
 def shared_windows(texts: Iterator[NodeText], tokens: int) -> Iterator[SharedWindow]:
-    """Nodes that follow each other, of one subject and window start, as trunk and branches.
+    """Yield successive nodes of one subject and window start as one trunk and its branches.
 
-    The trunk is the window of the last of them: it holds every bucket that is complete at any. A
-    branch begins at the first token in which a node's window differs, so that the tokens a node
-    sees are its own window by construction: nothing later is among them.
+    The trunk is the window of the last of these nodes: it holds every bucket that is complete at
+    any of them. A branch begins at the first token in which a node's window differs from the trunk.
+    So the tokens that a node sees are its own window by construction; nothing later is among them.
 
     Args:
-        tokens: more than these are shared out to several trunks, down to one node each.
+        tokens: the most that trunk and branches may have together; more than these are divided
+            into several trunks, down to one node each.
     """
     for _, alike in groupby(texts, key=lambda text: (text.subject, text.first_bucket)):
         yield from _shared(list(alike), tokens)
@@ -177,7 +179,7 @@ def _shared(nodes: list[NodeText], tokens: int) -> Iterator[SharedWindow]:
 
 
 def _common(ids_T: np.ndarray, trunk_T: np.ndarray) -> int:
-    """Tokens with which both begin."""
+    """Return the number of tokens with which both begin."""
     length = min(len(ids_T), len(trunk_T))
     unlike = np.flatnonzero(ids_T[:length] != trunk_T[:length])
     return int(unlike[0]) if len(unlike) else length

@@ -1,8 +1,8 @@
-"""Which windows share a row: one forward of at most so many online tokens, no padding.
+"""Plans sequence packing: which windows share a row, that is one forward without padding.
 
-A row costs memory by its tokens and time by its tokens and visible pairs. The plan is a pure
-function of both: no draw, no state, and the order of the windows changes nothing but which of two
-alike windows goes where.
+A row holds at most a given number of online tokens. It costs memory by its tokens, and time by its
+tokens and visible pairs. The plan is a pure function of both, without draws or state. The order of
+the windows only decides which of two windows of equal cost goes where.
 
 Legend: W windows, R rows.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 
 def online_cost(tokens_W: np.ndarray, pairs_W: np.ndarray, ratio: float) -> np.ndarray:
-    """Cost of each window in tokens: its online tokens, and its visible pairs at `ratio` each.
+    """Return the cost of each window in tokens: its online tokens, and `ratio` per visible pair.
 
     Args:
         ratio: FLOPs of a visible pair over those of a token in the linears
@@ -23,27 +23,27 @@ def online_cost(tokens_W: np.ndarray, pairs_W: np.ndarray, ratio: float) -> np.n
 def plan_rows(
     tokens_W: np.ndarray, cost_W: np.ndarray, capacity: int, ranks: int = 1
 ) -> list[np.ndarray]:
-    """The windows of each row; every window is in exactly one.
+    """Return the windows of each row; every window is in exactly one row.
 
-    Best-fit decreasing on tokens says how many rows are needed; for several ranks that is rounded
-    up to a multiple (where there are as many windows), because ranks wait for each other. If the
-    windows also fit into that many rows when each, in descending cost, goes to the cheapest row
-    with room (longest processing time), the rows are those: level ones need less memory at their
-    peak. If not, there is next to no slack, and they are best-fit's.
+    Best-fit decreasing on tokens gives the number of rows. For several ranks it is rounded up to a
+    multiple of them (if there are as many windows), because ranks wait for each other. Then each
+    window, in descending cost, goes to the cheapest row with room (longest processing time). If all
+    windows fit in this way, these are the rows: rows of equal cost need less peak memory. If not,
+    there is next to no slack, and the rows are those of best fit.
 
     Args:
-        tokens_W: int, online tokens of each window: trunk and branches.
-        cost_W: float, what is levelled (`online_cost`).
-        capacity: tokens of a row; a window with more has a row of its own.
+        tokens_W: int [W], the online tokens of each window, those of its trunk and branches.
+        cost_W: float [W], the cost that rows should share equally (`online_cost`).
+        capacity: the tokens that a row may hold; a longer window has a row of its own.
         ranks: processes that share the rows.
 
     Returns:
-        Indices of windows, ascending, row by row. Rank r runs `rows[r::ranks]`: ranks have equal
-        numbers of rows up to one, and rows that run at the same time are neighbours in cost, the
-        costliest first.
+        Indices of windows, ascending, row by row. Rank r runs `rows[r::ranks]`. The numbers of rows
+        of two ranks differ by one at most. Rows that run at the same time are neighbours in cost,
+        and the costliest come first.
 
     Raises:
-        ValueError: tokens and costs of unlike length, or one that is not positive.
+        ValueError: tokens and costs differ in length, or one of them is not positive.
     """
     tokens_W, cost_W = np.asarray(tokens_W, np.int64), np.asarray(cost_W, np.float64)
     if tokens_W.shape != cost_W.shape or tokens_W.ndim != 1:
@@ -52,7 +52,7 @@ def plan_rows(
             f"{cost_W.shape}"
         )
     if not ((tokens_W > 0).all() and (cost_W > 0).all()):
-        raise ValueError("tokens_W and cost_W must be positive; some are not")
+        raise ValueError("tokens_W and cost_W must all be positive")
     fits_W = tokens_W <= capacity
     alone = [[w] for w in np.flatnonzero(~fits_W).tolist()]
     shared = np.flatnonzero(fits_W)
@@ -77,7 +77,7 @@ def _placed(
     *,
     level: bool,
 ) -> list[list[int]]:
-    """Each window into the cheapest row with room (`level`), or the fullest; [] if one has none."""
+    """Put each window into the cheapest row with room (`level`) or the fullest; [] if none has."""
     room_R, spent_R = np.full(count, capacity), np.zeros(count)
     rows: list[list[int]] = [[] for _ in range(count)]
     for w, tokens in zip(order.tolist(), tokens_W[order].tolist(), strict=True):
@@ -92,7 +92,7 @@ def _placed(
 
 
 def _dealt(rows: list[np.ndarray], cost_W: np.ndarray, ranks: int) -> list[np.ndarray]:
-    """Rows in descending cost, so ordered that `rows[rank::ranks]` cost alike."""
+    """Sort rows by descending cost, so that `rows[rank::ranks]` cost about the same."""
     rows = sorted(rows, key=lambda row: -cost_W[row].sum())
     dealt: list[np.ndarray] = []
     spent = np.zeros(ranks)

@@ -1,4 +1,4 @@
-"""Small parquet files in, with errors that name file, column and type and never a cell."""
+"""Reads small parquet files, with errors that name file, column and type and never a cell."""
 
 from pathlib import Path
 
@@ -9,7 +9,11 @@ TEXT = (pa.string(), pa.large_string())
 
 
 def open_parquet(file: Path) -> pq.ParquetFile:
-    """A parquet file, or a ValueError that names it."""
+    """Open a parquet file.
+
+    Raises:
+        ValueError: the file, which is named, is missing or cannot be read.
+    """
     try:
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
         _ = parquet.schema_arrow.names  # damaged names are not UTF-8
@@ -23,10 +27,14 @@ def open_parquet(file: Path) -> pq.ParquetFile:
 def read_columns(
     file: Path, wanted: dict[str, tuple], *, optional: set[str] | None = None
 ) -> pa.Table:
-    """Columns of a small parquet file; a `None` among a column's types lets it be missing.
+    """Read columns of a small parquet file.
+
+    Args:
+        wanted: for each column the types that it may have; a `None` among them lets it be missing.
+        optional: columns that are read as they are where the file has them.
 
     Raises:
-        ValueError: unreadable, or a column that is missing or of another type.
+        ValueError: the file is unreadable, or a column is missing or of another type.
     """
     parquet = open_parquet(file)
     schema = parquet.schema_arrow
@@ -38,12 +46,12 @@ def read_columns(
             raise ValueError(f"{file} must have a column `{name}`; it has {column_names(schema)}")
         if schema.names.count(name) > 1:
             raise ValueError(f"{file} must have one column `{name}`; it has {column_names(schema)}")
-        found = schema.field(name).type
-        if pa.types.is_dictionary(found):
-            found = found.value_type
-        if found not in types:
+        actual = schema.field(name).type
+        if pa.types.is_dictionary(actual):
+            actual = actual.value_type
+        if actual not in types:
             expected = " or ".join(str(t) for t in types if t is not None)
-            raise ValueError(f"{file}: column `{name}` must be {expected}, it is {found}")
+            raise ValueError(f"{file}: column `{name}` must be {expected}, it is {actual}")
         columns.append(name)
     try:
         table = parquet.read(columns=columns)
@@ -56,15 +64,15 @@ def read_columns(
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column is text, plain or as a dictionary."""
+    """Return whether a column is text, plain or dictionary-encoded."""
     return (kind.value_type if pa.types.is_dictionary(kind) else kind) in TEXT
 
 
 def strings(file: Path, column: pa.ChunkedArray | pa.Array) -> list[str | None]:
-    """The strings of a column.
+    """Return the strings of a column.
 
     Raises:
-        ValueError: bytes that are not UTF-8 (parquet does not check).
+        ValueError: there are bytes that are not UTF-8 (parquet does not check).
     """
     try:
         return column.to_pylist()

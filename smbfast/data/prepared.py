@@ -1,4 +1,4 @@
-"""A prepared folder: tokenizer, token shards of each split, and how they were made."""
+"""Opens a prepared folder: the tokenizer, the token shards of each split, how they were made."""
 
 import json
 from collections import Counter
@@ -27,10 +27,11 @@ class Prepared:
 
     @classmethod
     def open(cls, folder: Path) -> "Prepared":
-        """A finished folder.
+        """Open a finished folder.
 
         Raises:
-            ValueError: not there, not finished, or its tokenizer is not the one that made it.
+            ValueError: the folder is missing or unfinished, or its tokenizer is not the one that
+                its shards were made with.
         """
         folder = Path(folder)
         try:
@@ -49,7 +50,7 @@ class Prepared:
         return cls(folder, tokenizer, encoder, record)
 
     def shards(self, split: str) -> list[Shard]:
-        """The shards of a split, each verified."""
+        """Open the shards of a split, each verified."""
         return [Shard(self.folder / name) for name in self.record["shards"].get(split, [])]
 
     @property
@@ -61,7 +62,7 @@ class Prepared:
         return total
 
     def serializer(self, dataset: MedsDataset) -> Serializer:
-        """A serializer that gives the very tokens of the shards."""
+        """Return a serializer that gives exactly the tokens of the shards."""
         return serializer_of(dataset, self.encoder, self.record)
 
     @property
@@ -71,13 +72,13 @@ class Prepared:
 
 
 def serializer_of(dataset: MedsDataset, encoder: TextEncoder, record: dict) -> Serializer:
-    """The serializer whose options and section rules a record (shards, a model) keeps.
+    """Return the serializer whose options and section rules are in the record of shards or a model.
 
     Raises:
-        ValueError: the record was made with another format of the text, or another tokenizer.
+        ValueError: the record was made with another format of the text or another tokenizer.
     """
-    found = {"format": VERSION, "encoder": encoder.fingerprint()}
-    for name, value in found.items():
+    expected = {"format": VERSION, "encoder": encoder.fingerprint()}
+    for name, value in expected.items():
         if record.get(name) != value:
             raise ValueError(
                 f"the {name} of the text must be {value}, the record says {record.get(name)}: "
@@ -94,7 +95,7 @@ def make_serializer(
     sections: str | None,
     options: SerializerOptions,
 ) -> Serializer:
-    """The serializer of a dataset."""
+    """Return the serializer of a dataset, with the section rules of file `sections` or our own."""
     return Serializer(
         encoder,
         SectionMap.read(Path(sections) if sections else None),
@@ -105,5 +106,5 @@ def make_serializer(
 
 
 def options_of(data: DataSettings) -> SerializerOptions:
-    """The serializer's share of the data settings."""
+    """Return those data settings that the serializer needs."""
     return SerializerOptions(data.bucket, data.values_per_line, data.text_chars)

@@ -1,4 +1,4 @@
-"""Which section of the text a code belongs to, by rules a user can edit (configs/sections.toml)."""
+"""Assigns codes to sections of the text, by rules a user can edit (configs/sections.toml)."""
 
 import re
 from dataclasses import dataclass
@@ -29,10 +29,10 @@ class SectionMap:
 
     @classmethod
     def read(cls, path: Path | None = None) -> "SectionMap":
-        """Rules from a TOML file, the shipped ones by default.
+        """Read rules from a TOML file, by default the one shipped with this package.
 
         Raises:
-            ValueError: not TOML, a section that does not exist, a rule that is not text or that
+            ValueError: the file is not TOML, a section does not exist, or a rule is not text or
                 stands in two sections.
         """
         path = Path(path) if path else Path(str(files("smbfast.configs") / "sections.toml"))
@@ -56,11 +56,11 @@ class SectionMap:
         return cls(rules, fallback)
 
     def __call__(self, code: str, parents: list[str] | None = None) -> tuple[int, bool]:
-        """The section index of a code, and whether a rule (not the fallback) decided."""
+        """Return the section index of a code, and whether a rule (not the fallback) decided."""
         for name in (code, *(parents or ())):
-            found = self._match(name.upper())
-            if found is not None:
-                return found, True
+            section = self._match(name.upper())
+            if section is not None:
+                return section, True
         return self.fallback, False
 
     def _match(self, code: str) -> int | None:
@@ -72,16 +72,16 @@ class SectionMap:
         return None
 
     def record(self) -> dict:
-        """The rules as JSON keeps them."""
+        """Return the rules in the form that goes into JSON."""
         return {"rules": self.rules, "fallback": self.fallback}
 
     def fingerprint(self) -> str:
-        """Changes when a rule does."""
+        """Return a digest that changes when a rule does."""
         return digest_of(self.rules, self.fallback)
 
 
 def family(code: str) -> str:
-    """The first part of a code, by which unmapped codes are reported; never the whole code."""
+    """Return the first part of a code, by which unmapped codes are reported, never all of it."""
     first, *rest = re.split(r"//|/|\||:", code, maxsplit=1)
     return first if rest else "(no prefix)"
 

@@ -1,7 +1,7 @@
-"""Token shards: the timelines of one MEDS file as flat arrays, memory-mapped when read.
+"""Token shards hold the timelines of one MEDS file as flat arrays, memory-mapped when read.
 
 A shard is a committed folder: `<field>.bin` for every array of a Timeline, `timelines.bin` with the
-offsets, `index.json` with dtypes and counts. Appended to by plain writes, so memory stays flat.
+offsets, `index.json` with dtypes and counts. Timelines are appended, so memory use stays constant.
 
 Legend: S timelines; the last axis of `timelines.bin` is TABLE.
 """
@@ -44,7 +44,7 @@ class ShardWriter:
         self._table.append((timeline.subject, timeline.header, *self._ends.tolist()))
 
     def close(self, **index: object) -> None:
-        """Finish the files; `index` is kept in `index.json`."""
+        """Finish the files; `index` goes into `index.json`."""
         for file in self._files.values():
             file.close()
         table = np.array(self._table, np.int64).reshape(-1, len(TABLE))
@@ -60,7 +60,7 @@ class Shard:
         """Map a shard after its sizes and hashes were checked.
 
         Raises:
-            ValueError: not finished, or damaged.
+            ValueError: the shard is unfinished or damaged.
         """
         verify_folder(folder)
         self.folder = folder

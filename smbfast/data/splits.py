@@ -1,7 +1,8 @@
-"""Which files and subjects of a MEDS folder belong to which split.
+"""Finds out which files and subjects of a MEDS folder belong to which split.
 
-Two layouts: a folder per split, or `data/*.parquet` beside `metadata/subject_splits.parquet`. MEDS
-allows further splits than its three; their subjects are not read.
+There are two layouts: a folder per split, or `data/*.parquet` beside the table
+`metadata/subject_splits.parquet`. MEDS allows further splits than its three; their subjects are not
+read.
 """
 
 import re
@@ -17,10 +18,10 @@ SPLITS: tuple[str, ...] = (meds.train_split, meds.tuning_split, meds.held_out_sp
 
 
 def find_splits(path: Path) -> tuple[dict[str, list[Path]], dict[str, np.ndarray] | None]:
-    """The files of each split and, where no folders name the splits, the subjects of each.
+    """Return the files of each split and, where no folders name the splits, the subjects of each.
 
     Raises:
-        ValueError: no parquet, or no table of splits where one is needed, or a bad one.
+        ValueError: there is no parquet file, or the table of splits is needed and missing or bad.
     """
     folder = path / "data"
     splits = {s: _parquets(folder / s) for s in SPLITS}

@@ -1,9 +1,10 @@
-"""Windows of long timelines, and decision nodes: complete buckets and the tail of the current one.
+"""Cuts long timelines into windows, and records at decision nodes (buckets and a tail) out of them.
 
-Windows start at buckets. Their starts follow from the buckets before them alone: the next window
-starts at the first bucket that leaves half a window (or, where the bucket that did not fit does not
-fit there either, at that bucket). A node takes the earliest window that holds it whole, so it sees
-between half a window and a window, and nothing after its prediction time has a say in it.
+A window starts at a bucket, and its start depends only on the buckets before it: it is the first
+bucket with which at most half a window is repeated (or, if the bucket that did not fit into the
+previous window would not fit then either, that bucket). A node takes the earliest window that holds
+it whole. So it sees between half a window and a window, and nothing after its prediction time
+influences which.
 
 Legend: B buckets, L lines, T tokens.
 """
@@ -16,7 +17,7 @@ from smbfast.batch import Timeline
 
 
 def window_spans(timeline: Timeline, window: int, begin: bool) -> list[tuple[int, int]]:
-    """The buckets `[first, last)` of each window of a timeline, in order.
+    """Return the buckets `[first, last)` of each window of a timeline, in order.
 
     Args:
         window: tokens of a window, its header (begin token, demographics) included.
@@ -25,14 +26,14 @@ def window_spans(timeline: Timeline, window: int, begin: bool) -> list[tuple[int
     room = window - header_length(timeline, window, begin)
     start_B, end_B = _bucket_bounds(timeline)
     spans: list[tuple[int, int]] = []
-    first, n_buckets = 0, len(end_B)
-    while first < n_buckets:
+    first, num_buckets = 0, len(end_B)
+    while first < num_buckets:
         last = _fits_until(start_B, end_B, first, room)
         if spans and spans[-1][1] == last:  # nothing new fits: begin with the bucket itself
             first = last
             continue
         spans.append((first, last))
-        if last == n_buckets:
+        if last == num_buckets:
             break
         half = int(np.searchsorted(start_B, end_B[last - 1] - room // 2))
         first = min(max(half, first + 1), last)
@@ -42,9 +43,9 @@ def window_spans(timeline: Timeline, window: int, begin: bool) -> list[tuple[int
 def window_of(
     timeline: Timeline, first: int, last: int, window: int, begin: int | None
 ) -> tuple[Timeline, int]:
-    """Buckets `[first, last)` behind begin token and demographics, and the tokens that were lost.
+    """Return buckets `[first, last)` after begin token and demographics, and the tokens lost.
 
-    Only a single bucket longer than the window loses anything: its oldest lines.
+    Only a single bucket that is longer than the window loses anything, namely its oldest lines.
     """
     header = header_length(timeline, window, begin is not None)
     prefix = [np.array([begin], np.int32)] if begin is not None else []
@@ -72,10 +73,10 @@ def window_of(
 
 
 def node_timeline(timeline: Timeline, complete: int, tail: Timeline | None) -> Timeline:
-    """The record at a decision node: the first `complete` buckets, then `tail` as the last one.
+    """Return the record at a decision node: the first `complete` buckets, then `tail` as the last.
 
     `tail` holds the current bucket's events up to the prediction time, serialized again (without
-    demographics); None where there are none.
+    demographics); it is None where there are none.
     """
     end = timeline.bucket_start(complete)
     lines = int(np.searchsorted(timeline.line_start_L, end))
@@ -104,7 +105,7 @@ def node_timeline(timeline: Timeline, complete: int, tail: Timeline | None) -> T
 
 
 def node_window(record: Timeline, window: int, begin: int | None) -> tuple[Timeline, int]:
-    """The earliest window that holds the end of a node's record whole, and the tokens lost.
+    """Return the earliest window that holds the end of a node's record whole, and the tokens lost.
 
     Raises:
         ValueError: the record has no bucket (the node lies before the first event).
@@ -117,7 +118,7 @@ def node_window(record: Timeline, window: int, begin: int | None) -> tuple[Timel
 
 
 def header_length(timeline: Timeline, window: int, begin: bool) -> int:
-    """Tokens of begin token and demographics in a window; at most a quarter of it."""
+    """Return the tokens of begin token and demographics: at most a quarter of a window."""
     return min(timeline.header + begin, max(window // 4, 1))
 
 
@@ -127,7 +128,7 @@ def _bucket_bounds(timeline: Timeline) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fits_until(start_B: np.ndarray, end_B: np.ndarray, first: int, room: int) -> int:
-    """The first bucket that does not fit with `first`; at least one does."""
+    """Return the first bucket that does not fit with `first`; at least one bucket always fits."""
     return max(int(np.searchsorted(end_B, start_B[first] + room, side="right")), first + 1)
 
 

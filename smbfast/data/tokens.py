@@ -1,4 +1,4 @@
-"""Text to token ids, such that text from data can never become structure.
+"""Turns text into token ids, such that text from data can never become structure.
 
 Data is encoded by a copy of the tokenizer whose added tokens are removed (`split_special_tokens`
 alone misses added tokens that are not marked special). Delimiters are single added tokens
@@ -36,12 +36,12 @@ _PROBES = (
 
 
 def load_tokenizer(path: str, delimiters: Delimiters) -> tuple[PreTrainedTokenizerBase, list[int]]:
-    """The tokenizer of a backbone, with the delimiters added as tokens in mode "special".
+    """Load the tokenizer of a backbone, and add the delimiters as tokens in mode "special".
 
     Returns it with the ids of the delimiters that it did not know.
 
     Raises:
-        ValueError: no tokenizer there, or not a fast one (only those can be copied safely).
+        ValueError: there is no tokenizer, or not a fast one (only those can be copied safely).
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -62,7 +62,7 @@ def load_tokenizer(path: str, delimiters: Delimiters) -> tuple[PreTrainedTokeniz
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE trained on `texts`, with begin, pad and delimiter tokens."""
+    """Train a byte-level BPE on `texts`, with begin, pad and delimiter tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = token_decoders.ByteLevel()
@@ -84,9 +84,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 class TextEncoder:
-    """Pieces of text to ids through a bounded cache; tags and the begin token by id.
+    """Turns pieces of text into ids through a bounded cache; knows tags and the begin token by id.
 
-    `piecewise` says whether encoding a line piece by piece equals encoding it whole: true of
+    `piecewise` says whether encoding a line piece by piece equals encoding it whole. It does with
     byte-level BPE with a pre-tokenizer (Qwen, Llama 3, GPT-2, ours). Where it is not, lines are
     encoded whole, which is slower.
     """
@@ -114,7 +114,7 @@ class TextEncoder:
         )
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text, int32; never a special or an added token."""
+        """Return the ids of each text, int32; a special or added token is never among them."""
         cache = self._cache
         missing = [t for t in dict.fromkeys(texts) if t not in cache]
         if missing:
@@ -130,11 +130,11 @@ class TextEncoder:
         return [cache[t] for t in texts]
 
     def fingerprint(self) -> str:
-        """Changes when the same text would get other ids."""
+        """Return a digest that changes when the same text would get other ids."""
         return digest_of(self._plain.to_str(), self.delimiters, self.begin, self.open_ids)
 
     def tag_text(self, tag: str) -> str:
-        """A tag as it stands in the text: followed by a newline unless it is one token."""
+        """Return a tag as it stands in the text: followed by a newline unless it is one token."""
         return tag if self.delimiters == "special" else tag + "\n"
 
     def _tag(self, tag: str) -> np.ndarray:
@@ -143,7 +143,7 @@ class TextEncoder:
         return np.array([self.tokenizer.convert_tokens_to_ids(tag)], np.int32)
 
     def _defused(self, text: str) -> list[int]:
-        """Some models (Unigram) hold control tokens in the vocabulary itself: break them up."""
+        """Break up control tokens, which some models (Unigram) hold in the vocabulary itself."""
         for sign in "<|[":
             text = text.replace(sign, " ")
         ids = self._plain.encode(text, add_special_tokens=False).ids

@@ -1,9 +1,9 @@
-"""The plain baseline: age, and how often each code was seen up to the prediction time.
+"""Computes the plain baseline: age, and how often each code occurred up to the prediction time.
 
-Sex is the count of its static code, like every code without a time. Events after the prediction
+Sex is counted by its static code, as is every code without a time. Events after the prediction
 time are never read, a birth included.
 
-Shape suffixes: K distinct nodes, C codes, N label rows, J nodes of a batch, P of a piece of it, V
+Legend: K distinct nodes, C codes, N label rows, J nodes of a batch, P nodes of a piece of it, V
 visible (node, event) pairs.
 """
 
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_matrix, hstack
 
-from smbfast.data.meds import BIRTH, SPLITS, STATIC, EventBatch, MedsDataset
+from smbfast.data.meds import BIRTH, STATIC, EventBatch, MedsDataset
+from smbfast.data.splits import SPLITS
 from smbfast.probing.features import join
 
 _YEAR = 365.25 * 86_400e6  # microseconds
@@ -35,9 +36,9 @@ class CodeCounts:
     def features(
         self, subject_N: np.ndarray, time_N: np.ndarray, train_N: np.ndarray
     ) -> csr_matrix:
-        """Float64 [N, 2 + codes seen in train]: age in years, whether it is known, log1p(count).
+        """Return float64 [N, 2 + codes in train]: age in years, whether it is known, log1p(count).
 
-        Which codes are kept is decided on the train rows alone.
+        The codes are those that occur in the train rows.
         """
         row_N = join(subject_N, time_N, self.subject_K, self.time_K)
         count_NC = self.count_KC[row_N]
@@ -92,8 +93,8 @@ def _visible(
     seen_K: np.ndarray,
     birth_K: np.ndarray,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (node, code of the batch) for every event a node may see, in bounded pieces; mark the
-    nodes found in `seen_K` and note births in `birth_K`.
+    """Yield (node, code of the batch) for every event a node may see, in bounded pieces; mark
+    the nodes of the batch in `seen_K` and write their births to `birth_K`.
 
     Events of a subject are sorted by time, so what a node sees is a prefix of them.
     """

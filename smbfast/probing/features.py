@@ -1,4 +1,4 @@
-"""What a probe reads: embeddings and oracle scores, joined to labels by subject and time.
+"""Reads what a probe needs: embeddings and oracle scores, joined to labels by subject and time.
 
 Shape suffixes: N label rows, M embedding rows, K rows to join with, D embedding width, S distinct
 subjects, T distinct times.
@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from smbfast.data.labels import Labels, integer_column, key_table, time_column
-from smbfast.data.meds import SPLITS
+from smbfast.data.splits import SPLITS
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,19 @@ def read_embeddings(path: Path) -> Embeddings:
 
 
 def matched(labels: Labels, embeddings: Embeddings) -> np.ndarray:
-    """The embedding row of each label row, int64 [N]; -1 where there is none.
+    """Return the embedding row of each label row, int64 [N]; -1 where there is none.
 
     Raises:
         ValueError: no label row has an embedding, or the two disagree on the split of a row.
     """
     row_N = join(labels.subject_N, labels.time_N, embeddings.subject_M, embeddings.time_M)
-    found_N = row_N >= 0
-    if not found_N.any():
+    matched_N = row_N >= 0
+    if not matched_N.any():
         raise ValueError(
             f"{embeddings.path} must hold embeddings of the {len(labels)} label rows of "
             f"{labels.task}; it has none of them"
         )
-    wrong = int(np.sum(embeddings.split_M[row_N[found_N]] != labels.split_N[found_N]))
+    wrong = int(np.sum(embeddings.split_M[row_N[matched_N]] != labels.split_N[matched_N]))
     if wrong:
         raise ValueError(
             f"{embeddings.path} must have the splits of the labels of {labels.task}; "
@@ -73,12 +73,12 @@ def matched(labels: Labels, embeddings: Embeddings) -> np.ndarray:
 
 
 def read_oracle(path: Path, labels: Labels) -> dict[str, np.ndarray]:
-    """Scores of the two oracles of a simulated task for each label row, float64 [N] each:
-    `bayes_filter` and `latent`; probabilities for a binary task, higher = riskier otherwise.
+    """Read the scores of the two oracles of a simulated task, `bayes_filter` and `latent`, for each
+    label row: float64 [N] each, probabilities for a binary task, higher = riskier otherwise.
 
     Raises:
-        ValueError: unreadable, a missing column, a null, not finite, outside 0..1 for a binary
-            task, or a label row without a score.
+        ValueError: the file is unreadable, a column is missing, a score is null, not finite or,
+            for a binary task, outside 0..1, or a label row has no score.
     """
     names = ["bayes_filter", "latent"]
     table = key_table(path, names)
@@ -115,7 +115,7 @@ def read_oracle(path: Path, labels: Labels) -> dict[str, np.ndarray]:
 def join(
     subject_N: np.ndarray, time_N: np.ndarray, subject_K: np.ndarray, time_K: np.ndarray
 ) -> np.ndarray:
-    """The row in K (no pair twice) of each (subject, time) in N, int64 [N]; -1 where absent."""
+    """Return the row in K (no pair twice) of each pair in N, int64 [N]; -1 where it is absent."""
     if len(subject_K) == 0:
         return np.full(len(subject_N), -1, np.int64)
     subject_S, time_T = np.unique(subject_K), np.unique(time_K)
@@ -130,7 +130,7 @@ def join(
 def _pairs(
     subject_N: np.ndarray, time_N: np.ndarray, subject_S: np.ndarray, time_T: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whether subject and time are both listed, and one int64 that stands for the two."""
+    """Return whether subject and time are both listed, and one int64 that stands for the two."""
     subject_at_N = np.minimum(np.searchsorted(subject_S, subject_N), len(subject_S) - 1)
     time_at_N = np.minimum(np.searchsorted(time_T, time_N), len(time_T) - 1)
     known_N = (subject_S[subject_at_N] == subject_N) & (time_T[time_at_N] == time_N)

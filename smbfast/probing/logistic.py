@@ -1,4 +1,4 @@
-"""The binary probe: scaled features, L2 logistic regression, penalty chosen on the tuning split.
+"""Binary probe: scaled features, L2 logistic regression, penalty chosen on the tuning split.
 
 The protocol of EHRSHOT (som-shahlab/ehrshot-benchmark): `MaxAbsScaler` and the regression are
 fitted on train alone, also after the penalty is chosen. Shape suffixes: N rows, F features.
@@ -34,7 +34,7 @@ class BinaryProbe:
 
 
 def not_measurable(true_N: np.ndarray, split_N: np.ndarray) -> str | None:
-    """Why a binary task cannot be measured, or None."""
+    """Return why a binary task cannot be measured, or None."""
     for split in ("train", "held_out"):
         if len(np.unique(true_N[split_N == split])) < 2:
             return f"{split} has one class only"
@@ -47,10 +47,10 @@ def probe_binary(
     split_N: np.ndarray,
     progress: Callable[[str], None] = lambda _: None,
 ) -> BinaryProbe:
-    """Fit on train, choose C on tuning, predict every row.
+    """Fit on train, choose C on tuning, and predict every row.
 
-    C is chosen by tuning AUROC, ties to the stronger penalty; by tuning log loss where the tuning
-    split has one class only (our choice). Train must hold both classes and tuning a row.
+    C is chosen by tuning AUROC, and of equal ones the stronger penalty; by tuning log loss if the
+    tuning split has one class only (our choice). Train must hold both classes, and tuning a row.
     """
     train, tuning = split_N == "train", split_N == "tuning"
     scaler = MaxAbsScaler().fit(feature_NF[train])

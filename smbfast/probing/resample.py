@@ -1,8 +1,9 @@
-"""Metrics under many integer weightings at once, and intervals from resampled patients.
+"""Computes metrics under many integer weightings at once, and intervals by resampling patients.
 
-A bootstrap draw takes patients with replacement; each label row weighs as often as its patient was
-drawn, so the rows of a patient stay together. Every model of a task sees the same draws, which
-makes differences between models paired. Scores are sorted once, draws are vectorised.
+A bootstrap draw takes patients with replacement. The weight of a label row is the number of times
+that its patient was drawn, so the rows of a patient stay together. Every model of a task sees the
+same draws, which makes differences between models paired. Scores are sorted once, and draws are
+vectorised.
 
 Shape suffixes: N label rows, B draws, P patients, G groups of equal score, E rows with an event.
 """
@@ -27,7 +28,7 @@ class Interval(NamedTuple):
 
 
 def patient_weights(subject_N: np.ndarray, draws: range, seed: int) -> np.ndarray:
-    """How often each row counts in each of `draws`, int32 [B, N]: constant inside a patient.
+    """Return how often each row counts in each of `draws`, int32 [B, N]: alike within a patient.
 
     A draw depends on the seed, its number and the number of patients alone.
     """
@@ -42,7 +43,7 @@ def patient_weights(subject_N: np.ndarray, draws: range, seed: int) -> np.ndarra
 def resampled(
     metrics: dict[str, Metric], subject_N: np.ndarray, draws: int, seed: int
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Each metric on all rows, and in each of `draws` draws (the same ones for all metrics)."""
+    """Return each metric on all rows, and in each of `draws` draws (the same for all metrics)."""
     whole_1N = np.ones((1, len(subject_N)), np.int32)
     values = {name: float(metric(whole_1N)[0]) for name, metric in metrics.items()}
     size = max(1, _CELLS // max(1, len(subject_N)))
@@ -55,8 +56,11 @@ def resampled(
 
 
 def interval(value: float, drawn_B: np.ndarray) -> Interval:
-    """Percentile interval (2.5 to 97.5). Draws in which the metric is not defined (one class only)
-    are left out; with fewer than half of the draws left there is no interval (our choice)."""
+    """Return the percentile interval (2.5 to 97.5).
+
+    Draws in which the metric is not defined (one class only) are left out. With fewer than half of
+    the draws left there is no interval (our choice).
+    """
     defined = drawn_B[np.isfinite(drawn_B)]
     if len(defined) == 0 or 2 * len(defined) < len(drawn_B):
         return Interval(value, None, None)
@@ -65,7 +69,7 @@ def interval(value: float, drawn_B: np.ndarray) -> Interval:
 
 
 def auroc(score_N: np.ndarray, true_N: np.ndarray) -> Metric:
-    """Area under the ROC curve; equal scores count one half."""
+    """Return the area under the ROC curve as a metric; equal scores count one half."""
     order_N, start_G = _groups(score_N)
     true_N = true_N[order_N].astype(bool)
 
@@ -79,22 +83,22 @@ def auroc(score_N: np.ndarray, true_N: np.ndarray) -> Metric:
 
 
 def auprc(score_N: np.ndarray, true_N: np.ndarray) -> Metric:
-    """Average precision: the sum over thresholds of precision times the step in recall."""
+    """Return average precision: the sum over thresholds of precision times the step in recall."""
     order_N, start_G = _groups(-score_N)
     true_N = true_N[order_N].astype(bool)
 
     def metric(weight_BN: np.ndarray) -> np.ndarray:
         positive_BG, negative_BG = _sums(weight_BN[:, order_N], true_N, start_G)
-        found_BG = np.cumsum(positive_BG, 1)
-        called_BG = found_BG + np.cumsum(negative_BG, 1)
-        precision_BG = found_BG / np.maximum(called_BG, 1)
+        true_BG = np.cumsum(positive_BG, 1)
+        called_BG = true_BG + np.cumsum(negative_BG, 1)
+        precision_BG = true_BG / np.maximum(called_BG, 1)
         return _ratio((positive_BG * precision_BG).sum(1), positive_BG.sum(1))
 
     return metric
 
 
 def brier(probability_N: np.ndarray, true_N: np.ndarray) -> Metric:
-    """Mean squared difference between probability and outcome."""
+    """Return the mean squared difference between probability and outcome as a metric."""
     square_N = (probability_N - true_N.astype(np.float64)) ** 2
 
     def metric(weight_BN: np.ndarray) -> np.ndarray:
@@ -104,8 +108,8 @@ def brier(probability_N: np.ndarray, true_N: np.ndarray) -> Metric:
 
 
 def c_index(risk_N: np.ndarray, duration_N: np.ndarray, event_N: np.ndarray) -> Metric:
-    """Harrell's C: of the comparable pairs, the share in which the earlier event has the higher
-    risk; equal risks count one half.
+    """Return Harrell's C: of the comparable pairs, the share in which the earlier event has the
+    higher risk; equal risks count one half.
 
     A pair is comparable if one has an event and the other outlives it, or is censored at that very
     time. A pair weighs the product of its rows' weights. Memory is bounded, time is B·E·N.
@@ -134,7 +138,7 @@ def c_index(risk_N: np.ndarray, duration_N: np.ndarray, event_N: np.ndarray) -> 
 
 
 def _groups(key_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ascending order of the keys, and where each run of equal keys starts in it."""
+    """Return the ascending order of the keys, and where each run of equal keys starts in it."""
     order_N = np.argsort(key_N, kind="stable")
     sorted_N = key_N[order_N]
     start_G = np.flatnonzero(np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]]))

@@ -1,4 +1,4 @@
-"""The survival probe: Cox proportional hazards by lifelines on a few standardised components.
+"""Survival probe: Cox proportional hazards by lifelines on a few standardised components.
 
 Scaler, components and regression are fitted on train alone. Shape suffixes: N rows, F features,
 K components.
@@ -28,7 +28,7 @@ class CoxProbe:
 
 
 def not_measurable(duration_N: np.ndarray, event_N: np.ndarray, split_N: np.ndarray) -> str | None:
-    """Why a time-to-event task cannot be measured, or None."""
+    """Return why a time-to-event task cannot be measured, or None."""
     if not event_N[split_N == "train"].any():
         return "train has no event"
     held_out = split_N == "held_out"
@@ -43,19 +43,20 @@ def not_measurable(duration_N: np.ndarray, event_N: np.ndarray, split_N: np.ndar
 def components(
     feature_NF: np.ndarray | csr_matrix, split_N: np.ndarray, wanted: int, seed: int
 ) -> np.ndarray:
-    """At most `wanted` components of the features, float64 [N, K], mean 0 and deviation 1 on train.
+    """Return at most `wanted` components of the features, float64 [N, K].
 
-    Features are scaled by their largest absolute value first, as in the binary probe. PCA for dense
-    features, truncated SVD for sparse ones; a direction without spread on train is left out.
+    They have mean 0 and deviation 1 on train. Features are first scaled by their largest absolute
+    value, as in the binary probe. Dense features go through PCA, sparse ones through truncated SVD.
+    A direction without spread on train is left out.
     """
     train = split_N == "train"
     scaled_NF = MaxAbsScaler().fit(feature_NF[train]).transform(feature_NF)
     rows, features = int(train.sum()), feature_NF.shape[1]
-    kept = max(1, min(wanted, rows - 1, features - issparse(feature_NF)))
+    num_components = max(1, min(wanted, rows - 1, features - issparse(feature_NF)))
     if issparse(feature_NF):
-        reducer = TruncatedSVD(kept, random_state=seed)
+        reducer = TruncatedSVD(num_components, random_state=seed)
     else:
-        reducer = PCA(kept, random_state=seed)
+        reducer = PCA(num_components, random_state=seed)
     # features without any spread make it divide zero by zero for a ratio nobody reads
     with np.errstate(invalid="ignore", divide="ignore"):
         component_NK = reducer.fit(scaled_NF[train]).transform(scaled_NF)
@@ -73,7 +74,7 @@ def probe_survival(
     wanted: int,
     seed: int,
 ) -> CoxProbe:
-    """Fit on train, give every row its risk.
+    """Fit on train, and return the risk of every row.
 
     Raises:
         ValueError: the regression does not converge.

@@ -1,4 +1,4 @@
-"""One task under the protocol: every model on the same rows, intervals and paired differences.
+"""Measures one task: every model on the same rows, with intervals and paired differences.
 
 Shape suffixes: N label rows, H held-out rows, F features.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from smbfast.data.labels import Labels
-from smbfast.data.meds import SPLITS
+from smbfast.data.splits import SPLITS
 from smbfast.probing import logistic, resample, survival
 
 ORACLE_NAMES = {"bayes_filter": "oracle_filter", "latent": "oracle_latent"}
@@ -20,7 +20,7 @@ _LARGE = 50_000_000  # numbers in a matrix of features
 
 @dataclass(frozen=True)
 class Protocol:
-    """Draws for the intervals (`cox_bootstraps` for the C-index), seed, components for Cox."""
+    """The number of draws (`cox_bootstraps` for the C-index), the seed, the components for Cox."""
 
     bootstraps: int = 1000
     cox_bootstraps: int = 200
@@ -30,7 +30,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Measured:
-    """What goes into probe.json for a task; score_N of the first model for every row given
+    """The record of a task in probe.json, and score_N of the first model for every row given
     (probability or log hazard; None if the task is not measurable)."""
 
     record: dict[str, Any]
@@ -122,7 +122,7 @@ def _judge(
     protocol: Protocol,
     first: str,
 ) -> None:
-    """Fill metrics and differences in: all models on the same held-out rows and draws."""
+    """Fill in metrics and differences: all models on the same held-out rows and draws."""
     held = labels.take(labels.split_N == "held_out")
     held_H = labels.split_N == "held_out"
     metrics = {
@@ -137,7 +137,7 @@ def _judge(
         for name, metric in values:
             if name == model["name"]:
                 key = (name, metric)
-                model["metrics"][metric] = _told(resample.interval(values[key], drawn[key]))
+                model["metrics"][metric] = _as_record(resample.interval(values[key], drawn[key]))
     for against in ("untrained", "counts"):
         for name, metric in values:
             if name == against and first in scores:
@@ -146,7 +146,7 @@ def _judge(
                     values[one] - values[other], drawn[one] - drawn[other]
                 )
                 named = {"model": first, "against": against, "metric": metric}
-                record["differences"].append(named | _told(difference))
+                record["differences"].append(named | _as_record(difference))
 
 
 def _metrics(held: Labels, score_H: np.ndarray) -> dict[str, resample.Metric]:
@@ -159,5 +159,5 @@ def _metrics(held: Labels, score_H: np.ndarray) -> dict[str, resample.Metric]:
     return {"c_index": resample.c_index(score_H, held.duration_N, held.event_N)}
 
 
-def _told(interval: resample.Interval) -> dict[str, float | None]:
+def _as_record(interval: resample.Interval) -> dict[str, float | None]:
     return {"value": interval.value, "low": interval.low, "high": interval.high}

@@ -9,7 +9,7 @@ import pytest
 from smbfast import prepare as entry
 from smbfast.data.meds import STATIC, MedsDataset
 from smbfast.data.prepared import Prepared
-from smbfast.prepare import prepare
+from smbfast.data.preparing import prepare
 from smbfast.settings import DataSettings
 from tests.factory import (
     CODES,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from smbfast import embed, prepare, probe, report, simulate, train
+from smbfast.simulation import dataset
 from tests.refusal import refused, told
 
 ENTRIES = [prepare.main, embed.main, probe.main, report.main, simulate.main]
@@ -185,7 +186,7 @@ def test_a_missing_table_of_sections(meds: Path, tmp_path: Path) -> None:
 
 def test_simulate_replaces_nothing(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    refused(lambda: simulate.simulate(tmp_path / "out", 3, 0), tmp_path / "out")
+    refused(lambda: dataset.simulate(tmp_path / "out", 3, 0), tmp_path / "out")
     with pytest.raises(SystemExit) as caught:
         simulate.main([f"--out={tmp_path / 'out'}", "--patients=3"])
     assert caught.value.code not in (0, None)

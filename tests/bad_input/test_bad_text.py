@@ -25,9 +25,9 @@ from transformers import PreTrainedTokenizerFast
 
 from smbfast.batch import Timeline
 from smbfast.data.prepared import Prepared
+from smbfast.data.preparing import prepare
 from smbfast.data.sections import SECTIONS
 from smbfast.data.tokens import CLOSE, OPEN, TextEncoder, train_tokenizer
-from smbfast.prepare import prepare
 from smbfast.settings import DataSettings
 from tests.factory import Row, at, split_rows, write_meds
 

@@ -8,8 +8,8 @@ import pytest
 from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 
-from smbfast.data import cohort, oracles
-from smbfast.data.cohort import BLOCK, DAY, DEAD, Z
+from smbfast.simulation import cohort, oracles
+from smbfast.simulation.cohort import BLOCK, DAY, DEAD, Z
 
 BLOCKS = 24
 

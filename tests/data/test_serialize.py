@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smbfast.data.layout import Layout
 from smbfast.data.meds import BIRTH
 from smbfast.data.sections import SECTIONS, SectionMap
 from smbfast.data.serialize import Serializer, clean
@@ -109,6 +110,29 @@ def test_the_text_of_a_patient() -> None:
     assert serializer.counts["events"] == len(PATIENT)
     assert (serializer.counts["values_left_out"], serializer.counts["texts_cut"]) == (2, 0)
     assert not serializer.unmapped
+
+
+def test_the_worked_example_of_the_layout() -> None:
+    """The tables in the docstring of `Layout`."""
+    example = batch_of(
+        [
+            event(None, "GENDER//F"),
+            event("2150-01-31 08:00", "LAB//NA", 140),
+            event("2150-01-31 09:00", "LAB//K", 4.5),
+            event("2150-01-31 16:00", "LAB//NA", 141),
+            event("2150-02-01 09:00", "DIAGNOSIS//FLU"),
+        ]
+    )
+    layout = Layout(serializer_of(our_bpe()), example)
+    assert layout.event_E.tolist() == [0, 1, 3, 2, 4] and layout.line_E.tolist() == [0, 1, 1, 2, 3]
+    assert layout.slot_L.tolist() == [0, 11, 11, 17]
+    times = (None, "2150-01-31 16:00", "2150-01-31 09:00", "2150-02-01 09:00")
+    assert layout.time_L.tolist() == [us(time) for time in times]
+    pieces = [layout.strings[p].removeprefix("\0") for p in layout.piece_P]
+    assert pieces[:4] == ["", "<demographics>", "GENDER//F\n", "</demographics>"]
+    assert pieces[5:11] == ["<measurements>", "LAB//NA:", " 140,", " 141\n", "LAB//K:", " 4.5\n"]
+    assert layout.line_P.tolist() == [-1, -1, 0, -1, -1, -1, 1, 1, 1, 2, 2, -1, -1, -1, 3, -1]
+    assert layout.lead_L.tolist() == [0, 1, 3] and layout.lead_at.tolist() == [0, 4, 12]
 
 
 def test_plain_text_delimiters_stand_on_their_own_lines() -> None:

@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from smbfast import prepare as entry
 from smbfast.batch import Timeline
+from smbfast.data import preparing
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
+from smbfast.data.preparing import prepare
 from smbfast.data.shards import FIELDS, Shard, ShardWriter
 from smbfast.files import committed_folder
-from smbfast.prepare import prepare
 from smbfast.settings import DataSettings
 from tests.data.event_tables import assert_same_timeline, batch_of, event, our_bpe, serializer_of
 from tests.factory import SPLITS, at, split_rows, table_of, write_meds, write_table
@@ -165,15 +165,15 @@ def test_one_and_two_workers_give_the_same_shards(
 ) -> None:
     data = write_meds(tmp_path / "meds")
     alone = prepared(data, tmp_path / "one").folder
-    monkeypatch.setattr(entry, "PARALLEL_ROWS", 0)
+    monkeypatch.setattr(preparing, "PARALLEL_ROWS", 0)
     calls: list[str] = []
-    pool = entry.ProcessPoolExecutor
+    pool = preparing.ProcessPoolExecutor
 
     def counting(*args: object, **options: object) -> object:
         calls.append("pool")
         return pool(*args, **options)
 
-    monkeypatch.setattr(entry, "ProcessPoolExecutor", counting)
+    monkeypatch.setattr(preparing, "ProcessPoolExecutor", counting)
     together = prepared(data, tmp_path / "two", workers=2).folder
     assert calls == ["pool"]
     assert content(alone) == content(together)
@@ -185,7 +185,7 @@ def test_a_stopped_run_goes_on_with_the_files_that_are_left(
     data = write_meds(tmp_path / "meds")
     whole = prepared(data, tmp_path / "whole").folder
     made: list[str] = []
-    honest = entry._make_shard
+    honest = preparing._make_shard
 
     def stopped(*args: object) -> None:
         made.append(args[2])
@@ -193,7 +193,7 @@ def test_a_stopped_run_goes_on_with_the_files_that_are_left(
             raise KeyboardInterrupt
         honest(*args)
 
-    monkeypatch.setattr(entry, "_make_shard", stopped)
+    monkeypatch.setattr(preparing, "_make_shard", stopped)
     with pytest.raises(KeyboardInterrupt):
         prepared(data, tmp_path / "again")
     with pytest.raises(ValueError, match=r"prepare\.json"):

@@ -10,8 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from smbfast.data.labels import read_labels
-from smbfast.probe import PREDICTIONS, ProbeConfig, main, run_probe, table
+from smbfast.probe import main
 from smbfast.probing.features import join, read_embeddings
+from smbfast.probing.run_probe import PREDICTIONS, run_probe
+from smbfast.probing.table import table
+from smbfast.settings import ProbeConfig
 
 DAY = 86_400_000_000
 SIZES = {"train": 60, "tuning": 30, "held_out": 40}

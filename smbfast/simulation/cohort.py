@@ -1,4 +1,4 @@
-"""A simulated cohort: a hidden chain of a multi-stage disease, and what a clinic sees of it.
+"""Draws a simulated cohort: a hidden chain of a multi-stage disease, and what a clinic sees of it.
 
 It is fiction: the words are borrowed from kidney disease so that a record reads like one, but no
 number here was estimated from anybody, and nothing learned on it says anything about a real
@@ -224,7 +224,7 @@ class Rows:
 
 
 def prior() -> np.ndarray:
-    """P(z_0 | age band), fp64 [A, Z]."""
+    """Return P(z_0 | age band), fp64 [A, Z]."""
     treated = np.array(TREATED_AT_ENTRY)[STAGE_Z]
     stage_AZ = np.array(AGE_STAGE)[:, STAGE_Z]
     comorbid_A1 = np.array(AGE_COMORBID)[:, None]
@@ -233,7 +233,7 @@ def prior() -> np.ndarray:
 
 
 def transition() -> np.ndarray:
-    """P(z_t+1 | z_t, age band), fp64 [A, Z + 1, Z + 1]; the last state is death."""
+    """Return P(z_t+1 | z_t, age band), fp64 [A, Z + 1, Z + 1]; the last state is death."""
     worse = np.where(COMORBID_Z == 1, 1.7, 1.0)
     progress = PROGRESS[STAGE_Z] * worse * np.where(TREATED_Z == 1, 0.35, 1.0)
     onset = np.where(COMORBID_Z == 1, 1.0, 0.004)
@@ -252,12 +252,12 @@ def transition() -> np.ndarray:
 
 
 def _pick(cumulative: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """Inverse of a cumulative distribution along the last axis; the top entry is never trusted."""
+    """Invert a cumulative distribution along the last axis; its top entry, about 1, is not used."""
     return (uniform[..., None] >= cumulative[..., :-1]).sum(-1)
 
 
 def draw_block(seed: int, block: int) -> Block:
-    """Patients `256 * block` to `256 * block + 255` of cohort `seed`."""
+    """Draw patients `256 * block` to `256 * block + 255` of cohort `seed`."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, block, 0])))
     fixed = rng.random((8, BLOCK))
     monthly = rng.random((4 + 2 * len(LABS) + len(YES_NO), BLOCK, MONTHS))
@@ -283,18 +283,9 @@ def draw_block(seed: int, block: int) -> Block:
     living_BT = np.minimum(state_BT, Z - 1)
     visit_BT = alive_BT & (month_T < followed_B[:, None]) & (visit_u < VISIT_Z[living_BT])
 
-    lab_BTL = np.full((BLOCK, MONTHS, len(LABS)), np.nan)
-    at = np.nonzero(visit_BT)
-    for number, lab in enumerate(LABS):
-        value = lab.mean_Z[living_BT[at]] + lab.sd * ndtri(np.maximum(value_u[number][at], 1e-300))
-        value = np.maximum(np.round(value / lab.step) * lab.step, lab.least)
-        lab_BTL[*at, number] = np.where(measured_u[number][at] < lab.measured, value, np.nan)
-    stage_BT = np.zeros((BLOCK, MONTHS), np.int64)
-    stage_BT[at] = _pick(np.cumsum(STAGE_CODE_ZS, axis=1)[living_BT[at]], stage_u[at])
-    code_BTC = np.zeros((BLOCK, MONTHS, len(YES_NO)), bool)
-    for number, code in enumerate(YES_NO):
-        code_BTC[*at, number] = code_u[number][at] < code.chance_Z[living_BT[at]]
-
+    lab_BTL, stage_BT, code_BTC = _draw_visits(
+        living_BT, visit_BT, measured_u, value_u, stage_u, code_u
+    )
     died_B = np.where(alive_BT.all(1), MONTHS, (~alive_BT).argmax(1))
     second_B = (fixed[5] * STEP_DAYS * 86_400).astype(np.int64)
     death_B = (entry_B + died_B * STEP_DAYS) * DAY + second_B * 1_000_000
@@ -321,11 +312,40 @@ def draw_block(seed: int, block: int) -> Block:
     )
 
 
-def draw_nodes(block: Block, seed: int, count: int) -> Nodes:
-    """Decision nodes: for each of `count` draws, the first visit from a random month on.
+def _draw_visits(
+    living_BT: np.ndarray,
+    visit_BT: np.ndarray,
+    measured_u: np.ndarray,
+    value_u: np.ndarray,
+    stage_u: np.ndarray,
+    code_u: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Draw what is recorded at the visits: `lab_BTL`, `stage_BT` and `code_BTC` of `Block`.
 
-    The month (uniform in EARLIEST_NODE..LATEST_NODE) and noon or evening are drawn apart from
-    everything else, so whether a visit becomes a node depends on nothing but the history up to it
+    Args:
+        living_BT: the living state of each month (any, where the patient is dead).
+        measured_u, value_u, stage_u, code_u: uniform numbers, [L, B, T], [L, B, T], [B, T] and
+            [C, B, T].
+    """
+    lab_BTL = np.full((BLOCK, MONTHS, len(LABS)), np.nan)
+    at = np.nonzero(visit_BT)
+    for number, lab in enumerate(LABS):
+        value = lab.mean_Z[living_BT[at]] + lab.sd * ndtri(np.maximum(value_u[number][at], 1e-300))
+        value = np.maximum(np.round(value / lab.step) * lab.step, lab.least)
+        lab_BTL[*at, number] = np.where(measured_u[number][at] < lab.measured, value, np.nan)
+    stage_BT = np.zeros((BLOCK, MONTHS), np.int64)
+    stage_BT[at] = _pick(np.cumsum(STAGE_CODE_ZS, axis=1)[living_BT[at]], stage_u[at])
+    code_BTC = np.zeros((BLOCK, MONTHS, len(YES_NO)), bool)
+    for number, code in enumerate(YES_NO):
+        code_BTC[*at, number] = code_u[number][at] < code.chance_Z[living_BT[at]]
+    return lab_BTL, stage_BT, code_BTC
+
+
+def draw_nodes(block: Block, seed: int, count: int) -> Nodes:
+    """Draw decision nodes: for each of `count` draws, the first visit from a random month on.
+
+    The month (uniform in EARLIEST_NODE..LATEST_NODE) and noon or evening are drawn independently of
+    everything else. So whether a visit becomes a node depends on nothing but the history up to it
     and chance, and the posterior given the history needs no correction for having been chosen.
     Draws that meet at one visit are one node. Sorted by patient, then time.
     """
@@ -348,7 +368,7 @@ def draw_nodes(block: Block, seed: int, count: int) -> Nodes:
 
 
 def rows(block: Block) -> Rows:
-    """The block as MEDS rows; the value of a lab is the rounded one, in fp32."""
+    """Return the block as MEDS rows; the value of a lab is the rounded one, in fp32."""
     everyone = np.arange(BLOCK)
     static, dead = np.iinfo(np.int64).min, np.nonzero(block.death_B >= 0)[0]
     sex_B = np.where(block.female_B, _CODE_ID["GENDER//F"], _CODE_ID["GENDER//M"])

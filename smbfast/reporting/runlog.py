@@ -1,9 +1,9 @@
-"""What a run folder says about itself: its records by phase, and whether the JEPA target collapsed.
+"""Reads what a run folder holds: its records by phase, and whether the JEPA target collapsed.
 
-A run that was killed leaves half a line, one without JEPA leaves nulls, a resumed one writes some
-steps twice; all of that is read, counted and never fatal. Only a folder without any record is.
+A run that was killed leaves half a line, one without JEPA leaves nulls, and a resumed one may write
+steps twice. All of that is read and counted; only a folder without any record is an error.
 
-N records of one phase, in order of the step.
+Legend: N records of one phase, in order of the step.
 """
 
 import itertools
@@ -34,7 +34,7 @@ class Phase:
 
     @property
     def judged(self) -> bool:
-        """Whether the target encoder was measured at all."""
+        """Return whether the target encoder was measured at all."""
         return bool(np.isfinite(column(self.evals, "target_rank")).any())
 
 
@@ -62,7 +62,7 @@ class Finding:
 
 
 def number(value: object) -> float:
-    """`value` as a float; nan for null, text and truth values."""
+    """Return `value` as a float; nan for null, text and truth values."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:
@@ -72,12 +72,16 @@ def number(value: object) -> float:
 
 
 def column(records: list[Record], key: str) -> np.ndarray:
-    """float64 [N]: `key` of every record, nan where it is missing or null."""
+    """Return `key` of every record, float64 [N]; nan where it is missing or null."""
     return np.array([number(record.get(key)) for record in records], dtype=np.float64)
 
 
 def read_run(path: Path) -> Run:
-    """Read the run folder `path`; ValueError when it is none."""
+    """Read the run folder `path`.
+
+    Raises:
+        ValueError: it is not the folder of a run.
+    """
     metrics = path / "metrics.jsonl"
     if not path.is_dir():
         raise ValueError(f"run must be the folder of a training run, got {path}: no such folder")
@@ -168,7 +172,7 @@ def _phases(records: list[Record]) -> list[Phase]:
 
 
 def relative(value_N: np.ndarray) -> np.ndarray:
-    """float64 [N]: values over the first finite one (the value at phase entry); nan without one."""
+    """Return values over the first finite one (at phase entry): float64 [N], nan without one."""
     finite = np.flatnonzero(np.isfinite(value_N))
     if not len(finite) or value_N[finite[0]] <= 0:
         return np.full(len(value_N), np.nan)
@@ -176,7 +180,7 @@ def relative(value_N: np.ndarray) -> np.ndarray:
 
 
 def trivial_ratio(records: list[Record]) -> np.ndarray:
-    """float64 [N]: JEPA loss over that of the better trivial predictor, from what was logged."""
+    """Return the JEPA loss over that of the better trivial predictor, as logged: float64 [N]."""
     ratio_N = column(records, "ratio")
     trivial_N = np.fmin(column(records, "trivial_mean"), column(records, "trivial_copy"))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -185,7 +189,7 @@ def trivial_ratio(records: list[Record]) -> np.ndarray:
 
 
 def collapse(phases: list[Phase]) -> Finding:
-    """Whether the target collapsed, over every phase with JEPA; the worst phase speaks.
+    """Judge whether the target collapsed in any phase with JEPA; return the worst finding.
 
     Bad: effective rank or mean std fell below half of its value at phase entry. Doubtful: the
     weakest dimensions did, or the last loss is above 0.9 of the best trivial predictor's.
@@ -234,25 +238,26 @@ def _collapse_of(phase: Phase) -> Finding:
             "loss means little. Remedies: a larger share of SFT, a lower learning rate, "
             "a target that moves more slowly.",
         )
-    kept = " and ".join(
+    spread = " and ".join(
         f"its {names[key]} at or above {_percent(lowest[key])}"
         for key in ("target_rank", "target_std")
         if key in lowest
     )
-    kept = f"the target kept {kept} of the value at phase entry"
+    spread = f"the target kept {spread} of the value at phase entry"
     if fallen:
         return Finding(
             "warn",
-            f"No collapse as a whole {where}, but single dimensions die: {kept}, yet the "
+            f"No collapse as a whole {where}, but single dimensions die: {spread}, yet the "
             f"{names['target_std_p5']} fell to {_percent(lowest['target_std_p5'])}; {loss}.",
         )
     if len(ratio_N) and ratio_N[-1] > GOOD_RATIO:
         verdict = "no better than" if ratio_N[-1] >= 1 else "hardly better than"
         return Finding(
             "warn",
-            f"No collapse {where}, but the prediction is {verdict} a trivial one: {kept}; {loss}.",
+            f"No collapse {where}, but the prediction is {verdict} a trivial one: {spread}; "
+            f"{loss}.",
         )
-    return Finding("good", f"No signs of collapse {where}: {kept}; {loss}.")
+    return Finding("good", f"No signs of collapse {where}: {spread}; {loss}.")
 
 
 def _percent(share: float) -> str:

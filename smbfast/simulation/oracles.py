@@ -1,4 +1,4 @@
-"""The best that anyone can predict on a simulated cohort: two oracles of each task.
+"""Computes the best possible predictions on a simulated cohort: two oracles of each task.
 
 **Bayes filter** (the bound for any model: it sees what the model may see, and knows the model of
 `cohort`). With L_t(z) = P(what was seen in month t | z), not visiting included,
@@ -47,8 +47,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import ndtr
 
-from smbfast.data import cohort
-from smbfast.data.cohort import DAY, LOSS, STEP_DAYS, Block, Nodes, Z
+from smbfast.simulation import cohort
+from smbfast.simulation.cohort import DAY, LOSS, STEP_DAYS, Block, Nodes, Z
 
 HORIZON_DAYS = {"death_1y": 365, "death_3y": 1095, "progression_1y": 365}
 TASKS = (*HORIZON_DAYS, "tte_death")
@@ -78,12 +78,12 @@ class Outcome:
 
 
 def log_likelihood(block: Block) -> tuple[np.ndarray, np.ndarray]:
-    """ln P(morning | z) with whether there was a visit, and ln P(afternoon | z): fp64 [B, T, Z].
+    """Return ln P(visit or none, morning | z) and ln P(afternoon | z), fp64 [B, T, Z] each.
 
     Terms that no z changes (the lab and the codes of pure noise) are left in: they cancel.
     """
     at = np.nonzero(block.visit_BT)
-    seen_VZ = np.tile(np.log(cohort.VISIT_Z), (len(at[0]), 1))
+    morning_VZ = np.tile(np.log(cohort.VISIT_Z), (len(at[0]), 1))
     for number, lab in enumerate(cohort.LABS):
         value_V1 = block.lab_BTL[*at, number][:, None]
         half = 0.5 * lab.step
@@ -96,22 +96,22 @@ def log_likelihood(block: Block) -> tuple[np.ndarray, np.ndarray]:
         mass_VZ = np.maximum(ndtr(high_VZ) - ndtr(low_VZ), 1e-300)
         measured = np.log(lab.measured) + np.log(mass_VZ)
         absent = np.log(1 - lab.measured) if lab.measured < 1 else -np.inf
-        seen_VZ += np.where(np.isnan(value_V1), absent, measured)
-    told_VZ = np.log(cohort.STAGE_CODE_ZS).T[block.stage_BT[at]]
+        morning_VZ += np.where(np.isnan(value_V1), absent, measured)
+    afternoon_VZ = np.log(cohort.STAGE_CODE_ZS).T[block.stage_BT[at]]
     for number, code in enumerate(cohort.YES_NO):
         has_V1 = block.code_BTC[*at, number][:, None]
-        told_VZ += np.where(has_V1, np.log(code.chance_Z), np.log1p(-code.chance_Z))
+        afternoon_VZ += np.where(has_V1, np.log(code.chance_Z), np.log1p(-code.chance_Z))
     morning = np.tile(np.log1p(-cohort.VISIT_Z), (*block.visit_BT.shape, 1))
     afternoon = np.zeros_like(morning)
-    morning[at], afternoon[at] = seen_VZ, told_VZ
+    morning[at], afternoon[at] = morning_VZ, afternoon_VZ
     return morning, afternoon
 
 
 def filter_states(block: Block) -> tuple[np.ndarray, np.ndarray]:
-    """The posterior of z_t given all that was seen up to noon, and up to the evening, of month t.
+    """Return the posterior of z_t given all seen up to noon, and up to the evening, of month t.
 
-    fp64 [B, T, Z] each, every row sums to 1. A row speaks of a patient who is alive in month t
-    and still followed; behind a death or the end of a record it means nothing.
+    Both are fp64 [B, T, Z], and every row sums to 1. A row holds for a patient who is alive in
+    month t and still followed; after a death or the end of a record it has no meaning.
     """
     morning_BTZ, afternoon_BTZ = log_likelihood(block)
     move_AZZ = cohort.transition()[:, :Z, :Z]
@@ -134,7 +134,7 @@ def _updated(belief_BZ: np.ndarray, log_BZ: np.ndarray) -> np.ndarray:
 
 
 def outcomes(block: Block, nodes: Nodes) -> dict[str, Outcome]:
-    """Labels and both oracles of every task at the nodes of a block."""
+    """Return the labels and both oracles of every task at the nodes of a block."""
     row_N, month_N = nodes.row_N, nodes.month_N
     noon_BTZ, evening_BTZ = filter_states(block)
     belief_NZ = np.where(
@@ -147,7 +147,7 @@ def outcomes(block: Block, nodes: Nodes) -> dict[str, Outcome]:
     death_N = block.death_B[row_N]
     first_N, before_N = _first_advanced(block, nodes)
 
-    found = {}
+    tasks = {}
     for task, days in HORIZON_DAYS.items():
         horizon_N = nodes.time_N + days * DAY
         event_N = first_N if task == "progression_1y" else death_N
@@ -165,20 +165,20 @@ def outcomes(block: Block, nodes: Nodes) -> dict[str, Outcome]:
             (state[at] * pos_MZ).sum(1) / (state[at] * (pos_MZ + neg_MZ)).sum(1)
             for state in (belief_NZ, latent_NZ)
         )
-        found[task] = Outcome(at, true_N[at], None, bayes_M, latent_M)
+        tasks[task] = Outcome(at, true_N[at], None, bayes_M, latent_M)
     died_N = death_N >= 0
     days_N = (np.where(died_N, death_N, end_N) - nodes.time_N) / DAY
     lost_NZ = _lost_share()[block.band_B[row_N]]
-    found["tte_death"] = Outcome(
+    tasks["tte_death"] = Outcome(
         np.arange(len(row_N)), died_N, days_N,
         (belief_NZ * lost_NZ).sum(1), (latent_NZ * lost_NZ).sum(1),
     )  # fmt: skip
-    return found
+    return tasks
 
 
 def _first_advanced(block: Block, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]:
-    """Time of the first advanced diagnosis after each node (-1 = none), and whether one came
-    before."""
+    """Return the time of the first advanced diagnosis after each node (-1 = none), and whether one
+    came before."""
     advanced_NT = np.isin(block.stage_BT, cohort.ADVANCED)[nodes.row_N]
     month_T = np.arange(advanced_NT.shape[1])
     shift = month_T < (nodes.month_N + nodes.evening_N)[:, None]
@@ -192,8 +192,8 @@ def _first_advanced(block: Block, nodes: Nodes) -> tuple[np.ndarray, np.ndarray]
 
 
 def _ahead(block: Block, nodes: Nodes, at: np.ndarray, days: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whole months from the start of the node's month to the day of the horizon's end, and which
-    day of its month that is."""
+    """Return the whole months from the start of the node's month to the day of the horizon's end,
+    and which day of its month that is."""
     ahead = block.day_BT[nodes.row_N[at], nodes.month_N[at]] + days
     return ahead // STEP_DAYS, ahead % STEP_DAYS
 
@@ -215,7 +215,7 @@ def _death(block: Block, nodes: Nodes, at: np.ndarray, days: int) -> tuple[np.nd
 
 
 def _alive_table(months: int) -> np.ndarray:
-    """P(alive k months on | z, age band), fp64 [A, months + 1, Z]."""
+    """Return P(alive k months later | z, age band), fp64 [A, months + 1, Z]."""
     move_AZZ = cohort.transition()[:, :Z, :Z]
     steps = [np.ones((len(move_AZZ), Z))]
     for _ in range(months):
@@ -233,8 +233,8 @@ def _progression(
     months_M, day_M = _ahead(block, nodes, at, days)
     full = cohort.transition()
     move_AZZ, dead_AZ = full[:, :Z, :Z], full[:, :Z, cohort.DEAD]
-    told_Z = cohort.STAGE_CODE_ZS[:, list(cohort.ADVANCED)].sum(1)
-    monthly_Z = cohort.VISIT_Z * told_Z
+    advanced_Z = cohort.STAGE_CODE_ZS[:, list(cohort.ADVANCED)].sum(1)
+    monthly_Z = cohort.VISIT_Z * advanced_Z
     # column k - 1 of each: in month k after the node's, from the state of the node's month
     first, dies, none = [], [], []
     path_AZZ = move_AZZ
@@ -259,8 +259,8 @@ def _progression(
     follow_M1 = follow_K[last_M][:, None]
     pos_MZ = seen_AKZ[band_M, last_M - 1] + follow_M1 * final_MZ
     neg_MZ = gone_AKZ[band_M, last_M] + follow_M1 * (none_AKZ[band_M, last_M] - final_MZ)
-    pos_noon_MZ = told_Z + (1 - told_Z) * pos_MZ
+    pos_noon_MZ = advanced_Z + (1 - advanced_Z) * pos_MZ
     return (
         np.where(evening_M1, pos_MZ, pos_noon_MZ),
-        np.where(evening_M1, neg_MZ, (1 - told_Z) * neg_MZ),
+        np.where(evening_M1, neg_MZ, (1 - advanced_Z) * neg_MZ),
     )

@@ -1,9 +1,10 @@
-"""One simulated patient as the model sees it, for the report. Never written for real patients."""
+"""Shows one simulated patient as the model sees it, for the report; never a real patient."""
 
 import itertools
 
 import numpy as np
 
+from smbfast.batch import Timeline
 from smbfast.data.loader import FIXED, WindowSet, cut_points, masked_tokens
 from smbfast.data.prepared import Prepared
 from smbfast.settings import TrainSettings
@@ -12,7 +13,7 @@ HIDDEN = "▒"
 
 
 def sample_of(prepared: Prepared, settings: TrainSettings) -> dict:
-    """A tuning window with a cut: its lines, what is masked, what is context and future."""
+    """Return a tuning window with a cut: its lines, what is masked, context and future."""
     windows = WindowSet.of(prepared.shards("tuning"), settings.data.window, prepared.encoder.begin)
     objective, seed = settings.objective, settings.run.seed
     for index in range(len(windows)):
@@ -62,8 +63,8 @@ def _texts(prepared: Prepared, ids: np.ndarray) -> list[str]:
     return [prepared.tokenizer.decode([int(i)]) for i in ids]
 
 
-def _spans(window: object) -> list[tuple[int, int]]:
-    """Lines, and the stretches of header and tags between them, cut at line ends."""
+def _spans(window: Timeline) -> list[tuple[int, int]]:
+    """Return lines, and the stretches of header and tags between them, as (start, end) tokens."""
     edges = {0, len(window), window.header, *window.bucket_end_B.tolist()}
     edges |= set(window.line_start_L.tolist()) | set(window.line_end_L.tolist())
     ordered = sorted(edges)

@@ -1,8 +1,10 @@
-"""The plots of the report, as inline SVG: no script, no font files, the same bytes every time.
+"""Draws the plots of the report as inline SVG, without script or font files.
 
-Each function returns a string that starts with `<svg`, or None where there is nothing to plot.
-Ids carry the name of the figure, so that several can stand in one page. Text stays text and takes
-the page's font. N records of one phase.
+Each function returns a string that starts with `<svg`, or None where there is nothing to plot; the
+bytes are the same every time. Ids carry the name of the figure, so that several can stand in one
+page. Text stays text and takes the page's font.
+
+Legend: N records of one phase.
 """
 
 import io
@@ -18,9 +20,17 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from smbfast.runlog import GOOD_RATIO, HALF, Phase, Record, column, relative, trivial_ratio
+from smbfast.reporting.runlog import (
+    GOOD_RATIO,
+    HALF,
+    Phase,
+    Record,
+    column,
+    relative,
+    trivial_ratio,
+)
 
-# Okabe and Ito: told apart with every common colour vision deficiency
+# Okabe and Ito: distinct with every common colour vision deficiency
 BLUE, ORANGE, GREEN, PURPLE, GREY, INK = (
     "#0072B2",
     "#D55E00",
@@ -67,7 +77,7 @@ _LINK = "{http://www.w3.org/1999/xlink}href"
 
 @dataclass(frozen=True)
 class ForestRow:
-    """One model of one task: its value with an interval, and what `smbfast` has more than it."""
+    """One model of one task: its value with an interval, and the value of `smbfast` minus that."""
 
     task: str
     label: str
@@ -80,7 +90,7 @@ Panel = Callable[[Axes], None]
 
 
 def losses(phases: list[Phase]) -> str | None:
-    """SFT and JEPA loss by step: every step, smoothed, and on the tuning split."""
+    """Plot SFT and JEPA loss by step: every step, smoothed, and on the tuning split."""
     panels: list[Panel] = []
     for key, title, unit in (
         ("sft", "Next-token loss (SFT)", "cross-entropy (nats / token)"),
@@ -105,7 +115,7 @@ def _loss_panel(ax: Axes, phases: list[Phase], key: str, title: str, unit: str) 
 
 
 def health(phases: list[Phase]) -> str | None:
-    """Collapse diagnostics by step: spread of the target, trivial predictors, distance."""
+    """Plot collapse diagnostics by step: spread of the target, trivial predictors, distance."""
     spread = _with(phases, lambda phase: phase.judged)
     ratio = _with(phases, lambda phase: bool(np.isfinite(trivial_ratio(phase.evals)).any()))
     distance = _with(phases, lambda phase: _known(phase.evals, "distance"))
@@ -153,7 +163,7 @@ def _distance_panel(ax: Axes, phases: list[Phase]) -> None:
 
 
 def optimizer(phases: list[Phase]) -> str | None:
-    """Learning rate and gradient norm by step."""
+    """Plot learning rate and gradient norm by step."""
     return _step_figure(
         "optimizer",
         "Learning rate and gradient norm by optimizer step",
@@ -166,7 +176,7 @@ def optimizer(phases: list[Phase]) -> str | None:
 
 
 def machine(phases: list[Phase]) -> str | None:
-    """Throughput, memory and share of time waiting for data by step."""
+    """Plot throughput, memory and the share of time spent waiting for data by step."""
     return _step_figure(
         "machine",
         "Throughput, memory and data wait by optimizer step",
@@ -213,7 +223,7 @@ _MARKS = {
 
 
 def forest(rows: list[ForestRow], metric: str) -> str | None:
-    """Value of each model with its interval, and beside it the difference to `smbfast`."""
+    """Plot the value of each model with its interval, and beside it the difference to `smbfast`."""
     if not rows:
         return None
     tasks = list(dict.fromkeys(row.task for row in rows))
@@ -264,7 +274,7 @@ def _interval(
 
 
 def smooth(value_N: np.ndarray) -> np.ndarray:
-    """float64 [N]: exponential mean over about a fortieth of the series, unbiased at its start."""
+    """Return the exponential mean over a fortieth of the series: float64 [N], no bias at its start."""
     keep = 1 - 1 / max(1.0, len(value_N) / 40)
     smoothed_N = np.empty(len(value_N))
     total = weight = 0.0
@@ -283,14 +293,14 @@ def _known(records: list[Record], key: str) -> bool:
 
 
 def _finite(records: list[Record], value_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    kept_N = np.isfinite(value_N)
-    return column(records, "step")[kept_N], value_N[kept_N]
+    finite_N = np.isfinite(value_N)
+    return column(records, "step")[finite_N], value_N[finite_N]
 
 
 def _plot(ax: Axes, step_N: np.ndarray, value_N: np.ndarray, **style: object) -> None:
     if len(step_N) > _POINTS:
-        kept = np.unique(np.linspace(0, len(step_N) - 1, _POINTS).astype(int))
-        step_N, value_N = step_N[kept], value_N[kept]
+        shown = np.unique(np.linspace(0, len(step_N) - 1, _POINTS).astype(int))
+        step_N, value_N = step_N[shown], value_N[shown]
     if len(step_N) == 1 and "marker" not in style:
         style["marker"] = "."
     ax.plot(step_N, value_N, **style)

@@ -1,0 +1,343 @@
+"""Where each event of a batch stands in the text, as arrays, without a loop over events.
+
+What an event says is decided by `smbfast.data.serialize`, which hands itself in.
+
+Legend: N events, E the same in the order of the text, L lines, V values shown, P pieces (a tag, a
+header, a line's head, a value), C codes, U distinct keys, T tokens, S subjects, B buckets, K
+headers.
+"""
+
+from collections import Counter
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from smbfast.batch import Timeline
+from smbfast.data.meds import BIRTH, STATIC, EventBatch
+from smbfast.data.sections import SECTIONS, family
+from smbfast.data.tokens import CLOSE, OPEN
+
+if TYPE_CHECKING:
+    from smbfast.data.serialize import Serializer
+
+SPAN = {"day": 86_400_000_000, "hour": 3_600_000_000, "moment": 1}  # microseconds
+_DEMOGRAPHICS = SECTIONS.index("demographics")
+
+
+class Layout:
+    r"""The text of a batch as two tables: its lines, and the pieces that stand in the text.
+
+    Example: a woman (row 0 of the batch), sodium 140 at 08:00 (row 1), potassium 4.5 at 09:00
+    (row 2), sodium 141 at 16:00 (row 3); the next day influenza at 09:00 (row 4).
+
+        L  event_E  line_E  code_L     slot_L = 8 * bucket + section  time_L: of the latest event
+        0  0        0       sex         0  demographics               STATIC
+        1  1, 3     1, 1    sodium     11  measurements               day 1, 16:00
+        2  2        2       potassium  11  measurements               day 1, 09:00
+        3  4        3       influenza  17  conditions                 day 2, 09:00
+
+        P      the pieces, each with its line (`line_P`) in brackets where that is not -1
+        0-3    ""  <demographics>  "sex\n" (0)  </demographics>
+        4-11   "[day 1]\n"  <measurements>  "sodium:" (1)  " 140," (1)  " 141\n" (1)
+               "potassium:" (2)  " 4.5\n" (2)  </measurements>
+        12-15  "[day 2]\n"  <conditions>  "influenza\n" (3)  </conditions>
+
+    Buckets begin at the lines `lead_L` = 0, 1, 3 and the pieces `lead_at` = 0, 4, 12.
+    """
+
+    # set by _order_lines
+    event_E: np.ndarray  # int64: rows of the batch in the order of the text
+    line_E: np.ndarray  # int64: the line of each event
+    subject_L: np.ndarray  # int64: place of the subject in the batch
+    slot_L: np.ndarray  # int64: number of the bucket * len(SECTIONS) + section
+    bucket_time_L: np.ndarray  # int64: microseconds since 1970, STATIC for demographics
+    code_L: np.ndarray  # int64: index into `heads`
+    time_L: np.ndarray  # int64: of the latest event, STATIC in demographics
+    heads: list[str]  # the beginning of a line of each code
+    # set by _place_pieces
+    piece_P: np.ndarray  # int64: index into `strings`
+    line_P: np.ndarray  # int64: the line of each piece, -1 for tags and headers
+    lead_L: np.ndarray  # int64: the first line of each bucket
+    lead_at: np.ndarray  # int64: the first piece of each bucket, its header
+
+    def __init__(self, serializer: "Serializer", batch: EventBatch) -> None:
+        self.serializer = serializer
+        self.encoder = serializer.encoder
+        serializer.counts["nonfinite_values"] += batch.nonfinite
+        self.batch, self.birth_N = _without_late_births(batch, serializer.counts)
+        self.num_subjects = len(batch.offset_S1) - 1
+        self.strings: list[str] = []  # of the piece table
+        self._index: dict[str, int] = {}
+        self._order_lines()
+        self._place_pieces()
+
+    def _order_lines(self) -> None:
+        """Group events into lines and put the lines in the order of the text."""
+        batch, serializer = self.batch, self.serializer
+        section_C, ruled_C, self.heads = serializer.code_table(batch.codes)
+        time_N, code_N = batch.time_N, batch.code_N.astype(np.int64)
+        subject_N = np.repeat(np.arange(self.num_subjects), np.diff(batch.offset_S1))
+        header_N = (time_N == STATIC) | self.birth_N
+        section_N = np.where(header_N, _DEMOGRAPHICS, section_C[code_N])
+        key_N = np.where(header_N, STATIC, serializer.bucket_key(np.maximum(time_N, STATIC + 1)))
+        # birth stands among timed events: a stable sort brings each subject's header to the front
+        order_N = np.lexsort((key_N, subject_N))
+        subject_O, key_O = subject_N[order_N], key_N[order_N]
+        new_O = np.ones(len(order_N), bool)
+        new_O[1:] = (subject_O[1:] != subject_O[:-1]) | (key_O[1:] != key_O[:-1])
+        slot_O = (np.cumsum(new_O) - 1) * len(SECTIONS) + section_N[order_N]
+        by_code = np.lexsort((code_N[order_N], slot_O))
+        slot, code = slot_O[by_code], code_N[order_N][by_code]
+        new_line = np.ones(len(by_code), bool)
+        new_line[1:] = (slot[1:] != slot[:-1]) | (code[1:] != code[:-1])
+        line_first = by_code[new_line]  # stable sorts: the earliest event of a line comes first
+        rank_L = np.empty(len(line_first), np.int64)
+        place_L = np.lexsort((line_first, slot[new_line]))
+        rank_L[place_L] = np.arange(len(place_L))
+        rank_N = rank_L[np.cumsum(new_line) - 1]
+        within = np.argsort(rank_N, kind="stable")
+        self.event_E = order_N[by_code][within]  # rows of the batch, in the order of the text
+        self.line_E = rank_N[within]
+        first_L = by_code[new_line][place_L]
+        self.subject_L = subject_O[first_L]
+        self.slot_L = slot[new_line][place_L]
+        self.bucket_time_L = key_O[first_L]
+        self.code_L = code[new_line][place_L]
+        self.time_L = np.full(len(first_L), STATIC, np.int64)
+        np.maximum.at(self.time_L, self.line_E, np.where(header_N, STATIC, time_N)[self.event_E])
+        serializer.counts["events"] += len(time_N)
+        rare_C = np.bincount(code_N[~ruled_C[code_N]], minlength=len(ruled_C))
+        for index in np.flatnonzero(rare_C).tolist():
+            serializer.unmapped[family(batch.codes[index])] += int(rare_C[index])
+
+    def _items(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Return whether each event has a value (bool [E]), the number of its value (int64 [E]),
+        and the distinct values as text."""
+        batch, event_E = self.batch, self.event_E
+        value_E = batch.value_N[event_E]
+        text_E = batch.text_N[event_E].astype(np.int64)
+        birth = self.birth_N[event_E]
+        birth &= batch.time_N[event_E] != STATIC
+        number_E = ~np.isnan(value_E) & ~birth
+        bits_E = np.where(number_E, value_E, np.float32(0)).view(np.uint32).astype(np.int64)
+        day_E = np.floor_divide(batch.time_N[event_E], SPAN["day"])
+        # one integer per distinct value: a date of birth, a number, a text, or both of these
+        key_E = np.where(birth, -2 - (day_E - day_E.min(initial=0)), -1)
+        valued = (number_E | (text_E >= 0)) & ~birth
+        key_E = np.where(
+            valued, ((text_E + 1) << 33) + (number_E.astype(np.int64) << 32) + bits_E, key_E
+        )
+        unique_U, item_E = np.unique(key_E, return_inverse=True)
+        first_U = np.full(len(unique_U), len(key_E), np.int64)
+        np.minimum.at(first_U, item_E, np.arange(len(key_E)))
+        texts: dict[int, str] = {}
+        strings = []
+        for key, row in zip(unique_U.tolist(), first_U.tolist(), strict=True):
+            parts = []
+            if key < -1:
+                if batch.time_N[event_E[row]] != STATIC:
+                    parts.append(str(np.datetime64(int(day_E[row]), "D")))
+            elif key >= 0:
+                if number_E[row]:
+                    parts.append(f"{value_E[row]:.4g}")
+                text = int(text_E[row])
+                if text >= 0:
+                    if text not in texts:
+                        texts[text] = self.serializer.text_value(batch.texts[text])
+                    parts.append(texts[text])
+            strings.append(" ".join(p for p in parts if p))
+        has_U = np.array([bool(s) for s in strings], bool)
+        return has_U[item_E], item_E, strings
+
+    def _place_pieces(self) -> None:
+        """Put tags, headers, heads and values in their places: `piece_P`, `line_P`, `lead_at`."""
+        num_lines = len(self.code_L)
+        has_E, item_E, items = self._items()
+        valued_L = np.bincount(self.line_E[has_E], minlength=num_lines)
+        bare_L = np.bincount(self.line_E[~has_E], minlength=num_lines)
+        shown = self.serializer.options.values_per_line
+        place_V = np.flatnonzero(has_E)
+        line_V = self.line_E[place_V]
+        start_L = np.concatenate([[0], np.cumsum(valued_L)[:-1]]) if num_lines else valued_L
+        behind_V = valued_L[line_V] - 1 - (np.arange(len(place_V)) - start_L[line_V])
+        self.serializer.counts["values_left_out"] += int((behind_V >= shown).sum())
+        place_V, line_V, behind_V = (a[behind_V < shown] for a in (place_V, line_V, behind_V))
+        values_L = np.minimum(valued_L, shown)
+
+        new_slot, new_bucket = np.ones(num_lines, bool), np.ones(num_lines, bool)
+        bucket_L = self.slot_L // len(SECTIONS)
+        new_slot[1:] = self.slot_L[1:] != self.slot_L[:-1]
+        new_bucket[1:] = bucket_L[1:] != bucket_L[:-1]
+        opened_L = np.cumsum(new_slot)
+        # before a line stand: earlier lines, all tags opened so far, all closed, all headers
+        before_L = np.concatenate([[0], np.cumsum(1 + values_L)[:-1]]) if num_lines else values_L
+        head_L = before_L + opened_L + (opened_L - 1) + np.cumsum(new_bucket)
+        total = int((1 + values_L).sum() + 2 * new_slot.sum() + new_bucket.sum())
+        self.piece_P = np.empty(total, np.int64)
+        self.line_P = np.full(total, -1, np.int64)
+        self.piece_P[head_L] = self._head_pieces(values_L, bare_L)
+        self.line_P[head_L] = np.arange(num_lines)
+        value_at = head_L[line_V] + values_L[line_V] - behind_V
+        self.piece_P[value_at] = self._value_pieces(items, item_E[place_V], behind_V == 0)
+        self.line_P[value_at] = line_V
+        first = np.flatnonzero(new_slot)
+        section = self.slot_L[first] % len(SECTIONS)
+        self.piece_P[head_L[first] - 1] = self._tags(OPEN)[section]
+        last = np.append(first[1:], num_lines)[: len(first)] - 1
+        self.piece_P[head_L[last] + values_L[last] + 1] = self._tags(CLOSE)[section]
+        lead = np.flatnonzero(new_bucket)
+        self.lead_L, self.lead_at = lead, head_L[lead] - 2
+        self.piece_P[self.lead_at] = self._header_pieces(self.bucket_time_L[lead])
+
+    def _piece(self, text: str) -> int:
+        index = self._index.get(text)
+        if index is None:
+            index = self._index[text] = len(self.strings)
+            self.strings.append(text)
+        return index
+
+    def _head_pieces(self, values_L: np.ndarray, bare_L: np.ndarray) -> np.ndarray:
+        bare_L = np.where((bare_L == 1) & (values_L == 0), 0, bare_L)
+        wide = int(bare_L.max(initial=0)) + 1
+        key_L = (self.code_L * wide + bare_L) * 2 + (values_L > 0)
+        unique_U, inverse = np.unique(key_L, return_inverse=True)
+        pieces = []
+        for key in unique_U.tolist():
+            (code, bare), valued = divmod(key // 2, wide), key % 2
+            count = f" x{bare}" if bare else ""
+            pieces.append(self._piece(self.heads[code] + count + (":" if valued else "\n")))
+        return np.array(pieces, np.int64)[inverse] if pieces else key_L
+
+    def _value_pieces(self, items: list[str], item_V: np.ndarray, last_V: np.ndarray) -> np.ndarray:
+        unique_U, inverse = np.unique(item_V * 2 + last_V, return_inverse=True)
+        pieces = [self._piece(f" {items[k // 2]}" + ("\n" if k % 2 else ",")) for k in unique_U]
+        return np.array(pieces, np.int64)[inverse] if pieces else item_V
+
+    def _tags(self, tags: tuple[str, ...]) -> np.ndarray:
+        # a tag's key in the piece table starts with a NUL, which no text from data can hold
+        return np.array([self._piece("\0" + self.encoder.tag_text(t)) for t in tags], np.int64)
+
+    def _header_pieces(self, time_K: np.ndarray) -> np.ndarray:
+        unit = {"day": "D", "hour": "h", "moment": "us"}[self.serializer.options.bucket]
+        unique_U, inverse = np.unique(time_K, return_inverse=True)
+        pieces = []
+        for time in unique_U.tolist():
+            if time == STATIC:
+                pieces.append(self._piece(""))
+                continue
+            stamp = str(np.datetime64(time, "us").astype(f"datetime64[{unit}]"))
+            stamp = stamp.replace("T", " ").removesuffix(".000000")
+            pieces.append(self._piece(f"[{stamp}{':00' if unit == 'h' else ''}]\n"))
+        return np.array(pieces, np.int64)[inverse] if pieces else time_K
+
+    def texts(self) -> list[str]:
+        """Return the text of each subject."""
+        plain = [s.removeprefix("\0") for s in self.strings]
+        lead_S = self._subject_leads()
+        return ["".join(plain[p] for p in self.piece_P[a:b]) for a, b in lead_S]
+
+    def _subject_leads(self) -> list[tuple[int, int]]:
+        subject_lead = self.subject_L[self.lead_L]
+        at = np.searchsorted(subject_lead, np.arange(self.num_subjects + 1))
+        start = np.append(self.lead_at, len(self.piece_P))[at]
+        return list(zip(start[:-1].tolist(), start[1:].tolist(), strict=True))
+
+    def timelines(self) -> list[Timeline]:
+        """Return the tokens of each subject."""
+        if not self.encoder.piecewise:
+            self._join_lines()
+        table = self._table_ids()
+        length_P = np.array([len(t) for t in table], np.int64)[self.piece_P]
+        end_P = np.cumsum(length_P)
+        start_P = end_P - length_P
+        flat = np.concatenate(table) if table else np.empty(0, np.int32)
+        base = np.concatenate([[0], np.cumsum([len(t) for t in table])]).astype(np.int64)
+        total = int(end_P[-1]) if len(end_P) else 0
+        ids_T = flat[np.repeat(base[self.piece_P] - start_P, length_P) + np.arange(total)]
+        return self._cut_subjects(ids_T, start_P, end_P)
+
+    def _table_ids(self) -> list[np.ndarray]:
+        tags = dict(zip(OPEN, self.encoder.open_ids, strict=True))
+        tags |= dict(zip(CLOSE, self.encoder.close_ids, strict=True))
+        plain = self.encoder.encode([s for s in self.strings if s and s[0] != "\0"])
+        encoded = iter(plain)
+        empty = np.empty(0, np.int32)
+        return [
+            empty if not s else tags[s[1:].rstrip("\n")] if s[0] == "\0" else next(encoded)
+            for s in self.strings
+        ]
+
+    def _join_lines(self) -> None:
+        """Make one piece of each line, for tokenizers that merge across pieces."""
+        new = np.ones(len(self.piece_P), bool)
+        new[1:] = (self.line_P[1:] != self.line_P[:-1]) | (self.line_P[1:] < 0)
+        start = np.append(np.flatnonzero(new), len(self.piece_P))
+        where = np.cumsum(new) - 1
+        joined = [
+            self._piece("".join(self.strings[p] for p in self.piece_P[a:b]))
+            for a, b in pairwise(start.tolist())
+        ]
+        self.piece_P = np.array(joined, np.int64)
+        self.line_P = self.line_P[start[:-1]]
+        self.lead_at = where[self.lead_at]
+
+    def _cut_subjects(
+        self, ids_T: np.ndarray, start_P: np.ndarray, end_P: np.ndarray
+    ) -> list[Timeline]:
+        num_lines = len(self.code_L)
+        in_line = self.line_P >= 0
+        line_start_L = np.full(num_lines, len(ids_T), np.int64)
+        line_end_L = np.zeros(num_lines, np.int64)
+        np.minimum.at(line_start_L, self.line_P[in_line], start_P[in_line])
+        np.maximum.at(line_end_L, self.line_P[in_line], end_P[in_line])
+        lead_time = self.bucket_time_L[self.lead_L]
+        lead_start = start_P[self.lead_at]
+        lead_end = np.append(lead_start[1:], len(ids_T))[: len(lead_start)]
+        subject_lead = self.subject_L[self.lead_L]
+        bounds = np.searchsorted(subject_lead, np.arange(self.num_subjects + 1))
+        line_bounds = np.searchsorted(self.subject_L, np.arange(self.num_subjects + 1))
+        section_L = (self.slot_L % len(SECTIONS)).astype(np.uint8)
+        subject_S = self.batch.subject_N[self.batch.offset_S1[:-1]]
+        timelines = []
+        for s in range(self.num_subjects):
+            a, b = bounds[s], bounds[s + 1]
+            la, lb = line_bounds[s], line_bounds[s + 1]
+            start, end = (int(lead_start[a]), int(lead_end[b - 1])) if b > a else (0, 0)
+            header = int(lead_end[a]) - start if b > a and lead_time[a] == STATIC else 0
+            a += header > 0
+            la += int(np.searchsorted(line_start_L[la:lb], start + header))
+            timelines.append(
+                Timeline(
+                    subject=int(subject_S[s]),
+                    ids_T=ids_T[start:end],
+                    header=header,
+                    bucket_end_B=(lead_end[a:b] - start).astype(np.int32),
+                    bucket_time_B=lead_time[a:b],
+                    line_start_L=(line_start_L[la:lb] - start).astype(np.int32),
+                    line_end_L=(line_end_L[la:lb] - start).astype(np.int32),
+                    line_time_L=self.time_L[la:lb],
+                    line_section_L=section_L[la:lb],
+                )
+            )
+        return timelines
+
+
+def _without_late_births(batch: EventBatch, counts: Counter[str]) -> tuple[EventBatch, np.ndarray]:
+    """Leave out births after a subject's first event; return also which of the rest are births.
+
+    Demographics stand before every bucket, so a node between the two would see what is to come.
+    """
+    birth_N = batch.code_N == (batch.codes.index(BIRTH) if BIRTH in batch.codes else -1)
+    if not birth_N.any():
+        return batch, birth_N
+    subject_N = np.repeat(np.arange(len(batch.offset_S1) - 1), np.diff(batch.offset_S1))
+    first_S = np.full(len(batch.offset_S1) - 1, np.iinfo(np.int64).max)
+    timed_N = ~birth_N & (batch.time_N != STATIC)
+    np.minimum.at(first_S, subject_N[timed_N], batch.time_N[timed_N])
+    keep_N = ~birth_N | (batch.time_N <= first_S[subject_N])
+    if keep_N.all():
+        return batch, birth_N
+    counts["late_births"] += int((~keep_N).sum())
+    num_before_N1 = np.concatenate([[0], np.cumsum(keep_N)])
+    return batch.rows(np.flatnonzero(keep_N), num_before_N1[batch.offset_S1]), birth_N[keep_N]

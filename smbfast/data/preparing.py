@@ -1,0 +1,286 @@
+"""Turns a MEDS folder into memory-mapped token shards.
+
+One MEDS file becomes one shard, written as a committed folder. So a run that was stopped goes on
+with the remaining files. Memory is bounded by the rows decoded at once, not by the subjects.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from smbfast.data.meds import MedsDataset
+from smbfast.data.prepared import Prepared, make_serializer, options_of
+from smbfast.data.sections import SectionMap
+from smbfast.data.serialize import VERSION, Serializer
+from smbfast.data.shards import ShardWriter
+from smbfast.data.splits import SPLITS
+from smbfast.data.tokens import TextEncoder, load_tokenizer, save_tokenizer, train_tokenizer
+from smbfast.files import committed_folder, digest_of, verify_folder, write_text
+from smbfast.progress import Progress
+from smbfast.settings import DataSettings
+
+BPE_CHARACTERS = 8_000_000  # text that a tokenizer is trained on: our choice
+PARALLEL_ROWS = 2_000_000  # below this, starting processes costs more than they save
+
+
+def prepare(
+    data: DataSettings, out: Path, tokenizer: str | None, splits: tuple[str, ...]
+) -> Prepared:
+    """Prepare `splits` of `data.path` under `out`, or open what is already there.
+
+    Raises:
+        ValueError: the data is bad (see `MedsDataset.open`), or `out` was made from other data or
+            settings.
+    """
+    out = Path(out)
+    fresh = not out.exists()
+    try:
+        return _prepare(data, out, tokenizer, splits)
+    except ValueError:
+        # once the data is mended its digest is another: nothing of this could be gone on with
+        if fresh:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _prepare(
+    data: DataSettings, out: Path, tokenizer: str | None, splits: tuple[str, ...]
+) -> Prepared:
+    dataset = MedsDataset.open(Path(data.path))
+    options = options_of(data)
+    source = {
+        "data": _data_digest(dataset, splits),
+        "format": VERSION,
+        "options": asdict(options),
+        "delimiters": data.delimiters,
+        "sections": _sections(data).fingerprint(),
+        "tokenizer": tokenizer or f"bpe of {data.vocab_size}",
+        "splits": list(splits),
+    }
+    plan, finished = out / "plan.json", out / "prepare.json"
+    if plan.is_file() or finished.is_file():
+        before = _recorded(plan if plan.is_file() else finished)
+        changed = ", ".join(k for k in source if before.get(k) != source[k])
+        if changed:
+            raise ValueError(
+                f"{out} was prepared from other settings ({changed} differ); name another folder "
+                "or remove it"
+            )
+    if finished.is_file():
+        return Prepared.open(out)
+    if outside := dataset.without_split():
+        shown = f"{outside:,}" if outside > 10 else "up to 10"
+        print(
+            f"smbfast.prepare: {shown} subjects are in none of the splits {', '.join(SPLITS)} "
+            "and are not read",
+            file=sys.stderr,
+        )
+    out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    write_text(plan, json.dumps(source, indent=1))
+    new_tokens = _make_tokenizer(data, dataset, out / "tokenizer", tokenizer)
+    encoder = _serializer(data, dataset, out).encoder
+    shards, counts, unmapped = _make_shards(data, dataset, out, splits)
+    record = {
+        **source,
+        "encoder": encoder.fingerprint(),
+        "new_tokens": new_tokens,
+        "section_rules": _sections(data).record(),
+        "piecewise": encoder.piecewise,
+        "meds_version": dataset.version,
+        "shards": shards,
+        "counts": {s: dict(c) for s, c in counts.items()},
+        "unmapped": _frequent(unmapped),
+    }
+    write_text(out / "prepare.json", json.dumps(record, indent=1))
+    return Prepared.open(out)
+
+
+def _recorded(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must say what was prepared, as JSON; remove its folder")
+    return content
+
+
+def check_prepared(prepared: Prepared, data: DataSettings, backbone: str | None) -> None:
+    """Refuse shards that were made of other data, for another tokenizer or with other options.
+
+    Raises:
+        ValueError: there is a difference, which is named.
+    """
+    record = prepared.record
+    dataset = MedsDataset.open(Path(data.path))
+    wanted = {
+        "data": _data_digest(dataset, tuple(record["splits"])),
+        "format": VERSION,
+        "options": asdict(options_of(data)),
+        "delimiters": data.delimiters,
+        "sections": _sections(data).fingerprint(),
+        "tokenizer": backbone or record["tokenizer"],
+    }
+    changed = ", ".join(k for k, value in wanted.items() if record.get(k) != value)
+    if changed:
+        raise ValueError(
+            f"data.prepared {prepared.folder} was made from other settings ({changed} differ); "
+            "prepare it again or take them back"
+        )
+
+
+def _sections(data: DataSettings) -> SectionMap:
+    return SectionMap.read(Path(data.sections) if data.sections else None)
+
+
+def _data_digest(dataset: MedsDataset, splits: tuple[str, ...]) -> str:
+    """Return a digest of names, sizes and footers of the files; another export changes it."""
+    parts = []
+    for split in splits:
+        for file in dataset.splits[split]:
+            meta = pq.read_metadata(file)
+            groups = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
+            parts.append((split, file.name, file.stat().st_size, meta.num_rows, groups))
+    return digest_of(parts, dataset.descriptions, dataset.parents)
+
+
+def _make_tokenizer(
+    data: DataSettings, dataset: MedsDataset, folder: Path, source: str | None
+) -> list[int]:
+    """Write the tokenizer unless it is there; return the ids of delimiters new to its backbone."""
+    if not folder.is_dir():
+        if source:
+            tokenizer, new_tokens = load_tokenizer(source, data.delimiters)
+        else:
+            # any encoder will do to compose text: only its delimiter mode shows
+            composer = TextEncoder(train_tokenizer([], 300), data.delimiters)
+            serializer = make_serializer(dataset, composer, data.sections, options_of(data))
+            lines = _training_lines(dataset, serializer)
+            tokenizer, new_tokens = train_tokenizer(lines, data.vocab_size), []
+        with committed_folder(folder, private=True) as staging:
+            save_tokenizer(tokenizer, staging)
+            (staging / "new_tokens.json").write_text(json.dumps(new_tokens))
+    verify_folder(folder)
+    return json.loads((folder / "new_tokens.json").read_text())
+
+
+def _training_lines(dataset: MedsDataset, serializer: Serializer) -> Iterator[str]:
+    """Yield lines of training subjects, the same number of characters of each file."""
+    files = dataset.splits["train"]
+    for file in files:
+        budget = BPE_CHARACTERS // len(files)
+        for batch in dataset.file_batches(file, "train"):
+            for text in serializer.texts(batch):
+                budget -= len(text)
+                # a line once per subject: what one patient repeats is not frequent
+                yield from dict.fromkeys(text.splitlines(keepends=True))
+                if budget < 0:
+                    break
+            if budget < 0:
+                break
+
+
+def _make_shards(
+    data: DataSettings, dataset: MedsDataset, out: Path, splits: tuple[str, ...]
+) -> tuple[dict[str, list[str]], dict[str, Counter[str]], Counter[str]]:
+    jobs = [
+        (split, f"{split}/{index}", file)
+        for split in splits
+        for index, file in enumerate(dataset.splits[split])
+    ]
+    rows = {file: pq.read_metadata(file).num_rows for _, _, file in jobs}
+    todo = [job for job in jobs if not _finished(out / job[1])]
+    progress = Progress("smbfast.prepare", sum(rows[f] for _, _, f in todo), "events")
+    workers = min(data.workers or os.cpu_count() or 1, len(todo))
+    if workers > 1 and sum(rows[f] for _, _, f in todo) > PARALLEL_ROWS:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            running = {
+                pool.submit(_work, data, str(out), split, name, str(file)): file
+                for split, name, file in todo
+            }
+            for done in as_completed(running):
+                try:
+                    done.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+                progress.add(rows[running[done]])
+    else:
+        serializer = _serializer(data, dataset, out)
+        for split, name, file in todo:
+            _make_shard(dataset, serializer, split, file, out / name, progress)
+    shards: dict[str, list[str]] = {s: [] for s in splits}
+    counts: dict[str, Counter[str]] = {s: Counter() for s in splits}
+    unmapped: Counter[str] = Counter()
+    for split, name, _ in jobs:
+        index = json.loads((out / name / "index.json").read_text())
+        shards[split].append(name)
+        counts[split].update(index["counts"])
+        counts[split].update(subjects=index["timelines"], tokens=index["tokens"])
+        unmapped.update(index["unmapped"])
+    return shards, counts, unmapped
+
+
+def _finished(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    verify_folder(folder)
+    return True
+
+
+def _serializer(data: DataSettings, dataset: MedsDataset, out: Path) -> Serializer:
+    tokenizer, _ = load_tokenizer(str(out / "tokenizer"), data.delimiters)
+    encoder = TextEncoder(tokenizer, data.delimiters)
+    return make_serializer(dataset, encoder, data.sections, options_of(data))
+
+
+_STATE: dict[str, tuple[MedsDataset, Serializer]] = {}  # of a worker process: opened once
+
+
+def _work(data: DataSettings, out: str, split: str, name: str, file: str) -> None:
+    if out not in _STATE:
+        dataset = MedsDataset.open(Path(data.path))
+        _STATE[out] = (dataset, _serializer(data, dataset, Path(out)))
+    dataset, serializer = _STATE[out]
+    _make_shard(dataset, serializer, split, Path(file), Path(out) / name, None)
+
+
+def _make_shard(
+    dataset: MedsDataset,
+    serializer: Serializer,
+    split: str,
+    file: Path,
+    folder: Path,
+    progress: Progress | None,
+) -> None:
+    serializer.counts.clear()
+    serializer.unmapped.clear()
+    with committed_folder(folder, private=True) as staging:
+        writer = ShardWriter(staging)
+        for batch in dataset.file_batches(file, split):
+            for timeline in serializer.timelines(batch):
+                if len(timeline.bucket_end_B):
+                    writer.add(timeline)
+                else:
+                    serializer.counts["subjects_without_events"] += 1
+            if progress:
+                progress.add(len(batch.time_N))
+        writer.close(
+            split=split, counts=dict(serializer.counts), unmapped=dict(serializer.unmapped)
+        )
+
+
+def _frequent(unmapped: Counter[str]) -> dict[str, int]:
+    """Return families of codes by events; those with 10 or fewer are shown as one, `(rare)`."""
+    shown = {k: n for k, n in unmapped.most_common() if n > 10}
+    rare = sum(unmapped.values()) - sum(shown.values())
+    return shown | ({"(rare)": rare} if rare else {})

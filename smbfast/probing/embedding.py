@@ -1,0 +1,243 @@
+"""Embeds decision nodes of MEDS labels with a model.
+
+All nodes of a window are embedded by one forward: the complete buckets are the trunk, and what a
+node does not share with the others is a branch (`smbfast.data.nodes`).
+
+Legend: K nodes, W windows, S branches, T tokens, D width, P sums of consecutive states, E ends of
+prefixes of a trunk.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from smbkernels.timeline_attention import Segments
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from smbfast.batch import pack_segments
+from smbfast.data.labels import find_tasks, read_labels, with_splits
+from smbfast.data.meds import MedsDataset
+from smbfast.data.nodes import NodeText, SharedWindow, distinct_nodes, node_texts, shared_windows
+from smbfast.data.packing import plan_rows
+from smbfast.data.prepared import serializer_of
+from smbfast.data.tokens import TextEncoder
+from smbfast.files import committed_file
+from smbfast.model.backbone import PatientEncoder
+from smbfast.model.target import TargetEncoder
+from smbfast.progress import Progress
+
+Pool = Literal["last", "mean"]
+Packed = Callable[[Tensor, Tensor, Segments], Tensor]  # ids [T], positions [T] -> states [T, D]
+_PLANNED = 32  # forwards planned together: what fills them well, and fits in memory
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Embeddings of the nodes of tasks (see `embed_nodes`), and the counts of `node_texts`."""
+
+    table: pa.Table
+    num_tasks: int
+    counts: dict[str, int]  # of `smbfast.data.nodes.node_texts`
+
+
+def embed_labels(
+    encoder: PatientEncoder,
+    target: TargetEncoder | None,
+    record: dict,
+    device: torch.device,
+    *,
+    tokenizer: Path,
+    data: Path,
+    labels: list[str],
+    which: Literal["online", "target"],
+    path: Literal["shared", "reference"],
+    tokens: int,
+    pool: Pool | None,
+) -> Embedded:
+    """Embed the distinct nodes of the label files `labels` of the MEDS folder `data`.
+
+    Args:
+        encoder, target, record: a finished run, as `smbfast.checkpoint.restore_final` gives it.
+        tokenizer: the folder with the tokenizer of the model.
+        labels: task folders, or names under `data`/labels.
+        which: the encoder that embeds.
+        path: see `packed_of`.
+        tokens: tokens of one forward.
+        pool: last token or mean; none: as the run was probed.
+
+    Raises:
+        ValueError: data, labels or a tokenizer that do not fit the model, or see `embed_nodes`.
+    """
+    text_encoder = TextEncoder(
+        AutoTokenizer.from_pretrained(tokenizer, local_files_only=True), record["delimiters"]
+    )
+    dataset = MedsDataset.open(data)
+    serializer = serializer_of(dataset, text_encoder, record)
+    folders = find_tasks(labels, dataset.path)
+    nodes = distinct_nodes([with_splits(read_labels(folder), dataset) for folder in folders])
+    counts: dict[str, int] = {}
+    table = embed_nodes(
+        packed_of(encoder, target, which, path),
+        node_texts(dataset, serializer, nodes, record["window"], counts),
+        device,
+        total=len(nodes.subject_K),
+        tokens=tokens,
+        pool=pool or record["pool"],
+    )
+    return Embedded(table, len(folders), counts)
+
+
+@torch.no_grad()
+def embed_nodes(
+    packed: Packed,
+    texts: Iterator[NodeText],
+    device: torch.device,
+    *,
+    total: int,
+    tokens: int,
+    pool: Pool,
+) -> pa.Table:
+    """Return the embeddings of all nodes, with rows in the order of (subject, time).
+
+    Nodes of one window share its trunk. Windows of many patients share a forward of at most
+    `tokens` tokens (a longer window has a forward of its own).
+
+    Raises:
+        ValueError: there is no node, or the model gives states that are not finite.
+    """
+    nodes: list[NodeText] = []
+    parts: list[np.ndarray] = []
+    progress = Progress("smbfast.embed", total, "nodes")
+    for windows in _rows(shared_windows(texts, tokens), tokens):
+        parts.append(pooled(packed, windows, pool, device).astype(np.float32))
+        nodes += [node for window in windows for node in window.nodes]
+        progress.add(sum(len(window.nodes) for window in windows))
+    if not nodes:
+        raise ValueError("no decision node of the labels has a subject with events in the data")
+    subject_K = np.array([node.subject for node in nodes], np.int64)
+    time_K = np.array([node.time for node in nodes], np.int64)
+    order = np.lexsort((time_K, subject_K))
+    stacked_KD = np.concatenate(parts)[order]
+    if not np.isfinite(stacked_KD).all():
+        raise ValueError("embeddings must be finite; this model gives NaN or infinite states")
+    values = pa.FixedSizeListArray.from_arrays(pa.array(stacked_KD.ravel()), stacked_KD.shape[1])
+    return pa.table(
+        {
+            "subject_id": pa.array(subject_K[order]),
+            "prediction_time": pa.array(time_K[order].astype("datetime64[us]")),
+            "split": pa.array([nodes[k].split for k in order], pa.string()),
+            "embedding": values,
+        }
+    )
+
+
+def _rows(windows: Iterator[SharedWindow], tokens: int) -> Iterator[list[SharedWindow]]:
+    """Yield the windows of each forward, planned among few enough at a time to bound memory."""
+    while group := _next_windows(windows, _PLANNED * tokens):
+        size_W = np.array([len(window) for window in group])
+        for row in plan_rows(size_W, size_W, tokens):
+            yield [group[w] for w in row]
+
+
+def _next_windows(windows: Iterator[SharedWindow], tokens: int) -> list[SharedWindow]:
+    group: list[SharedWindow] = []
+    while tokens > 0 and (window := next(windows, None)) is not None:
+        group.append(window)
+        tokens -= len(window)
+    return group
+
+
+def pooled(
+    packed: Packed, windows: list[SharedWindow], pool: Pool, device: torch.device
+) -> np.ndarray:
+    """Return the embeddings of the nodes of `windows`, fp64 [K, D], from one forward."""
+    batch = pack_segments([w.trunk_T for w in windows], [w.branches for w in windows]).to(device)
+    hidden_TD = packed(batch.ids_T, batch.position_T, batch.segments)
+    return _last(hidden_TD, windows) if pool == "last" else _mean(hidden_TD, windows)
+
+
+def _last(hidden_TD: Tensor, windows: list[SharedWindow]) -> np.ndarray:
+    """Return the state at each node's last token, on its trunk or at the end of its branch."""
+    start, own_start = 0, sum(len(w.trunk_T) for w in windows)  # branches lie behind all trunks
+    row_K = []
+    for window in windows:
+        own_end = own_start + np.cumsum([0, *(len(ids) for _, ids in window.branches)])
+        for prefix, branch in zip(window.prefix_K, window.branch_K, strict=True):
+            row_K.append((start + prefix if branch < 0 else own_end[branch + 1]) - 1)
+        start, own_start = start + len(window.trunk_T), own_end[-1]
+    rows = torch.tensor(row_K, device=hidden_TD.device)
+    return hidden_TD[rows].cpu().double().numpy()
+
+
+def _mean(hidden_TD: Tensor, windows: list[SharedWindow]) -> np.ndarray:
+    """Return the mean over each node's tokens: the part of the trunk that it sees, and its branch.
+
+    Each token is summed once, in fp32 at least. The pieces of a trunk between the ends of prefixes
+    are added up in fp64 from the trunk's own start. So nothing that a node does not see reaches it,
+    not even the rounding of another patient's sums.
+    """
+    ends = [np.unique(window.prefix_K) for window in windows]  # the last is the trunk's
+    pieces = [length for end_E in ends for length in np.diff(end_E, prepend=0).tolist()]
+    own = [len(ids) for window in windows for _, ids in window.branches]
+    exact = torch.promote_types(hidden_TD.dtype, torch.float32)
+    sums = [rows.sum(0, dtype=exact) for rows in hidden_TD.split(pieces + own)]
+    sum_PD = torch.stack(sums).cpu().double().numpy()
+    first, first_own = 0, len(pieces)
+    mean_K = []
+    for window, end_E in zip(windows, ends, strict=True):
+        seen_ED = sum_PD[first : first + len(end_E)].cumsum(0)
+        own_SD = sum_PD[first_own : first_own + len(window.branches)]
+        for node, prefix, branch in zip(
+            window.nodes, window.prefix_K, window.branch_K, strict=True
+        ):
+            sum_D = seen_ED[np.searchsorted(end_E, prefix)]
+            mean_K.append((sum_D if branch < 0 else sum_D + own_SD[branch]) / len(node.ids_T))
+        first, first_own = first + len(end_E), first_own + len(window.branches)
+    return np.stack(mean_K)
+
+
+def write_embeddings(table: pa.Table, path: Path) -> None:
+    """Write parquet with page checksums, private to the user and atomically."""
+    with committed_file(path, private=True) as staging:
+        pq.write_table(table, staging, write_page_checksum=True)
+
+
+def packed_of(
+    encoder: PatientEncoder,
+    target: TargetEncoder | None,
+    which: Literal["online", "target"],
+    path: Literal["shared", "reference"],
+) -> Packed:
+    """Return the packed forward of the encoder `which`.
+
+    Raises:
+        ValueError: `which` is the target encoder, but the run had none.
+    """
+    chosen = encoder if which == "online" else target
+    if chosen is None:
+        raise ValueError("encoder=target needs a run with a JEPA phase; this one had none")
+    return chosen.packed if path == "shared" else one_by_one(chosen.hidden)
+
+
+def one_by_one(hidden: Callable[[Tensor], Tensor]) -> Packed:
+    """Return the reference of a packed forward: one forward for each trunk, and one for each branch
+    with what it sees.
+
+    Args:
+        hidden: ids [B, T] to hidden states [B, T, D].
+    """
+
+    def packed(ids_T: Tensor, position_T: Tensor, segments: Segments) -> Tensor:
+        states = []
+        for start, length, trunk, prefix in segments.host_S6[:, :4].tolist():
+            seen_T = torch.cat([ids_T[trunk : trunk + prefix], ids_T[start : start + length]])
+            states.append(hidden(seen_T[None])[0, prefix:])
+        return torch.cat(states)
+
+    return packed

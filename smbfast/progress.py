@@ -1,0 +1,44 @@
+"""Progress of a long count on stderr: how much of a total is done, how fast, and the time left."""
+
+import sys
+import time
+
+SECONDS = 5.0  # between two lines
+
+
+class Progress:
+    """A line on stderr every few seconds; work that ends before the first one prints none.
+
+    Each line is written whole, without control characters, so a log file reads as a terminal does.
+    """
+
+    def __init__(self, prog: str, total: int, unit: str) -> None:
+        """Begin at nothing of `total` things named `unit`, in the name of command `prog`."""
+        self._prog, self._total, self._unit, self._done = prog, total, unit, 0
+        self._start = self._last = time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Count `count` more as done."""
+        self._done += count
+        now = time.monotonic()
+        if not self._done or now - self._last < SECONDS:
+            return
+        self._last = now
+        rate = self._done / (now - self._start)
+        left = duration((self._total - self._done) / rate)
+        print(
+            f"{self._prog}: {self._done:,} of {self._total:,} {self._unit}, {rate:,.0f} a second, "
+            f"{left} left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3m05, 2h14."""
+    seconds = max(int(seconds), 0)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}"
