@@ -16,7 +16,7 @@ from bench import cases, records
 from bench.measure import COMPILED, Result, as_record, gate, measure
 from bench.targets import judged
 from bench.timing import Ceiling, Clock, ceiling
-from smbfast.config import Settings, command_line
+from smbfast.base.config import Settings, command_line
 
 NOMINAL = {"H200": (4.3e12, 788e12)}  # bytes and bf16 operations a second, sustained at best
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import Field
 
-from smbfast.config import Settings, command_line
+from smbfast.base.config import Settings, command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "kernels" / "budgets.json"

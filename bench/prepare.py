@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from smbfast.config import Settings, command_line
-from smbfast.runtime import git_state, versions
+from smbfast.base.config import Settings, command_line
+from smbfast.base.runtime import git_state, versions
 from smbfast.simulation.dataset import simulate
 
 RESULTS = Path(__file__).parent / "results" / "prepare.jsonl"

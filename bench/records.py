@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from smbfast.runtime import git_state, versions
+from smbfast.base.runtime import git_state, versions
 
 RESULTS = Path(__file__).parent / "results"
 

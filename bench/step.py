@@ -18,8 +18,8 @@ from bench.step_measure import OURS, RIVALS, Result, measure, memory, variants
 from bench.step_report import judged, plot, record, table
 from bench.step_workloads import Workload, workloads
 from bench.timing import Clock, ceiling
-from smbfast.config import Settings, command_line
-from smbfast.progress import duration
+from smbfast.base.config import Settings, command_line
+from smbfast.base.progress import duration
 
 EPILOG = """variants
   B0   Hugging Face + PEFT, SDPA, padded batches of 8, three forwards, a merged deep copy as target

@@ -17,7 +17,7 @@ from bench.step_workloads import Workload
 from smbfast import objective, reference
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder, TargetForm
-from smbfast.step import LossScales, Updater, forward_backward
+from smbfast.run.step import LossScales, Updater, forward_backward
 
 PARTS = ONLINE, TARGET, LOSSES, BACKWARD, OPTIMIZER, EMA = (
     "online forward",

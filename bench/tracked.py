@@ -16,7 +16,7 @@ from smbkernels.registry import use
 from smbkernels.tracked_ema import cost, truncate_
 
 from bench.records import append, columns, stamp
-from smbfast.config import Settings, command_line
+from smbfast.base.config import Settings, command_line
 from smbfast.model.averages import Merged, Source, Tracked
 
 LAYERS = 36

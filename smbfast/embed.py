@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from smbfast.config import Settings, command_line
-from smbfast.entry import entry
+from smbfast.base.config import Settings, command_line
+from smbfast.base.entry import entry
 
 
 class EmbedSettings(Settings):
@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command: arguments, a model, one call of `smbfast.probing.embedding`, what it counted."""
     settings = command_line(EmbedSettings, argv, prog="python -m smbfast.embed")
     with entry("smbfast.embed"):
-        from smbfast.checkpoint import restore_final
+        from smbfast.base.runtime import choose_device, few
         from smbfast.probing.embedding import embed_labels, write_embeddings
-        from smbfast.runtime import choose_device, few
+        from smbfast.run.checkpoint import restore_final
 
         device = choose_device(settings.device)
         encoder, target, record = restore_final(Path(settings.model), device)

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from smbfast.config import command_line
-from smbfast.entry import entry
+from smbfast.base.config import command_line
+from smbfast.base.entry import entry
 from smbfast.settings import DataSettings
 
 

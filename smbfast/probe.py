@@ -1,7 +1,7 @@
 """python -m smbfast.probe: how much do frozen embeddings say about outcomes?"""
 
-from smbfast.config import command_line
-from smbfast.entry import entry
+from smbfast.base.config import command_line
+from smbfast.base.entry import entry
 from smbfast.settings import ProbeConfig
 
 EPILOG = """Example:

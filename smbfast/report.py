@@ -4,8 +4,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from smbfast.config import Settings, command_line
-from smbfast.entry import entry
+from smbfast.base.config import Settings, command_line
+from smbfast.base.entry import entry
 
 
 class ReportSettings(Settings):

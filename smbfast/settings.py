@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from smbfast.config import Settings, build, read_toml
+from smbfast.base.config import Settings, build, read_toml
 
 
 class DataSettings(Settings):

@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-import smbfast.startup as startup
-from smbfast.metrics import Meter
+import smbfast.run.startup as startup
+from smbfast.base.runtime import matmul_rate
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.flops import ModelShape
-from smbfast.runtime import matmul_rate
+from smbfast.run.metrics import Meter
+from smbfast.run.startup import layer_dtype, micro_tokens, self_check
 from smbfast.settings import PhaseSettings, load
-from smbfast.startup import layer_dtype, micro_tokens, self_check
 from tests.tiny import random_window, tiny_encoder
 from tests.two_paths import make_encoder, moved_target
 

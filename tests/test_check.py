@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import smbfast.check as entry
-from smbfast import checkpoint, train
+from smbfast import train
+from smbfast.run import checkpoint, preflight
 from smbfast.simulation.dataset import simulate
 
 SHORT = ["--probe.labels=[]", "--data.window=96", "--run.threads=1"]
@@ -120,11 +121,11 @@ def test_a_checkpoint_that_gives_back_something_else_is_told(cohort, tmp_path, m
 def test_the_verdict_on_memory():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     gib = 1 << 30
-    assert entry._verdict(gib, gib, cpu).startswith("+0%: within 20%")
-    assert entry._verdict(int(1.15 * gib), gib, cpu).startswith("+15%: within")
-    assert entry._verdict(int(1.15 * gib), gib, gpu).startswith("+15%: NOT within 10%")
-    assert entry._verdict(int(0.75 * gib), gib, cpu).startswith("-25%: NOT within")
-    assert "too small" in entry._verdict(1 << 20, 9 << 20, cpu)
+    assert preflight._verdict(gib, gib, cpu).startswith("+0%: within 20%")
+    assert preflight._verdict(int(1.15 * gib), gib, cpu).startswith("+15%: within")
+    assert preflight._verdict(int(1.15 * gib), gib, gpu).startswith("+15%: NOT within 10%")
+    assert preflight._verdict(int(0.75 * gib), gib, cpu).startswith("-25%: NOT within")
+    assert "too small" in preflight._verdict(1 << 20, 9 << 20, cpu)
 
 
 def test_help_names_every_stage(capsys):

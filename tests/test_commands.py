@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from smbfast.entry import RunFailed, entry
-from smbfast.progress import Progress
+from smbfast.base.entry import RunFailed, entry
+from smbfast.base.progress import Progress
 
 COMMANDS = ["prepare", "simulate", "embed", "probe", "report"]
 # runs a command in a fresh process, then names what it should not have waited for
@@ -81,7 +81,7 @@ def test_a_bug_keeps_its_traceback_and_an_exit_its_status():
 def test_progress_says_how_much_how_fast_and_how_long(monkeypatch, capsys):
     times = iter([0.0, 4.0, 5.0, 9.0, 10.0])
     clock = SimpleNamespace(monotonic=lambda: next(times))
-    monkeypatch.setattr("smbfast.progress.time", clock)
+    monkeypatch.setattr("smbfast.base.progress.time", clock)
     progress = Progress("smbfast.name", 2000, "nodes")
     for _ in range(4):
         progress.add(250)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from smbfast.config import Settings, build, command_line, known_keys, read_toml, to_toml
+from smbfast.base.config import Settings, build, command_line, known_keys, read_toml, to_toml
 from smbfast.settings import TrainSettings, load, presets
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from smbfast.diagnostics import diagnose, effective_rank
 from smbfast.reference import JepaStates
+from smbfast.run.diagnostics import diagnose, effective_rank
 
 M, D = 500, 32
 

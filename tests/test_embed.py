@@ -15,12 +15,12 @@ from torch import Tensor
 import smbfast.train as entry
 from smbfast import embed
 from smbfast.batch import Timeline
-from smbfast.checkpoint import restore_final
 from smbfast.data.labels import read_labels
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import NodeText, distinct_nodes, node_texts, shared_windows
 from smbfast.data.prepared import Prepared
 from smbfast.probing import embedding
+from smbfast.run.checkpoint import restore_final
 from smbfast.simulation.dataset import simulate
 from tests.tiny import random_window
 from tests.two_paths import FP32, FP64, make_encoder, moved_target

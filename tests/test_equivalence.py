@@ -17,7 +17,7 @@ from smbfast.batch import PackedBatch, Timeline
 from smbfast.data.loader import make_batch, make_rows, make_step
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder, TargetForm
-from smbfast.optim import make_optimizer
+from smbfast.run.optim import make_optimizer
 from smbfast.settings import ObjectiveSettings, OptimSettings
 from tests.strategies import UNITS, objectives, steps
 from tests.tiny import random_window

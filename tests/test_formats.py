@@ -6,8 +6,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import smbfast.train as entry
-from smbfast.checkpoint import restore_final
 from smbfast.data.tokens import CLOSE, OPEN, train_tokenizer
+from smbfast.run.checkpoint import restore_final
 from smbfast.simulation.dataset import simulate
 from tests.tiny import tiny_lm
 

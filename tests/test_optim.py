@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from smbfast.optim import learning_rate, make_optimizer, place, tau, total_steps
+from smbfast.run.optim import learning_rate, make_optimizer, place, tau, total_steps
 from smbfast.settings import OptimSettings, load
 from tests.tiny import tiny_encoder
 

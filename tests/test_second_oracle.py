@@ -9,9 +9,9 @@ import torch
 from smbfast import objective, reference
 from smbfast.data.loader import cut_points, future_end, make_batch, masked_tokens
 from smbfast.model.target import TargetEncoder, TargetForm
-from smbfast.optim import make_optimizer
+from smbfast.run.optim import make_optimizer
+from smbfast.run.step import LossScales, Updater, forward_backward
 from smbfast.settings import ObjectiveSettings, OptimSettings
-from smbfast.step import LossScales, Updater, forward_backward
 from tests.second_oracle import AdamW, Oracle, Patient
 from tests.tiny import random_window
 from tests.two_paths import CASES, FP64, make_encoder, twin

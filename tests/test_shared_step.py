@@ -29,9 +29,9 @@ from smbfast.batch import PackedBatch, pack_segments
 from smbfast.data.loader import make_batch
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder, TargetForm
-from smbfast.optim import make_optimizer
+from smbfast.run.optim import make_optimizer
+from smbfast.run.step import LossScales, Updater, forward_backward
 from smbfast.settings import ObjectiveSettings, OptimSettings
-from smbfast.step import LossScales, Updater, forward_backward
 from tests.tiny import VOCABULARY, random_window
 from tests.two_paths import CASES, FP64, assert_same, exact_norms, make_encoder, moved_target, run
 

@@ -8,15 +8,15 @@ from smbkernels import use
 from smbkernels.registry import OPS
 
 import smbfast.model.decoder as decoder_module
-import smbfast.startup as startup
+import smbfast.run.startup as startup
 import smbfast.train as entry
 from smbfast import objective
 from smbfast.data.loader import make_batch
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder
+from smbfast.run.startup import losses_of, self_check
 from smbfast.settings import ObjectiveSettings, PhaseSettings, TrainSettings, kernel_choice, load
 from smbfast.simulation.dataset import simulate
-from smbfast.startup import losses_of, self_check
 from tests.refusal import refused
 from tests.tiny import random_window
 from tests.two_paths import CASES, FP64, assert_same, make_encoder, moved_target, run

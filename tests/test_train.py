@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import smbfast.train as entry
-from smbfast.files import verify_folder
+from smbfast.base.files import verify_folder
+from smbfast.run import loop
 from smbfast.simulation.dataset import simulate
 
 SHORT = [
@@ -52,14 +53,14 @@ class StopAfter:
 
     def __init__(self, monkeypatch, steps):
         self.left = steps
-        real = entry.learning_rate
+        real = loop.learning_rate
 
         def counted(*args):
             self.left -= 1
             return real(*args)
 
-        monkeypatch.setattr(entry, "learning_rate", counted)
-        monkeypatch.setattr(entry, "stop_on_signals", lambda: self)
+        monkeypatch.setattr(loop, "learning_rate", counted)
+        monkeypatch.setattr(loop, "stop_on_signals", lambda: self)
 
     def __enter__(self):
         return self
@@ -127,7 +128,7 @@ def test_lora_stopped_and_resumed_equals_never_stopped(cohort, whole, tmp_path, 
 
 def test_a_crash_between_checkpoints_replays_the_same_steps(cohort, whole, tmp_path, monkeypatch):
     folder = tmp_path / "crashed"
-    real = entry.learning_rate
+    real = loop.learning_rate
 
     def dies(settings, at):
         if (at.index, at.step) == (1, 2):  # step 6, after the evaluation and `best` of step 3
@@ -135,7 +136,7 @@ def test_a_crash_between_checkpoints_replays_the_same_steps(cohort, whole, tmp_p
         return real(settings, at)
 
     with monkeypatch.context() as patch:
-        patch.setattr(entry, "learning_rate", dies)
+        patch.setattr(loop, "learning_rate", dies)
         with pytest.raises(MemoryError):
             run_tiny(cohort, folder)
     assert json.loads((folder / "status.json").read_text())["state"] == "failed"
@@ -260,7 +261,7 @@ def test_micro_batches_do_not_change_the_run(cohort, whole, tmp_path):
 
 def poison(monkeypatch, steps):
     """Make the SFT loss of these optimizer steps (of one micro-batch each) not a number."""
-    real = entry.losses_of
+    real = loop.losses_of
     calls = {"n": 0}
 
     def losses_of(settings):
@@ -271,7 +272,7 @@ def poison(monkeypatch, steps):
 
         return poisoned
 
-    monkeypatch.setattr(entry, "losses_of", losses_of)
+    monkeypatch.setattr(loop, "losses_of", losses_of)
 
 
 def test_a_step_that_is_not_finite_moves_no_weight(cohort, tmp_path, monkeypatch):

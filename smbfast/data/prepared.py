@@ -7,12 +7,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from smbfast.base.files import verify_folder
 from smbfast.data.meds import MedsDataset
 from smbfast.data.sections import SectionMap
 from smbfast.data.serialize import VERSION, Serializer, SerializerOptions
 from smbfast.data.shards import Shard
 from smbfast.data.tokens import TextEncoder, load_tokenizer
-from smbfast.files import verify_folder
 from smbfast.settings import DataSettings
 
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from smbfast.base.files import committed_folder, digest_of, verify_folder, write_text
+from smbfast.base.progress import Progress
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared, make_serializer, options_of
 from smbfast.data.sections import SectionMap
@@ -24,8 +26,6 @@ from smbfast.data.serialize import VERSION, Serializer
 from smbfast.data.shards import ShardWriter
 from smbfast.data.splits import SPLITS
 from smbfast.data.tokens import TextEncoder, load_tokenizer, save_tokenizer, train_tokenizer
-from smbfast.files import committed_folder, digest_of, verify_folder, write_text
-from smbfast.progress import Progress
 from smbfast.settings import DataSettings
 
 BPE_CHARACTERS = 8_000_000  # text that a tokenizer is trained on: our choice

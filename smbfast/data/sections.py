@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from smbfast.config import read_toml
-from smbfast.files import digest_of
+from smbfast.base.config import read_toml
+from smbfast.base.files import digest_of
 
 SECTIONS: tuple[str, ...] = (
     "demographics",

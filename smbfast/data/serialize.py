@@ -17,13 +17,13 @@ from typing import Literal
 
 import numpy as np
 
+from smbfast.base.files import digest_of
 from smbfast.batch import Timeline
 from smbfast.data.clean import clean, line_head, without_tags
 from smbfast.data.layout import SPAN, Layout
 from smbfast.data.meds import BIRTH, EventBatch
 from smbfast.data.sections import SectionMap
 from smbfast.data.tokens import TextEncoder
-from smbfast.files import digest_of
 
 Bucket = Literal["day", "hour", "moment"]
 VERSION = 1  # of the text format: part of every fingerprint

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from smbfast.base.files import verify_folder
 from smbfast.batch import Timeline
-from smbfast.files import verify_folder
 
 FIELDS: dict[str, type] = {
     "ids_T": np.int32,

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers import decoders as token_decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from smbfast.base.files import digest_of
 from smbfast.data.sections import SECTIONS
-from smbfast.files import digest_of
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one process per file uses the cores
 

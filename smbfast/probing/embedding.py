@@ -20,6 +20,8 @@ from smbkernels.timeline_attention import Segments
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from smbfast.base.files import committed_file
+from smbfast.base.progress import Progress
 from smbfast.batch import pack_segments
 from smbfast.data.labels import find_tasks, read_labels, with_splits
 from smbfast.data.meds import MedsDataset
@@ -27,10 +29,8 @@ from smbfast.data.nodes import NodeText, SharedWindow, distinct_nodes, node_text
 from smbfast.data.packing import plan_rows
 from smbfast.data.prepared import serializer_of
 from smbfast.data.tokens import TextEncoder
-from smbfast.files import committed_file
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder
-from smbfast.progress import Progress
 
 Pool = Literal["last", "mean"]
 Packed = Callable[[Tensor, Tensor, Segments], Tensor]  # ids [T], positions [T] -> states [T, D]
@@ -63,7 +63,7 @@ def embed_labels(
     """Embed the distinct nodes of the label files `labels` of the MEDS folder `data`.
 
     Args:
-        encoder, target, record: a finished run, as `smbfast.checkpoint.restore_final` gives it.
+        encoder, target, record: a finished run, as `smbfast.run.checkpoint.restore_final` gives it.
         tokenizer: the folder with the tokenizer of the model.
         labels: task folders, or names under `data`/labels.
         which: the encoder that embeds.

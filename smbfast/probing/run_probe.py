@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from smbfast.base.files import committed_file
 from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits, with_splits
 from smbfast.data.meds import MedsDataset
-from smbfast.files import committed_file
 from smbfast.probing.counts import count_codes
 from smbfast.probing.features import Embeddings, matched, read_embeddings, read_oracle
 from smbfast.probing.table import table

@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from smbfast.files import committed_file
+from smbfast.base.files import committed_file
 from smbfast.reporting import figures
 from smbfast.reporting.runlog import (
     Finding,

@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from smbfast.base.files import committed_folder
+from smbfast.base.progress import Progress
 from smbfast.data.splits import SPLITS
-from smbfast.files import committed_folder
-from smbfast.progress import Progress
 from smbfast.simulation import cohort, oracles
 
 _EVENTS = meds.DataSchema.schema()

@@ -141,7 +141,7 @@ def test_tensors_of_another_model_in_a_final_folder(
     trained: Path, meds: Path, tmp_path: Path
 ) -> None:
     """The manifest is that of the files, but the model's config says another width."""
-    from smbfast.files import committed_folder
+    from smbfast.base.files import committed_folder
 
     with committed_folder(tmp_path / "final") as staging:
         for file in (trained / "final").iterdir():

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pytest
 
 from smbfast import prepare as entry
+from smbfast.base.files import verify_folder
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import prepare
-from smbfast.files import verify_folder
 from smbfast.settings import DataSettings
 from tests.factory import CODES, SPLITS, split_rows, write_codes, write_meds, write_table
 from tests.refusal import CANARY, no_canary, nothing_half_written, refused

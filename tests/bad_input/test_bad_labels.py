@@ -25,7 +25,9 @@ def embedded(
 ) -> Embed:
     """Embed label rows of one task (or of a task folder); what was counted."""
 
-    monkeypatch.setattr("smbfast.runtime.few", str)  # the log itself does not tell 1 to 10 apart
+    monkeypatch.setattr(
+        "smbfast.base.runtime.few", str
+    )  # the log itself does not tell 1 to 10 apart
 
     def run(rows: Sequence[tuple] | Path, data: Path = meds, *more: str) -> dict[str, int]:
         task = rows

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from smbfast.base.files import committed_folder
 from smbfast.batch import PackedBatch, Timeline
 from smbfast.data.loader import (
     WindowSet,
@@ -27,7 +28,6 @@ from smbfast.data.loader import (
 )
 from smbfast.data.sections import SECTIONS
 from smbfast.data.shards import Shard, ShardWriter
-from smbfast.files import committed_folder
 from smbfast.settings import ObjectiveSettings
 
 BEGIN = 7

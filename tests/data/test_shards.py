@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from smbfast.base.files import committed_folder
 from smbfast.batch import Timeline
 from smbfast.data import preparing
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import prepare
 from smbfast.data.shards import FIELDS, Shard, ShardWriter
-from smbfast.files import committed_folder
 from smbfast.settings import DataSettings
 from tests.data.event_tables import assert_same_timeline, batch_of, event, our_bpe, serializer_of
 from tests.factory import SPLITS, at, split_rows, table_of, write_meds, write_table

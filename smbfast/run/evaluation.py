@@ -8,21 +8,22 @@ from pathlib import Path
 
 import torch
 
-from smbfast import console, objective, reference
+from smbfast import objective, reference
+from smbfast.base.files import write_text
+from smbfast.base.runtime import few
 from smbfast.batch import PackedBatch
 from smbfast.data.loader import FIXED, make_rows
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import distinct_nodes, node_texts
-from smbfast.diagnostics import diagnose
-from smbfast.files import write_text
-from smbfast.metrics import MetricsLog
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.target import JepaStates, TargetEncoder
-from smbfast.open_run import OpenRun
 from smbfast.probing.embedding import embed_nodes, packed_of, write_embeddings
 from smbfast.probing.run_probe import run_probe
 from smbfast.reporting.sample import sample_of
-from smbfast.runtime import few
+from smbfast.run import console
+from smbfast.run.diagnostics import diagnose
+from smbfast.run.metrics import MetricsLog
+from smbfast.run.open_run import OpenRun
 from smbfast.settings import PhaseSettings, ProbeConfig, TrainSettings
 
 

@@ -24,8 +24,8 @@ from smbfast.model.memory import (
 )
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.objective import Losses
+from smbfast.run.step import LossScales, backward
 from smbfast.settings import PhaseSettings, TrainSettings
-from smbfast.step import LossScales, backward
 
 MOST_ON_CPU = 4096  # tokens: as far as what a CPU needs was compared with its prediction
 SLICE = 1024  # tokens of the windows that are compared: our choice

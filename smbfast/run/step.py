@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from smbfast.base.entry import RunFailed
 from smbfast.batch import PackedBatch
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder
@@ -40,10 +41,6 @@ class StepLosses(NamedTuple):
 
     sft: Tensor
     jepa: Tensor
-
-
-class RunFailed(RuntimeError):
-    """Training itself broke; the message says where."""
 
 
 def backward(losses: Sequence[Tensor | None]) -> None:

@@ -7,13 +7,13 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from smbfast.base.progress import duration
+from smbfast.base.runtime import GIB, few, git_state, versions
 from smbfast.model.backbone import parameter_counts
 from smbfast.model.target import target_bytes
-from smbfast.open_run import OpenRun
-from smbfast.optim import total_steps
-from smbfast.progress import duration
 from smbfast.reporting.runlog import GOOD_RATIO, HALF
-from smbfast.runtime import GIB, few, git_state, versions
+from smbfast.run.open_run import OpenRun
+from smbfast.run.optim import total_steps
 
 
 def header(run: OpenRun) -> dict:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
-from smbfast.files import cannot_write
+from smbfast.base.files import cannot_write
 
 
 class RunFailed(RuntimeError):

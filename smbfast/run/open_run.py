@@ -13,18 +13,18 @@ from pathlib import Path
 import torch
 from smbkernels import load as load_kernels
 
-from smbfast import checkpoint
+from smbfast.base.runtime import GIB, choose_device, held_memory
 from smbfast.data.labels import Labels
 from smbfast.data.loader import Step, WindowSet, make_step
 from smbfast.data.prepared import Prepared
 from smbfast.model.backbone import PatientEncoder, make_encoder, parameter_counts
 from smbfast.model.flops import ModelShape
 from smbfast.model.target import TargetEncoder, TargetForm
-from smbfast.optim import make_optimizer, place, total_steps
-from smbfast.runfolder import check_windows, prepared_data, read_tasks, write_status
-from smbfast.runtime import GIB, choose_device, held_memory
+from smbfast.run import checkpoint
+from smbfast.run.folder import check_windows, prepared_data, read_tasks, write_status
+from smbfast.run.optim import make_optimizer, place, total_steps
+from smbfast.run.startup import micro_tokens
 from smbfast.settings import DataSettings, TrainSettings
-from smbfast.startup import micro_tokens
 
 Report = Callable[[str, str], None]  # name of a part of the run, and what is to be said of it
 

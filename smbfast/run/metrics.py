@@ -8,15 +8,15 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
-from smbfast import console
-from smbfast.config import to_toml
+from smbfast.base.config import to_toml
+from smbfast.base.files import write_text
+from smbfast.base.progress import duration
+from smbfast.base.runtime import peak_memory_gib
 from smbfast.data.loader import Step
-from smbfast.files import write_text
-from smbfast.open_run import OpenRun
-from smbfast.optim import place, total_steps
-from smbfast.progress import duration
-from smbfast.runtime import peak_memory_gib
-from smbfast.step import StepLosses
+from smbfast.run import console
+from smbfast.run.open_run import OpenRun
+from smbfast.run.optim import place, total_steps
+from smbfast.run.step import StepLosses
 
 
 class MetricsLog:

@@ -6,7 +6,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,7 +52,7 @@ def versions() -> dict[str, str]:
 
 def git_state() -> str:
     """Commit of this checkout with "+changes" if it has any; "" outside one."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:
         done = subprocess.run(
@@ -133,12 +132,6 @@ class StopFlag:
         if self:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
-
-
-def terminate_as_interrupt() -> None:
-    """Let SIGTERM end work outside the training loop as Ctrl-C does (in the main thread)."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from smbfast.config import read_toml
+from smbfast.base.config import read_toml
+from smbfast.base.files import write_text
 from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits, with_splits
 from smbfast.data.loader import WindowSet
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import check_prepared, prepare
-from smbfast.files import write_text
 from smbfast.settings import DataSettings, TrainSettings
 from smbfast.simulation.dataset import simulate
 
@@ -121,12 +121,12 @@ def write_status(run: Path, state: str, step: int, command: str) -> None:
     write_text(run / "status.json", json.dumps(content, indent=1))
 
 
-def write_end(settings: TrainSettings | None, state: str) -> None:
+def write_end(settings: TrainSettings, state: str) -> None:
     """A run that had begun and broke says so in its status, with the command that goes on."""
     try:
         status = settings.folder / "status.json"
         content = json.loads(status.read_text())
         if content["state"] == "running":
             write_text(status, json.dumps({**content, "state": state}, indent=1))
-    except (OSError, ValueError, KeyError, AttributeError):
-        return  # no run had begun, or its folder cannot be written: the error itself is told
+    except (OSError, ValueError, KeyError):
+        return  # no run had begun, or its folder cannot be written: the error itself is printed

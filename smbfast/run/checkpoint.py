@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from smbfast.files import committed_folder, verify_folder
+from smbfast.base.files import committed_folder, verify_folder
 from smbfast.model.backbone import PatientEncoder, load_adapter, load_lm, merged
 from smbfast.model.target import TargetEncoder
-from smbfast.optim import trained
+from smbfast.run.optim import trained
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""The training loop: SFT, then JEPA, then embeddings at decision nodes, probes and a report.
+
+`train` is one flat function, read from top to bottom. What it stands on: `open_run` (all
+that comes before the first step), `loader` (a step is a pure function of seed and number),
+`objective` (one forward for both losses; `reference` says what they are), `step` (forward,
+backward, update), `evaluation` and `checkpoint`.
+
+Between two lines of the log nothing waits for the device: counts are made with the batch, losses
+stay where they are, and a step whose gradient is not finite is skipped by the optimizer's own
+kernel. One exception is not ours to mend: on a GPU the truncation of a tracked target waits, every
+`tracked_every` steps.
+"""
+
+import torch
+
+from smbfast.base.runtime import (
+    matmul_rate,
+    stop_on_signals,
+)
+from smbfast.data.loader import prefetched
+from smbfast.model.flops import step_flops
+from smbfast.model.target import TargetEncoder
+from smbfast.reporting.page import write_report
+from smbfast.run import checkpoint, console
+from smbfast.run.evaluation import evaluate, evaluate_step, fixed_batches, probe_run
+from smbfast.run.folder import write_status
+from smbfast.run.metrics import Meter, log_step, open_log
+from smbfast.run.open_run import OpenRun
+from smbfast.run.optim import due_after, learning_rate, place, tau, total_steps
+from smbfast.run.startup import checks_itself, layer_dtype, losses_of, refuse_empty, self_check
+from smbfast.run.step import LossScales, Updater, forward_backward
+from smbfast.settings import TrainSettings
+
+
+def train(settings: TrainSettings, command: str) -> str:
+    """Run all phases of `settings`, from the start or from the newest checkpoint.
+
+    Returns "done", or "preempted" when a signal asked to stop (everything is saved then).
+
+    Raises:
+        ValueError: bad data, a model that does not load, a run folder that is of another run.
+        RunFailed: the gradient was not finite several steps in a row.
+    """
+    run = OpenRun.open(settings)
+    encoder, target, first = run.encoder, run.take_target(), run.progress.step
+    total, losses = total_steps(settings), losses_of(settings)
+    updater = Updater(run.optimizer, settings.optim.clip)
+    fixed = fixed_batches(run)
+    meter = Meter(total, first, matmul_rate(run.device, layer_dtype(encoder)))
+    log = open_log(run)
+    health: dict = {}
+    entry: dict = {}  # the health when the phase began
+    write_status(run.folder, "running", first, command)
+    with stop_on_signals() as stop:
+        for batch in meter.waits(prefetched(run.steps_to_do(), pin=run.device.type == "cuda")):
+            step, at = batch.index, place(settings, batch.index)
+            phase = at.phase
+            if phase.w_jepa == 0:
+                target = None
+            elif target is None:
+                target = TargetEncoder(encoder, run.target_form)
+            if at.begins:
+                health = entry = evaluate(encoder, target, fixed, settings, phase)
+                log.write("eval", step=step, phase=phase.name, **health)
+            refuse_empty(batch, phase)
+            if checks_itself(settings) and (at.begins or step == first):
+                gaps = self_check(encoder, target, run.windows, settings, step, phase)
+                log.write("self_check", step=step, phase=phase.name, **gaps)
+
+            lr = learning_rate(settings, at)
+            scales = LossScales.of(phase.w_sft, phase.w_jepa, batch.labels, batch.masked)
+            summed = forward_backward(losses, encoder, target, batch.micro, scales)
+            grad_norm = updater.step(lr, target, tau(settings, step))
+            # FLOPs of the shared forward: what the reference computes beyond it is no use
+            meter.add(batch, sum(step_flops(run.shape, m).total for m in batch.micro))
+
+            # a signal may come at any moment: whether one came is read once
+            due = due_after(settings, at, step + 1, first, bool(stop))
+            if due.anything:  # here the device is waited for
+                skipped = updater.report_skips(step + 1, phase.name)
+            if due.log:
+                norm = None if skipped else float(grad_norm)
+                pace = meter.read(step + 1)
+                log_step(log, run, batch, summed, health, lr=lr, grad_norm=norm, pace=pace)
+            if due.evaluate:
+                health = evaluate_step(run, target, fixed, phase, step + 1, entry, log)
+            if due.save and not skipped:
+                run.save(target, step + 1, log.offset, command)
+            if due.stop:
+                write_status(run.folder, "preempted", run.progress.step, command)
+                log.close()
+                at_step = f"step {run.progress.step} is saved"
+                print(f"{stop.name}: stopped, {at_step}; the same command goes on")
+                return "preempted"
+    run.save_model(run.folder / "final", target, total)
+    seconds = run.seconds()
+    export(settings, run.device)
+    probe_run(run, target)
+    log.write("end", step=total, seconds=seconds, best=run.progress.best)
+    log.close()
+    write_report(run.folder)
+    write_status(run.folder, "done", total, command)
+    console.end_card(run, seconds, health)
+    return "done"
+
+
+def export(settings: TrainSettings, device: torch.device) -> None:
+    """Write a finished run as a plain Hugging Face model, if the settings ask for it."""
+    run = settings.folder
+    if settings.run.export == "merged" and not (run / "merged").is_dir():
+        print(checkpoint.export_merged(run / "final", run / "merged", device))
