@@ -22,7 +22,6 @@ from torch import Tensor
 
 from smbfast import checkpoint, evaluation
 from smbfast.batch import PackedBatch
-from smbfast.config import help_text
 from smbfast.data.loader import Step, WindowSet, make_step
 from smbfast.files import cannot_write
 from smbfast.model.backbone import PatientEncoder, make_encoder, parameter_counts
@@ -40,6 +39,7 @@ from smbfast.settings import (
     load,
     presets,
     run_arguments,
+    run_help,
 )
 from smbfast.startup import losses_of, micro_tokens, self_check
 
@@ -47,21 +47,29 @@ LOOK = 64  # steps of a phase whose packs are looked at, the first epoch at most
 TIMED = 8  # micro-batches of a step that are timed
 WITHIN = {"cuda": 0.10, "cpu": 0.20}  # of measured memory that the prediction should be
 SMALL = 512 << 20  # bytes: below, what libraries take at their first use decides on a CPU
-EPILOG = f"""the arguments of python -m smbfast.train: a preset or a .toml file, then settings
-({", ".join(presets())}). Exit code 0 if a run may start, 1 with one line that says what to mend.
+EPILOG = f"""This command takes the arguments of python -m smbfast.train and tries, in about a
+minute, what that training run would do. PRESET is one of
+{", ".join(presets())}, or a .toml file of your own.
+The exit code is 0 if the run may start; otherwise it is 1, and one line says what to change.
 
-  data        the MEDS folder, its labels, the token shards (prepared if they are not there)
-  model       the tokenizer and the backbone load, LoRA finds its linears
-  kernels     what each operation runs on
-  memory      tokens of one forward, and the peak that is predicted
-  worst pack  the largest pack of the plan forward and backward: memory as predicted and measured
-  self-check  the shared forward against the reference
-  time        a step of each phase, and an estimate of the whole run
-  checkpoint  saved, verified, loaded again, compared bit for bit
+The stages
+  data        Read the MEDS folder and its labels; prepare the token shards if there are none.
+  model       Load the tokenizer and the backbone; let LoRA find the layers it adapts.
+  kernels     Say which implementation each operation runs on.
+  memory      Choose the size of a micro-batch and predict the largest memory of a step.
+  plan        Plan the first steps of each phase and find the largest micro-batch.
+  worst pack  Run that micro-batch forward and backward; compare its memory with the prediction.
+  self-check  Compare the shared forward with the reference.
+  time        Time a step of each phase and estimate the whole run.
+  checkpoint  Save a checkpoint, load it again and compare the two bit for bit.
 
-examples
-  python -m smbfast.check
-  python -m smbfast.check lora --data.path=MEDS_FOLDER --model.path=Qwen/Qwen3-8B"""
+Examples
+
+  Check the default run:
+    python -m smbfast.check
+
+  Check LoRA training of a pretrained backbone:
+    python -m smbfast.check lora --data.path=MEDS_FOLDER --model.path=Qwen/Qwen3-8B"""
 
 
 @dataclass(frozen=True)
@@ -358,10 +366,10 @@ def _held(device: torch.device, *, peak: bool = False) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(argv):
-        print(help_text(TrainSettings, "python -m smbfast.check [preset]", EPILOG))
-        return
     try:
+        if {"-h", "--help"} & set(argv):
+            print(run_help(argv, "python -m smbfast.check", EPILOG))
+            return
         settings = load(*run_arguments(argv))
         terminate_as_interrupt()
         everywhere, by_op = kernel_choice(settings.kernels)

@@ -17,14 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import Field
 from smbkernels.timeline_attention import Segments
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from smbfast.batch import pack_segments
 from smbfast.checkpoint import restore_final
-from smbfast.config import Settings, command_line
+from smbfast.config import command_line
 from smbfast.data.labels import find_tasks, read_labels, with_splits
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import NodeText, SharedWindow, distinct_nodes, node_texts, shared_windows
@@ -35,32 +34,11 @@ from smbfast.files import cannot_write, committed_file
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder
 from smbfast.runtime import choose_device, duration, few
+from smbfast.settings import EmbedSettings
 
 Pool = Literal["last", "mean"]
 Packed = Callable[[Tensor, Tensor, Segments], Tensor]  # ids [T], positions [T] -> states [T, D]
 _PLANNED = 32  # forwards planned together: what fills them well, and fits in memory
-
-
-class EmbedSettings(Settings):
-    """Embed patients at the prediction times of MEDS label files.
-
-    Writes parquet with subject_id, prediction_time, split and embedding, one row a node.
-    """
-
-    model: str = Field(description="the `final` folder of a run")
-    data: str = Field(description="a MEDS folder")
-    labels: list[str] = Field(description="task folders, or names under <data>/labels")
-    out: str = Field(description="parquet file to write")
-    encoder: Literal["online", "target"] = Field("online", description="which one embeds")
-    pool: Literal["last", "mean"] | None = Field(
-        None, description="last token, or mean of the window; none: as the run was probed"
-    )
-    tokens: int = Field(16384, ge=64, description="tokens of one forward, nodes of many windows")
-    path: Literal["shared", "reference"] = Field(
-        "shared",
-        description="nodes of a window from one forward, or from one for each trunk and branch",
-    )
-    device: str = Field("auto", description="auto, cpu, cuda")
 
 
 @torch.no_grad()

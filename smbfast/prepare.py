@@ -16,10 +16,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Literal
 
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from smbfast.config import command_line
 from smbfast.data.meds import MedsDataset
@@ -30,27 +28,10 @@ from smbfast.data.shards import ShardWriter
 from smbfast.data.splits import SPLITS
 from smbfast.data.tokens import TextEncoder, load_tokenizer, save_tokenizer, train_tokenizer
 from smbfast.files import cannot_write, committed_folder, digest_of, verify_folder, write_text
-from smbfast.settings import DataSettings
+from smbfast.settings import DataSettings, PrepareSettings
 
 BPE_CHARACTERS = 8_000_000  # text that a tokenizer is trained on: our choice
 PARALLEL_ROWS = 2_000_000  # below this, starting processes costs more than they save
-
-
-class PrepareSettings(DataSettings):
-    """Turn a MEDS folder into token shards.
-
-    Training does this by itself; run it first for a large dataset, then pass the folder on as
-    --data.prepared=OUT. A run that was stopped goes on when the same command is given again.
-    """
-
-    path: str = Field(description="a MEDS folder")
-    out: str = Field(description="folder for tokenizer and shards")
-    tokenizer: str | None = Field(
-        None, description="folder or hub name of a tokenizer; none trains a BPE on the train split"
-    )
-    splits: list[Literal["train", "tuning", "held_out"]] = Field(
-        ["train", "tuning"], min_length=1, description="splits to prepare"
-    )
 
 
 def prepare(

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
-from smbfast.config import Settings, command_line
+from smbfast.config import command_line
 from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits, with_splits
 from smbfast.data.meds import MedsDataset
 from smbfast.files import cannot_write, committed_file
 from smbfast.probing.counts import count_codes
 from smbfast.probing.features import Embeddings, matched, read_embeddings, read_oracle
 from smbfast.probing.task import Measured, Protocol, measure
+from smbfast.settings import ProbeCommandSettings as ProbeConfig
 
 PREDICTIONS = pa.schema(
     [
@@ -40,38 +40,6 @@ _READABLE = {
 }
 _COLUMNS = {"binary": ["auroc", "auprc", "brier"], "time_to_event": ["c_index"]}
 _TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier (low is good)", "c_index": "C-index"}
-
-
-class ProbeConfig(Settings):
-    """Probe frozen embeddings: what can a linear model read from them about later outcomes?
-
-    Binary tasks (subject_id, prediction_time, boolean_value): features scaled by their largest
-    absolute value on train, L2 logistic regression, penalty chosen by tuning AUROC, fitted on train
-    alone; AUROC, AUPRC and Brier score on held_out. Time to event (subject_id, prediction_time,
-    duration_days, event): Cox regression on principal components fitted on train; Harrell's C.
-    Intervals (95 %) resample patients, not rows; differences between models use the same resamples.
-    Two baselines stand beside: the same backbone untrained, and age, sex and counts of codes."""
-
-    embeddings: Path = Field(description="parquet of the trained model, from smbfast.embed")
-    data: Path = Field(description="folder of the MEDS dataset the labels belong to")
-    untrained: Path | None = Field(
-        None, description="parquet of the same backbone untrained; none: without this baseline"
-    )
-    labels: list[str] = Field(
-        [], description="task folders, or names under <data>/labels; empty: all that are there"
-    )
-    out: Path | None = Field(
-        None, description="folder for probe.json and predictions/; none: beside the embeddings"
-    )
-    bootstraps: int = Field(1000, ge=0, description="resamples of patients for the intervals")
-    cox_bootstraps: int = Field(200, ge=0, description="the same for the C-index, which is slower")
-    seed: int = Field(0, ge=0, description="of the resamples and of the components")
-    cox_components: int = Field(
-        10, ge=1, description="components for Cox; fewer where train has under 5 events for each"
-    )
-    small_cells: int = Field(
-        10, ge=0, description="counts from 1 to this are printed as <=N; 0 prints every count"
-    )
 
 
 def run_probe(config: ProbeConfig, say: Callable[[str], None] = print) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from pydantic import Field
 
 from smbfast import figures
-from smbfast.config import Settings, command_line
+from smbfast.config import command_line
 from smbfast.files import cannot_write, committed_file
 from smbfast.runlog import Finding, Phase, Record, Run, collapse, column, number, read_run
 from smbfast.runlog import trivial_ratio as trivial_ratio_of
+from smbfast.settings import ReportSettings
 
 # below this nobody can be found again in a count: the rule of the US claims data (CMS)
 SMALL = 10
@@ -31,12 +31,6 @@ _METRICS = {
     "c_index": "C-index",
 }
 _KINDS = {"binary": "yes or no within the horizon", "time_to_event": "time to event"}
-
-
-class ReportSettings(Settings):
-    """Write report.html into the folder of a run: losses, collapse diagnostics, probes, data."""
-
-    run: Path = Field(Path("runs/default"), description="the folder of a training run")
 
 
 def write_report(run: Path) -> Path:

@@ -20,11 +20,11 @@ import meds
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
 
-from smbfast.config import Settings, command_line
+from smbfast.config import command_line
 from smbfast.data import cohort, oracles
 from smbfast.files import committed_folder
+from smbfast.settings import SimulateSettings as SimulateConfig
 
 SPLITS = ("train", "tuning", "held_out")
 _EVENTS = meds.DataSchema.schema()
@@ -47,20 +47,6 @@ _ORACLE = pa.schema(
         pa.field("latent", pa.float64(), nullable=False),
     ]
 )
-
-
-class SimulateConfig(Settings):
-    """Write a simulated cohort (a fictional disease) as a MEDS dataset with labels and oracles."""
-
-    out: Path = Field(description="folder to write; must not exist")
-    patients: int = Field(3000, ge=1, description="number of patients")
-    seed: int = Field(0, ge=0, description="another seed is another cohort")
-    nodes: int = Field(
-        1, ge=1, le=8, description="decision nodes drawn per patient; draws that meet are one node"
-    )
-    patients_per_file: int = Field(
-        16384, ge=1, description="patients held in memory at once, rounded up to blocks of 256"
-    )
 
 
 def simulate(

@@ -21,7 +21,7 @@ import torch
 from smbkernels import use
 
 from smbfast import checkpoint, console, evaluation
-from smbfast.config import help_text, to_toml
+from smbfast.config import to_toml
 from smbfast.data.loader import WindowSet, make_step, prefetched
 from smbfast.files import cannot_write, write_text
 from smbfast.metrics import Meter, MetricsLog, step_line
@@ -38,19 +38,31 @@ from smbfast.runtime import (
     stop_on_signals,
     terminate_as_interrupt,
 )
-from smbfast.settings import TrainSettings, kernel_choice, load, presets, run_arguments
+from smbfast.settings import TrainSettings, kernel_choice, load, presets, run_arguments, run_help
 from smbfast.startup import layer_dtype, losses_of, matmul_rate, micro_tokens, self_check
 
 PATIENCE = 3  # steps in a row with a gradient that is not finite before a run gives up
-EPILOG = f"""first argument: a preset ({", ".join(presets())}) or a .toml file; default `default`
-  --print            show the resolved run as TOML and stop
-  --resume=never     short for --run.resume=never
-  --export=merged    short for --run.export=merged
+EPILOG = f"""PRESET is one of {", ".join(presets())},
+or a .toml file of your own, which may begin from a preset with the line base = "default". Without
+it the preset `default` is used.
 
-examples
-  python -m smbfast.train
-  python -m smbfast.train --data.path=MEDS_FOLDER --probe.labels=mortality_1y
-  python -m smbfast.train lora --data.path=MEDS_FOLDER --model.path=Qwen/Qwen3-8B"""
+  --print            Print the settings of the run as TOML, and stop.
+  --resume=never     Short for --run.resume=never.
+  --export=merged    Short for --run.export=merged.
+
+Examples
+
+  Train a small model on a simulated cohort, in a few minutes on a CPU:
+    python -m smbfast.train
+
+  Train a small model on your own patients and probe one task:
+    python -m smbfast.train --data.path=MEDS_FOLDER --probe.labels=mortality_1y
+
+  Train LoRA adapters of a pretrained backbone:
+    python -m smbfast.train lora --data.path=MEDS_FOLDER --model.path=Qwen/Qwen3-8B
+
+  See the settings of a preset with their explanations:
+    python -m smbfast.train lora --help"""
 
 
 class RunFailed(RuntimeError):
@@ -257,14 +269,14 @@ def _export(settings: TrainSettings, device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     prog = "python -m smbfast.train"
-    if {"-h", "--help"} & set(argv):
-        print(help_text(TrainSettings, f"{prog} [preset]", EPILOG))
-        return
     show = "--print" in argv
     name, words = run_arguments([a for a in argv if a != "--print"])
     command = shlex.join([*prog.split(), name, *words])
     ours = None
     try:
+        if {"-h", "--help"} & set(argv):
+            print(run_help(argv, prog, EPILOG))
+            return
         settings = load(name, words)
         terminate_as_interrupt()
         if show:

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
-    {"smbkernels"},
+    {"smbkernels", "help_page"},
     {"config", "files", "batch", "runtime", "configs", "templates"},
     {"settings"},
     {"data", "model", "runlog", "figures"},  # siblings: none imports another of them, but:
