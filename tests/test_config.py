@@ -35,6 +35,11 @@ HEAVY = ["torch", "peft", "sklearn", "pyarrow", "transformers", "numpy", "scipy"
 COMMANDS: list[str] = []
 LIGHT = [
     "from smbfast.settings import run_help; print(run_help(['lora'], 'p'))",
+    "from smbfast.config import to_toml; from smbfast.settings import load; "
+    "print(to_toml(load('tiny', ['optim.batch=3'])))",
+    "from smbfast.settings import load\n"
+    "try: load('tiny', ['optim.bach=3'])\n"
+    "except ValueError as error: print(error)",
     *(
         f"import runpy; sys.argv[1:] = ['--help']\n"
         f"try: runpy.run_module('smbfast.{command}', run_name='__main__')\n"
@@ -237,7 +242,7 @@ def test_a_message_says_once_what_it_got():
 
 
 @pytest.mark.parametrize("command", LIGHT)
-def test_help_imports_nothing_heavy(command):
+def test_settings_import_nothing_heavy(command):
     script = f"import sys\n{command}\nprint(sorted(set({HEAVY!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -84,9 +84,10 @@ class DataSettings(Settings):
     workers: int = Field(
         0,
         ge=0,
-        description="Number of processes that turn MEDS files into token shards; 0 uses one for "
-        "each CPU core. Use fewer if memory runs out. Datasets of up to two million events are "
-        "always prepared in one process, and the number never changes the result.",
+        description="Number of processes that turn MEDS files into token shards, each a file at a "
+        "time; 0 uses one for each CPU core. Use fewer if memory runs out. Datasets of up to two "
+        "million events are always prepared in one process, and the number never changes the "
+        "result.",
     )
 
 

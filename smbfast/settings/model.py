@@ -203,14 +203,16 @@ class ObjectiveSettings(Settings):
     )
     sft_labels: Literal["all", "future"] = Field(
         "all",
-        description="Which tokens of a window SFT predicts: `all`, or with `future` only those "
-        "after the earliest cut of the window, none in a window without a cut.",
+        description="Which tokens of a window SFT predicts. `all` trains on every token; `future` "
+        "only on those after the window's earliest cut, the part that JEPA predicts too, and then "
+        "a window without a cut has no part in SFT.",
     )
     target_norm: Literal["layer", "none"] = Field(
         "layer",
         description="What is done to the EMA teacher's hidden states before the squared error is "
         "taken. `layer` applies a layer norm without trained weights, which holds the loss on one "
-        "scale; `none` compares with the states as they are, as the paper's formula says.",
+        "scale; `none` compares with the states as they are. Choose `none` only to reproduce the "
+        "paper's formula literally.",
     )
     tau: float = Field(
         0.996,
@@ -239,16 +241,18 @@ class ObjectiveSettings(Settings):
     tracked_rank: int = Field(
         4,
         ge=1,
-        description="Rank of a tracked average, as a multiple of the adapters' rank: 4 with lora.r "
-        "of 16 is rank 64. A larger rank has a smaller error and needs more memory and time. It "
-        "has no effect on a merged average.",
+        description="Rank of the low-rank average in which the EMA teacher is stored when "
+        "objective.target_form is tracked, as a multiple of the adapters' rank: 4 with lora.r of "
+        "16 is rank 64. A larger rank has a smaller error and needs more memory and time. It has "
+        "no effect on the form merged.",
     )
     tracked_every: int = Field(
         4,
         ge=1,
-        description="Number of optimizer steps after which a tracked average, which grows with "
-        "each, is reduced to its rank again. A larger number reduces it less often and holds more "
-        "columns in between. It has no effect on a merged average.",
+        description="Number of optimizer steps from one reduction of the EMA teacher's low-rank "
+        "average to the next, when objective.target_form is tracked. Each step adds columns to the "
+        "average, and a reduction, for which a GPU is waited for, brings it back to its rank; so a "
+        "larger number saves time and takes more memory. It has no effect on the form merged.",
     )
     predictor_layers: int = Field(
         2,

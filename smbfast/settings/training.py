@@ -174,7 +174,8 @@ class ProbeSettings(Settings):
     encoder: Literal["online", "target"] = Field(
         "online",
         description="Which encoder gives the embeddings: `online`, the one in training, or "
-        "`target`, its EMA teacher. `target` is possible only if the last phase has JEPA.",
+        "`target`, the EMA teacher, whose weights are a moving average of it. `target` is possible "
+        "only if the last phase has JEPA.",
     )
     pool: Literal["last", "mean"] = Field(
         "last",
@@ -212,8 +213,8 @@ class RunSettings(Settings):
     seed: int = Field(
         0,
         ge=0,
-        description="Random seed of the run: of the first weights, the order of windows, cuts, "
-        "masks and the probes' resamples. Each draw follows from the seed, the step and the "
+        description="Random seed of the run: of new weights, the order of windows, cuts, masks "
+        "and the probes' resamples. Each draw follows from the seed, the step and the "
         "patient, so that micro-batches, workers and restarts do not change it. Use other seeds to "
         "see how much of a result is chance.",
     )
@@ -246,7 +247,8 @@ class RunSettings(Settings):
         2,
         ge=1,
         description="Number of newest checkpoints that stay on disk for resuming; older ones are "
-        "deleted. The best model of each phase and the final one do not count.",
+        "deleted. With two or more, a run can go on from an older one if the newest is damaged. "
+        "The best model of each phase and the final model are stored beside them.",
     )
     export: Literal["none", "merged"] = Field(
         "none",
