@@ -14,9 +14,9 @@ from pydantic.fields import FieldInfo
 HELP_COLUMNS = 98  # of a terminal of 100, whose last columns stay free
 MISSING = object()  # a key that nothing sets; None is a value
 _HOW_TO = (
-    "Settings are given as --key=VALUE. A list is written with commas between its items, `none` "
-    "clears a setting that may be none, and a switch without a value (--key) means true. A key "
-    "that does not exist is refused, with the nearest one that does."
+    "Settings are given as --key=VALUE. A list is written with commas between its items, and "
+    "`none` clears a setting that may be none. A key that does not exist is refused, with the "
+    "nearest one that does."
 )
 
 

@@ -44,7 +44,7 @@ from smbfast.startup import layer_dtype, losses_of, matmul_rate, micro_tokens, s
 PATIENCE = 3  # steps in a row with a gradient that is not finite before a run gives up
 EPILOG = f"""PRESET is one of {", ".join(presets())},
 or a .toml file of your own, which may begin from a preset with the line base = "default". Without
-it the preset `default` is used.
+it the preset `default` is used. In a file, a setting that is none is left out.
 
   --print            Print the settings of the run as TOML, and stop.
   --resume=never     Short for --run.resume=never.

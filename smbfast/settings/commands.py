@@ -39,7 +39,7 @@ class EmbedSettings(Settings):
     encoder: Literal["online", "target"] = Field(
         "online",
         description="Which encoder gives the embeddings: `online`, the one that was trained, or "
-        "`target`, its EMA teacher, which exists only if the run trained with JEPA.",
+        "`target`, its EMA teacher, which is stored only if the model's last phase had JEPA.",
     )
     pool: Literal["last", "mean"] | None = Field(
         None,

@@ -49,8 +49,8 @@ class PhaseSettings(Settings):
         None,
         gt=0,
         description="Peak learning rate, reached after the warm-up; from there it falls along a "
-        "cosine to optim.min_lr times the peak at the end of the phase. `none` means 2e-4 with "
-        "LoRA and 1e-3 for a model trained whole.",
+        "cosine to optim.min_lr times the peak at the end of the phase. Where a table leaves it "
+        "out (`none`), it is 2e-4 with LoRA and 1e-3 for a model trained whole.",
     )
     warmup: int = Field(
         20,
