@@ -36,10 +36,13 @@ COMMANDS: list[str] = []
 LIGHT = [
     "from smbfast.settings import run_help; print(run_help(['lora'], 'p'))",
     "from smbfast.config import to_toml; from smbfast.settings import load; "
-    "print(to_toml(load('tiny', ['optim.batch=3'])))",
-    "from smbfast.settings import load\n"
-    "try: load('tiny', ['optim.bach=3'])\n"
-    "except ValueError as error: print(error)",
+    "print(to_toml(load('tiny', ['kernels=timeline_attention:sdpa'])))",
+    *(
+        f"from smbfast.settings import load\n"
+        f"try: load('tiny', ['{refused}'])\n"
+        f"except ValueError as error: print(error)"
+        for refused in ("optim.bach=3", "kernels=cuda")
+    ),
     *(
         f"import runpy; sys.argv[1:] = ['--help']\n"
         f"try: runpy.run_module('smbfast.{command}', run_name='__main__')\n"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from smbkernels.triton.platform import INTERPRET
+from smbkernels.triton_platform import INTERPRET
 from torch import Tensor, nn
 
 from smbfast.batch import pack_segments

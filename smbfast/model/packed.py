@@ -18,8 +18,8 @@ from typing import Any, Literal, NoReturn
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from smbkernels import lora_linear, timeline_attention
+from smbkernels.attention import Segments
 from smbkernels.registry import REFERENCE, everywhere
-from smbkernels.timeline_attention import Segments
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
+from smbkernels.catalog import check_choice
 
 from smbfast.config import Settings
 from smbfast.settings.data import CohortSettings, DataSettings
@@ -303,11 +304,8 @@ class TrainSettings(Settings):
     @field_validator("kernels")
     @classmethod
     def _known_kernels(cls, value: str) -> str:
-        from smbkernels import use  # imports torch: not for `--help`
-
-        everywhere, by_op = kernel_choice(value)
-        with use(everywhere, **by_op):  # names what does not exist
-            return value
+        check_choice(*kernel_choice(value))
+        return value
 
     @property
     def trains(self) -> Literal["lora", "all"]:
