@@ -6,6 +6,7 @@ themselves are in `smbfast.settings`, and their docstrings and descriptions are 
 
 import difflib
 import json
+import re
 import sys
 import tomllib
 import typing
@@ -202,6 +203,7 @@ def _message(error: Any) -> str:
     if error["type"] == "missing":
         return f"`{key}` is required"
     message = error["msg"].removeprefix("Value error, ")
+    message = re.sub(r"^(Input|String|List|Tuple) should", "must", message)
     value = error.get("input")
     # validators of our own may have said what they got
     received = isinstance(value, str | int | float | bool) and ", got " not in message

@@ -119,7 +119,9 @@ class LoraSettings(Settings):
     @classmethod
     def _no_dropout(cls, value: float) -> float:
         if value != 0:
-            raise ValueError("must be 0: SFT and JEPA share one forward, two passes draw twice")
+            raise ValueError(
+                "must be 0: with dropout one shared forward would differ from separate forwards"
+            )
         return value
 
 

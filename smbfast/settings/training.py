@@ -323,19 +323,19 @@ class TrainSettings(Settings):
             raise ValueError("phases must name at least one phase")
         names = [p.name for p in self.phases]
         if len(set(names)) != len(names):
-            raise ValueError(f"phases must have names of their own, got {', '.join(names)}")
+            raise ValueError(f"phases must differ in their names, got {', '.join(names)}")
         if self.probe.encoder == "target" and self.phases[-1].w_jepa == 0:
             raise ValueError("probe.encoder=target needs a last phase with w_jepa above 0")
         if self.objective.path == "reference" and self.model.recompute != "none":
-            raise ValueError("model.recompute goes with objective.path=shared")
+            raise ValueError("model.recompute=mlp and full need objective.path=shared")
         if self.model.adapter and not self.model.path:
             raise ValueError("model.adapter needs model.path, the backbone it was trained on")
         if self.model.train == "lora" and not self.model.path:
             raise ValueError("model.train=lora needs model.path, the backbone to adapt")
         if self.objective.target_form == "tracked" and self.trains == "all":
-            raise ValueError("objective.target_form=tracked goes with model.train=lora")
+            raise ValueError("objective.target_form=tracked needs LoRA (model.train=lora)")
         if self.model.adapter and self.trains == "all":
-            raise ValueError("model.adapter goes with model.train=lora")
+            raise ValueError("model.adapter needs LoRA (model.train=lora)")
         if self.model.hidden % (2 * self.model.heads) or self.model.heads % self.model.kv_heads:
             raise ValueError(
                 "model.hidden must be a multiple of twice model.heads (rotary embeddings need an "
@@ -354,7 +354,9 @@ def kernel_choice(text: str) -> tuple[str | None, dict[str, str]]:
     for word in text.split(","):
         name, colon, backend = word.strip().partition(":")
         if not name or bool(colon) != bool(backend):
-            raise ValueError("must be auto, torch, or operation:backend, comma between them")
+            raise ValueError(
+                "must be auto, torch or pairs operation:backend, with commas between them"
+            )
         if colon and name in by_op:
             raise ValueError(f"must name one backend for {name}, got {text}")
         if colon:
