@@ -61,7 +61,7 @@ def compile_all(
     """Compile and read, in processes that do not interpret and keep nothing.
 
     Args:
-        modules: with a function `builds`; None: those of `smbkernels.triton`.
+        modules: with a function `builds`; None: those that `smbkernels` ships.
         triton: a folder that holds another version of the package.
 
     Raises:

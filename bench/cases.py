@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from smbkernels.ema_update import join
-from smbkernels.linear_cross_entropy import head_flops
-from smbkernels.lora_linear import lora_flops
+from smbkernels.attention import Segments, attention_flops
+from smbkernels.cross_entropy import head_flops
+from smbkernels.ema import join
+from smbkernels.lora import lora_flops
 from smbkernels.registry import OPS, REFERENCE
-from smbkernels.timeline_attention import Segments, attention_flops
 from torch import Tensor
 
 from bench import rivals
@@ -260,6 +260,7 @@ def linear_cross_entropy(
         {FORWARD: (read, flops[0]), BOTH: (read + written, flops[1])},
         tol=1e-5 if dtype == torch.float32 else 1e-2,
         leaves=[hidden_TD, weight_VD] if trained else [hidden_TD],
+        rivals=rivals.heads(device),
     )
 
 

@@ -9,7 +9,6 @@ import collections
 import importlib
 import json
 import multiprocessing
-import pkgutil
 import re
 import subprocess
 import sys
@@ -18,6 +17,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from smbkernels.registry import OPS
 
 ARCHS = (80, 90, 100)
 # `/*0a10*/  @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;`
@@ -28,13 +29,13 @@ _BULK_LOADS, _BULK_STORES = ("UTMALDG", "UBLKCP"), ("UTMASTG", "UTMAREDG")
 
 
 def shipped() -> list[str]:
-    """The modules of `smbkernels.triton`."""
-    package = importlib.import_module("smbkernels.triton")
-    return [m.name for m in pkgutil.iter_modules(package.__path__, "smbkernels.triton.")]
+    """The modules of smbkernels that are the backend `triton` of an operation."""
+    backends = [b for operation in OPS.values() for b in operation.backends]
+    return [f"smbkernels.{b.module}" for b in backends if b.name == "triton"]
 
 
 def collect(modules: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Builds by "module/name", and what is wrong with their lists."""
+    """Builds by name, and what is wrong with their lists."""
     import triton
 
     builds, problems, kernels, built = {}, [], set(), set()
@@ -45,11 +46,9 @@ def collect(modules: list[str]) -> tuple[dict[str, Any], list[str]]:
             if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
                 kernels.add(value)
         for build in module.builds() if hasattr(module, "builds") else []:
-            short = module_name.rpartition(".")[2]
-            key = f"{short}/{build.name.removeprefix(short).lstrip('_ ')}"
-            if key in builds:
-                problems.append(f"{key}: two builds have this name")
-            builds[key] = build
+            if build.name in builds:
+                problems.append(f"{build.name}: two builds have this name")
+            builds[build.name] = build
             built.add(build.kernel)
     for kernel in sorted(kernels - built, key=lambda k: k.__name__):
         problems.append(f"{kernel.__module__.rpartition('.')[2]}: no build of {kernel.__name__}")
@@ -157,7 +156,7 @@ def _report(job: tuple[str, int]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cubin", description=__doc__)
-    parser.add_argument("modules", nargs="*", help="default: all of smbkernels.triton")
+    parser.add_argument("modules", nargs="*", help="default: all that smbkernels ships")
     parser.add_argument("--only", default="", help="builds whose name holds this")
     parser.add_argument("--processes", type=int, default=2)
     settings = parser.parse_args(argv)

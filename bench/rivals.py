@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from smbkernels.timeline_attention import Segments
+from smbkernels.attention import Segments
 from torch import Tensor
 
 BY_SEGMENT = "SDPA by segment"
 ADDMM_LERP, FOREACH_LERP = "addmm + lerp_", "_foreach_lerp_"
+LIGER = "Liger fused"
 
 
 def averages(*, halves: bool) -> dict[str, Callable]:
@@ -122,3 +123,22 @@ def _flex(segments: Segments, device: str) -> Callable:
 def base_alone(x_TK, weight, b, a, *, scale, bias=None) -> list[Tensor]:
     """The frozen linears without LoRA: what cannot be saved."""
     return [F.linear(x_TK, w) for w in weight]
+
+
+def heads(device: str) -> dict[str, Callable | str]:
+    """Liger's fused linear cross-entropy: chunks as in ours, the loss by a Triton kernel.
+
+    It counts labels on the host, and so waits for the GPU once a call.
+    """
+    if device != "cuda":
+        return {LIGER: f"tensors are on {device}"}
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError as error:
+        return {LIGER: f"cannot be imported: {error}"}
+    summed = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+
+    def head(hidden_ND, weight_VD, label_N, *, scale=1.0) -> Tensor:
+        return summed(weight_VD, hidden_ND, label_N) * scale
+
+    return {LIGER: head}

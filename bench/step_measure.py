@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from smbkernels import registry
-from smbkernels.timeline_attention import attention_flops
+from smbkernels.attention import attention_flops
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

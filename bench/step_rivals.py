@@ -24,8 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.helpers import disable_input_dtype_casting
-from smbkernels.attention import sdpa, varlen
-from smbkernels.timeline_attention import Segments
+from smbkernels.attention import Segments, sdpa, varlen
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from smbkernels.timeline_attention import Segments
+from smbkernels.attention import Segments
 from torch import Tensor
 
 Row = tuple[int, int, int, int]  # start, length, start of the trunk, prefix

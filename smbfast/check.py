@@ -2,34 +2,41 @@
 
 import sys
 
-from smbfast.base.config import help_text
 from smbfast.base.entry import entry
-from smbfast.settings import TrainSettings, kernel_choice, load, presets, run_arguments
+from smbfast.settings import kernel_choice, load, presets, run_arguments, run_help
 
-EPILOG = f"""the arguments of python -m smbfast.train: a preset or a .toml file, then settings
-({", ".join(presets())}). Exit code 0 if a run may start, 1 with one line that says what to mend.
+EPILOG = f"""This command takes the arguments of python -m smbfast.train and tries, in about a
+minute, what that training run would do. PRESET is one of
+{", ".join(presets())}, or a .toml file of your own.
+The exit code is 0 if the run may start; otherwise it is 1, and one line says what to change.
 
-  data        the MEDS folder, its labels, the token shards (prepared if they are not there)
-  model       the tokenizer and the backbone load, LoRA finds its linears
-  kernels     what each operation runs on
-  memory      tokens of one forward, and the peak that is predicted
-  worst pack  the largest pack of the plan forward and backward: memory as predicted and measured
-  self-check  the shared forward against the reference
-  time        a step of each phase, and an estimate of the whole run
-  checkpoint  saved, verified, loaded again, compared bit for bit
+The stages
+  data        Read the MEDS folder and its labels; prepare the token shards if there are none.
+  model       Load the tokenizer and the backbone; let LoRA find the layers it adapts.
+  kernels     Say which implementation each operation runs on.
+  memory      Choose the size of a micro-batch and predict the largest memory of a step.
+  plan        Plan the first steps of each phase and find the largest micro-batch.
+  worst pack  Run that micro-batch forward and backward; compare its memory with the prediction.
+  self-check  Compare the shared forward with the reference.
+  time        Time a step of each phase and estimate the whole run.
+  checkpoint  Save a checkpoint, load it again and compare the two bit for bit.
 
-examples
-  python -m smbfast.check
-  python -m smbfast.check lora --data.path=MEDS_FOLDER --model.path=Qwen/Qwen3-8B"""
+Examples
+
+  Check the default run:
+    python -m smbfast.check
+
+  Check LoRA training of a pretrained backbone:
+    python -m smbfast.check lora --data.path=MEDS_FOLDER --model.path=Qwen/Qwen3-8B"""
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command: the arguments of a run, then one call of `smbfast.run.preflight`."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(argv):
-        print(help_text(TrainSettings, "python -m smbfast.check [preset]", EPILOG))
-        return
     with entry("smbfast.check", stopped="nothing of a run was changed"):
+        if {"-h", "--help"} & set(argv):
+            print(run_help(argv, "python -m smbfast.check", EPILOG))
+            return
         settings = load(*run_arguments(argv))
         from smbkernels import use
 

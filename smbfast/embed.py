@@ -1,34 +1,10 @@
 """python -m smbfast.embed: a checkpoint and MEDS labels to embeddings at decision nodes."""
 
 from pathlib import Path
-from typing import Literal
 
-from pydantic import Field
-
-from smbfast.base.config import Settings, command_line
+from smbfast.base.config import command_line
 from smbfast.base.entry import entry
-
-
-class EmbedSettings(Settings):
-    """Embed patients at the prediction times of MEDS label files.
-
-    Writes parquet with subject_id, prediction_time, split and embedding, one row a node.
-    """
-
-    model: str = Field(description="the `final` folder of a run")
-    data: str = Field(description="a MEDS folder")
-    labels: list[str] = Field(description="task folders, or names under <data>/labels")
-    out: str = Field(description="parquet file to write")
-    encoder: Literal["online", "target"] = Field("online", description="which one embeds")
-    pool: Literal["last", "mean"] | None = Field(
-        None, description="last token, or mean of the window; none: as the run was probed"
-    )
-    tokens: int = Field(16384, ge=64, description="tokens of one forward, nodes of many windows")
-    path: Literal["shared", "reference"] = Field(
-        "shared",
-        description="nodes of a window from one forward, or from one for each trunk and branch",
-    )
-    device: str = Field("auto", description="auto, cpu, cuda")
+from smbfast.settings import EmbedSettings
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,30 +2,10 @@
 
 import time
 from pathlib import Path
-from typing import Literal
-
-from pydantic import Field
 
 from smbfast.base.config import command_line
 from smbfast.base.entry import entry
-from smbfast.settings import DataSettings
-
-
-class PrepareSettings(DataSettings):
-    """Turn a MEDS folder into token shards.
-
-    Training does this by itself; run it first for a large dataset, then pass the folder on as
-    --data.prepared=OUT. A run that was stopped goes on when the same command is given again.
-    """
-
-    path: str = Field(description="a MEDS folder")
-    out: str = Field(description="folder for tokenizer and shards")
-    tokenizer: str | None = Field(
-        None, description="folder or hub name of a tokenizer; none trains a BPE on the train split"
-    )
-    splits: list[Literal["train", "tuning", "held_out"]] = Field(
-        ["train", "tuning"], min_length=1, description="splits to prepare"
-    )
+from smbfast.settings import PrepareSettings
 
 
 def main(argv: list[str] | None = None) -> None:

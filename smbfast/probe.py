@@ -2,17 +2,12 @@
 
 from smbfast.base.config import command_line
 from smbfast.base.entry import entry
-from smbfast.settings import ProbeConfig
-
-EPILOG = """Example:
-  python -m smbfast.probe --data=my_meds --labels=mortality_1y,readmission_30d \\
-      --embeddings=runs/x/embeddings/online.parquet \\
-      --untrained=runs/x/embeddings/untrained.parquet"""
+from smbfast.settings import ProbeCommandSettings
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command: arguments and one call of `smbfast.probing.run_probe`, which prints."""
-    config = command_line(ProbeConfig, argv, prog="python -m smbfast.probe", epilog=EPILOG)
+    config = command_line(ProbeCommandSettings, argv, prog="python -m smbfast.probe")
     with entry("smbfast.probe"):
         from smbfast.probing.run_probe import run_probe
 

@@ -1,17 +1,8 @@
 """python -m smbfast.report: one page that says what a run did, from the files of its folder."""
 
-from pathlib import Path
-
-from pydantic import Field
-
-from smbfast.base.config import Settings, command_line
+from smbfast.base.config import command_line
 from smbfast.base.entry import entry
-
-
-class ReportSettings(Settings):
-    """Write report.html into the folder of a run: losses, collapse diagnostics, probes, data."""
-
-    run: Path = Field(Path("runs/default"), description="the folder of a training run")
+from smbfast.settings import ReportSettings
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,22 +5,32 @@ import sys
 import time
 from functools import partial
 
-from smbfast.base.config import help_text, to_toml
+from smbfast.base.config import to_toml
 from smbfast.base.entry import entry
 from smbfast.base.progress import duration
-from smbfast.settings import TrainSettings, kernel_choice, load, presets, run_arguments
+from smbfast.settings import kernel_choice, load, presets, run_arguments, run_help
 
-EPILOG = f"""first argument: a preset ({", ".join(presets())}) or a .toml file; default `default`
-  --print            show the resolved run as TOML and stop
-  --resume=never     short for --run.resume=never
-  --export=merged    short for --run.export=merged
+EPILOG = f"""PRESET is one of {", ".join(presets())},
+or a .toml file of your own, which may begin from a preset with the line base = "default". Without
+it the preset `default` is used. In a file, a setting that is none is left out.
 
-examples
-  python -m smbfast.train
-  python -m smbfast.train --data.path=MEDS_FOLDER --probe.labels=mortality_1y
-  python -m smbfast.train lora --data.path=MEDS_FOLDER --model.path=Qwen/Qwen3-8B"""
+  --print            Print the settings of the run as TOML, and stop.
+  --resume=never     Short for --run.resume=never.
+  --export=merged    Short for --run.export=merged.
 
+Examples
 
+  Train a small model on a simulated cohort, in a few minutes on a CPU:
+    python -m smbfast.train
+
+  Train a small model on your own patients and probe one task:
+    python -m smbfast.train --data.path=MEDS_FOLDER --probe.labels=mortality_1y
+
+  Train LoRA adapters of a pretrained backbone:
+    python -m smbfast.train lora --data.path=MEDS_FOLDER --model.path=Qwen/Qwen3-8B
+
+  See the settings of a preset with their explanations:
+    python -m smbfast.train lora --help"""
 PREEMPTED = 75  # EX_TEMPFAIL: run it again
 
 
@@ -28,13 +38,13 @@ def main(argv: list[str] | None = None) -> None:
     """The command: arguments, then one call of `smbfast.run.loop`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     prog = "python -m smbfast.train"
-    if {"-h", "--help"} & set(argv):
-        print(help_text(TrainSettings, f"{prog} [preset]", EPILOG))
-        return
     name, words = run_arguments([a for a in argv if a != "--print"])
     command, start = shlex.join([*prog.split(), name, *words]), time.monotonic()
     stopped = partial(entry, "smbfast.train", stopped="the same command goes on", status=PREEMPTED)
     with stopped():
+        if {"-h", "--help"} & set(argv):
+            print(run_help(argv, prog, EPILOG))
+            return
         settings = load(name, words)
         if "--print" in argv:
             print(to_toml(settings), end="")

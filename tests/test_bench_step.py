@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from smbkernels.timeline_attention import attention_flops
+from smbkernels.attention import attention_flops
+from smbkernels.attention.segments import PREFIX
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench.step as entry
@@ -62,7 +63,7 @@ def test_flex_attention_sees_what_the_decomposition_sees():
             embedded_TD = variant.encoder.embed(one.ids_T, one.masked_T)
             rest = (one.position_T, one.segments)
             found.append(variant.hidden(variant.encoder.trunk, embedded_TD, *rest))
-    assert variant.masks and one.segments.prefix_tokens
+    assert variant.masks and one.segments.host_S6[:, PREFIX].any()
     assert difference(found[:1], found[1:]) < 1e-5
 
 

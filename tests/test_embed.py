@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from smbkernels.timeline_attention import Segments
+from smbkernels.attention import Segments
 from torch import Tensor
 
 import smbfast.train as entry

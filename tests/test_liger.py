@@ -15,7 +15,7 @@ import pytest
 import torch
 import triton.language as tl
 from smbkernels import use
-from smbkernels.triton.platform import INTERPRET
+from smbkernels.triton_platform import INTERPRET
 from torch import Tensor, nn
 
 from smbfast.batch import pack_segments

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from smbkernels.ema_update import join
+from smbkernels.ema import join
 
 import smbfast.model.averages as averages
 from smbfast.model.averages import kept_rank

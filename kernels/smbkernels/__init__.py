@@ -1,14 +1,21 @@
 """The operations smbfast rests on, and the registry that finds their implementations.
 
 Floor 1: nothing here knows patients; only the standard library, torch and triton are imported.
+
+The names below are imported when one of them is first used, so that `smbkernels.catalog` can be
+read without torch.
 """
 
-from smbkernels.ema_update import ema_update_
-from smbkernels.linear_cross_entropy import linear_cross_entropy
-from smbkernels.lora_linear import lora_linear
-from smbkernels.masked_jepa_mse import masked_jepa_mse
-from smbkernels.registry import load, use
-from smbkernels.timeline_attention import Segments, timeline_attention
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smbkernels.attention import Segments, timeline_attention
+    from smbkernels.cross_entropy import linear_cross_entropy
+    from smbkernels.ema import ema_update_
+    from smbkernels.jepa_mse import masked_jepa_mse
+    from smbkernels.lora import lora_linear
+    from smbkernels.registry import load, use
 
 __all__ = [
     "Segments",
@@ -20,3 +27,14 @@ __all__ = [
     "timeline_attention",
     "use",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    registry = import_module("smbkernels.registry")
+    attention = import_module("smbkernels.attention")
+    # all at once: a compiled function that reads another name finds it here and imports nothing
+    names = {**registry.OPS, "load": registry.load, "use": registry.use}
+    globals().update(names, Segments=attention.Segments)
+    return globals()[name]

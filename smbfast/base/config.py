@@ -1,19 +1,22 @@
 """Settings: pydantic models, filled from TOML and from `--a.b=c` on the command line.
 
 Every key is validated; a key that does not exist names the nearest one that does. The classes
-themselves stand beside the entry that reads them (`smbfast.settings` for a training run).
+themselves are in `smbfast.settings`, and their docstrings and descriptions are what `--help` shows.
 """
 
 import difflib
 import json
+import re
 import sys
 import tomllib
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
+
+from smbfast.base.help_page import group_class, help_text, table_class
 
 T = TypeVar("T", bound="Settings")
 
@@ -24,6 +27,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
     )
+    epilog: ClassVar[str] = ""  # examples, which end the help of a command
 
 
 def command_line(
@@ -50,20 +54,32 @@ def build(model: type[T], values: dict[str, Any], overrides: list[str]) -> T:
     Raises:
         ValueError: an unknown key (naming the nearest), a wrong type or a value out of range.
     """
-    for text in overrides:
-        name, separator, value = text.removeprefix("--").partition("=")
-        field = model.model_fields.get(name.replace("-", "_"))
-        if not separator and field is not None and field.annotation is bool:
-            separator, value = "=", "true"  # a switch
-        if not separator:
-            hint = _nearest(name, known_keys(model))
-            raise ValueError(f"argument `{text}` must have the form --key=value{hint}")
-        values = _placed(model, values, name.replace("-", "_"), value)
-    _check_keys(model, values, "")
+    values = with_overrides(model, values, overrides)
     try:
         return model.model_validate(values)
     except pydantic.ValidationError as error:
-        raise ValueError("; ".join(_told(e) for e in error.errors())) from None
+        raise ValueError("; ".join(_message(e) for e in error.errors())) from None
+
+
+def with_overrides(
+    model: type[Settings], values: dict[str, Any], overrides: list[str]
+) -> dict[str, Any]:
+    """`values` (as read from TOML) with `overrides` (`a.b=c`) laid over them, not yet validated.
+
+    Raises:
+        ValueError: a key that `model` does not have, naming the nearest, or no key at all.
+    """
+    for text in overrides:
+        name, separator, value = text.removeprefix("--").partition("=")
+        switch = model.model_fields.get(name.replace("-", "_"))
+        if not separator and switch is not None and switch.annotation is bool:
+            separator, value = "=", "true"
+        if not separator:
+            hint = _nearest(name, known_keys(model))
+            raise ValueError(f"argument `{text}` must have the form --key=value{hint}")
+        values = _with_override(model, values, name.replace("-", "_"), value)
+    _check_keys(model, values, "")
+    return values
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -93,55 +109,16 @@ def known_keys(model: type[Settings], prefix: str = "") -> list[str]:
     """All dotted keys of `model`."""
     keys = []
     for name, field in model.model_fields.items():
-        inner = _settings_class(field.annotation)
+        inner = group_class(field.annotation)
         keys += known_keys(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
     return keys
 
 
-def help_text(model: type[Settings], prog: str, epilog: str = "") -> str:
-    """The class docstring and each key with its type, default and meaning."""
-    lines = [f"usage: {prog} [--key=value ...]", "", (model.__doc__ or "").strip(), ""]
-    _describe(model, "", lines)
-    return "\n".join([*lines, "", epilog]).rstrip()
-
-
-def _describe(model: type[Settings], prefix: str, lines: list[str]) -> None:
-    for name, field in model.model_fields.items():
-        inner = _settings_class(field.annotation)
-        if inner:
-            lines += ["", f"[{prefix}{name}]  {(inner.__doc__ or '').strip().splitlines()[0]}"]
-            _describe(inner, f"{prefix}{name}.", lines)
-            continue
-        required = field.is_required()
-        default = (
-            "required"
-            if required
-            else f"default {_shown(field.get_default(call_default_factory=True))}"
-        )
-        lines.append(f"  --{prefix}{name}=  ({default})")
-        lines.append(f"      {field.description or ''}")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(_shown(v) for v in value) or "none"
-    if isinstance(value, Settings):
-        return value.__class__.__name__
-    return "none" if value is None else str(value)
-
-
-def _settings_class(annotation: Any) -> type[Settings] | None:
-    for option in (annotation, *typing.get_args(annotation)):
-        if isinstance(option, type) and issubclass(option, Settings):
-            return None if typing.get_origin(annotation) in (list, tuple) else option
-    return None
-
-
-def _placed(model: type[Settings], values: dict, name: str, value: str) -> dict:
+def _with_override(model: type[Settings], values: dict, name: str, value: str) -> dict:
     """`values` with dotted `name` set to the parsed `value`."""
     keys = known_keys(model)
     root = name.split(".")[0]
-    if name not in keys and not (root in model.model_fields and _is_table(model, root)):
+    if name not in keys and not _is_table(model, root):
         raise ValueError(f"unknown key `{name}`{_nearest(name, keys)}")
     head, *rest = name.split(".")
     values = dict(values)
@@ -149,23 +126,20 @@ def _placed(model: type[Settings], values: dict, name: str, value: str) -> dict:
         values[head] = _parsed(value, model.model_fields[head].annotation)
         return values
     if _is_table(model, head):
-        return _placed_in_list(values, head, rest, value)
+        return _with_table_override(values, head, rest, value)
     inner = values.get(head, {})
     if isinstance(inner, dict):  # else validation names it
-        kind = _settings_class(model.model_fields[head].annotation)
-        values[head] = _placed(kind, inner, ".".join(rest), value)
+        kind = group_class(model.model_fields[head].annotation)
+        values[head] = _with_override(kind, inner, ".".join(rest), value)
     return values
 
 
-def _is_table(model: type[Settings], root: str) -> bool:
-    """Whether `root` is a list of tables, whose items are reached as `phases.0.steps`."""
-    return any(
-        isinstance(o, type) and issubclass(o, Settings)
-        for o in typing.get_args(model.model_fields[root].annotation)
-    )
+def _is_table(model: type[Settings], name: str) -> bool:
+    """Whether `name` is a list of tables, whose items are reached as `phases.0.steps`."""
+    return name in model.model_fields and bool(table_class(model.model_fields[name].annotation))
 
 
-def _placed_in_list(values: dict, head: str, rest: list[str], value: str) -> dict:
+def _with_table_override(values: dict, head: str, rest: list[str], value: str) -> dict:
     items = values.get(head, [])
     if not isinstance(items, list) or not all(isinstance(v, dict) for v in items):
         return values  # validation names it
@@ -206,33 +180,34 @@ def _check_keys(model: type[Settings], values: dict, prefix: str) -> None:
             hint = _nearest(f"{prefix}{key}", [f"{prefix}{k}" for k in model.model_fields])
             raise ValueError(f"unknown key `{prefix}{key}`{hint}")
         annotation = model.model_fields[key].annotation
-        inner = _settings_class(annotation)
+        inner, table = group_class(annotation), table_class(annotation)
         if inner and isinstance(value, dict):
             _check_keys(inner, value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            for option in typing.get_args(annotation):
-                if isinstance(option, type) and issubclass(option, Settings):
-                    for i, item in enumerate(value):
-                        if isinstance(item, dict):
-                            _check_keys(option, item, f"{prefix}{key}.{i}.")
+        elif table and isinstance(value, list):
+            for i, item in enumerate(value):
+                if isinstance(item, dict):
+                    _check_keys(table, item, f"{prefix}{key}.{i}.")
 
 
 def _nearest(name: str, keys: list[str]) -> str:
-    found = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
-    if not found:
+    nearest = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
+    if not nearest:
         leaf = {k.split(".")[-1]: k for k in keys}
-        found = [leaf[m] for m in difflib.get_close_matches(name.split(".")[-1], leaf, n=1)]
-    return f"; did you mean `{found[0]}`?" if found else ""
+        nearest = [leaf[m] for m in difflib.get_close_matches(name.split(".")[-1], leaf, n=1)]
+    return f"; did you mean `{nearest[0]}`?" if nearest else ""
 
 
-def _told(error: Any) -> str:
-    where = ".".join(str(p) for p in error["loc"]) or "settings"
-    message = error["msg"].removeprefix("Value error, ")
+def _message(error: Any) -> str:
+    """What a user reads of one error of pydantic: the key, what was expected, what was received."""
+    key = ".".join(str(p) for p in error["loc"]) or "settings"
     if error["type"] == "missing":
-        return f"`{where}` is required"
-    shown = error.get("input")
-    got = f", got {shown!r}" if isinstance(shown, (str, int, float, bool)) else ""
-    return f"`{where}`: {message[0].lower()}{message[1:]}{got}"
+        return f"`{key}` is required"
+    message = error["msg"].removeprefix("Value error, ")
+    message = re.sub(r"^(Input|String|List|Tuple) should", "must", message)
+    value = error.get("input")
+    # validators of our own may have said what they got
+    received = isinstance(value, str | int | float | bool) and ", got " not in message
+    return f"`{key}`: {message[0].lower()}{message[1:]}" + (f", got {value!r}" if received else "")
 
 
 def _write_table(values: dict, prefix: str, lines: list[str]) -> None:

@@ -3,6 +3,7 @@
 Imports nothing but the standard library and `files`, so that `--help` is quick.
 """
 
+import os
 import signal
 import sys
 import threading
@@ -50,6 +51,10 @@ def entry(
     except (ValueError, RunFailed) as error:
         on_end("failed")
         raise SystemExit(f"{prog}: {error}") from None
+    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+        on_end("failed")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush
+        raise SystemExit(1) from None
     except OSError as error:
         on_end("failed")
         raise SystemExit(f"{prog}: {cannot_write(error)}") from None

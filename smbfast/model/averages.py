@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from smbkernels import ema_update_
-from smbkernels.ema_update import join, split
+from smbkernels.ema import join, split
 from smbkernels.tracked_ema import append_, truncate_
 from torch import Tensor
 

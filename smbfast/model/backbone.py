@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from smbkernels.timeline_attention import Segments
+from smbkernels.attention import Segments
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,

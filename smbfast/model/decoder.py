@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from smbkernels import lora_linear, timeline_attention
-from smbkernels.timeline_attention import Segments
+from smbkernels.attention import Segments
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

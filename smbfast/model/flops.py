@@ -12,8 +12,8 @@ that of its weight where that is trained. Attention costs 4 C per head and visib
 
 from dataclasses import dataclass, fields
 
-from smbkernels.lora_linear import lora_flops
-from smbkernels.timeline_attention import attention_flops
+from smbkernels.attention import attention_flops
+from smbkernels.lora import lora_flops
 from torch import nn
 
 from smbfast.batch import PackedBatch

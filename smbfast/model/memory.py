@@ -27,7 +27,7 @@ from unittest import mock
 import numpy as np
 import torch
 from smbkernels import use
-from smbkernels.fused.linear_cross_entropy import chunk_rows
+from smbkernels.cross_entropy import chunk_rows
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

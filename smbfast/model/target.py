@@ -16,7 +16,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from smbkernels.timeline_attention import Segments
+from smbkernels.attention import Segments
 from torch import Tensor
 from torch.func import functional_call
 

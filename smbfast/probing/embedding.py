@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from smbkernels.timeline_attention import Segments
+from smbkernels.attention import Segments
 from torch import Tensor
 from transformers import AutoTokenizer
 

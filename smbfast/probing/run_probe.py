@@ -21,7 +21,7 @@ from smbfast.probing.counts import count_codes
 from smbfast.probing.features import Embeddings, matched, read_embeddings, read_oracle
 from smbfast.probing.table import table
 from smbfast.probing.task import Measured, Protocol, measure
-from smbfast.settings import ProbeConfig
+from smbfast.settings import ProbeCommandSettings
 
 PREDICTIONS = pa.schema(
     [
@@ -40,7 +40,7 @@ _READABLE = {
 }
 
 
-def run_probe(config: ProbeConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run_probe(config: ProbeCommandSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Probe every task, write `probe.json` and the predictions, and print the table.
 
     Returns the content of `probe.json`.
@@ -98,7 +98,7 @@ def run_probe(config: ProbeConfig, say: Callable[[str], None] = print) -> dict[s
     return record
 
 
-def _read_tasks(config: ProbeConfig, dataset: MedsDataset) -> list[Labels]:
+def _read_tasks(config: ProbeCommandSettings, dataset: MedsDataset) -> list[Labels]:
     folders = find_tasks(config.labels, config.data)
     tasks = [with_splits(read_labels(folder), dataset) for folder in folders]
     for labels in tasks:
@@ -154,7 +154,7 @@ def _write_predictions(path: Path, labels: Labels, result: Measured) -> None:
         pq.write_table(pa.table(columns, schema=PREDICTIONS), staging)
 
 
-def _protocol_text(config: ProbeConfig) -> str:
+def _protocol_text(config: ProbeCommandSettings) -> str:
     return (
         "Binary tasks: MaxAbs scaling and L2 logistic regression fitted on train, penalty chosen "
         "by tuning AUROC among 8, ties to the stronger. Time to event: Cox regression with a ridge "

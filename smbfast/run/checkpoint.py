@@ -147,7 +147,7 @@ def save_final(
     Beside the adapter or model: `predictor.safetensors` (predictor and mask vector), `smbfast.json`
     and `target.safetensors`, the averages by their names under the decoder. Merged, `<name>` is the
     averaged weight; where it is bf16, `<name>.remainder` makes it fp32 again
-    (`smbkernels.ema_update.join`). Tracked, the averaged weight of a linear is the base weight plus
+    (`smbkernels.ema.join`). Tracked, the averaged weight of a linear is the base weight plus
     lora_alpha / r `<linear>.u` `<linear>.v`. `token_rows` are the trained rows of the embedding.
     """
     _refuse_non_finite({f"model.{n}": p for n, p in trained(encoder).items()})

@@ -18,88 +18,104 @@ from smbfast.run.optim import total_steps
 
 def header(run: OpenRun) -> dict:
     """Print the start header; return it as the first record of `metrics.jsonl`."""
-    settings, prepared, encoder, windows = run.settings, run.prepared, run.encoder, run.windows
-    first, predicted = run.progress.step, run.predicted_peak
-    trained, total = parameter_counts(encoder)
-    counts = prepared.counts
-    unmapped = sum(prepared.record["unmapped"].values()) / max(counts["events"], 1)
-    backbone = settings.model.path or "Qwen3 from scratch"
-    how = "LoRA" if encoder.is_lora else "trained whole"
-    if encoder.is_lora:
-        how += f" r{encoder.lm.peft_config['default'].r}"
-    held = sum(p.numel() * p.element_size() for p in encoder.parameters())
-    has_target = any(phase.w_jepa > 0 for phase in settings.phases)
-    average = target_bytes(encoder, run.target_form) if has_target else 0
-    moments = 8 * trained
-    found = versions()
-    per_split = prepared.record["counts"]
-    data = {
-        "simulated": settings.data.path is None,
-        "subjects": {s: c.get("subjects", 0) for s, c in per_split.items()},
-        "tokens": {s: c.get("tokens", 0) for s, c in per_split.items()},
-        "windows": len(windows),
-        "window_tokens": windows.tokens,
-        "tokens_lost": windows.lost,
-        "unmapped_share": round(unmapped, 6),
-        "values_left_out": counts["values_left_out"],
-        "texts_cut": counts["texts_cut"],
-        "nonfinite_values": counts["nonfinite_values"],
-    }
-    rows = [
-        ("run", f"{run.folder}  ({'resumed after step ' + str(first) if first else 'new'})"),
-        (
-            "on",
-            f"{run.device}, {torch.get_num_threads()} threads   torch {found['torch']}  "
-            f"transformers {found['transformers']}  {git_state()}",
-        ),
-        (
-            "model",
-            f"{backbone}, {how}: {_si(trained)} of {_si(total)} parameters trained "
-            f"({trained / total:.1%})",
-        ),
-        (
-            "data",
-            f"{few(data['subjects']['train'])} train / {few(data['subjects'].get('tuning', 0))} "
-            f"tuning subjects, {_si(data['tokens']['train'])} tokens, vocabulary "
-            f"{len(prepared.tokenizer):,}",
-        ),
-        (
-            "windows",
-            f"{len(windows):,} of up to {settings.data.window} tokens; "
-            f"{windows.lost / max(data['tokens']['train'], 1):.2%} of tokens lost to longer days",
-        ),
-        (
-            "left out",
-            f"unmapped codes {unmapped:.2%} of events, values beyond the latest "
-            f"{settings.data.values_per_line} of a line {data['values_left_out']:,}, texts cut "
-            f"{data['texts_cut']:,}, values not finite {data['nonfinite_values']:,}",
-        ),
-        (
-            "step",
-            f"{settings.optim.batch} windows in rows of up to {run.micro_tokens:,} tokens; "
-            f"{total_steps(settings)} steps: "
-            + ", ".join(f"{p.name} {p.steps}" for p in settings.phases),
-        ),
-        (
-            "memory",
-            f"weights {held / GIB:.2f} GiB, AdamW moments {moments / GIB:.2f}, target "
-            f"{average / GIB:.2f}; peak of a step "
-            + (f"{predicted / GIB:.2f}, predicted" if predicted else "not predicted"),
-        ),
-        (
-            "writes",
-            f"{run.folder}/  metrics.jsonl, tensorboard, checkpoints, best, final, report.html",
-        ),
-    ]
-    _card(rows)
+    package_versions, data = versions(), _data_record(run)
+    trained, total = parameter_counts(run.encoder)
+    backbone = run.settings.model.path or "Qwen3 from scratch"
+    how = "trained whole"
+    if run.encoder.is_lora:
+        how = f"LoRA r{run.encoder.lm.peft_config['default'].r}"
+    first = run.progress.step
+    _card(
+        [
+            ("run", f"{run.folder}  ({'resumed after step ' + str(first) if first else 'new'})"),
+            (
+                "on",
+                f"{run.device}, {torch.get_num_threads()} threads   torch "
+                f"{package_versions['torch']}  transformers {package_versions['transformers']}  "
+                f"{git_state()}",
+            ),
+            (
+                "model",
+                f"{backbone}, {how}: {_si(trained)} of {_si(total)} parameters trained "
+                f"({trained / total:.1%})",
+            ),
+            *_data_rows(run, data),
+            *_step_rows(run, trained),
+            (
+                "writes",
+                f"{run.folder}/  metrics.jsonl, tensorboard, checkpoints, best, final, report.html",
+            ),
+        ]
+    )
     return {
-        "config": settings.model_dump(mode="json"),
-        "versions": found,
+        "config": run.settings.model_dump(mode="json"),
+        "versions": package_versions,
         "git": git_state(),
         "device": str(run.device),
         "model": {"backbone": backbone, "trained": trained, "parameters": total, "how": how},
         "data": data,
     }
+
+
+def _data_record(run: OpenRun) -> dict:
+    """What the data came to, and what of it was left out."""
+    counts, per_split = run.prepared.counts, run.prepared.record["counts"]
+    unmapped = sum(run.prepared.record["unmapped"].values()) / max(counts["events"], 1)
+    return {
+        "simulated": run.settings.data.path is None,
+        "subjects": {s: c.get("subjects", 0) for s, c in per_split.items()},
+        "tokens": {s: c.get("tokens", 0) for s, c in per_split.items()},
+        "windows": len(run.windows),
+        "window_tokens": run.windows.tokens,
+        "tokens_lost": run.windows.lost,
+        "unmapped_share": round(unmapped, 6),
+        "values_left_out": counts["values_left_out"],
+        "texts_cut": counts["texts_cut"],
+        "nonfinite_values": counts["nonfinite_values"],
+    }
+
+
+def _data_rows(run: OpenRun, data: dict) -> list[tuple[str, str]]:
+    subjects, tokens, settings = data["subjects"], data["tokens"]["train"], run.settings.data
+    return [
+        (
+            "data",
+            f"{few(subjects['train'])} train / {few(subjects.get('tuning', 0))} tuning subjects, "
+            f"{_si(tokens)} tokens, vocabulary {len(run.prepared.tokenizer):,}",
+        ),
+        (
+            "windows",
+            f"{len(run.windows):,} of up to {settings.window} tokens; "
+            f"{run.windows.lost / max(tokens, 1):.2%} of tokens lost to longer days",
+        ),
+        (
+            "left out",
+            f"unmapped codes {data['unmapped_share']:.2%} of events, values beyond the latest "
+            f"{settings.values_per_line} of a line {data['values_left_out']:,}, texts cut "
+            f"{data['texts_cut']:,}, values not finite {data['nonfinite_values']:,}",
+        ),
+    ]
+
+
+def _step_rows(run: OpenRun, trained: int) -> list[tuple[str, str]]:
+    phases, peak = run.settings.phases, run.predicted_peak
+    weights = sum(p.numel() * p.element_size() for p in run.encoder.parameters())
+    has_target = any(phase.w_jepa > 0 for phase in phases)
+    average = target_bytes(run.encoder, run.target_form) if has_target else 0
+    return [
+        (
+            "step",
+            f"{run.settings.optim.batch} windows in micro-batches of up to {run.micro_tokens:,} "
+            f"tokens; {total_steps(run.settings)} steps: "
+            + ", ".join(f"{p.name} {p.steps}" for p in phases),
+        ),
+        (
+            "memory",
+            f"weights {weights / GIB:.2f} GiB, AdamW moments {8 * trained / GIB:.2f}, target "
+            f"{average / GIB:.2f}; peak of a step "
+            + (f"{peak / GIB:.2f}, predicted" if peak else "not predicted"),
+        ),
+    ]
 
 
 def warn(health: dict, entry: dict) -> None:

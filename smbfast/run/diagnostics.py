@@ -6,7 +6,7 @@ Legend: M masked positions, D width.
 """
 
 import torch
-from smbkernels.masked_jepa_mse import normalized_target
+from smbkernels.jepa_mse import normalized_target
 from torch import Tensor
 
 from smbfast.model.target import JepaStates

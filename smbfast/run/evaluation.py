@@ -24,7 +24,7 @@ from smbfast.run import console
 from smbfast.run.diagnostics import diagnose
 from smbfast.run.metrics import MetricsLog
 from smbfast.run.open_run import OpenRun
-from smbfast.settings import PhaseSettings, ProbeConfig, TrainSettings
+from smbfast.settings import PhaseSettings, ProbeCommandSettings, TrainSettings
 
 
 def fixed_batches(run: OpenRun) -> dict[bool, list[PackedBatch]]:
@@ -130,7 +130,7 @@ def probe_run(run: OpenRun, target: TargetEncoder | None) -> None:
         text = ", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in counts.items())
         print(f"embeddings/{name}.parquet: {text}")
     run_probe(
-        ProbeConfig(
+        ProbeCommandSettings(
             embeddings=files[probe.encoder],
             untrained=files["untrained"],
             data=dataset.path,

@@ -78,11 +78,8 @@ class OpenRun:
         Raises:
             ValueError: bad data, a model that does not load, a checkpoint of another model.
         """
-        began, folder, device = (
-            time.monotonic(),
-            settings.folder,
-            choose_device(settings.run.device),
-        )
+        began, device = time.monotonic(), choose_device(settings.run.device)
+        folder = settings.folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         report = report or (lambda _name, _text: None)
         if settings.run.threads:
@@ -94,10 +91,8 @@ class OpenRun:
         )
         check_windows(windows, tuning, data.path)
         tasks = read_tasks(settings, data)
-        report(
-            "data",
-            f"{len(windows):,} windows, {windows.tokens:,} tokens, {len(tasks)} tasks to probe",
-        )
+        size = f"{len(windows):,} windows, {windows.tokens:,} tokens"
+        report("data", f"{size}, {len(tasks)} tasks to probe")
         bytes_before = held_memory(device)
         encoder = make_encoder(settings, prepared.tokenizer, device, prepared.record["new_tokens"])
         optimizer = make_optimizer(encoder, settings.optim)
@@ -108,10 +103,8 @@ class OpenRun:
         report("model", _model_text(encoder, len(prepared.tokenizer), progress.step))
         report("kernels", "; ".join(load_kernels(device.type)))
         tokens, peak = micro_tokens(settings, encoder, progress.micro_tokens)
-        report(
-            "memory",
-            f"up to {tokens:,} tokens a forward, {peak / GIB:.2f} GiB at the peak predicted",
-        )
+        size = f"up to {tokens:,} tokens a micro-batch"
+        report("memory", f"{size}, {peak / GIB:.2f} GiB at the peak predicted")
         return cls(
             settings=settings,
             device=device,

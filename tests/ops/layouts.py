@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from smbkernels import Segments
-from smbkernels.timeline_attention import timeline_attention, visible
+from smbkernels.attention import timeline_attention, visible
 from torch import Tensor
 
 from tests.oracle import assert_no_worse

@@ -2,7 +2,7 @@
 
 import triton
 import triton.language as tl
-from smbkernels.triton.platform import Build
+from smbkernels.triton_platform import Build
 
 
 @triton.jit

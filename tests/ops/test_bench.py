@@ -5,8 +5,8 @@ import time
 
 import pytest
 import torch
+from smbkernels.attention import visible
 from smbkernels.registry import OPS
-from smbkernels.timeline_attention import visible
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench.__main__ as entry

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from smbkernels.cpp import build as builder
-from smbkernels.cpp.build import CannotBuild, Compiler, build, find_compiler, flags, key, missing
+from smbkernels import cpp_build as builder
+from smbkernels.cpp_build import CannotBuild, Compiler, build, find_compiler, flags, key, missing
 
 KERNELS = Path(builder.__file__).parents[2]
 FLAGS = ("-O3",)

@@ -6,8 +6,8 @@ M masked positions, D width, T rows of the target; N out, K in features, R rank.
 import pytest
 import torch
 from smbkernels import ema_update_, masked_jepa_mse
-from smbkernels.cpp.build import missing
-from smbkernels.ema_update import join, split
+from smbkernels.cpp_build import missing
+from smbkernels.ema import join, split
 
 from tests.oracle import assert_no_worse
 

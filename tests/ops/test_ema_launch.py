@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from smbkernels import ema_update_
+from smbkernels.ema import triton as kernel
+from smbkernels.ema.op import Lists
 from smbkernels.registry import OPS
-from smbkernels.triton import ema_update as kernel
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_a_model_is_one_launch_and_its_tables_are_kept(on_triton):
         ema_update_.reference(expected, weight, b, a, tau=0.5)
     info = kernel._plans.cache_info()
     assert (info.misses, info.hits) == (1, 2)
-    matrices = tuple(kernel._matrices(average, [], weight, b, a, [1.0] * 20))
+    matrices = tuple(kernel._matrices(Lists(average, [], weight, b, a, [1.0] * 20)))
     (plan,) = kernel._plans(matrices)
     assert plan.matrix_P.tolist() == list(range(20))
     torch.testing.assert_close(average, expected)
@@ -60,12 +61,14 @@ def test_an_8b_model_is_one_launch():
 
     found = list(
         kernel._matrices(
-            like(layer, torch.bfloat16),
-            like(layer, torch.int16),
-            like(layer, torch.bfloat16),
-            like([(n, 16) for n, _ in layer], torch.float32),
-            like([(16, k) for _, k in layer], torch.float32),
-            [2.0] * 252,
+            Lists(
+                like(layer, torch.bfloat16),
+                like(layer, torch.int16),
+                like(layer, torch.bfloat16),
+                like([(n, 16) for n, _ in layer], torch.float32),
+                like([(16, k) for _, k in layer], torch.float32),
+                [2.0] * 252,
+            )
         )
     )
     (kind,) = {m.kind for m in found}
@@ -80,12 +83,14 @@ def test_what_is_not_aligned_is_a_kind_of_its_own():
             return [torch.empty(N * K + offset, dtype=dtype)[offset:].view(N, K)]
 
         (matrix,) = kernel._matrices(
-            one(N, K, 0, torch.bfloat16),
-            one(N, K, 0, torch.int16),
-            one(N, K, offset),
-            one(N, R, 0) if R else [],
-            one(R, K, adapter_offset) if R else [],
-            [1.0],
+            Lists(
+                one(N, K, 0, torch.bfloat16),
+                one(N, K, 0, torch.int16),
+                one(N, K, offset),
+                one(N, R, 0) if R else [],
+                one(R, K, adapter_offset) if R else [],
+                [1.0],
+            )
         )
         return matrix.kind.aligned, matrix.kind.even
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from smbkernels import ema_update_
-from smbkernels.ema_update import join, split
+from smbkernels.ema import join, split
 from smbkernels.tracked_ema import append_, truncate_
 from torch import Tensor
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 import triton
 from smbkernels import ema_update_
-from smbkernels.ema_update import join, split
+from smbkernels.ema import join, split
 from smbkernels.registry import OPS
-from smbkernels.triton.platform import INTERPRET
+from smbkernels.triton_platform import INTERPRET
 from torch import Tensor
 from torch.library import opcheck
 

@@ -1,4 +1,4 @@
-"""The head's cross-entropy in chunks, and Liger's, against the formulas; logits are never held."""
+"""The head's cross-entropy in chunks against the formulas; logits are never held."""
 
 from dataclasses import dataclass, replace
 from itertools import product
@@ -6,8 +6,7 @@ from itertools import product
 import pytest
 import torch
 from smbkernels import linear_cross_entropy
-from smbkernels.fused import linear_cross_entropy as chunked
-from smbkernels.linear_cross_entropy import head_flops
+from smbkernels.cross_entropy import chunked, head_flops
 from smbkernels.registry import OPS
 from torch import Tensor
 from torch.library import opcheck
@@ -98,7 +97,7 @@ def check(f, head: Head, **options: float) -> None:
 
 @pytest.fixture
 def small_chunks(monkeypatch) -> None:
-    monkeypatch.setattr(chunked, "LEAST", 4)
+    monkeypatch.setattr("smbkernels.cross_entropy.op.LEAST", 4)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP64])
@@ -131,8 +130,8 @@ def test_a_head_of_another_dtype(dtype, head, device, small_chunks):
 def test_the_head_s_gradient_is_summed_over_chunks_in_fp32(monkeypatch, device):
     head = Head.of(1024, 8, 40, 3, dtype=BF16, device=device)
     whole = head.run(linear_cross_entropy.on("chunked"))
-    monkeypatch.setattr(chunked, "LEAST", 1)
-    monkeypatch.setattr(chunked, "MOST", 1)
+    monkeypatch.setattr("smbkernels.cross_entropy.op.LEAST", 1)
+    monkeypatch.setattr("smbkernels.cross_entropy.op.MOST", 1)
     by_row = head.run(linear_cross_entropy.on("chunked"))
     for name in "wt":
         gap = (by_row[name].double() - whole[name].double()).norm() / whole[name].double().norm()
@@ -339,23 +338,6 @@ def test_flops_at_the_shape_of_an_8b_model_without_its_memory(needs, products):
     assert linear_cross_entropy.flops(*rows.leaves()) == 2 * 4 * 8 * (20 + 3)
 
 
-@pytest.mark.parametrize("needs", ["hw", "h", "w"])
-@pytest.mark.parametrize("N", [0, 1, 37])
-def test_liger_triton(needs, N, device):
-    f = on("liger", device)
-    check(f, Head.of(N, 16, 50, needs=needs, device=device))
-    if device == "cuda":  # the interpreter gets bf16 wrong
-        check(f, Head.of(N, 16, 50, dtype=BF16, needs=needs, device=device))
-
-
-def test_liger_triton_refuses_what_it_cannot(device):
-    f, head = on("liger", device), Head.of(4, 8, 20, 2, device=device)
-    with pytest.raises(ValueError, match="knows no rows of the head"):
-        f(*head.leaves())
-    with pytest.raises(ValueError, match="must be fp32 or bf16"):
-        f(*replace(head, token=None, rows=None).to(FP64).leaves())
-
-
 def test_bad_input_is_refused():
     f, head = linear_cross_entropy.on("chunked"), Head.of(4, 8, 20, 2)
     good = dict(zip(("hidden_ND", "weight_VD", "label_N"), head.leaves(), strict=False))
@@ -376,7 +358,6 @@ def test_bad_input_is_refused():
             f(**(good | change))
 
 
-def test_chunked_is_the_choice_and_liger_is_not():
+def test_chunked_is_the_choice():
     loss = linear_cross_entropy(*Head.of(4, 8, 20).leaves())
     assert "smb_linear_cross_entropy_chunked" in type(loss.grad_fn).__name__
-    assert not any(b.devices for b in OPS["linear_cross_entropy"].backends if b.name == "liger")

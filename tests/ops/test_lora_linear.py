@@ -6,8 +6,7 @@ from itertools import product
 import pytest
 import torch
 from smbkernels import lora_linear
-from smbkernels.fused import lora_linear as fused
-from smbkernels.lora_linear import lora_flops
+from smbkernels.lora import lora_flops
 from smbkernels.registry import OPS
 from torch import Tensor
 from torch.library import opcheck
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.oracle import assert_no_worse
 
-triton_lora = pytest.importorskip("smbkernels.triton.lora_linear")
+triton_lora = pytest.importorskip("smbkernels.lora.triton")
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 # sums of a few hundred products in another order. In bf16 a gradient of three linears is rounded
@@ -143,7 +142,7 @@ def test_triton_in_bf16(case, factor):
 @pytest.mark.parametrize("low_first", [True, False])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_either_order_of_the_products(low_first, dtype, monkeypatch, device):
-    monkeypatch.setattr(fused, "low_first", lambda device: low_first)
+    monkeypatch.setattr("smbkernels.lora.products.low_first", lambda device: low_first)
     check(lora_linear.on("fused"), Group.of(**CASES["qkv"], dtype=dtype, device=device))
     check(lora_linear.on("fused"), Group.of(**CASES["unequal"], dtype=dtype, device=device))
 
@@ -154,7 +153,7 @@ def test_the_low_product_first_rounds_less(monkeypatch):
     group = Group.of((256,), 128, [128], [16], dtype=BF16, device="cuda")
     exact, error = group.to(FP64).run(lora_linear.reference)["y0"], {}
     for first in (True, False):
-        monkeypatch.setattr(fused, "low_first", lambda device, first=first: first)
+        monkeypatch.setattr("smbkernels.lora.products.low_first", lambda device, first=first: first)
         error[first] = rms(group.run(lora_linear.on("fused"))["y0"].double() - exact)
     assert error[True] < 0.9 * error[False]
 

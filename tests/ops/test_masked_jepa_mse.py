@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from smbkernels import masked_jepa_mse
-from smbkernels.masked_jepa_mse import WIDEST
+from smbkernels.jepa_mse.op import WIDEST
+from smbkernels.jepa_mse.triton import _row_start
 from smbkernels.registry import OPS
-from smbkernels.triton.masked_jepa_mse import _row_start
 from torch import Tensor
 from torch.library import opcheck
 

@@ -9,8 +9,9 @@ from importlib import import_module
 import pytest
 import smbkernels
 import torch
-from smbkernels import registry
-from smbkernels.registry import OPS, Backend, op, use
+from smbkernels import catalog, operation, registry
+from smbkernels.operation import Backend, op
+from smbkernels.registry import OPS, use
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 PUBLIC = sorted(OPS)
@@ -18,13 +19,15 @@ PUBLIC = sorted(OPS)
 
 def make_op(monkeypatch, *backends: Backend):
     """An operation of this test's own, in a registry of its own."""
-    monkeypatch.setattr(registry, "OPS", {})
 
     @op(*backends, flops=lambda x: x.numel())
     def doubled(x: torch.Tensor) -> torch.Tensor:
         """2 x."""
         return 2 * x
 
+    names = {"doubled": tuple(b.name for b in backends)}
+    monkeypatch.setattr(catalog, "BACKENDS", names)
+    monkeypatch.setattr(registry, "OPS", {"doubled": doubled})
     return doubled
 
 
@@ -46,13 +49,13 @@ class Module:
 def modules(monkeypatch):
     """Modules that the registry finds by name."""
     found: dict[str, Module] = {}
-    real = registry.import_module
+    real = operation.import_module
 
     def find(name: str):
         module = found.get(name.removeprefix("smbkernels."))
         return real(name) if module is None else module
 
-    monkeypatch.setattr(registry, "import_module", find)
+    monkeypatch.setattr(operation, "import_module", find)
     return found
 
 
@@ -103,7 +106,7 @@ def test_a_backend_of_another_device_is_not_chosen(monkeypatch, modules):
 
 
 def test_what_cannot_run_is_said_once(monkeypatch, modules, caplog):
-    monkeypatch.setattr(registry, "_said", set())
+    monkeypatch.setattr(operation, "_reported", set())
     modules.update(first=Module("no compiler"))
     doubled = make_op(monkeypatch, Backend("first", "first", ("cpu",)))
     with caplog.at_level(logging.WARNING, logger="smbkernels"):
@@ -136,8 +139,8 @@ def test_an_explicit_choice_never_falls_back(monkeypatch, modules):
 def test_the_device_is_that_of_the_first_tensor_wherever_it_stands():
     x = torch.ones(1, device="meta")
     for args, kwargs in (((x,), {}), (([x],), {}), ((), {"tau": 0.5, "x": x}), ((True, [x]), {})):
-        assert registry.device_of(args, kwargs) == "meta"
-    assert registry.device_of((), {}) == "cpu"
+        assert operation.device_of(args, kwargs) == "meta"
+    assert operation.device_of((), {}) == "cpu"
     data = {"prediction_MD": torch.ones(1, 2), "target_TD": torch.ones(1, 2)}
     row_M = torch.zeros(1, dtype=torch.long)
     assert smbkernels.masked_jepa_mse(scale=0.5, row_M=row_M, **data) > 0
@@ -199,3 +202,45 @@ def test_the_table_is_printed():
     header = rows["operation"]
     assert {"triton", "cpp", "varlen", "sdpa", "fused", "torch"} <= set(header)
     assert len(header) == len({*header})
+
+
+def test_the_catalog_refuses_what_use_refuses_and_imports_no_torch():
+    """A reader of settings checks names before it pays for the import of torch."""
+    code = """
+import sys
+from smbkernels.catalog import BACKENDS, check_choice
+check_choice("torch", {"timeline_attention": "sdpa", "lora_linear": "auto"})
+check_choice(None, {})
+for choice in ("metal", {}), (None, {"tripled": "cpp"}), ("auto", {"lora_linear": "sdpa"}):
+    try:
+        check_choice(*choice)
+    except ValueError as error:
+        print(error)
+assert "torch" not in sys.modules, "torch was imported"
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    expected = []
+    for everywhere, by_op in (
+        ("metal", {}),
+        (None, {"tripled": "cpp"}),
+        ("auto", {"lora_linear": "sdpa"}),
+    ):
+        with pytest.raises(ValueError) as refused, use(everywhere, **by_op):
+            pass
+        expected.append(str(refused.value))
+    assert shown.stdout.splitlines() == expected
+    assert expected[2] == "backend of lora_linear must be one of fused, triton, torch, got 'sdpa'"
+
+
+def test_a_name_of_the_package_is_the_operation_whatever_was_imported_first():
+    code = """
+import smbkernels.lora.op, smbkernels.attention
+from smbkernels import Segments, lora_linear, timeline_attention
+assert lora_linear is smbkernels.lora.op.lora_linear
+assert timeline_attention is smbkernels.attention.timeline_attention
+assert Segments is smbkernels.attention.Segments
+assert all(hasattr(smbkernels, name) for name in smbkernels.__all__)
+assert not hasattr(smbkernels, "tripled")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,10 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from smbkernels import Segments, timeline_attention
-from smbkernels.timeline_attention import attention_flops
-from smbkernels.triton import timeline_attention as module
-from smbkernels.triton.timeline_attention import Launch, Settings
-from smbkernels.triton.timeline_attention_kernels import _load_block, _load_tile, _store_tile
+from smbkernels.attention import attention_flops
+from smbkernels.attention import triton as module
+from smbkernels.attention.kernels import _load_block, _load_tile, _store_tile
+from smbkernels.attention.triton import Launch, Settings
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 

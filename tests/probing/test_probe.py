@@ -14,7 +14,7 @@ from smbfast.probe import main
 from smbfast.probing.features import join, read_embeddings
 from smbfast.probing.run_probe import PREDICTIONS, run_probe
 from smbfast.probing.table import table
-from smbfast.settings import ProbeConfig
+from smbfast.settings import ProbeCommandSettings
 
 DAY = 86_400_000_000
 SIZES = {"train": 60, "tuning": 30, "held_out": 40}
@@ -101,7 +101,7 @@ def world(tmp_path: Path) -> dict:
     }
 
 
-def config(world: dict, **other: object) -> ProbeConfig:
+def config(world: dict, **other: object) -> ProbeCommandSettings:
     values = {
         "embeddings": world["online"],
         "untrained": world["untrained"],
@@ -110,7 +110,7 @@ def config(world: dict, **other: object) -> ProbeConfig:
         "bootstraps": 100,
         "cox_bootstraps": 50,
     }
-    return ProbeConfig(**(values | other))
+    return ProbeCommandSettings(**(values | other))
 
 
 def probe(world: dict, **other: object) -> dict:
@@ -290,7 +290,7 @@ def test_the_command_line(world: dict, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    assert all(f"--{name}=" in shown for name in ProbeConfig.model_fields)
+    assert all(f"--{name}=" in shown for name in ProbeCommandSettings.model_fields)
     with pytest.raises(SystemExit):
         main([*arguments, "--bootstrap=3"])
     assert "did you mean `bootstraps`" in capsys.readouterr().err

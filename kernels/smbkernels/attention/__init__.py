@@ -1,1 +1,15 @@
-"""Engines behind `timeline_attention` that call attention of torch or flash-attn."""
+"""`timeline_attention`: who sees whom is said by `Segments`, the reference is in `op`.
+
+| file | what is in it |
+| --- | --- |
+| `segments` | the table of segments, and the rule of the packed attention as a dense mask |
+| `op` | the reference, and the custom operation that a backend becomes |
+| `triton`, `kernels` | the backend on a GPU: what it launches, and its Triton kernels |
+| `varlen`, `engines` | the backend over flash-attn, or over the varlen attention of torch |
+| `sdpa` | the backend on a CPU |
+"""
+
+from smbkernels.attention.op import attention_flops, timeline_attention
+from smbkernels.attention.segments import Segments, visible
+
+__all__ = ["Segments", "attention_flops", "timeline_attention", "visible"]

@@ -36,10 +36,10 @@ def engine() -> Engine | str:
     """What is installed here, or why nothing fits."""
     reasons = []
     for find in (_installed_flash, _installed_torch):
-        found = find()
-        if isinstance(found, Engine):
-            return found
-        reasons.append(found)
+        engine_or_reason = find()
+        if isinstance(engine_or_reason, Engine):
+            return engine_or_reason
+        reasons.append(engine_or_reason)
     return "; ".join(reasons)
 
 
@@ -174,5 +174,5 @@ def _parameters(function: Callable) -> dict[str, bool]:
     overload = getattr(function, "default", None)
     if isinstance(overload, torch._ops.OpOverload):
         return {a.name: not a.has_default_value() for a in overload._schema.arguments}
-    found = inspect.signature(getattr(function, "_init_fn", function)).parameters
-    return {name: p.default is p.empty for name, p in found.items()}
+    parameters = inspect.signature(getattr(function, "_init_fn", function)).parameters
+    return {name: p.default is p.empty for name, p in parameters.items()}

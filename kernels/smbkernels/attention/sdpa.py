@@ -13,7 +13,7 @@ a trunk's keys receive is added in order of the segments.
 Heads that share keys share them by a stride of 0; in the prefix part, which has no order, they are
 further rows of one matrix. fp16 and bf16 are computed in fp32.
 
-R query heads per key head, otherwise as in `smbkernels.timeline_attention`.
+R query heads per key head, otherwise as in `op`.
 """
 
 import functools
@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smbkernels.timeline_attention import Segments, forward_backward
-from smbkernels.timeline_attention import timeline_attention as attention
+from smbkernels.attention.op import Inputs, forward_backward
+from smbkernels.attention.op import timeline_attention as attention
+from smbkernels.attention.segments import Segments
 
 _ROWS = 256  # queries at a time where a part's scores are held, without the flash kernel
 
@@ -94,25 +95,19 @@ FLASH = Part(_flash_forward, _flash_backward)
 PLAIN = Part(_plain_forward, _plain_backward)
 
 
-def _forward(
-    query_THC: Tensor, key_TGC: Tensor, value_TGC: Tensor, host_S6: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    return run_forward(part(), query_THC, key_TGC, value_TGC, host_S6, scale)
+def _forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return run_forward(part(), inputs)
 
 
-def _backward(grad_out_THC: Tensor, *inputs) -> tuple[Tensor, Tensor, Tensor]:
-    return run_backward(part(), grad_out_THC, *inputs)
+def _backward(
+    grad_out_THC: Tensor, out_THC: Tensor, lse_HT: Tensor, inputs: Inputs
+) -> tuple[Tensor, ...]:
+    return run_backward(part(), grad_out_THC, out_THC, lse_HT, inputs)
 
 
-def run_forward(
-    part: Part,
-    query_THC: Tensor,
-    key_TGC: Tensor,
-    value_TGC: Tensor,
-    host_S6: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def run_forward(part: Part, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Outputs [T, H, C] and log-sum-exp [H, T]."""
+    query_THC, key_TGC, value_TGC, host_S6, scale = inputs
     T, H, C = query_THC.shape
     G = key_TGC.shape[1]
     query, key, value = _wide(query_THC), _wide(key_TGC), _wide(value_TGC)
@@ -136,17 +131,10 @@ def run_forward(
 
 
 def run_backward(
-    part: Part,
-    grad_out_THC: Tensor,
-    query_THC: Tensor,
-    key_TGC: Tensor,
-    value_TGC: Tensor,
-    out_THC: Tensor,
-    lse_HT: Tensor,
-    host_S6: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    part: Part, grad_out_THC: Tensor, out_THC: Tensor, lse_HT: Tensor, inputs: Inputs
+) -> tuple[Tensor, ...]:
     """Gradients of query, key and value."""
+    query_THC, key_TGC, value_TGC, host_S6, scale = inputs
     (T, H, _), G = query_THC.shape, key_TGC.shape[1]
     query, key, value = _wide(query_THC), _wide(key_TGC), _wide(value_TGC)
     grads = [torch.empty_like(query, memory_format=torch.contiguous_format)]
@@ -206,15 +194,16 @@ def part() -> Part:
     q, k, v, grad = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
     columns = ([0, 4], [4, 3], [0, 0], [0, 3])
     host_S6 = Segments.of(*(torch.tensor(c) for c in columns)).host_S6
-    found = []
+    inputs = Inputs(q, k, v, host_S6, 0.3)
+    results = []
     for one in (PLAIN, FLASH):
         try:
-            out, lse = run_forward(one, q, k, v, host_S6, 0.3)
-            grads = run_backward(one, grad, q, k, v, out, lse, host_S6, 0.3)
+            out, lse = run_forward(one, inputs)
+            grads = run_backward(one, grad, out, lse, inputs)
         except (AttributeError, RuntimeError, TypeError):
             return PLAIN
-        found.append(torch.cat([x.flatten() for x in (out, lse, *grads)]))
-    return FLASH if torch.allclose(*found, rtol=1e-9, atol=1e-9) else PLAIN
+        results.append(torch.cat([x.flatten() for x in (out, lse, *grads)]))
+    return FLASH if torch.allclose(*results, rtol=1e-9, atol=1e-9) else PLAIN
 
 
 timeline_attention = forward_backward("sdpa", _forward, _backward)

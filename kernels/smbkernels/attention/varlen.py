@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from smbkernels.attention.engines import Engine, engine
-from smbkernels.timeline_attention import LENGTH, PREFIX, START, TRUNK_START, forward_backward
-from smbkernels.timeline_attention import timeline_attention as attention
+from smbkernels.attention.op import Inputs, forward_backward
+from smbkernels.attention.op import timeline_attention as attention
+from smbkernels.attention.segments import LENGTH, PREFIX, START, TRUNK_START
 
 Rows = slice | Tensor  # of T: a range, or numbers
 
@@ -38,8 +39,8 @@ def missing(device: str) -> str | None:
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return f"compute capability must be 8.0 or higher, got {major}.{minor}"
-    found = engine()
-    return found if isinstance(found, str) else None
+    engine_or_reason = engine()
+    return engine_or_reason if isinstance(engine_or_reason, str) else None
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _ranges(begin: list[int], length: list[int]) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _kept_plan(table: tuple[int, ...], device: torch.device) -> Plan:
+def _cached_plan(table: tuple[int, ...], device: torch.device) -> Plan:
     def send(x: Tensor) -> Tensor:
         if device.type == "cpu":
             return x
@@ -126,43 +127,46 @@ def _kept_plan(table: tuple[int, ...], device: torch.device) -> Plan:
 
 
 def _plan(host_S6: Tensor, device: torch.device) -> Plan:
-    return _kept_plan(tuple(host_S6.flatten().tolist()), device)
+    return _cached_plan(tuple(host_S6.flatten().tolist()), device)
 
 
 def decomposed(name: str, find: Callable[[], Engine]) -> Callable[..., tuple[Tensor, Tensor]]:
     """The operation `timeline_attention_<name>` over the engine that `find` returns."""
 
-    def forward(query_THC, key_TGC, value_TGC, host_S6, scale):
+    def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+        query_THC, scale = inputs.query_THC, inputs.scale
         if not len(query_THC):
             wide = torch.promote_types(query_THC.dtype, torch.float32)
             lse_HT = query_THC.new_empty(query_THC.shape[1], 0, dtype=wide)
             return query_THC.new_empty(query_THC.shape), lse_HT
-        plan = _plan(host_S6, query_THC.device)
-        inputs, found = [_dense(x) for x in (query_THC, key_TGC, value_TGC)], []
+        plan = _plan(inputs.table_S6, query_THC.device)
+        tensors, results = [_dense(x) for x in inputs[:3]], []
         for call, keys in plan.calls:
-            out, lse = find().forward(*_inputs(inputs, call, keys), *call.bounds, scale)
-            found.append((out, lse.T))
-        out_THC, lse_TH = (_joined(plan, parts) for parts in zip(*found, strict=True))
+            out, lse = find().forward(*_of_call(tensors, call, keys), *call.bounds, scale)
+            results.append((out, lse.T))
+        out_THC, lse_TH = (_joined(plan, parts) for parts in zip(*results, strict=True))
         return out_THC, lse_TH.T.contiguous()
 
-    def backward(grad_out_THC, query_THC, key_TGC, value_TGC, out_THC, lse_HT, host_S6, scale):
-        inputs = [_dense(x) for x in (query_THC, key_TGC, value_TGC)]
-        if not len(query_THC):
-            return tuple(x.new_empty(x.shape) for x in inputs)
-        plan, found = _plan(host_S6, query_THC.device), []
+    def backward(
+        grad_out_THC: Tensor, out_THC: Tensor, lse_HT: Tensor, inputs: Inputs
+    ) -> tuple[Tensor, ...]:
+        tensors, results = [_dense(x) for x in inputs[:3]], []
+        if not len(inputs.query_THC):
+            return tuple(x.new_empty(x.shape) for x in tensors)
+        plan = _plan(inputs.table_S6, inputs.query_THC.device)
         for call, keys in plan.calls:
             grad, out = _read(grad_out_THC, call.rows), _read(out_THC, call.rows)
-            given = (grad, *_inputs(inputs, call, keys), out)
+            given = (grad, *_of_call(tensors, call, keys), out)
             lse = _read(lse_HT.T, call.rows).T.contiguous()
-            found.append(find().backward(*given, lse, *call.bounds, scale))
-        query_parts, *key_parts = zip(*found, strict=True)
+            results.append(find().backward(*given, lse, *call.bounds, inputs.scale))
+        query_parts, *key_parts = zip(*results, strict=True)
         return _joined(plan, query_parts), *(_folded(plan, parts) for parts in key_parts)
 
     return forward_backward(name, forward, backward)
 
 
-def _inputs(inputs: list[Tensor], call: Sequences, keys: Rows) -> list[Tensor]:
-    return [_read(x, rows) for x, rows in zip(inputs, (call.rows, keys, keys), strict=True)]
+def _of_call(tensors: list[Tensor], call: Sequences, keys: Rows) -> list[Tensor]:
+    return [_read(x, rows) for x, rows in zip(tensors, (call.rows, keys, keys), strict=True)]
 
 
 def _joined(plan: Plan, parts: tuple[Tensor, ...]) -> Tensor:

@@ -10,7 +10,7 @@ up. In backends x A' of a whole group is one [T, S] buffer, S the sum of the ran
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,8 @@ from torch.library import custom_op
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from smbkernels.registry import Backend, op
-
-AUTOCAST = ("cpu", "cuda")  # devices whose autocast is honoured
+from smbkernels.autograd import autocast_dtype, no_autocast
+from smbkernels.operation import Backend, op
 
 
 def lora_flops(
@@ -65,9 +64,9 @@ def _fits_triton(x_TK: Tensor, *_args, **_kwargs) -> str | None:
 
 
 @op(
-    Backend("fused", "fused.lora_linear", ("cuda", "cpu")),
+    Backend("fused", "lora.fused", ("cuda", "cpu")),
     # not the default before a GPU has shown that it pays
-    Backend("triton", "triton.lora_linear", (), _fits_triton),
+    Backend("triton", "lora.triton", (), _fits_triton),
     flops=_flops,
 )
 def lora_linear(
@@ -100,20 +99,39 @@ def lora_linear(
     return outputs
 
 
-def by_hand(
-    backend: str, forward: Callable[..., list[Tensor]], backward: Callable[..., list[Tensor]]
-) -> Callable[..., list[Tensor]]:
+class Group(NamedTuple):
+    """The linears of a call; `bias` is empty where there is none, as it is in a backward."""
+
+    weight: Sequence[Tensor]
+    b: Sequence[Tensor]
+    a: Sequence[Tensor]
+    scale: Sequence[float]
+    bias: Sequence[Tensor] = ()
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted: of the input, and of each B and each A."""
+
+    x: bool
+    b: Sequence[bool]
+    a: Sequence[bool]
+
+
+Forward = Callable[[Tensor, Group], list[Tensor]]
+Backward = Callable[[Sequence[Tensor], Tensor | None, Tensor | None, Group, Needs], list[Tensor]]
+
+
+def by_hand(backend: str, forward: Forward, backward: Backward) -> Callable[..., list[Tensor]]:
     """The operation on a backend, whose gradients are the formulas above.
 
-    What is kept for the backward: x if an A needs a gradient, x A' if a B does, and references to
+    What is saved for the backward: x if an A needs a gradient, x A' if a B does, and references to
     parameters; nothing of size N.
 
     Args:
-        forward: (x, weight, b, a, scale, bias) -> the outputs and x A', [T, S]; `bias` is empty
-            where there is none.
-        backward: (dy, x, low, weight, b, a, scale, needs_x, needs_b, needs_a) -> dx, dB of each,
-            and dA of those that need one, stacked [S', K]; empty where none is needed. Gradients
-            of factors are in their dtype, dA in the wider one if they differ.
+        forward: (x, group) -> the outputs and x A', [T, S].
+        backward: (dy, x, low, group, needs) -> dx, dB of each, and dA of those that need one,
+            stacked [S', K]; empty where none is needed. Gradients of factors are in their dtype,
+            dA in the wider one if they differ.
     """
     name = f"smb::lora_linear_{backend}"
 
@@ -126,10 +144,10 @@ def by_hand(
         scale: Sequence[float],
         bias: Sequence[Tensor],
     ) -> list[Tensor]:
-        return forward(x_TK, weight, b, a, scale, bias)
+        return forward(x_TK, Group(weight, b, a, scale, bias))
 
     @outputs_and_low.register_fake
-    def _(x_TK, weight, b, a, scale, bias):
+    def _(x_TK, weight, _b, a, *_scale_and_bias):
         *lead, K = x_TK.shape
         low_TS = x_TK.new_empty((x_TK.numel() // K, sum(v.shape[0] for v in a)))
         return [*(x_TK.new_empty((*lead, w.shape[0])) for w in weight), low_TS]
@@ -147,62 +165,66 @@ def by_hand(
         needs_b: Sequence[bool],
         needs_a: Sequence[bool],
     ) -> list[Tensor]:
-        return backward(dy, x_TK, low_TS, weight, b, a, scale, needs_x, needs_b, needs_a)
+        needs = Needs(needs_x, needs_b, needs_a)
+        return backward(dy, x_TK, low_TS, Group(weight, b, a, scale), needs)
 
     @gradients.register_fake
-    def _(dy, x_TK, low_TS, weight, b, a, scale, needs_x, needs_b, needs_a):
+    def _(dy, _x_TK, _low_TS, weight, b, a, _scale, needs_x, needs_b, needs_a):
         lead, K = dy[0].shape[:-1], weight[0].shape[1]
         dx_TK = dy[0].new_empty((*lead, K) if needs_x else (0,))
         db = [v.new_empty(v.shape if n else (0,)) for v, n in zip(b, needs_b, strict=True)]
         rank = sum(v.shape[0] for v, n in zip(a, needs_a, strict=True) if n)
         return [dx_TK, *db, dy[0].new_empty((rank, K) if rank else (0,), dtype=wider(a))]
 
-    def keep(ctx, inputs, output) -> None:
+    def save(ctx, inputs, output) -> None:
         x_TK, weight, b, a, scale, bias = inputs
-        ctx.needs = x_TK.requires_grad, *([v.requires_grad for v in g] for g in (b, a))
-        x_TK = x_TK if any(ctx.needs[2]) else None
-        low_TS = output[-1] if any(ctx.needs[1]) else None
+        needs = Needs(x_TK.requires_grad, *([v.requires_grad for v in g] for g in (b, a)))
+        x_TK = x_TK if any(needs.a) else None
+        low_TS = output[-1] if any(needs.b) else None
         ctx.save_for_backward(x_TK, low_TS, *weight, *b, *a)
-        ctx.scale, ctx.biases = scale, len(bias)
+        ctx.needs, ctx.scale, ctx.num_biases = needs, scale, len(bias)
         ctx.set_materialize_grads(False)
 
     def differentiate(ctx, grads):
         x_TK, low_TS, *parameters = ctx.saved_tensors
         weight, b, a = _in_three(parameters)
-        needs_x, needs_b, needs_a = ctx.needs
         known = next((g for g in grads if g is not None), None)
         if known is None:
             none = [None] * len(weight)
-            return None, none, none, none, None, [None] * ctx.biases
+            return None, none, none, none, None, [None] * ctx.num_biases
         # an output that no loss reads counts as one with a gradient of zero
         dy = [
             known.new_zeros((*known.shape[:-1], w.shape[0])) if g is None else g
             for g, w in zip(grads, weight, strict=False)
         ]
-        run = gradients if _is_traced() else backward
-        with _no_autocast(known):
-            dx_TK, *db, da_SK = run(dy, x_TK, low_TS, weight, b, a, ctx.scale, *ctx.needs)
-        rows = [v.shape[0] for v, needed in zip(a, needs_a, strict=True) if needed]
+        group, needs = Group(weight, b, a, ctx.scale), ctx.needs
+        with no_autocast(known):
+            if _is_traced():
+                results = gradients(dy, x_TK, low_TS, *group[:4], *needs)
+            else:
+                results = backward(dy, x_TK, low_TS, group, needs)
+        dx_TK, *db, da_SK = results
+        rows = [v.shape[0] for v, needed in zip(a, needs.a, strict=True) if needed]
         da = iter(da_SK.split(rows) if len(rows) > 1 else (da_SK,))
         return (
-            dx_TK if needs_x else None,
+            dx_TK if needs.x else None,
             [None] * len(weight),
-            [g if needed else None for g, needed in zip(db, needs_b, strict=True)],
-            [next(da).to(v.dtype) if n else None for v, n in zip(a, needs_a, strict=True)],
+            [g if needed else None for g, needed in zip(db, needs.b, strict=True)],
+            [next(da).to(v.dtype) if n else None for v, n in zip(a, needs.a, strict=True)],
             None,
-            [None] * ctx.biases,
+            [None] * ctx.num_biases,
         )
 
-    outputs_and_low.register_autograd(differentiate, setup_context=keep)
+    outputs_and_low.register_autograd(differentiate, setup_context=save)
 
     class Eager(torch.autograd.Function):
         # the same without the layers of Python around a custom op with lists, which cost 0.2 ms
         # a call forward and backward: more than the products of a small model
         @staticmethod
         def forward(ctx, x_TK, scale, bias, *parameters):
-            inputs = (x_TK, *_in_three(parameters), scale, bias)
-            result = forward(*inputs)
-            keep(ctx, inputs, result)
+            group = Group(*_in_three(parameters), scale, bias)
+            result = forward(x_TK, group)
+            save(ctx, (x_TK, *group), result)
             return tuple(result)
 
         @staticmethod
@@ -216,7 +238,7 @@ def by_hand(
         return _flops(x_TK, weight, b)
 
     @register_flop_formula(getattr(torch.ops.smb, f"lora_linear_{backend}_bwd"), get_raw=True)
-    def _(dy, x_TK, low_TS, weight, b, a, scale, needs_x, needs_b, needs_a, **_kwargs):
+    def _(dy, _x_TK, _low_TS, weight, b, _a, _scale, needs_x, needs_b, needs_a, **_kwargs):
         shapes = [tuple(w.shape) for w in weight]
         needs = {"needs_x": needs_x, "needs_b": needs_b, "needs_a": needs_a}
         tokens = dy[0].numel() // shapes[0][0]
@@ -231,36 +253,24 @@ def by_hand(
         scale: list[float],
         bias: list[Tensor] | None = None,
     ) -> list[Tensor]:
-        bias = bias or []
-        dtype = _autocast_dtype(x_TK)
+        group = Group(weight, b, a, scale, bias or [])
+        dtype = autocast_dtype(x_TK)
         if dtype is not None:
             # as autocast does it for each linear; factors in fp32 are cast by the operation
-            x_TK, weight, bias = x_TK.to(dtype), _cast(weight, dtype), _cast(bias, dtype)
-        _check(x_TK, weight, b, a, scale, bias)
-        with _no_autocast(x_TK):
+            x_TK = x_TK.to(dtype)
+            group = group._replace(
+                weight=[w.to(dtype) for w in weight], bias=[v.to(dtype) for v in group.bias]
+            )
+        _check(x_TK, group)
+        with no_autocast(x_TK):
             if _is_traced():
-                return outputs_and_low(x_TK, weight, b, a, scale, bias)[:-1]
+                return outputs_and_low(x_TK, *group)[:-1]
             if torch.is_grad_enabled():
-                return list(Eager.apply(x_TK, scale, bias, *weight, *b, *a)[:-1])
-            return forward(x_TK, weight, b, a, scale, bias)[:-1]
+                parameters = (*group.weight, *b, *a)
+                return list(Eager.apply(x_TK, scale, group.bias, *parameters)[:-1])
+            return forward(x_TK, group)[:-1]
 
     return lora_linear
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    kind = x.device.type
-    if kind not in AUTOCAST or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager:
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if kind in AUTOCAST else nullcontext()
-
-
-def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    return [t.to(dtype) for t in tensors]
 
 
 def _is_traced() -> bool:
@@ -281,7 +291,8 @@ def wider(factors: Sequence[Tensor]) -> torch.dtype:
     return dtype
 
 
-def _check(x_TK, weight, b, a, scale, bias) -> None:
+def _check(x_TK: Tensor, group: Group) -> None:
+    weight, b, a, scale, bias = group
     if not weight:
         raise ValueError("weight must hold at least one linear, got an empty list")
     for name, values in {"b": b, "a": a, "scale": scale, "bias": bias or None}.items():

@@ -15,7 +15,7 @@ N out, K in features, R rank, M matrices of a kind, P programs.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -25,8 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smbkernels.ema_update import in_place
-from smbkernels.triton.platform import Build, missing
+from smbkernels.ema.op import Lists, in_place
+from smbkernels.triton_platform import Build, missing
 
 __all__ = ["builds", "ema_update_", "missing"]
 
@@ -190,7 +190,7 @@ def _plans(matrices: tuple[Matrix, ...]) -> tuple[Plan, ...]:
     members: dict[Kind, list[Matrix]] = {}
     for matrix in matrices:
         members.setdefault(matrix.kind, []).append(matrix)
-    return tuple(_plan(kind, found) for kind, found in members.items())
+    return tuple(_plan(kind, of_kind) for kind, of_kind in members.items())
 
 
 def _plan(kind: Kind, members: list[Matrix]) -> Plan:
@@ -221,15 +221,9 @@ def _owners(device: torch.device, tiles: tuple[int, ...]) -> Tensor:
     return torch.repeat_interleave(index_M, count_M, output_size=sum(tiles))
 
 
-def _matrices(
-    average: Sequence[Tensor],
-    remainder: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    b: Sequence[Tensor],
-    a: Sequence[Tensor],
-    scale: Sequence[float],
-) -> Iterator[Matrix]:
+def _matrices(lists: Lists) -> Iterator[Matrix]:
     """What the tables are made of, for each average that has elements."""
+    average, remainder, weight, b, a, scale = lists
     for i, (high, w) in enumerate(zip(average, weight, strict=True)):
         rank = b[i].shape[1] if b else 0
         # without an adapter a matrix is one row, whatever its shape
@@ -264,17 +258,10 @@ def _constexprs(kind: Kind) -> dict[str, Any]:
     }
 
 
-def _launch(
-    average: Sequence[Tensor],
-    remainder: Sequence[Tensor],
-    weight: Sequence[Tensor],
-    b: Sequence[Tensor],
-    a: Sequence[Tensor],
-    scale: Sequence[float],
-    tau: float,
-) -> None:
-    b, a = [x.contiguous() for x in b], [x.contiguous() for x in a]
-    for plan in _plans(tuple(_matrices(average, remainder, weight, b, a, scale))):
+def _launch(lists: Lists, tau: float) -> None:
+    # named, because the table holds their addresses alone
+    b, a = [x.contiguous() for x in lists.b], [x.contiguous() for x in lists.a]
+    for plan in _plans(tuple(_matrices(lists._replace(b=b, a=a)))):
         kind = plan.kind
         with torch.cuda.device_of(plan.table_MC):
             _ema_update_kernel[(len(plan.matrix_P),)](
@@ -310,15 +297,15 @@ def builds() -> list[Build]:
         " ragged": [(bf16, fp32, 16, True, True, False), (fp32, fp32, 0, False, True, False)],
         " unaligned": [(bf16, fp32, 16, True, False, False), (bf16, bf16, 0, True, False, False)],
     }
-    found = []
+    configurations = []
     for name, kinds in cases.items():
         for weight, adapter, rank, split, aligned, even in kinds:
             kind = Kind(torch.device("cuda"), weight, adapter, adapter, rank, split, aligned, even)
             constexprs = _constexprs(kind)
             label = f"{TYPES[weight]} rank {rank} {TYPES[adapter]} {'split' if split else 'fp32'}"
-            found.append(
+            configurations.append(
                 Build(
-                    name=f"ema_update_ {label}{name}",
+                    name=f"ema_update/{label}{name}",
                     kernel=_ema_update_kernel,
                     signature={
                         "table_ptr": "*i64",
@@ -334,4 +321,4 @@ def builds() -> list[Build]:
                     wide_loads=aligned,
                 )
             )
-    return found
+    return configurations

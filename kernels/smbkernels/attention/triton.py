@@ -36,21 +36,19 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from smbkernels.timeline_attention import forward_backward
-from smbkernels.timeline_attention import timeline_attention as attention
-from smbkernels.triton.platform import INTERPRET, Build, missing, on_device_of_first
-from smbkernels.triton.timeline_attention_kernels import (
+from smbkernels.attention.kernels import (
+    _timeline_attention_bwd_key_kernel,
     _timeline_attention_bwd_query_kernel,
+    _timeline_attention_bwd_rows_kernel,
     _timeline_attention_fwd_kernel,
 )
-from smbkernels.triton.timeline_attention_key_kernel import (
-    _timeline_attention_bwd_key_kernel,
-    _timeline_attention_bwd_rows_kernel,
-)
+from smbkernels.attention.op import Inputs, forward_backward
+from smbkernels.attention.op import timeline_attention as attention
+from smbkernels.triton_platform import INTERPRET, Build, missing, on_device_of_first
 
 __all__ = ["builds", "missing", "timeline_attention"]
 
-# said aloud, because its default differs between versions of Triton
+# set explicitly, because its default differs between versions of Triton
 OPTIONS = {"enable_fp_fusion": True}
 SCAN = 128  # rows of the table that a program looks at together
 ROWS = 32  # that a program of the first backward kernel owns
@@ -152,9 +150,8 @@ def _launch(launch: Launch) -> dict[str, Any]:
 
 
 @on_device_of_first
-def _launch_fwd(
-    query_THC: Tensor, key_TGC: Tensor, value_TGC: Tensor, table_S6: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _launch_fwd(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    query_THC, key_TGC, value_TGC, table_S6, scale = inputs
     if scale <= 0:
         raise ValueError(f"scale must be positive, got {scale}")
     T, H, C = query_THC.shape
@@ -186,15 +183,9 @@ def _launch_fwd(
 
 @on_device_of_first
 def _launch_bwd(
-    grad_out_THC: Tensor,
-    query_THC: Tensor,
-    key_TGC: Tensor,
-    value_TGC: Tensor,
-    out_THC: Tensor,
-    lse_HT: Tensor,
-    table_S6: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out_THC: Tensor, out_THC: Tensor, lse_HT: Tensor, inputs: Inputs
+) -> tuple[Tensor, ...]:
+    query_THC, key_TGC, value_TGC, table_S6, scale = inputs
     T, H, C = query_THC.shape
     G, S = key_TGC.shape[1], len(table_S6)
     given = map(_strided, (grad_out_THC, query_THC, key_TGC, value_TGC))
@@ -207,7 +198,7 @@ def _launch_bwd(
     # the row of keys at which a query stops seeing, in its own segment and in its trunk
     end_2T = query_THC.new_empty(2, T, dtype=torch.int32)
     out_THC, lse_HT, table_S6 = (x.contiguous() for x in (out_THC, lse_HT, table_S6))
-    inputs = {
+    arguments = {
         "q_ptr": query_THC,
         "k_ptr": key_TGC,
         "v_ptr": value_TGC,
@@ -239,7 +230,7 @@ def _launch_bwd(
     )
     slots = _slots(T, S, settings.query.block_m)
     _timeline_attention_bwd_query_kernel[(slots * H,)](
-        q_grad_ptr=grads[0], heads=H, slots=slots, **inputs, **_launch(settings.query)
+        q_grad_ptr=grads[0], heads=H, slots=slots, **arguments, **_launch(settings.query)
     )
     slots = _slots(T, S, settings.key.block_n)
     _timeline_attention_bwd_key_kernel[(slots * G,)](
@@ -247,7 +238,7 @@ def _launch_bwd(
         v_grad_ptr=grads[2],
         end_ptr=end_2T,
         kv_heads=G,
-        **inputs,
+        **arguments,
         **_launch(settings.key),
     )
     return grads
@@ -275,7 +266,7 @@ def builds() -> list[Build]:
                 kinds = {"rows": Launch(ROWS, 0, 4, 3), **vars(settings)}
                 for kind, launch in kinds.items():
                     archs.setdefault((dtype, head_dim, kind, launch), []).append(arch)
-    return [_build(*key, tuple(found)) for key, found in archs.items()]
+    return [_build(*key, tuple(chips)) for key, chips in archs.items()]
 
 
 def _build(
@@ -289,10 +280,10 @@ def _build(
     signature = {}
     for argument in _KERNELS[kind].arg_names:
         pointer = argument.endswith("_ptr")
-        found = types.get(argument, name if pointer else "i32")
-        signature[argument] = f"*{found}" if pointer else found
+        element = types.get(argument, name if pointer else "i32")
+        signature[argument] = f"*{element}" if pointer else element
     return Build(
-        name=f"timeline_attention {name} {head_dim} {kind} {launch.block_m} {launch.block_n}",
+        name=f"timeline_attention/{name} {head_dim} {kind} {launch.block_m} {launch.block_n}",
         kernel=_KERNELS[kind],
         signature=signature,
         constexprs={k: v for k, v in sizes.items() if k in signature},

@@ -19,13 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smbkernels.masked_jepa_mse import LAYER_NORM_EPS, one_pass
-from smbkernels.triton.platform import Build, missing
+from smbkernels.jepa_mse.op import LAYER_NORM_EPS, one_pass
+from smbkernels.triton_platform import Build, missing
 
 __all__ = ["builds", "masked_jepa_mse", "missing"]
 
 
-# said aloud, because its default differs between versions of Triton
+# set explicitly, because its default differs between versions of Triton
 OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -146,13 +146,13 @@ masked_jepa_mse = one_pass("triton", _launch)
 
 def builds() -> list[Build]:
     """The width of 8B models, and the widest row."""
-    found = []
+    configurations = []
     for width in (4096, 16384):
         for prediction, target in (("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "fp32")):
             settings = Settings.of(width)
-            found.append(
+            configurations.append(
                 Build(
-                    name=f"masked_jepa_mse {width} {prediction} {target}",
+                    name=f"masked_jepa_mse/{width} {prediction} {target}",
                     kernel=_masked_jepa_mse_kernel,
                     signature={
                         "loss_ptr": "*fp32",
@@ -182,4 +182,4 @@ def builds() -> list[Build]:
                     options=OPTIONS,
                 )
             )
-    return found
+    return configurations

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from smbkernels.cpp.build import missing
-from smbkernels.masked_jepa_mse import one_pass
+from smbkernels.cpp_build import missing
+from smbkernels.jepa_mse.op import one_pass
 
 __all__ = ["masked_jepa_mse", "missing"]
 

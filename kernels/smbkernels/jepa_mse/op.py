@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from smbkernels.registry import Backend, op
+from smbkernels.autograd import scaled
+from smbkernels.operation import Backend, op
 
 LAYER_NORM_EPS = 1e-5
 WIDEST = 16384
@@ -44,8 +45,8 @@ def _flops(prediction_MD: Tensor, *_args, **_kwargs) -> int:
 
 
 @op(
-    Backend("triton", "triton.masked_jepa_mse", ("cuda",), _fits_registers),
-    Backend("cpp", "cpp.masked_jepa_mse", ("cpu",), _fits),
+    Backend("triton", "jepa_mse.triton", ("cuda",), _fits_registers),
+    Backend("cpp", "jepa_mse.cpp", ("cpu",), _fits),
     flops=_flops,
 )
 def masked_jepa_mse(
@@ -98,30 +99,18 @@ def one_pass(backend: str, launch: Callable[..., tuple[Tensor, Tensor]]) -> Call
     Args:
         launch: (prediction, target, row, norm_weight, normalize, norm_eps, scale, needs_grad) ->
             the loss, an fp32 scalar, and its gradient like the prediction (empty if not needed).
+            The custom operation takes its schema from the annotations.
     """
-    name = f"smb::masked_jepa_mse_{backend}"
-
-    @custom_op(name, mutates_args=())
-    def loss_and_grad(
-        prediction_MD: Tensor,
-        target_TD: Tensor,
-        row_M: Tensor,
-        norm_weight_D: Tensor | None,
-        normalize: bool,
-        norm_eps: float,
-        scale: float,
-        needs_grad: bool,
-    ) -> tuple[Tensor, Tensor]:
-        options = (normalize, norm_eps, scale, needs_grad)
-        return launch(prediction_MD, target_TD, row_M, norm_weight_D, *options)
+    loss_and_grad = custom_op(f"smb::masked_jepa_mse_{backend}", launch, mutates_args=())
 
     @loss_and_grad.register_fake
-    def _(prediction_MD, target_TD, row_M, norm_weight_D, normalize, norm_eps, scale, needs_grad):
+    def _(prediction_MD, *_inputs_and_options):
+        *_, needs_grad = _inputs_and_options
         loss = prediction_MD.new_empty((), dtype=torch.float32)
         shape = prediction_MD.shape if needs_grad else (0,)
         return loss, prediction_MD.new_empty(shape)
 
-    def keep(ctx, inputs, output) -> None:
+    def save(ctx, inputs, output) -> None:
         ctx.save_for_backward(output[1])
         ctx.set_materialize_grads(False)
 
@@ -130,9 +119,9 @@ def one_pass(backend: str, launch: Callable[..., tuple[Tensor, Tensor]]) -> Call
             raise NotImplementedError(
                 f"masked_jepa_mse on {backend} has no second derivative; its reference has"
             )
-        return _scaled(ctx.saved_tensors[0], grad_loss), *[None] * 7
+        return scaled(ctx.saved_tensors[0], grad_loss, in_place=False), *[None] * 7
 
-    loss_and_grad.register_autograd(backward, setup_context=keep)
+    loss_and_grad.register_autograd(backward, setup_context=save)
     packet = getattr(torch.ops.smb, f"masked_jepa_mse_{backend}")
     register_flop_formula(packet, get_raw=True)(lambda p, *_, **__: _flops(p))
 
@@ -154,17 +143,6 @@ def one_pass(backend: str, launch: Callable[..., tuple[Tensor, Tensor]]) -> Call
         )[0]
 
     return masked_jepa_mse
-
-
-def _scaled(grad_MD: Tensor, grad_loss: Tensor) -> Tensor:
-    # reading a scalar on a GPU would wait for it; on a CPU it saves a pass over the gradient.
-    # subclasses stand in for tensors while a graph is traced
-    plain = type(grad_loss) is Tensor and not torch.compiler.is_compiling()
-    if plain and grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:
-        # what is handed out belongs to the caller: a graph that is kept needs its own
-        kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        return grad_MD.clone() if kept else grad_MD
-    return grad_MD * grad_loss
 
 
 def _check(

@@ -36,6 +36,7 @@ Nothing here has been measured on a GPU, and it is therefore not the automatic c
 S is the sum of the ranks of a group.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +44,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smbkernels.fused.lora_linear import chosen, input_gradient, outputs, parts, rows, stacked
-from smbkernels.lora_linear import by_hand, wider
-from smbkernels.triton.platform import INTERPRET, Build, missing, on_device_of_first
+from smbkernels.lora.op import Group, Needs, by_hand, wider
+from smbkernels.lora.products import chosen, input_gradient, outputs, parts, rows, stacked
+from smbkernels.triton_platform import INTERPRET, Build, missing, on_device_of_first
 
 __all__ = ["builds", "lora_linear", "missing"]
 
@@ -310,16 +311,20 @@ def _launch_columns(
         _sum(out, target)
 
 
-def _forward(x_TK, weight, b, a, scale, bias) -> list[Tensor]:
+def _forward(x_TK: Tensor, group: Group) -> list[Tensor]:
     lead = x_TK.shape[:-1]
-    x_TK, a_SK = rows(x_TK), stacked(a, x_TK.dtype)
+    x_TK, a_SK = rows(x_TK), stacked(group.a, x_TK.dtype)
     low_TS = x_TK.new_empty((x_TK.shape[0], a_SK.shape[0]))
     _launch_rows(low_TS, x_TK, a_SK.t(), 1.0)
-    ys = outputs(x_TK, low_TS, weight, b, a, scale, bias)
+    ys = outputs(x_TK, low_TS, group)
     return [*(y.view(*lead, y.shape[1]) for y in ys), low_TS]
 
 
-def _backward(dy, x_TK, low_TS, weight, b, a, scale, needs_x, needs_b, needs_a) -> list[Tensor]:
+def _backward(
+    dy: Sequence[Tensor], x_TK: Tensor | None, low_TS: Tensor | None, group: Group, needs: Needs
+) -> list[Tensor]:
+    weight, b, a, scale, _ = group
+    needs_x, needs_b, needs_a = needs
     lead, K = dy[0].shape[:-1], weight[0].shape[1]
     dy = [rows(v) for v in dy]
     dx_TK, da_SK = dy[0].new_empty(0), dy[0].new_empty(0, dtype=wider(a))
@@ -355,18 +360,18 @@ lora_linear = by_hand("triton", on_device_of_first(_forward), on_device_of_first
 
 def builds() -> list[Build]:
     """What Qwen3-8B launches: ranks of one linear, of gate and up, of Q K V; and rank 64."""
-    found = {}
+    builds_by_name = {}
     for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
         for rank in (16, 32, 64):
             for kind in ("rows", "both", "columns"):
                 s = Settings.of(rank, itemsize, kind)
                 if kind != "both" or s.pays(rank, itemsize):
                     build = _build(kind, dtype, s)
-                    found[build.name] = build
+                    builds_by_name[build.name] = build
     pointers = {"out_ptr": "*bf16", "share_ptr": "*fp32"}
     block = {"BLOCK": _SUM_BLOCK}
     total = _described(_lora_linear_sum_kernel, "sum_bf16", pointers, block, wide_loads=False)
-    return [*found.values(), total]
+    return [*builds_by_name.values(), total]
 
 
 def _build(kind: str, dtype: str, s: Settings) -> Build:
@@ -393,4 +398,4 @@ def _described(kernel, name: str, pointers: dict, constexprs: dict, **options) -
     given = {**pointers, "scale": "fp32", **dict.fromkeys(constexprs, "constexpr")}
     signature = {n: given.get(n, "i32") for n in kernel.arg_names}
     aligned = tuple(n for n, kind in signature.items() if kind == "i32")
-    return Build(f"lora_linear_{name}", kernel, signature, constexprs, aligned=aligned, **options)
+    return Build(f"lora_linear/{name}", kernel, signature, constexprs, aligned=aligned, **options)

@@ -9,24 +9,12 @@ C rows of a chunk; the rest as in the operation.
 import torch
 from torch import Tensor
 
-from smbkernels.linear_cross_entropy import one_pass, wide
-
-LEAST, MOST = 512, 2048  # rows of a chunk: below, products wait for the head to be read
+from smbkernels.cross_entropy.op import chunk_rows, one_pass, wide
 
 
 def missing(device: str) -> str | None:
     """It runs wherever torch does."""
     return None
-
-
-def chunk_rows(N: int, D: int, V: int) -> int:
-    """Rows of a chunk: its logits are about as large as the hidden states, N D / V (as Liger does).
-
-    Within bounds, and N is cut evenly: no chunk of a row or two is left over.
-    """
-    most = min(max(N * D // V, LEAST), MOST)
-    chunks = max(-(-N // most), 1)
-    return -(-N // chunks)
 
 
 def _launch(

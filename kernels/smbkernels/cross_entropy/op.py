@@ -1,4 +1,4 @@
-"""Summed cross-entropy of `hidden @ weight.T` at labelled rows, some rows of the head apart.
+"""Summed cross-entropy of `hidden @ weight.T` at labelled rows, some rows of the head replaced.
 
     z_nv = hidden_n . weight_v, or hidden_n . token_weight_r for v = token_r
     L    = scale * sum_n (logsumexp_v(z_nv) - z_n,label_n)
@@ -19,8 +19,10 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from smbkernels.lora_linear import AUTOCAST
-from smbkernels.registry import Backend, op
+from smbkernels.autograd import autocast_dtype, scaled
+from smbkernels.operation import Backend, op
+
+LEAST, MOST = 512, 2048  # rows of a chunk: below, products wait for the head to be read
 
 
 def head_flops(
@@ -38,20 +40,7 @@ def _flops(
     return head_flops(*hidden_ND.shape, weight_VD.shape[0], R, **none)
 
 
-def _fits_liger(
-    hidden_ND: Tensor, weight_VD: Tensor, label_N: Tensor, token_R: Tensor | None = None, *_, **__
-) -> str | None:
-    if hidden_ND.dtype not in (torch.float32, torch.bfloat16):
-        return f"dtype of hidden_ND must be fp32 or bf16, got {hidden_ND.dtype}"
-    return None if token_R is None else "it knows no rows of the head that are trained apart"
-
-
-@op(
-    Backend("chunked", "fused.linear_cross_entropy", ("cuda", "cpu")),
-    # it waits for the GPU at each call
-    Backend("liger", "liger.linear_cross_entropy", (), _fits_liger),
-    flops=_flops,
-)
+@op(Backend("chunked", "cross_entropy.chunked", ("cuda", "cpu")), flops=_flops)
 def linear_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -93,31 +82,17 @@ def one_pass(backend: str, launch: Launch) -> Callable[..., Tensor]:
             needs_tokens) -> the loss and the gradients of hidden, weight and token_weight, each
             like its tensor (empty if not needed).
     """
-    name = f"smb::linear_cross_entropy_{backend}"
-
-    @custom_op(name, mutates_args=())
-    def loss_and_grads(
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        label_N: Tensor,
-        token_R: Tensor | None,
-        token_weight_RD: Tensor | None,
-        scale: float,
-        needs_hidden: bool,
-        needs_weight: bool,
-        needs_tokens: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        needs = (needs_hidden, needs_weight, needs_tokens)
-        return launch(hidden_ND, weight_VD, label_N, token_R, token_weight_RD, scale, *needs)
+    name = f"linear_cross_entropy_{backend}"
+    loss_and_grads = custom_op(f"smb::{name}", launch, mutates_args=())
 
     @loss_and_grads.register_fake
-    def _(hidden_ND, weight_VD, label_N, token_R, token_weight_RD, scale, *needs):
+    def _(hidden_ND, weight_VD, _label_N, token_R, token_weight_RD, _scale, *needs):
         loss = hidden_ND.new_empty((), dtype=wide(hidden_ND.dtype))
         likes = (hidden_ND, weight_VD, hidden_ND if token_R is None else token_weight_RD)
         grads = (x.new_empty(x.shape if n else (0,)) for x, n in zip(likes, needs, strict=True))
         return loss, *grads
 
-    def keep(ctx, inputs, output) -> None:
+    def save(ctx, inputs, output) -> None:
         ctx.needs = inputs[-3:]
         ctx.save_for_backward(*output[1:])
         ctx.set_materialize_grads(False)
@@ -127,16 +102,16 @@ def one_pass(backend: str, launch: Launch) -> Callable[..., Tensor]:
             raise NotImplementedError(
                 f"linear_cross_entropy on {backend} has no second derivative; its reference has"
             )
-        found = [
-            _scaled(grad, grad_loss) if needed and grad_loss is not None else None
+        grads = [
+            scaled(grad, grad_loss, in_place=True) if needed and grad_loss is not None else None
             for grad, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
         ]
-        return found[0], found[1], None, None, found[2], *[None] * 4
+        return grads[0], grads[1], None, None, grads[2], *[None] * 4
 
-    loss_and_grads.register_autograd(backward, setup_context=keep)
+    loss_and_grads.register_autograd(backward, setup_context=save)
 
-    @register_flop_formula(getattr(torch.ops.smb, name.split("::")[1]), get_raw=True)
-    def _(hidden_ND, weight_VD, label_N, token_R, token_weight_RD, scale, *needs, **_kwargs):
+    @register_flop_formula(getattr(torch.ops.smb, name), get_raw=True)
+    def _(hidden_ND, weight_VD, _label_N, token_R, _token_weight_RD, _scale, *needs, **_kwargs):
         R = 0 if token_R is None else len(token_R)
         wants = dict(zip(("hidden", "weight", "tokens"), needs, strict=True))
         return head_flops(*hidden_ND.shape, weight_VD.shape[0], R, **wants)
@@ -151,10 +126,10 @@ def one_pass(backend: str, launch: Launch) -> Callable[..., Tensor]:
         scale: float = 1.0,
     ) -> Tensor:
         _check(hidden_ND, weight_VD, label_N, token_R, token_weight_RD)
-        kind, exact = hidden_ND.device.type, hidden_ND.dtype == torch.float64
-        if kind in AUTOCAST and torch.is_autocast_enabled(kind) and not exact:
+        dtype = autocast_dtype(hidden_ND)
+        if dtype is not None:
             # as autocast does it for the product; the weights are cast by the operation
-            hidden_ND = hidden_ND.to(torch.get_autocast_dtype(kind))
+            hidden_ND = hidden_ND.to(dtype)
         leaves = (hidden_ND, weight_VD, token_weight_RD)
         enabled = torch.is_grad_enabled()
         needs = (enabled and x is not None and x.requires_grad for x in leaves)
@@ -165,21 +140,19 @@ def one_pass(backend: str, launch: Launch) -> Callable[..., Tensor]:
     return linear_cross_entropy
 
 
+def chunk_rows(N: int, D: int, V: int) -> int:
+    """Rows of a chunk: its logits are about as large as the hidden states, N D / V (as Liger does).
+
+    Within bounds, and N is cut evenly: no chunk of a row or two is left over.
+    """
+    most = min(max(N * D // V, LEAST), MOST)
+    chunks = max(-(-N // most), 1)
+    return -(-N // chunks)
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """In which loss, softmax and sums over chunks are computed: at least fp32."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def _scaled(grad: Tensor, grad_loss: Tensor) -> Tensor:
-    # a gradient as large as the head is not copied where nobody will ask for it again; subclasses
-    # stand in for tensors while a graph is traced
-    plain = type(grad_loss) is Tensor and not torch.compiler.is_compiling()
-    if not plain or torch._C._autograd._get_current_graph_task_keep_graph():
-        return grad * grad_loss.to(grad.dtype)
-    # reading a scalar on a GPU would wait for it; on a CPU it saves a pass over the gradient
-    if grad_loss.device.type == "cpu" and float(grad_loss) == 1.0:
-        return grad
-    return grad.mul_(grad_loss)
 
 
 def _check(

@@ -13,13 +13,14 @@ N out, K in features, R rank.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
-from smbkernels.registry import Backend, op
+from smbkernels.operation import Backend, op
 
 
 def _fits(
@@ -42,8 +43,8 @@ def _flops(average: list[Tensor], weight: list[Tensor], b=None, a=None, *_args, 
 
 
 @op(
-    Backend("triton", "triton.ema_update", ("cuda",), _fits),
-    Backend("cpp", "cpp.ema_update", ("cpu",), _fits),
+    Backend("triton", "ema.triton", ("cuda",), _fits),
+    Backend("cpp", "ema.cpp", ("cpu",), _fits),
     flops=_flops,
 )
 @torch.no_grad()
@@ -102,12 +103,25 @@ def join(high: Tensor, remainder: Tensor) -> Tensor:
     return bits.view(torch.float32)
 
 
-def in_place(backend: str, launch: Callable[..., None]) -> Callable[..., None]:
+class Lists(NamedTuple):
+    """The lists of one call, an entry for each matrix.
+
+    `remainder`, `b` and `a` are empty where there are none; `scale` is given.
+    """
+
+    average: Sequence[Tensor]
+    remainder: Sequence[Tensor]
+    weight: Sequence[Tensor]
+    b: Sequence[Tensor]
+    a: Sequence[Tensor]
+    scale: Sequence[float]
+
+
+def in_place(backend: str, launch: Callable[[Lists, float], None]) -> Callable[..., None]:
     """The operation on a backend that updates all matrices.
 
     Args:
-        launch: (average, remainder, weight, b, a, scale, tau), where `remainder`, `b` and `a` are
-            empty when there are none, and `scale` has one entry per matrix.
+        launch: what updates the averages in place, given all lists and tau.
     """
 
     @custom_op(f"smb::ema_update_{backend}", mutates_args=("average", "remainder"))
@@ -120,16 +134,16 @@ def in_place(backend: str, launch: Callable[..., None]) -> Callable[..., None]:
         scale: Sequence[float],
         tau: float,
     ) -> None:
-        launch(average, remainder, weight, b, a, scale, tau)
+        launch(Lists(average, remainder, weight, b, a, scale), tau)
 
     @update.register_fake
-    def _(average, remainder, weight, b, a, scale, tau):
+    def _(*_inputs):
         return None
 
     packet = getattr(torch.ops.smb, f"ema_update_{backend}")
 
     @register_flop_formula(packet, get_raw=True)
-    def _(average, remainder, weight, b, a, *_args, **_kwargs):
+    def _(average, _remainder, weight, b, a, *_args, **_kwargs):
         return _flops(average, weight, b or None, a or None)
 
     @torch.no_grad()
@@ -143,28 +157,34 @@ def in_place(backend: str, launch: Callable[..., None]) -> Callable[..., None]:
         scale: list[float] | None = None,
         tau: float,
     ) -> None:
-        _check(average, weight, b, a, remainder, scale)
+        pairs = {"weight": weight, "b": b, "a": a, "remainder": remainder, "scale": scale}
+        _check_lengths(len(average), pairs)
+        scale = [1.0] * len(average) if scale is None else scale
+        lists = Lists(average, remainder or [], weight, b or [], a or [], scale)
+        _check(lists)
         if average:
-            scale = [1.0] * len(average) if scale is None else scale
-            update(average, remainder or [], weight, b or [], a or [], scale, tau)
+            update(*lists, tau)
 
     return ema_update_
 
 
-def _check(average, weight, b, a, remainder, scale) -> None:
-    lists = {"weight": weight, "b": b, "a": a, "remainder": remainder, "scale": scale}
+def _check_lengths(num_averages: int, lists: dict[str, Sequence | None]) -> None:
     for name, values in lists.items():
-        if values is not None and len(values) != len(average):
+        if values is not None and len(values) != num_averages:
             raise ValueError(
-                f"{name} must have one entry for each of {len(average)} averages, got {len(values)}"
+                f"{name} must have one entry for each of {num_averages} averages, got {len(values)}"
             )
-    if (b is None) != (a is None):
+    if (lists["b"] is None) != (lists["a"] is None):
         raise ValueError("b and a must be given together, got one of them")
+
+
+def _check(lists: Lists) -> None:
+    average, remainder, weight, b, a, _ = lists
     for name, tensors in {"weight": weight, "b": b, "a": a, "remainder": remainder}.items():
-        for i, (high, x) in enumerate(zip(average, tensors or (), strict=False)):
+        for i, (high, x) in enumerate(zip(average, tensors, strict=False)):
             if x.device != high.device:
                 raise ValueError(f"{name}[{i}] must be on {high.device}, got {x.device}")
-    kind = torch.float32 if remainder is None else torch.bfloat16
+    kind = torch.bfloat16 if remainder else torch.float32
     for i, (high, w) in enumerate(zip(average, weight, strict=True)):
         if high.dtype != kind:
             raise ValueError(f"average[{i}] must be {kind}, got {high.dtype}")
@@ -173,14 +193,14 @@ def _check(average, weight, b, a, remainder, scale) -> None:
         for name, x in (("average", high), ("weight", w)):
             if not x.is_contiguous():
                 raise ValueError(f"{name}[{i}] must be contiguous, got strides {x.stride()}")
-        if remainder is not None:
+        if remainder:
             low = remainder[i]
             if low.dtype != torch.int16 or low.shape != high.shape or not low.is_contiguous():
                 raise ValueError(
                     f"remainder[{i}] must be contiguous int16 {list(high.shape)}, got {low.dtype} "
                     f"{list(low.shape)}"
                 )
-        if b is not None:
+        if b:
             shapes = [list(b[i].shape), list(a[i].shape)]
             rank = b[i].shape[-1] if b[i].dim() else 0
             if high.dim() != 2 or shapes != [[high.shape[0], rank], [rank, high.shape[1]]]:

@@ -262,7 +262,7 @@ def _cache() -> Path:
 def _sources() -> list[Path]:
     # beside the package when it is installed, at the top of the repository otherwise
     here = Path(__file__).resolve()
-    for folder in (here.parents[1] / "csrc", here.parents[3] / "csrc"):
+    for folder in (here.parents[0] / "csrc", here.parents[2] / "csrc"):
         found = sorted([*folder.glob("*.cpp"), *folder.glob("*.h")])
         if found:
             return found

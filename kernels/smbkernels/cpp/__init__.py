@@ -1,1 +1,0 @@
-"""C++ implementations for CPUs, built on first use from csrc."""

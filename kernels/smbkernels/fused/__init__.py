@@ -1,1 +1,0 @@
-"""Hand-derived backwards over calls of torch, for any device."""

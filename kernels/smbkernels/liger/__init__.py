@@ -1,1 +1,0 @@
-"""Operations of Liger-Kernel with the contracts of ours; explicit choices alone."""

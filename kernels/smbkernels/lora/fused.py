@@ -1,0 +1,61 @@
+"""LoRA linears as few ATen products, with the backward by hand.
+
+Every product is added to the last in place: see `products`.
+
+W beside s B in one matrix, and x beside x A' in one row, would need no second pass over an output,
+but either a second resident copy of W or, at each call, copies of W and x.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from smbkernels.lora.op import Group, Needs, by_hand, wider
+from smbkernels.lora.products import chosen, input_gradient, outputs, parts, rows, stacked
+
+
+def missing(device: str) -> str | None:
+    """It runs wherever torch does."""
+    return None
+
+
+def _forward(x_TK: Tensor, group: Group) -> list[Tensor]:
+    lead = x_TK.shape[:-1]
+    x_TK = rows(x_TK)
+    low_TS = x_TK @ stacked(group.a, x_TK.dtype).t()
+    ys = outputs(x_TK, low_TS, group)
+    return [*(ys if len(lead) == 1 else [y.view(*lead, y.shape[1]) for y in ys]), low_TS]
+
+
+def _backward(
+    dy: Sequence[Tensor], x_TK: Tensor | None, low_TS: Tensor | None, group: Group, needs: Needs
+) -> list[Tensor]:
+    weight, b, a, scale, _ = group
+    needs_x, needs_b, needs_a = needs
+    lead = dy[0].shape[:-1]
+    dy = [rows(v) for v in dy]
+    dtype, n = dy[0].dtype, len(dy)
+    dx_TK, db, da_SK = dy[0].new_empty(0), [], dy[0].new_empty(0, dtype=wider(a))
+    low = parts(low_TS, a) if any(needs_b) else []
+    for i in range(n):
+        db.append(b[i].new_empty(b[i].shape if needs_b[i] else 0))
+        if needs_b[i]:
+            # [R, N] is the faster way round on a CPU
+            db_RN = dy[i].new_empty(b[i].shape[::-1])
+            db_RN.addmm_(low[i].t(), dy[i], beta=0, alpha=scale[i])
+            db[i].copy_(db_RN.t())
+    wanted = [i for i in range(n) if needs_x or needs_a[i]]
+    if wanted:
+        a_wanted = [a[i] for i in wanted]
+        dlow_TS = dy[0].new_empty((dy[0].shape[0], sum(v.shape[0] for v in a_wanted)))
+        for i, dlow_TR in zip(wanted, parts(dlow_TS, a_wanted), strict=True):
+            dlow_TR.addmm_(dy[i], b[i].to(dtype), beta=0, alpha=scale[i])
+        if needs_x:
+            dx_TK = input_gradient(dy, dlow_TS, weight, a).view(*lead, weight[0].shape[1])
+        if any(needs_a):
+            columns_TS = chosen(dlow_TS, a_wanted, [needs_a[i] for i in wanted])
+            da_SK = (columns_TS.t() @ rows(x_TK)).to(wider(a))
+    return [dx_TK, *db, da_SK]
+
+
+lora_linear = by_hand("fused", _forward, _backward)

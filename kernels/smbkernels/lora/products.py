@@ -1,0 +1,84 @@
+"""Products that both backends of `lora_linear` leave to torch: they add up in place (beta = 1).
+
+There is no [T, K] or [T, N] temporary. The A of a group are stacked, so that x is read once for
+x A' and once for dA.
+
+On CUDA the rank-r product comes first: an output is written by the product that waits for memory
+and read by the one that computes; the other way round the former reads and writes it. It also
+rounds a bf16 output once at full size, not twice. That order is chosen by counting, not measured.
+On a CPU the base product comes first, which was measured to be faster, most of all in bf16.
+
+T tokens, K in and N out features, R rank, S the sum of the ranks of a group.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from smbkernels.lora.op import Group
+
+Product = tuple[Tensor, Tensor, float]  # left, right, alpha
+
+
+def rows(x: Tensor) -> Tensor:
+    """[..., C] as [T, C] that a matrix product can read without a copy of its own."""
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    if x.is_contiguous():
+        return x
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def stacked(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The A of a group below one another, [S, K]: one product reads x once."""
+    return (a[0] if len(a) == 1 else torch.cat(list(a))).to(dtype)
+
+
+def parts(low_TS: Tensor, a: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The columns [T, R] that belong to each A of a stack."""
+    return [low_TS] if len(a) == 1 else low_TS.split([v.shape[0] for v in a], 1)
+
+
+def low_first(device: torch.device) -> bool:
+    """Whether the rank-r product is computed before the base product is added to it."""
+    return device.type == "cuda"
+
+
+def total(low: Product, base: list[Product], bias: Tensor | None = None) -> Tensor:
+    """bias + the sum of alpha left @ right, in one buffer."""
+    order = [low, *base] if low_first(low[0].device) else [*base, low]
+    (left, right, alpha), *rest = order
+    out = left.new_empty((left.shape[0], right.shape[1]))
+    if bias is None:
+        out.addmm_(left, right, beta=0, alpha=alpha)
+    else:
+        torch.addmm(bias, left, right, alpha=alpha, out=out)
+    for left, right, alpha in rest:
+        out.addmm_(left, right, alpha=alpha)
+    return out
+
+
+def outputs(x_TK: Tensor, low_TS: Tensor, group: Group) -> list[Tensor]:
+    """y of each linear from x and x A'."""
+    ys = []
+    for i, low_TR in enumerate(parts(low_TS, group.a)):
+        low = (low_TR, group.b[i].to(x_TK.dtype).t(), group.scale[i])
+        base = (x_TK, group.weight[i].t(), 1.0)
+        ys.append(total(low, [base], group.bias[i] if group.bias else None))
+    return ys
+
+
+def input_gradient(
+    dy: Sequence[Tensor], dlow_TS: Tensor, weight: Sequence[Tensor], a: Sequence[Tensor]
+) -> Tensor:
+    """dx from dy and s (dy B)."""
+    base = [(dy_TN, w_NK, 1.0) for dy_TN, w_NK in zip(dy, weight, strict=True)]
+    return total((dlow_TS, stacked(a, dlow_TS.dtype), 1.0), base)
+
+
+def chosen(dlow_TS: Tensor, a: Sequence[Tensor], needs_a: Sequence[bool]) -> Tensor:
+    """The columns of those A that need a gradient."""
+    if all(needs_a):
+        return dlow_TS
+    return torch.cat([d for d, n in zip(parts(dlow_TS, a), needs_a, strict=True) if n], 1)

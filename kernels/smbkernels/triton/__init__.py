@@ -1,1 +1,0 @@
-"""Triton kernels; reached through the registry alone."""

@@ -1,0 +1,42 @@
+"""The settings of every command, with their defaults and what they mean; presets are in `configs/`.
+
+Imports pydantic and nothing heavier, so that `--help` and a refused setting are answered at once.
+"""
+
+from smbfast.settings.commands import EmbedSettings, ProbeCommandSettings, ReportSettings
+from smbfast.settings.data import CohortSettings, DataSettings, PrepareSettings, SimulateSettings
+from smbfast.settings.model import LoraSettings, ModelSettings, ObjectiveSettings
+from smbfast.settings.presets import load, presets, run_arguments, run_help
+from smbfast.settings.training import (
+    EvalSettings,
+    OptimSettings,
+    PhaseSettings,
+    ProbeSettings,
+    RunSettings,
+    TrainSettings,
+    kernel_choice,
+)
+
+__all__ = [
+    "CohortSettings",
+    "DataSettings",
+    "EmbedSettings",
+    "EvalSettings",
+    "LoraSettings",
+    "ModelSettings",
+    "ObjectiveSettings",
+    "OptimSettings",
+    "PhaseSettings",
+    "PrepareSettings",
+    "ProbeCommandSettings",
+    "ProbeSettings",
+    "ReportSettings",
+    "RunSettings",
+    "SimulateSettings",
+    "TrainSettings",
+    "kernel_choice",
+    "load",
+    "presets",
+    "run_arguments",
+    "run_help",
+]

@@ -1,0 +1,167 @@
+"""Settings of the commands that read what a run has written: `embed`, `probe` and `report`."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from smbfast.base.config import Settings
+
+
+class EmbedSettings(Settings):
+    """Compute embeddings of patients at the prediction times of MEDS label files.
+
+    A decision node is a patient and a time at which a prediction is asked for, one for each row of
+    the labels. Its embedding sees the patient's events up to that time and nothing later. The
+    result is one parquet file with the columns subject_id, prediction_time, split and embedding,
+    one row for each distinct node, however many tasks ask for it.
+    """
+
+    epilog: ClassVar[str] = """Examples
+
+  Embed the decision nodes of two tasks with the final model of a run:
+    python -m smbfast.embed --model=runs/default/final --data=MEDS_FOLDER \\
+        --labels=mortality_1y,readmission_30d --out=embeddings.parquet"""
+
+    model: str = Field(
+        description="Folder of a trained model: `final` in a run folder, or one of those under "
+        "`best`. It brings its tokenizer, its context length and the form of the text."
+    )
+    data: str = Field(description="Folder of the MEDS dataset that holds the patients' events.")
+    labels: list[str] = Field(
+        description="Tasks whose decision nodes are embedded: folders of MEDS label files, or "
+        "names of folders under <data>/labels."
+    )
+    out: str = Field(
+        description="Parquet file to write. It is readable by you alone and appears only when it "
+        "is complete; an older file of this name is replaced."
+    )
+    encoder: Literal["online", "target"] = Field(
+        "online",
+        description="Which encoder gives the embeddings: `online`, the one that was trained, or "
+        "`target`, its EMA teacher, which is stored only if the model's last phase had JEPA.",
+    )
+    pool: Literal["last", "mean"] | None = Field(
+        None,
+        description="How the hidden states of a node become one embedding: `last` takes the state "
+        "at its last token, `mean` the average over all tokens of its window. `none` does as the "
+        "run did for its own probes.",
+    )
+    tokens: int = Field(
+        16384,
+        ge=64,
+        description="Largest number of tokens in one forward, with the nodes of many windows "
+        "packed together. Lower it if memory runs out; the embeddings change by rounding at most.",
+    )
+    path: Literal["shared", "reference"] = Field(
+        "shared",
+        description="How nodes are computed. `shared` takes one forward for all nodes of a window, "
+        "which read the same history once; `reference` takes a forward for each history and each "
+        "node, slower but with the same result. Use `reference` to check, or for a model that the "
+        "shared forward does not support.",
+    )
+    device: str = Field(
+        "auto",
+        description="Device that computes: `cpu`, `cuda`, or one GPU of several by its number, "
+        "such as `cuda:1`. `auto` is the first GPU, or the CPU if there is none.",
+    )
+
+
+class ProbeCommandSettings(Settings):
+    """Probe frozen embeddings: what does a linear model read from them about later outcomes?
+
+    Binary tasks (columns subject_id, prediction_time, boolean_value): features are scaled by their
+    largest absolute value on train, and an L2 logistic regression is fitted on train alone, with
+    the penalty that gives the best AUROC on tuning. Reported are AUROC, AUPRC and Brier score on
+    held_out.
+
+    Time to event (columns subject_id, prediction_time, duration_days, event): a Cox regression on
+    principal components, both fitted on train. Reported is Harrell's C on held_out.
+
+    Intervals (95 %) resample patients, not rows, and differences between models use the same
+    resamples. Two baselines stand beside: the same backbone untrained, and age, sex and counts of
+    codes.
+    """
+
+    epilog: ClassVar[str] = """Examples
+
+  Probe the embeddings of a run on two tasks, beside the same backbone untrained:
+    python -m smbfast.probe --data=MEDS_FOLDER --labels=mortality_1y,readmission_30d \\
+        --embeddings=runs/x/embeddings/online.parquet \\
+        --untrained=runs/x/embeddings/untrained.parquet"""
+
+    embeddings: Path = Field(
+        description="Parquet file with the embeddings of the trained model, as `python -m "
+        "smbfast.embed` or a training run writes it."
+    )
+    data: Path = Field(
+        description="Folder of the MEDS dataset that the labels belong to. Its events give the "
+        "baseline of age, sex and counts of codes."
+    )
+    untrained: Path | None = Field(
+        None,
+        description="Parquet file with embeddings of the same backbone before training, at the "
+        "same decision nodes. A training run writes it as embeddings/untrained.parquet; `none` "
+        "leaves this baseline out.",
+    )
+    labels: list[str] = Field(
+        [],
+        description="Tasks to probe: folders of MEDS label files, or names of folders under "
+        "<data>/labels. If the list is empty, all tasks under <data>/labels are probed.",
+    )
+    out: Path | None = Field(
+        None,
+        description="Folder that receives the results, probe.json, and for binary tasks the "
+        "predictions, predictions/<task>.parquet. `none` means the folder of the embeddings.",
+    )
+    bootstraps: int = Field(
+        1000,
+        ge=0,
+        description="Number of times the held-out patients are resampled for the 95 % intervals of "
+        "AUROC, AUPRC and Brier score. More resamples make the limits steadier and take longer; 0 "
+        "gives no intervals.",
+    )
+    cox_bootstraps: int = Field(
+        200,
+        ge=0,
+        description="Number of resamples for the 95 % intervals of the C-index of time-to-event "
+        "tasks, which takes longer to compute than the other metrics; 0 gives no intervals.",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        description="Random seed of the resamples and of the principal components. The same seed "
+        "gives the same result.",
+    )
+    cox_components: int = Field(
+        10,
+        ge=1,
+        description="Largest number of principal components of the embeddings that the Cox "
+        "regression uses. Fewer are used if train has less than five events for each. More "
+        "components hold more of the embedding and overfit sooner.",
+    )
+    small_cells: int = Field(
+        10,
+        ge=0,
+        description="Privacy of small groups: in the printed table a count from 1 to this number "
+        "appears as <=N. 0 prints every count as it is.",
+    )
+
+
+class ReportSettings(Settings):
+    """Write report.html into the folder of a run: losses, signs of collapse, probes and data.
+
+    Training writes the report by itself at its end. Use this command for a run that is under way or
+    was stopped. The page needs no network and no script, and shows no count of 1 to 10 people.
+    """
+
+    epilog: ClassVar[str] = """Examples
+
+  Write the report of a run that has not finished:
+    python -m smbfast.report --run=runs/default"""
+
+    run: Path = Field(
+        Path("runs/default"),
+        description="Folder of a training run, as it was given by --run.dir. The page is written "
+        "to report.html in it, replacing an older one.",
+    )

@@ -1,0 +1,214 @@
+"""Settings of the data: what a run trains on, and the commands `prepare` and `simulate`."""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from smbfast.base.config import Settings
+
+
+class DataSettings(Settings):
+    """Where the patients come from, and how their events become tokens.
+
+    The events of a patient are sorted into buckets, which are spans of time such as a day. Each
+    bucket is written as text: its date, then sections such as conditions or drugs with one line
+    for each code. The tokens of all buckets, in order, are the patient's timeline. A window is the
+    part of a timeline that one forward sees; windows of a long timeline overlap by about half.
+
+    The tokens are written to disk once, as token shards. Shards that were made from other data or
+    with other settings of the text are refused when a run begins.
+    """
+
+    path: str | None = Field(
+        None,
+        description="Folder of a MEDS dataset, with its parquet files under data/train, "
+        "data/tuning and data/held_out. `none` simulates a cohort of patients with a fictional "
+        "disease (see the group `cohort`).",
+    )
+    prepared: str | None = Field(
+        None,
+        description="Folder of the token shards. If it holds finished shards, for example those "
+        "that `python -m smbfast.prepare` wrote, they are checked against the settings and used; "
+        "if not, they are written there. `none` means the folder `prepared` inside the run folder.",
+    )
+    window: int = Field(
+        1024,
+        ge=64,
+        description="Context length: the largest number of tokens in a window, including the "
+        "demographics that are repeated at its start. A longer window shows the model more of a "
+        "patient's history and costs more time and memory; it may not exceed the number of "
+        "positions that a pretrained backbone allows.",
+    )
+    bucket: Literal["day", "hour", "moment"] = Field(
+        "day",
+        description="The span of time whose events are written together, under one date. `day` "
+        "suits outpatient and ward records, `hour` intensive care; `moment` makes a bucket of "
+        "every distinct time. Shorter buckets keep the order of events more exactly and need more "
+        "tokens.",
+    )
+    delimiters: Literal["special", "text"] = Field(
+        "special",
+        description="How section tags such as <drugs> enter the vocabulary. `special` adds each "
+        "tag as one new token, whose embedding is trained; `text` writes tags as ordinary text, "
+        "which takes several tokens for each but leaves the vocabulary of a pretrained backbone as "
+        "it is.",
+    )
+    sections: str | None = Field(
+        None,
+        description="TOML file of rules that send codes to sections of the text by the beginning "
+        "of the code. `none` uses the rules that come with the package; to change them, copy "
+        "smbfast/configs/sections.toml, edit the copy and name it here.",
+    )
+    values_per_line: int = Field(
+        5,
+        ge=1,
+        description="The largest number of values written for one code in one bucket. The latest "
+        "values are written and the others are left out and counted, so a larger number preserves "
+        "more of frequent measurements and makes records longer.",
+    )
+    text_chars: int = Field(
+        64,
+        ge=0,
+        description="The largest number of characters written of a text value, such as a free-text "
+        "result. Longer values are cut and counted; 0 leaves text values out.",
+    )
+    vocab_size: int = Field(
+        4096,
+        ge=400,
+        description="The largest number of tokens in the byte-level BPE tokenizer that is trained "
+        "on the train split when there is no pretrained backbone. A larger vocabulary makes "
+        "sequences shorter and the embedding table larger. It has no effect with a pretrained "
+        "backbone, which brings its own tokenizer.",
+    )
+    workers: int = Field(
+        0,
+        ge=0,
+        description="Number of processes that turn MEDS files into token shards, each a file at a "
+        "time; 0 uses one for each CPU core. Use fewer if memory runs out. Datasets of up to two "
+        "million events are always prepared in one process, and the number never changes the "
+        "result.",
+    )
+
+
+class CohortSettings(Settings):
+    """The simulated cohort that a run trains on when `data.path` is `none`.
+
+    Its disease is fictional; it serves to try the program and to compare models with the best
+    possible prediction, which is known for simulated patients.
+    """
+
+    patients: int = Field(
+        2400,
+        ge=20,
+        description="Number of simulated patients, all splits together: about 60 % fall into "
+        "train, 15 % into tuning and 25 % into held_out. More patients train a better model, take "
+        "longer and make the results of the probes more certain.",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        description="Random seed of the simulated cohort, independent of the seed of the run. "
+        "Another seed is another cohort; with the same seed patient i is the same person, however "
+        "many patients there are.",
+    )
+
+
+class PrepareSettings(DataSettings):
+    """Turn a MEDS dataset into token shards.
+
+    Training does this by itself. Run this command first for a large dataset, then give the folder
+    to training as --data.prepared=OUT together with the same settings of the text. If the command
+    was stopped, give it again: it goes on with the files that are left.
+
+    The events of a patient are sorted into buckets, which are spans of time such as a day. Each
+    bucket is written as text: its date, then sections such as conditions or drugs with one line
+    for each code.
+    """
+
+    epilog: ClassVar[str] = """Examples
+
+  Prepare a dataset for a small model, whose tokenizer is trained on the data itself:
+    python -m smbfast.prepare --path=MEDS_FOLDER --out=shards --vocab_size=2048
+
+  Prepare it for a pretrained backbone, with its tokenizer and hourly buckets:
+    python -m smbfast.prepare --path=MEDS_FOLDER --out=shards --tokenizer=Qwen/Qwen3-8B \\
+        --bucket=hour"""
+
+    path: str = Field(
+        description="Folder of the MEDS dataset to read, with its parquet files under data/train, "
+        "data/tuning and data/held_out."
+    )
+    prepared: str | None = Field(
+        None,
+        description="Without effect in this command, which writes to `out`. The key exists because "
+        "training has it in the same group of settings.",
+    )
+    window: int = Field(
+        1024,
+        ge=64,
+        description="Without effect in this command: the shards hold whole timelines, and training "
+        "cuts them into windows of its own context length, --data.window.",
+    )
+    out: str = Field(
+        description="Folder to write, with the tokenizer and the token shards. If it holds shards "
+        "that the same settings made, only the missing ones are written; shards made with other "
+        "settings are refused."
+    )
+    tokenizer: str | None = Field(
+        None,
+        description="Folder or Hugging Face Hub name of a tokenizer, normally that of the "
+        "pretrained backbone to be trained. `none` trains a byte-level BPE tokenizer of "
+        "`vocab_size` tokens on the train split, for a model made from scratch.",
+    )
+    splits: list[Literal["train", "tuning", "held_out"]] = Field(
+        ["train", "tuning"],
+        min_length=1,
+        description="Splits of the dataset to prepare. Training needs train and tuning; held_out "
+        "patients are embedded directly from the MEDS files and need no shards.",
+    )
+
+
+class SimulateSettings(Settings):
+    """Write a simulated cohort as a MEDS dataset with labels and the best possible predictions.
+
+    The disease is fictional and stands for no real population. The folder `oracles` holds, for
+    every label, the probability that an observer who knows the simulation computes from the same
+    history (the Bayes filter): no model can predict better on average. A decision node is a patient
+    and a time at which a prediction is asked for.
+    """
+
+    epilog: ClassVar[str] = """Examples
+
+  Write 5,000 patients and train on them:
+    python -m smbfast.simulate --out=cohort --patients=5000
+    python -m smbfast.train --data.path=cohort --probe.labels=death_1y"""
+
+    out: Path = Field(description="Folder to write the dataset to; it must not exist yet.")
+    patients: int = Field(
+        3000,
+        ge=1,
+        description="Number of simulated patients, all splits together: about 60 % fall into "
+        "train, 15 % into tuning and 25 % into held_out.",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        description="Random seed of the cohort. Another seed is another cohort; with the same seed "
+        "patient i is the same person, however many patients there are.",
+    )
+    nodes: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="Number of decision nodes (prediction times) drawn for each patient. Two draws "
+        "that fall on the same time count as one node. More nodes give more label rows; the events "
+        "stay the same.",
+    )
+    patients_per_file: int = Field(
+        16384,
+        ge=1,
+        description="Number of patients in one parquet file, rounded up to a multiple of 256. One "
+        "file is held in memory at a time, so a smaller number needs less memory; the patients "
+        "stay the same.",
+    )

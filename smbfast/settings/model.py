@@ -1,0 +1,272 @@
+"""Settings of what is trained: the backbone, its LoRA adapters and the two losses."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from smbfast.base.config import Settings
+
+
+class ModelSettings(Settings):
+    """The backbone: a pretrained causal language model, or a small Qwen3 made from scratch.
+
+    `model.path` decides between the two. The keys `hidden`, `layers`, `heads`, `kv_heads` and `ffn`
+    are the sizes of the model made from scratch and have no effect on a pretrained one.
+    """
+
+    path: str | None = Field(
+        None,
+        description="Folder or Hugging Face Hub name of a pretrained causal language model with "
+        "safetensors weights, such as Qwen/Qwen3-8B. `none` makes a small Qwen3 with random "
+        "weights. Qwen3, Qwen2, Llama and Mistral without sliding windows are supported by the "
+        "shared forward; other models need objective.path=reference.",
+    )
+    adapter: str | None = Field(
+        None,
+        description="Folder of a PEFT LoRA adapter of model.path with which training goes on; "
+        "`none` begins with a new adapter. The adapter's own rank, scale and layers replace those "
+        "of the group `lora`, and it must be plain LoRA: no dropout, DoRA or biases.",
+    )
+    train: Literal["lora", "all"] | None = Field(
+        None,
+        description="Which weights are trained. `lora` freezes the backbone and trains small "
+        "low-rank adapters, `all` trains every weight in float32. `none` means `lora` if "
+        "model.path is given and `all` for a model made from scratch.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Number format in which a pretrained backbone is loaded and, under LoRA, "
+        "stays. `auto` is bfloat16 on a GPU and float32 on a CPU; bfloat16 takes half the memory. "
+        "With model.train=all the loaded weights are converted to float32 for training; a model "
+        "made from scratch is always float32.",
+    )
+    recompute: Literal["none", "mlp", "full"] = Field(
+        "none",
+        description="Activation checkpointing (also called gradient checkpointing): what the "
+        "backward pass computes again instead of holding it in memory. `none` holds everything "
+        "and is fastest, `mlp` computes the inner activations of the MLPs again, and `full` "
+        "everything in a layer but its input, which needs the least memory and the most time. "
+        "`mlp` and `full` need objective.path=shared; the results change by rounding at most.",
+    )
+    hidden: int = Field(
+        128,
+        ge=8,
+        description="Width of the hidden states of a model made from scratch, and of the "
+        "embeddings it gives. It must be a multiple of twice model.heads. A wider model can learn "
+        "more and is slower.",
+    )
+    layers: int = Field(
+        4,
+        ge=1,
+        description="Number of transformer layers of a model made from scratch. Time and memory of "
+        "a step grow in proportion to it.",
+    )
+    heads: int = Field(
+        4,
+        ge=1,
+        description="Number of attention heads (query heads) in each layer of a model made from "
+        "scratch. Each head is model.hidden / model.heads wide, which must be an even number.",
+    )
+    kv_heads: int = Field(
+        2,
+        ge=1,
+        description="Number of key and value heads in each layer of a model made from scratch. It "
+        "must divide model.heads: each is shared by a group of query heads (grouped-query "
+        "attention), and fewer of them make a smaller model.",
+    )
+    ffn: int = Field(
+        384,
+        ge=8,
+        description="Inner width of the MLP (the feed-forward part) in each layer of a model made "
+        "from scratch, usually two to four times model.hidden.",
+    )
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (LoRA) on a frozen backbone, as PEFT makes them.
+
+    Each adapted weight matrix W acts as W + alpha / r * B A, where only the two narrow matrices A
+    and B are trained. The group has an effect when LoRA is trained (see model.train) and no
+    existing adapter is given as model.adapter.
+    """
+
+    r: int = Field(
+        16,
+        ge=1,
+        description="Rank of the adapters: the narrow dimension of the matrices A and B. A larger "
+        "rank lets the adapters change the backbone in more ways and needs more memory.",
+    )
+    alpha: int = Field(
+        32,
+        ge=1,
+        description="Numerator of the scale alpha / r by which the adapters' output is multiplied. "
+        "A larger value strengthens the adapters, much like a larger learning rate; change it in "
+        "proportion when you change lora.r.",
+    )
+    dropout: float = Field(
+        0.0,
+        description="Dropout inside the adapters. Only 0 is accepted: both losses come from one "
+        "shared forward, which agrees with separate forwards only if nothing is dropped at random.",
+    )
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        description="Names of the linear layers that get an adapter, as the backbone calls them. "
+        "The default is all seven of a Qwen3 or Llama layer, attention and MLP. Fewer of them need "
+        "less memory; embeddings and the language-model head cannot be named.",
+    )
+
+    @field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, value: float) -> float:
+        if value != 0:
+            raise ValueError(
+                "must be 0: with dropout one shared forward would differ from separate forwards"
+            )
+        return value
+
+
+class ObjectiveSettings(Settings):
+    """The two losses: where a record is cut, what is masked and what JEPA has to predict.
+
+    SFT (supervised fine-tuning) is next-token prediction on a window. JEPA predicts hidden states
+    instead of tokens. A cut, always at the end of a bucket, splits a window into the context the
+    model sees and the future it must predict. Part of the future is masked, and a small predictor
+    must give, at each masked token, the hidden state that the EMA teacher computes from the
+    unmasked window. The EMA teacher, also called the target encoder, is an exponential moving
+    average of the weights of the encoder in training, the online encoder.
+
+    The window as it is forms a trunk; the masked future of each cut is a branch, which sees the
+    trunk up to the cut and itself. Trunks and branches of many patients lie in one row without
+    padding (sequence packing) under shared-prefix attention, also called tree attention, so that
+    one forward serves SFT and every cut.
+    """
+
+    path: Literal["shared", "reference"] = Field(
+        "shared",
+        description="How the losses are computed. `shared` takes one packed forward for SFT and "
+        "all cuts, with tree attention; `reference` takes three padded forwards in plain PyTorch, "
+        "with the same losses and gradients but several times slower. Use `reference` to check a "
+        "result or for a backbone that the shared forward does not support.",
+    )
+    self_check: bool = Field(
+        True,
+        description="Whether to compare the losses and all gradients of the shared forward with "
+        "the reference before the first step of each phase, on a few of its windows, and to stop "
+        "with an error if they differ by more than rounding. `false` skips the comparison; it has "
+        "no effect with objective.path=reference.",
+    )
+    mask_ratio: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of the eligible tokens of a future that are masked, at least one for "
+        "each cut. Eligible are the tokens of event lines; dates, section tags and demographics "
+        "are never masked. A larger share leaves less of the future visible and is harder; 1 masks "
+        "every eligible token.",
+    )
+    mask_unit: Literal["token", "event", "span"] = Field(
+        "token",
+        description="What is masked as one piece: single tokens, as in the paper; an event, which "
+        "is a whole line of the text (one code with its values); or a span, a run of tokens of "
+        "random length. Larger pieces are harder to guess from the tokens beside them; the number "
+        "of masked tokens stays the same.",
+    )
+    span: int = Field(
+        8,
+        ge=1,
+        description="Mean length of a masked run, in tokens, with objective.mask_unit=span; "
+        "without effect otherwise.",
+    )
+    cuts: int = Field(
+        1,
+        ge=1,
+        description="Number of cuts for each window and step. Each cut has its own masked future "
+        "(a branch). More cuts give JEPA more to predict from the same window and cost only the "
+        "tokens of their branches; a window with fewer permitted places gets fewer cuts.",
+    )
+    context: tuple[float, float] = Field(
+        (0.25, 0.9),
+        description="Smallest and largest share of a window that may lie before a cut, from 0 to 1 "
+        "and in this order. A cut is drawn with equal chance among the bucket ends in this range. "
+        "Lower values ask for longer futures from less context.",
+    )
+    min_future: int = Field(
+        16,
+        ge=1,
+        description="Smallest number of tokens that must follow a cut; later places of a window "
+        "are not cut. Lower it if windows are so short that steps have nothing to mask.",
+    )
+    horizon: int | None = Field(
+        None,
+        ge=1,
+        description="Number of tokens after a cut that form its future; `none` takes all up to the "
+        "end of the window. A short horizon asks for the near future only and makes each cut, "
+        "whose branch is then short, cheap.",
+    )
+    sft_labels: Literal["all", "future"] = Field(
+        "all",
+        description="Which tokens of a window SFT predicts. `all` trains on every token; `future` "
+        "only on those after the window's earliest cut, the part that JEPA predicts too, and then "
+        "a window without a cut has no part in SFT.",
+    )
+    target_norm: Literal["layer", "none"] = Field(
+        "layer",
+        description="What is done to the EMA teacher's hidden states before the squared error is "
+        "taken. `layer` applies a layer norm without trained weights, which holds the loss on one "
+        "scale; `none` compares with the states as they are. Choose `none` only to reproduce the "
+        "paper's formula literally.",
+    )
+    tau: float = Field(
+        0.996,
+        ge=0,
+        le=1,
+        description="Decay of the EMA teacher: at each optimizer step its weights become tau * "
+        "teacher + (1 - tau) * online encoder. Closer to 1 the teacher changes more slowly (0.996 "
+        "averages about the last 250 steps); 0 copies the online encoder, 1 never changes.",
+    )
+    tau_end: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Decay of the EMA teacher at the last step of the run. It is reached in a "
+        "straight line from objective.tau at the first step, over all phases; `none` leaves the "
+        "decay at objective.tau throughout.",
+    )
+    target_form: Literal["auto", "merged", "tracked"] = Field(
+        "auto",
+        description="How the EMA teacher stores the average of LoRA-adapted weights. `merged` "
+        "holds the average of each whole matrix, exact in float32, at the cost of a second copy; "
+        "`tracked` holds a low-rank average of the adapters over the shared backbone, with a small "
+        "error that is logged. `auto` is tracked with LoRA, but merged for a narrow float32 model, "
+        "where that is cheaper. Weights trained whole are always merged.",
+    )
+    tracked_rank: int = Field(
+        4,
+        ge=1,
+        description="Rank of the low-rank average in which the EMA teacher is stored when "
+        "objective.target_form is tracked, as a multiple of the adapters' rank: 4 with lora.r of "
+        "16 is rank 64. A larger rank has a smaller error and needs more memory and time. It has "
+        "no effect on the form merged.",
+    )
+    tracked_every: int = Field(
+        4,
+        ge=1,
+        description="Number of optimizer steps from one reduction of the EMA teacher's low-rank "
+        "average to the next, when objective.target_form is tracked. Each step adds columns to the "
+        "average, and a reduction, for which a GPU is waited for, brings it back to its rank; so a "
+        "larger number saves time and takes more memory. It has no effect on the form merged.",
+    )
+    predictor_layers: int = Field(
+        2,
+        ge=1,
+        description="Number of linear layers in the predictor, the small network that maps the "
+        "online encoder's state at a masked token to the EMA teacher's. The paper has 2, with a "
+        "GELU in between. Only JEPA uses the predictor; embeddings are taken before it.",
+    )
+
+    @field_validator("context")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] <= value[1] <= 1:
+            raise ValueError("must be two shares in order, such as 0.25,0.9")
+        return value

@@ -1,0 +1,368 @@
+"""Settings of a training run: its phases, the optimizer, evaluation, probes and the run folder."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+from smbkernels.catalog import check_choice
+
+from smbfast.base.config import Settings
+from smbfast.settings.data import CohortSettings, DataSettings
+from smbfast.settings.model import LoraSettings, ModelSettings, ObjectiveSettings
+
+
+class PhaseSettings(Settings):
+    """The phases of training, in order: each a number of steps with its own weights of the losses.
+
+    The loss of a phase is w_sft * SFT + w_jepa * JEPA, each a mean over all predicted tokens or all
+    masked positions of the step. The usual curriculum is SFT alone, then JEPA with a small weight
+    of SFT. The optimizer's state goes on from phase to phase; where JEPA begins, the EMA teacher
+    starts as a copy of the online encoder.
+
+    On the command line a key of a phase is changed by the phase's number, counted from 0:
+    --phases.0.steps=500 sets the steps of the first phase. To add or remove phases, write a TOML
+    file with the line base = "default" and one [[phases]] table for each; these tables replace
+    those of the preset.
+    """
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="Name of the phase in the log, and of the folder best/<name> that receives its "
+        "best model. It consists of letters, digits, _ and -, and differs from the other names.",
+    )
+    steps: int = Field(
+        ge=1,
+        description="Number of optimizer steps of the phase. The warm-up and the decay of the "
+        "learning rate are stretched over them.",
+    )
+    w_sft: float = Field(
+        ge=0,
+        description="Weight of SFT, the next-token loss, beside w_jepa. At 0 the phase has no SFT; "
+        "JEPA alone can collapse, that is, give all patients the same embedding, so a small weight "
+        "such as 0.1 is safer. One of w_sft and w_jepa must be above 0.",
+    )
+    w_jepa: float = Field(
+        ge=0,
+        description="Weight of JEPA, the loss at masked future tokens, beside w_sft. At 0 the "
+        "phase has neither masked futures nor an EMA teacher and needs less time and memory.",
+    )
+    lr: float | None = Field(
+        None,
+        gt=0,
+        description="Peak learning rate, reached after the warm-up; from there it falls along a "
+        "cosine to optim.min_lr times the peak at the end of the phase. Where a table leaves it "
+        "out (`none`), it is 2e-4 with LoRA and 1e-3 for a model trained whole.",
+    )
+    warmup: int = Field(
+        20,
+        ge=0,
+        description="Number of steps at the start of the phase in which the learning rate rises "
+        "linearly to its peak; 0 starts at the peak. It is cut to one step less than the phase "
+        "has.",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> "PhaseSettings":
+        if self.w_sft == 0 and self.w_jepa == 0:
+            raise ValueError("one of w_sft and w_jepa must be above 0")
+        return self
+
+
+class OptimSettings(Settings):
+    """The optimizer, AdamW, and the size of a step.
+
+    The windows of one optimizer step are packed into rows of limited length (sequence packing).
+    Each row is a micro-batch with its own forward and backward pass, and the gradients of all rows
+    are summed before the weights change (gradient accumulation). Means are taken over the whole
+    step, so how it is divided into micro-batches has no effect on the result beyond rounding.
+    """
+
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95),
+        description="Decay rates of AdamW's two running averages, of the gradient and of its "
+        "square, each from 0 to below 1. Larger values average over more steps, which makes "
+        "updates smoother and slower to adapt.",
+    )
+    weight_decay: float = Field(
+        0.01,
+        ge=0,
+        description="Strength with which AdamW pulls weights towards 0. It applies to matrices "
+        "that are trained whole, such as those of a model made from scratch and of the JEPA "
+        "predictor, and never to LoRA adapters, norms, the mask vector or added token rows; 0 "
+        "turns it off.",
+    )
+    clip: float = Field(
+        1.0,
+        gt=0,
+        description="Gradient clipping: a gradient whose norm, over all trained weights, is larger "
+        "than this is scaled down to it. A smaller value limits what a single unusual step can do; "
+        "a very large one turns clipping off.",
+    )
+    batch: int = Field(
+        16,
+        ge=1,
+        description="Batch size: the number of windows in one optimizer step, all micro-batches "
+        "together. More windows make the gradient steadier and the step longer; through gradient "
+        "accumulation the memory does not grow with it.",
+    )
+    micro_tokens: int | Literal["auto"] = Field(
+        "auto",
+        description="Size of a micro-batch: the largest number of tokens in one forward, trunks "
+        "and branches together, at least 64. Smaller rows need less memory. `auto` predicts the "
+        "memory of a step before training and takes as many as fit, up to 32,768 on a GPU and "
+        "4,096 on a CPU. A window that is longer by itself has a row of its own.",
+    )
+    min_lr: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Learning rate at the end of each phase, as a share of the phase's peak. At 1 "
+        "the rate stays at the peak after the warm-up; at 0 it falls to zero.",
+    )
+
+    @field_validator("micro_tokens")
+    @classmethod
+    def _auto_or_large_enough(cls, value: int | str) -> int | str:
+        if value != "auto" and value < 64:
+            raise ValueError("must be auto, or at least 64")
+        return value
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("must be two numbers from 0 to below 1")
+        return value
+
+
+class EvalSettings(Settings):
+    """Evaluation during training: losses on the tuning split, and signs of a collapse.
+
+    Windows, cuts and masks are the same each time, so that evaluations of one run can be compared.
+    The model with the lowest loss of each phase is stored under best/<name of the phase>.
+    """
+
+    every: int = Field(
+        20,
+        ge=1,
+        description="Number of optimizer steps from one evaluation to the next; the end of each "
+        "phase is evaluated as well. A smaller number shows more and slows training down.",
+    )
+    windows: int = Field(
+        32,
+        ge=1,
+        description="Number of windows of the tuning split that are evaluated, spread evenly over "
+        "the split, or all if there are fewer. More windows make the losses less noisy and "
+        "evaluations slower.",
+    )
+
+
+class ProbeSettings(Settings):
+    """Probes at the end of a run: what a linear model reads about outcomes from frozen embeddings.
+
+    A decision node is a patient and a time at which a prediction is asked for, one for each row of
+    the labels. Its embedding sees the buckets that were complete by then and a tail: the bucket
+    under way, with its events up to that time only. Probes are fitted on train, adjusted on tuning
+    and measured on held_out, beside the same backbone untrained and counts of codes.
+    """
+
+    labels: list[str] | None = Field(
+        None,
+        description="Prediction tasks to probe: folders of MEDS label files, or names of folders "
+        "under <data.path>/labels. `none` probes every task of a simulated cohort and nothing on "
+        "data of your own; an empty value (--probe.labels=) turns probes off.",
+    )
+    encoder: Literal["online", "target"] = Field(
+        "online",
+        description="Which encoder gives the embeddings: `online`, the one in training, or "
+        "`target`, the EMA teacher, whose weights are a moving average of it. `target` is possible "
+        "only if the last phase has JEPA.",
+    )
+    pool: Literal["last", "mean"] = Field(
+        "last",
+        description="How the hidden states of a decision node become one embedding: `last` takes "
+        "the state at its last token, `mean` the average over all tokens of its window. Very small "
+        "models do better with `mean`.",
+    )
+    tokens: int = Field(
+        16384,
+        ge=64,
+        description="Largest number of tokens in one forward when embeddings are computed, with "
+        "the nodes of many windows packed together. Lower it if memory runs out at the end of a "
+        "run; it has no effect on training or, beyond rounding, on the embeddings.",
+    )
+    bootstraps: int = Field(
+        1000,
+        ge=100,
+        description="Number of times the held-out patients are resampled for the 95 % intervals of "
+        "AUROC, AUPRC and Brier score. More resamples make the limits of the intervals steadier "
+        "and take longer. The C-index of time-to-event tasks always takes 200.",
+    )
+
+
+class RunSettings(Settings):
+    """Where the run is stored, its random seed and device, and how it is logged and resumed.
+
+    The same command, given again, continues a run from its newest checkpoint.
+    """
+
+    dir: str | None = Field(
+        None,
+        description="Folder of the run, with checkpoints, logs, the final model and the report; "
+        "`none` means runs/<preset>. A folder that holds a run with other settings is refused.",
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        description="Random seed of the run: of new weights, the order of windows, cuts, masks "
+        "and the probes' resamples. Each draw follows from the seed, the step and the "
+        "patient, so that micro-batches, workers and restarts do not change it. Use other seeds to "
+        "see how much of a result is chance.",
+    )
+    device: str = Field(
+        "auto",
+        description="Device that computes: `cpu`, `cuda`, or one GPU of several by its number, "
+        "such as `cuda:1`. `auto` is the first GPU, or the CPU if there is none.",
+    )
+    threads: int = Field(
+        0,
+        ge=0,
+        description="Number of CPU threads that PyTorch computes with; 0 leaves the choice to "
+        "PyTorch, usually one for each core. Lower it on a machine that others use too.",
+    )
+    log_every: int = Field(
+        10,
+        ge=1,
+        description="Number of optimizer steps from one line of the log (losses, learning rate, "
+        "speed, memory) to the next, on the console and in metrics.jsonl. A GPU is waited for at "
+        "each line only, so very frequent lines slow a GPU down.",
+    )
+    save_every: int = Field(
+        50,
+        ge=1,
+        description="Number of optimizer steps from one checkpoint to the next. A smaller number "
+        "loses less work in a crash and writes to disk more often; the end of a phase and a stop "
+        "by Ctrl-C or SIGTERM are saved in any case.",
+    )
+    keep: int = Field(
+        2,
+        ge=1,
+        description="Number of newest checkpoints that stay on disk for resuming; older ones are "
+        "deleted. With two or more, a run can go on from an older one if the newest is damaged. "
+        "The best model of each phase and the final model are stored beside them.",
+    )
+    export: Literal["none", "merged"] = Field(
+        "none",
+        description="`merged` also writes the folder `merged` at the end: a plain Hugging Face "
+        "model with the LoRA adapters added into its weights. It works for a finished run too, by "
+        "the same command with --export=merged, which is short for this key.",
+    )
+    resume: Literal["auto", "never"] = Field(
+        "auto",
+        description="What happens if the run folder already holds a run. `auto` continues it, or "
+        "says that it is finished; `never` stops with an error. --resume=never is short for it.",
+    )
+
+
+class TrainSettings(Settings):
+    """Train a patient world model on electronic health records in MEDS format.
+
+    A run trains a language model on records written as text, in phases of SFT (next-token
+    prediction) and JEPA (prediction of a masked future in latent space). At the end it embeds
+    patients at the prediction times of labelled tasks, probes the embeddings and writes a report.
+    """
+
+    preset: str = Field(
+        "default",
+        description="Name of this configuration: it is written to the log, and the run folder is "
+        "runs/<preset> unless run.dir is given. It is set by the preset or TOML file that a "
+        "command names first; giving it as a key changes the name alone.",
+    )
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    cohort: CohortSettings = CohortSettings()
+    model: ModelSettings = ModelSettings()
+    lora: LoraSettings = LoraSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    optim: OptimSettings = OptimSettings()
+    eval: EvalSettings = EvalSettings()
+    probe: ProbeSettings = ProbeSettings()
+    phases: list[PhaseSettings] = Field(
+        [],
+        description="The phases of training, in order, one [[phases]] table for each in a TOML "
+        "file.",
+    )
+    kernels: str = Field(
+        "auto",
+        description="Which implementation of each computing operation (kernel) is used. `auto` "
+        "takes the fastest that runs on this machine; `torch` takes the plain PyTorch reference of "
+        "all; pairs such as timeline_attention:sdpa,lora_linear:torch choose for single "
+        "operations. `python -m smbkernels` lists them. Use `torch` to see whether a kernel is the "
+        "cause of a problem; results differ by rounding only.",
+    )
+
+    @field_validator("kernels")
+    @classmethod
+    def _known_kernels(cls, value: str) -> str:
+        check_choice(*kernel_choice(value))
+        return value
+
+    @property
+    def trains(self) -> Literal["lora", "all"]:
+        """What is trained."""
+        return self.model.train or ("lora" if self.model.path else "all")
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.run.dir or f"runs/{self.preset}")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainSettings":
+        if not self.phases:
+            raise ValueError("phases must name at least one phase")
+        names = [p.name for p in self.phases]
+        if len(set(names)) != len(names):
+            raise ValueError(f"phases must differ in their names, got {', '.join(names)}")
+        if self.probe.encoder == "target" and self.phases[-1].w_jepa == 0:
+            raise ValueError("probe.encoder=target needs a last phase with w_jepa above 0")
+        if self.objective.path == "reference" and self.model.recompute != "none":
+            raise ValueError("model.recompute=mlp and full need objective.path=shared")
+        if self.model.adapter and not self.model.path:
+            raise ValueError("model.adapter needs model.path, the backbone it was trained on")
+        if self.model.train == "lora" and not self.model.path:
+            raise ValueError("model.train=lora needs model.path, the backbone to adapt")
+        if self.objective.target_form == "tracked" and self.trains == "all":
+            raise ValueError("objective.target_form=tracked needs LoRA (model.train=lora)")
+        if self.model.adapter and self.trains == "all":
+            raise ValueError("model.adapter needs LoRA (model.train=lora)")
+        if self.model.hidden % (2 * self.model.heads) or self.model.heads % self.model.kv_heads:
+            raise ValueError(
+                "model.hidden must be a multiple of twice model.heads (rotary embeddings need an "
+                "even width of each head), and model.heads a multiple of model.kv_heads"
+            )
+        return self
+
+
+def kernel_choice(text: str) -> tuple[str | None, dict[str, str]]:
+    """A backend for all operations or None, and backends by operation, for `smbkernels.use`.
+
+    Raises:
+        ValueError: words that are neither a backend nor `operation:backend`.
+    """
+    everywhere, by_op = None, {}
+    for word in text.split(","):
+        name, colon, backend = word.strip().partition(":")
+        if not name or bool(colon) != bool(backend):
+            raise ValueError(
+                "must be auto, torch or pairs operation:backend, with commas between them"
+            )
+        if colon and name in by_op:
+            raise ValueError(f"must name one backend for {name}, got {text}")
+        if colon:
+            by_op[name] = backend
+        elif everywhere:
+            raise ValueError(f"must name one backend for all operations, got {text}")
+        else:
+            everywhere = name
+    return everywhere, by_op
