@@ -62,7 +62,7 @@ def test_flex_attention_sees_what_the_decomposition_sees():
             (one,) = variant.passes[0]
             embedded_TD = variant.encoder.embed(one.ids_T, one.masked_T)
             rest = (one.position_T, one.segments)
-            found.append(variant.hidden(variant.encoder.trunk, embedded_TD, *rest))
+            found.append(variant.hidden(variant.encoder.decoder, embedded_TD, *rest))
     assert variant.masks and one.segments.host_S6[:, PREFIX].any()
     assert difference(found[:1], found[1:]) < 1e-5
 
