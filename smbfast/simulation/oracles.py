@@ -108,7 +108,7 @@ def log_likelihood(block: Block) -> tuple[np.ndarray, np.ndarray]:
 
 
 def filter_states(block: Block) -> tuple[np.ndarray, np.ndarray]:
-    """Return the posterior of z_t given all that was seen up to noon, and to the evening, of month t.
+    """Return the posterior of z_t given all seen up to noon, and up to the evening, of month t.
 
     Both are fp64 [B, T, Z], and every row sums to 1. A row holds for a patient who is alive in
     month t and still followed; after a death or the end of a record it has no meaning.
