@@ -284,10 +284,10 @@ def test_words_of_kernels():
         ("lora_linear:nonsense", "backend of lora_linear must be one of fused"),
         ("nonsense:torch", "operation must be one of ema_update_"),
         ("backend:torch", "operation must be one of ema_update_"),
-        ("lora_linear:", "auto, torch, or operation:backend"),
-        (":torch", "auto, torch, or operation:backend"),
+        ("lora_linear:", "auto, torch or pairs operation:backend"),
+        (":torch", "auto, torch or pairs operation:backend"),
         ("torch,auto", "one backend for all operations"),
-        ("torch,", "auto, torch, or operation:backend"),
+        ("torch,", "auto, torch or pairs operation:backend"),
     ],
 )
 def test_kernels_that_do_not_exist_are_refused(word, expected):
