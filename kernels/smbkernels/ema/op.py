@@ -12,7 +12,7 @@ on an even half would need the remainder +32768, which int16 does not hold.
 N out, K in features, R rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -168,7 +168,7 @@ def in_place(backend: str, launch: Callable[[Lists, float], None]) -> Callable[.
     return ema_update_
 
 
-def _check_lengths(num_averages: int, lists: dict[str, Sequence | None]) -> None:
+def _check_lengths(num_averages: int, lists: Mapping[str, Sequence | None]) -> None:
     for name, values in lists.items():
         if values is not None and len(values) != num_averages:
             raise ValueError(
