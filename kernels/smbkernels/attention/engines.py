@@ -6,8 +6,8 @@
 Sequence i has queries [cu_q[i], cu_q[i + 1]) and keys [cu_k[i], cu_k[i + 1]), int32 on the device.
 Causal, aligned bottom right: of L queries and P keys, query j sees keys [0, P - L + j]. Both
 libraries run FlashAttention 2's kernels, whose mask is `column < row + 1 + P - L` (`mask.h` since
-2.1). Their backward adds up the gradient of the queries by atomics unless told not to; here it is
-always told, so that the same inputs give the same bits.
+2.1). Their backward adds up the gradient of the queries by atomics unless they are asked to be
+deterministic; here they always are, so that the same inputs give the same bits.
 """
 
 import functools

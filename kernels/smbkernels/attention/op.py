@@ -2,7 +2,7 @@
 
     out = softmax(scale q k') v over what is seen        lse = log sum exp of the same scores
 
-What a query sees is said in `segments`.
+`segments` defines what a query sees.
 
 T tokens, H query heads, G key/value heads (H / G query heads share one), C head dim, S segments.
 """

@@ -12,7 +12,7 @@ trunk, then from its first branch, its second ... As a row of a trunk occurs at 
 branch, every step writes distinct rows: no atomics, and the order is fixed.
 
 Row numbers and sequence bounds are made on the CPU from the table of segments, sent without a wait
-and kept for the other layers of the batch.
+and cached for the other layers of the batch.
 """
 
 import functools

@@ -3,7 +3,7 @@
     t = W + s (B A)        w <- w + (1 - tau)(t - w)
 
 Each step rounds once, in this order, in fp32 (B A: fused multiply-adds in order of k); averaging B
-and A apart would be another method, because EMA(B) EMA(A) is not EMA(B A).
+and A separately would be another method, because EMA(B) EMA(A) is not EMA(B A).
 
 An average is one fp32 tensor, or a bf16 high half (what the GEMMs read) and an int16 remainder that
 together are exactly that fp32 tensor. The high half rounds half *up*: to nearest even, an exact tie
