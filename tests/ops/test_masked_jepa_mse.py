@@ -134,6 +134,12 @@ def test_a_constant_target_is_normed_to_zero(on):
     torch.testing.assert_close(loss, prediction_MD.detach().square().mean(1).sum())
 
 
+def test_a_target_of_little_variance(on):
+    """About that of the layer norm's eps, which counts for as much."""
+    prediction_MD, target_TD, row_M, _ = inputs([0, 1, 2], 96, device=on.device)
+    compare(on, [prediction_MD, 1e-3 * target_TD, row_M])
+
+
 def test_rows_that_lie_apart(on):
     prediction_MD, target_TD, row_M, weight_D = inputs([4, 4, 1], 96, device=on.device)
     found = outcome(on, prediction_MD, target_TD, row_M, weight_D)
