@@ -354,8 +354,8 @@ RESUMING = [
         "smbfast/run/folder.py",
         "if then.get(k) != now.get(k)",
         "if k not in then",
-        "tests/bad_input/test_bad_checkpoint.py::test_a_run_folder_of_another_run"
-        "[--run.seed=1-run.seed: 0 -> 1]",
+        "tests/test_before_training.py"
+        "::test_a_folder_that_holds_a_run_of_other_settings_is_refused",
     ),
 ]
 
