@@ -25,6 +25,8 @@ from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 600  # seconds after which tests are stopped: they have hung, and caught nothing
+# where the suite runs in several processes, one is enough for a test
+ALONE = ["-n", "0"] if find_spec("xdist") else []
 TESTS_FAILED = 1  # exit code of pytest; others say that no test could be run
 EQUIVALENCE = "tests/test_equivalence.py::test_adapters_alone[1.0-none]"
 MEASURED = (
@@ -67,11 +69,19 @@ OBJECTIVE = [
     ),
     mutant(
         "last-visible-off-by-one",
-        "the trivial prediction copies the first token of the future, which is masked",
+        "the trivial prediction copies the token after the last that is visible",
+        "smbfast/objective.py",
+        "return batch.target_M - (",
+        "return batch.target_M + 1 - (",
+        MEASURED,
+    ),
+    mutant(
+        "masked-token-as-context",
+        "before a masked first token of a future, the trivial prediction copies that token itself",
         "smbfast/objective.py",
         "p - 1) for",
         "p) for",
-        MEASURED,
+        "tests/test_equivalence.py::test_what_precedes_a_masked_first_token_is_the_context",
     ),
     mutant(
         "target-without-final-norm",
@@ -146,7 +156,7 @@ LOADER = [
         "smbfast/batch.py",
         "target_rows.append(target_start + prefix + mask)",
         "target_rows.append(target_start + prefix + mask - 1)",
-        MASKS,
+        THREE_STEPS,
     ),
     mutant(
         "target-read-one-short",
@@ -154,7 +164,7 @@ LOADER = [
         "smbfast/batch.py",
         "prefix + int(mask[-1]) + 1)",
         "prefix + int(mask[-1]))",
-        MASKS,
+        THREE_STEPS,
     ),
     mutant(
         "row-over-capacity",
@@ -406,7 +416,7 @@ KERNELS = [
         "csrc/masked_jepa_mse.cpp",
         "LAYER_NORM_EPS = 1e-5",
         "LAYER_NORM_EPS = 1e-6",
-        "tests/ops/test_masked_jepa_mse.py::test_a_target_of_little_variance[cpp]",
+        "tests/ops/test_cpp_kernels.py::test_statistics_of_a_long_row_far_from_zero",
     ),
     mutant(
         "halves-to-even-in-cpp",
@@ -467,9 +477,7 @@ def run_tests(tree: Path, tests: list[str], cache: Path | None = None) -> tuple[
     # compiled bytecode is known by the size and second of its source, which a mutant may share
     more = {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'kernels'}", "PYTHONDONTWRITEBYTECODE": "1"}
     more |= {"XDG_CACHE_HOME": str(cache)} if cache else {}
-    # where the suite runs in several processes, one is enough for a test
-    alone = ["-n", "0"] if find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-x", "-q", *alone, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", *ALONE, "-p", "no:cacheprovider"]
     try:
         done = subprocess.run(
             [*command, *tests],
