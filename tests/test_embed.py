@@ -54,6 +54,7 @@ def one_each(hidden, texts: list[NodeText], pool: str) -> np.ndarray:
 places = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), min_size=1, max_size=6)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(("dtype", "tol"), [(FP64, 1e-12), (FP32, 5e-6)])
 @pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize(

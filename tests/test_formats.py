@@ -11,6 +11,8 @@ from smbfast.data.tokens import CLOSE, OPEN, train_tokenizer
 from smbfast.simulate import simulate
 from tests.tiny import tiny_lm
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SHORT = [
     "--probe.labels=[]",

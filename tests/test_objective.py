@@ -13,6 +13,8 @@ from smbfast.reference import branch_rows, jepa_sum, measure, online_hidden, sft
 from smbfast.settings import ObjectiveSettings
 from tests.tiny import DELIMITERS, random_window, tiny_encoder
 
+pytestmark = pytest.mark.numeric
+
 WINDOWS = [random_window(s, buckets=b) for s, b in ((1, 6), (2, 4), (3, 9))]
 OBJECTIVE = ObjectiveSettings(min_future=4, cuts=2)
 FORMS = [(False, "merged"), (True, "merged"), (True, "tracked")]

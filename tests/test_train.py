@@ -13,6 +13,8 @@ import smbfast.train as entry
 from smbfast.files import verify_folder
 from smbfast.simulate import simulate
 
+pytestmark = pytest.mark.slow
+
 SHORT = [
     "--probe.labels=[]",
     "--phases.0.steps=3",

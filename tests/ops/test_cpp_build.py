@@ -284,6 +284,7 @@ def test_where_there_is_a_compiler_the_kernels_build_and_load():
     assert missing("cpu") is None
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_use_one_library(fake, tmp_path):
     if missing("cpu"):
         pytest.skip(missing("cpu"))
