@@ -4,9 +4,11 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a network
-# before torch is imported, which reads it then: two workers on two cores, and shapes far too small
-# to share; another number is for the tests marked `numeric`
+# before torch is imported, which reads them then. Two workers share two cores, and most shapes are
+# far too small to share: one thread each. Where the environment asks for more, as for the tests
+# marked `numeric`, a thread that waits leaves its core to others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

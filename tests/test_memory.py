@@ -21,7 +21,7 @@ from tests.tiny import tiny_encoder, tiny_lm
 
 ROOT = Path(__file__).resolve().parents[1]
 FORM = ObjectiveSettings()
-TOKENS, WINDOW = 2048, 1024
+TOKENS, WINDOW = 1024, 512
 
 
 def encoder_of(kind: str, width: int, layers: int, vocabulary: int) -> PatientEncoder:

@@ -127,7 +127,6 @@ def test_a_thousand_tokens(given, pack, monkeypatch):
     assert_as_good(on_triton, given(packed.tokens, 1, 1), packed)
 
 
-@pytest.mark.numeric
 def test_a_long_trunk(given, pack, monkeypatch):
     as_shipped(monkeypatch)
     packed = pack([(4097, [(4097, 65)])])
@@ -164,7 +163,6 @@ def test_the_same_bits_twice(given, pack, C, dtype):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.numeric
 def test_strides_are_free(given, pack):
     packed = pack([(33, [(20, 5)]), (7, [])])
     tensors = given(packed.tokens)
@@ -195,7 +193,6 @@ def test_views_are_not_copied(given, pack):
     assert module._strided(wide) is not wide
 
 
-@pytest.mark.numeric
 def test_the_gradient_of_a_sum(given, pack):
     packed = pack([(33, [(20, 5)])])
     query, key, value, grad = given(packed.tokens)
