@@ -137,6 +137,7 @@ def test_flops_of_a_shared_step_equal_the_closed_form(name, losses):
     check_shared(encoder_of(2, targets, rows), form, losses)
 
 
+@pytest.mark.slow
 def test_flops_of_a_shared_step_of_qwen3_8b():
     check_shared(encoder_of(36, tuple(ALL)), "tracked", "both")
 

@@ -55,7 +55,6 @@ def pack(device):
 
 
 # trunks first, or each before its branches: half of the layouts each
-@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("name", "interleaved"),
     [(name, bool(i % 2)) for i, name in enumerate(LAYOUTS) if name != "long"],
@@ -66,7 +65,6 @@ def test_values_and_gradients(given, pack, name, interleaved):
 
 
 # all heads share a key head, none does, a group that is no power of two
-@pytest.mark.numeric
 @pytest.mark.parametrize(("H", "G"), [(4, 1), (3, 3), (3, 1)])
 def test_heads(given, pack, H, G):
     packed = pack([(33, [(20, 5), (33, 40)]), (7, [])])
@@ -127,6 +125,7 @@ def test_a_thousand_tokens(given, pack, monkeypatch):
     assert_as_good(on_triton, given(packed.tokens, 1, 1), packed)
 
 
+@pytest.mark.slow
 def test_a_long_trunk(given, pack, monkeypatch):
     as_shipped(monkeypatch)
     packed = pack([(4097, [(4097, 65)])])
