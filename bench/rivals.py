@@ -49,10 +49,10 @@ def averages(*, halves: bool) -> dict[str, Callable]:
 
 def attentions(segments: Segments, device: str) -> dict[str, Callable]:
     """Eager attention without a mask over all tokens, and FlexAttention on a GPU."""
-    found = {BY_SEGMENT: _by_segment(segments, device)}
+    rivals = {BY_SEGMENT: _by_segment(segments, device)}
     if device == "cuda":
-        found["FlexAttention"] = _flex(segments, device)
-    return found
+        rivals["FlexAttention"] = _flex(segments, device)
+    return rivals
 
 
 def _by_segment(segments: Segments, device: str) -> Callable:
@@ -110,9 +110,9 @@ def _flex(segments: Segments, device: str) -> Callable:
 
     def attention(query_THC, key_TGC, value_TGC, segments, *, scale=None):
         if not blocks:
-            count = len(query_THC)
+            num_tokens = len(query_THC)
             make = torch.compile(create_block_mask)
-            blocks.append(make(visible, None, None, count, count, device=device))
+            blocks.append(make(visible, None, None, num_tokens, num_tokens, device=device))
         heads = (t.transpose(0, 1)[None] for t in (query_THC, key_TGC, value_TGC))
         out = compiled(*heads, block_mask=blocks[0], scale=scale, enable_gqa=True)
         return out[0].transpose(0, 1), None

@@ -1,6 +1,6 @@
 """A training step in parts, the specification it has to equal, and ours.
 
-Legend: see `bench.step_rivals`.
+Legend: see `bench.step.rivals`.
 """
 
 import copy
@@ -13,7 +13,7 @@ import torch
 from smbkernels.registry import use
 from torch import Tensor, nn
 
-from bench.step_workloads import Workload
+from bench.step.workloads import Workload
 from smbfast import objective, reference
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder, TargetForm
@@ -78,17 +78,17 @@ class Variant:
 
     def outcome(self) -> dict[str, Tensor]:
         """What every variant has to agree on: losses, gradients, and the target once it moved."""
-        found = dict(zip(("SFT loss", "JEPA loss"), self.accumulate(untimed), strict=True))
+        outcome = dict(zip(("SFT loss", "JEPA loss"), self.accumulate(untimed), strict=True))
         for kind, lora in (("LoRA gradients", True), ("other gradients", False)):
             named = self.encoder.named_parameters()
             mine = [p for n, p in named if p.requires_grad and ("lora_" in n) == lora]
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in mine]
-            found[kind] = torch.cat([g.flatten() for g in grads])
+            outcome[kind] = torch.cat([g.flatten() for g in grads])
         self.optimizer.zero_grad(set_to_none=True)
         self.update(0.5)
-        found["JEPA loss of a moved target"] = self.accumulate(untimed)[1]
+        outcome["JEPA loss of a moved target"] = self.accumulate(untimed)[1]
         self.optimizer.zero_grad(set_to_none=True)
-        return found
+        return outcome
 
     def step(self, part: Part = untimed) -> None:
         """A whole step."""
