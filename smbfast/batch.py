@@ -65,7 +65,7 @@ class PackedBatch:
     target_position_U: Tensor  # int64
     target_segments: Segments  # over U, trunks alone
     target_M: Tensor  # int64 rows of U
-    trunk_tokens: int  # of whole trunks: what throughput counts
+    num_trunk_tokens: int  # of whole trunks: what throughput counts
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The batch with its tensors on a device; without waiting, if they are in pinned memory."""
@@ -76,12 +76,12 @@ class PackedBatch:
         return self._each(Tensor.pin_memory)
 
     @property
-    def labels(self) -> int:
+    def num_labels(self) -> int:
         """Predicted tokens."""
         return len(self.label_N)
 
     @property
-    def masked(self) -> int:
+    def num_masked(self) -> int:
         """Masked positions."""
         return len(self.masked_M)
 
@@ -121,55 +121,58 @@ class PackedBatch:
 
 
 def pack_segments(
-    trunks: list[np.ndarray], branches: list[list[tuple[int, np.ndarray]]]
+    trunks: list[np.ndarray],
+    branches: list[list[tuple[int, np.ndarray]]],
+    *,
+    next_tokens: list[np.ndarray] | None = None,
+    masked: list[list[np.ndarray]] | None = None,
+    windows: list[np.ndarray] | None = None,
 ) -> PackedBatch:
-    """Trunks, and what hangs on each, without labels or masks.
+    """Trunks, what hangs on each, and what is predicted of them.
 
     Args:
         trunks: token ids of each.
         branches: of each trunk, (prefix, token ids) of its branches; prefix from 1 to its length.
+        next_tokens: of each trunk, the token that each of its tokens predicts, -100 where none is;
+            None: nothing is predicted on trunks.
+        masked: of each branch of each trunk, its masked tokens, counted from its start, ascending,
+            at least one; None: nothing is masked.
+        windows: of each trunk, the unmasked token ids that it is the beginning of, which the target
+            encoder reads; None: the trunks.
 
     Raises:
         ValueError: a branch that sees more tokens than its trunk has, or a segment without tokens.
     """
     ids_T, position_T, segments = _concatenated(trunks, branches)
-    none = torch.empty(0, dtype=torch.int64)
-    no_segments = Segments.of(none, none, none, none)
-    tokens = sum(len(t) for t in trunks)
-    return PackedBatch(
-        ids_T, position_T, segments, none, none, none, none, none, no_segments, none, tokens
-    )
-
-
-def add_losses(
-    batch: PackedBatch,
-    label_T: np.ndarray,
-    masked_M: np.ndarray,
-    targets: list[np.ndarray],
-    target_M: np.ndarray,
-    trunk_tokens: int,
-) -> PackedBatch:
-    """The batch with what its losses need.
-
-    Args:
-        label_T: the next token of the first T rows, -100 where none is predicted.
-        masked_M: rows in branches.
-        targets: token ids that the target encoder reads, one array a trunk.
-        target_M: rows of their concatenation.
-        trunk_tokens: of whole trunks, where those of the batch end early.
-    """
-    labelled_N = np.flatnonzero(label_T >= 0)
+    windows = trunks if windows is None else windows
+    next_T = np.concatenate([*(next_tokens or []), np.empty(0, np.int64)])
+    labelled_N = np.flatnonzero(next_T >= 0)
+    masked_rows, target_rows, targets = [], [], []
+    own_start, target_start = sum(len(t) for t in trunks), 0  # branches lie behind all trunks
+    for window, hung, masks in zip(windows, branches, masked or [[] for _ in trunks], strict=True):
+        last = 0
+        for (prefix, ids), mask in zip(hung, masks, strict=bool(masked)):
+            masked_rows.append(own_start + mask)
+            target_rows.append(target_start + prefix + mask)
+            own_start += len(ids)
+            last = max(last, prefix + int(mask[-1]) + 1)
+        if last:
+            targets.append(window[:last])
+            target_start += last
     target_ids_U, target_position_U, target_segments = _concatenated(targets, [[] for _ in targets])
-    return replace(
-        batch,
+    none = np.empty(0, np.int64)
+    return PackedBatch(
+        ids_T=ids_T,
+        position_T=position_T,
+        segments=segments,
         labelled_N=_long(labelled_N),
-        label_N=_long(label_T[labelled_N]),
-        masked_M=_long(masked_M),
+        label_N=_long(next_T[labelled_N]),
+        masked_M=_long(np.concatenate([*masked_rows, none])),
         target_ids_U=target_ids_U,
         target_position_U=target_position_U,
         target_segments=target_segments,
-        target_M=_long(target_M),
-        trunk_tokens=trunk_tokens,
+        target_M=_long(np.concatenate([*target_rows, none])),
+        num_trunk_tokens=sum(len(window) for window in windows),
     )
 
 

@@ -46,8 +46,8 @@ def losses(
     Raises:
         ValueError: the backbone has layers that a packed row cannot go through.
     """
-    wants_sft = sft_scale > 0 and batch.labels > 0
-    wants_jepa = jepa_scale > 0 and batch.masked > 0
+    wants_sft = sft_scale > 0 and batch.num_labels > 0
+    wants_jepa = jepa_scale > 0 and batch.num_masked > 0
     if not (wants_sft or wants_jepa):
         return None, None
     sft = jepa = None
@@ -76,7 +76,7 @@ def measure(
     """The summed SFT loss, and both encoders at the masked positions if there is a target."""
     hidden_TD = _online(encoder, batch)
     sft = _sft(encoder, hidden_TD, batch, 1.0)
-    if target is None or not batch.masked:
+    if target is None or not batch.num_masked:
         return sft, None
     online_MD, target_UD = hidden_TD.index_select(0, batch.masked_M), _target(target, batch)
     return sft, JepaStates(

@@ -36,9 +36,9 @@ def losses(
     None where the scale is 0 or the batch has nothing to predict.
     """
     sft = jepa = None
-    if sft_scale > 0 and batch.labels:
+    if sft_scale > 0 and batch.num_labels:
         sft = sft_sum(encoder, batch) * sft_scale
-    if jepa_scale > 0 and batch.masked:
+    if jepa_scale > 0 and batch.num_masked:
         jepa = jepa_sum(encoder, target, batch, normalize=normalize) * jepa_scale
     return sft, jepa
 
@@ -56,7 +56,7 @@ def jepa_sum(
     encoder: PatientEncoder, target: TargetEncoder, batch: PackedBatch, *, normalize: bool
 ) -> Tensor:
     """Second and third forward: the summed JEPA loss of the branches; 0 without a masked row."""
-    if not batch.masked:
+    if not batch.num_masked:
         return torch.zeros((), device=batch.ids_T.device)
     target_UD = target_hidden(target, batch)
     prediction_MD = predict(encoder, online_hidden(encoder, batch))
@@ -69,7 +69,7 @@ def measure(
 ) -> tuple[Tensor, JepaStates | None]:
     """The summed SFT loss, and both encoders at the masked positions if there is a target."""
     sft = sft_sum(encoder, batch)
-    if target is None or not batch.masked:
+    if target is None or not batch.num_masked:
         return sft, None
     online_MD, target_UD = online_hidden(encoder, batch), target_hidden(target, batch)
     return sft, JepaStates(

@@ -60,7 +60,7 @@ def test_flex_attention_sees_what_the_decomposition_sees():
             (one,) = variant.passes[0]
             embedded_TD = variant.encoder.embed(one.ids_T, one.masked_T)
             rest = (one.position_T, one.segments)
-            hidden.append(variant.hidden(variant.encoder.trunk, embedded_TD, *rest))
+            hidden.append(variant.hidden(variant.encoder.decoder, embedded_TD, *rest))
     assert variant.masks and one.segments.host_S6[:, PREFIX].any()
     assert difference(hidden[:1], hidden[1:]) < 1e-5
 

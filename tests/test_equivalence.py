@@ -145,7 +145,7 @@ def test_every_setting(place, unit, cuts, labels, horizon, norm):
     read = 3 + (wants["sft"] and labels == "all")  # the window without a cut has nothing else
     for tokens, count in ((ROOMY, 1), (1, read)):
         step = make_step(WINDOWS, form, 0, batch=4, tokens=tokens, seed=0, **wants)
-        assert len(step.micro) == count and (step.masked > 0) == wants["jepa"]
+        assert len(step.micro) == count and (step.num_masked > 0) == wants["jepa"]
         # every window but one has all its cuts
         branches = 3 * cuts * wants["jepa"]
         assert sum(len(b.rows) for b in step.micro) == read + branches
@@ -235,7 +235,7 @@ def trained(path: str, encoder: PatientEncoder, case: Case, tokens: int) -> list
         step = make_step(WINDOWS, form, index, batch=3, tokens=tokens, seed=0, jepa=True)
         told.append([0.0, 0.0])
         for micro in step.micro:
-            scales = {"sft_scale": 1 / step.labels, "jepa_scale": 1 / step.masked}
+            scales = {"sft_scale": 1 / step.num_labels, "jepa_scale": 1 / step.num_masked}
             parts = PATHS[path](encoder, target, micro, normalize=True, **scales)
             torch.autograd.backward([part for part in parts if part is not None])
             for place, part in enumerate(parts):

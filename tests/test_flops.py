@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config, masking_utils
 
 from smbfast import objective, reference
-from smbfast.batch import PackedBatch, add_losses, pack_segments
+from smbfast.batch import PackedBatch, pack_segments
 from smbfast.model.averages import Merged
 from smbfast.model.backbone import PatientEncoder, lora_config
 from smbfast.model.flops import (
@@ -65,21 +65,14 @@ def batch_of(cuts: list[int], horizon: int, sft: bool = True) -> PackedBatch:
     """One trunk; half of each future is masked, its last token too."""
     trunk = np.zeros(N if sft else cuts[-1], np.int64)
     lengths = [min(horizon, N - cut) for cut in cuts]
-    batch = pack_segments(
-        [trunk], [[(c, np.zeros(n, np.int64)) for c, n in zip(cuts, lengths, strict=True)]]
-    )
-    masks = [np.arange(n - 1, 0, -2)[::-1] for n in lengths]
-    starts = [start for start, _, _, prefix in batch.rows if prefix]
     labels = np.full(len(trunk), 0 if sft else -100)
     labels[-1] = -100
-    none = [np.empty(0, np.int64)]
-    return add_losses(
-        batch,
-        labels,
-        np.concatenate([*(m + s for m, s in zip(masks, starts, strict=True)), *none]),
-        [np.zeros(cuts[-1] + lengths[-1], np.int64)] if cuts else [],
-        np.concatenate([*(m + c for m, c in zip(masks, cuts, strict=True)), *none]),
-        N,
+    return pack_segments(
+        [trunk],
+        [[(c, np.zeros(n, np.int64)) for c, n in zip(cuts, lengths, strict=True)]],
+        next_tokens=[labels],
+        masked=[[np.arange(n - 1, 0, -2)[::-1] for n in lengths]],
+        windows=[np.zeros(N, np.int64)],
     )
 
 
@@ -110,16 +103,16 @@ def three_forwards(
 ) -> Flops:
     """In closed form, without padding: SFT reads the trunk; each cut is read by both encoders."""
     total = Flops()
-    if batch.labels:
+    if batch.num_labels:
         total += online_flops(online, N, pairs(N), masked=False)
-        head = 2 * batch.labels * online.vocabulary * online.width
+        head = 2 * batch.num_labels * online.vocabulary * online.width
         # PEFT puts trained rows into a copy of the head, whose gradient is then made whole
         total += Flops(head=head * (3 if online.head_trained or online.head_rows else 2))
     for cut in cuts:
         tokens = min(cut + horizon, N)
         total += online_flops(online, tokens, pairs(tokens), masked=True)
         total += target_flops(target, tokens, pairs(tokens))
-    return total + predictor_flops(online, batch.masked)
+    return total + predictor_flops(online, batch.num_masked)
 
 
 VARIANTS = {

@@ -161,7 +161,7 @@ def test_a_base_in_bf16_keeps_fp32_adapters_and_an_fp32_target(cohort, scratch, 
     bf16 = ["--model.dtype=bfloat16", f"--objective.target_form={form}"]
     entry.main(["tiny", *paths, *bf16, "--export=merged", *SHORT])
     encoder, target, _ = restore_final(folder / "final", CPU)
-    assert encoder.trunk.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.bfloat16
+    assert encoder.decoder.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.bfloat16
     trained = [p for p in encoder.parameters() if p.requires_grad]
     assert trained and all(p.dtype == torch.float32 for p in trained)
     assert target.form == form

@@ -141,14 +141,14 @@ def test_a_packed_forward_is_that_of_transformers(on_liger, monkeypatch, recompu
     batch = batch.to(HERE)
     x_TD = encoder.embed_packed(batch.ids_T).detach()
     grad_TD = torch.randn_like(x_TD)
-    decoder, results = PackedDecoder(encoder.trunk), []
+    decoder, results = PackedDecoder(encoder.decoder), []
     for device in ("none", liger.DEVICE):
         monkeypatch.setattr(liger, "DEVICE", device)
         leaf_TD = x_TD.clone().requires_grad_()
         encoder.zero_grad()
         y_TD = decoder(leaf_TD, batch.position_T, batch.segments, recompute=recompute)
         y_TD.backward(grad_TD)
-        grads = [p.grad for p in encoder.trunk.parameters() if p.grad is not None]
+        grads = [p.grad for p in encoder.decoder.parameters() if p.grad is not None]
         results.append([y_TD.detach(), leaf_TD.grad, *(g.clone() for g in grads)])
     assert len(results[0]) == len(results[1]) > 20
     gaps = [float((a - b).norm() / b.norm()) for a, b in zip(*results, strict=True)]

@@ -114,7 +114,7 @@ def test_parts_of_a_prediction_are_what_they_are_made_of():
     assert size <= found.gradients <= size + rounding
     assert found.moments == 2 * found.gradients
     assert size <= found.weights <= size + rounding + 4096  # buffers of the rotary embedding
-    trunk = sum(p.numel() * 4 for p in encoder.trunk.parameters())
+    trunk = sum(p.numel() * 4 for p in encoder.decoder.parameters())
     assert trunk <= found.target <= trunk + rounding
     # of each layer the backward needs, at the least, the inputs of its linears and of attention
     config = encoder.base.config
@@ -179,8 +179,8 @@ def test_a_full_batch_is_full(tokens, sft, jepa):
     batch = full_batch(tokens, 512, ObjectiveSettings(cuts=2), sft=sft, jepa=jepa)
     batch.check()
     assert batch.segments.tokens == tokens
-    assert bool(batch.labels) == sft
-    assert bool(batch.masked) == (jepa and tokens > 1)
+    assert bool(batch.num_labels) == sft
+    assert bool(batch.num_masked) == (jepa and tokens > 1)
 
 
 @pytest.mark.parametrize(

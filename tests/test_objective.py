@@ -88,7 +88,7 @@ def test_jepa_by_hand(kind, lora, form, norm):
         embedded = [
             encoder.mask_vector if r in masked else table(batch.ids_T[r : r + 1])[0] for r in rows
         ]
-        online = encoder.trunk(inputs_embeds=torch.stack(embedded)[None]).last_hidden_state[0]
+        online = encoder.decoder(inputs_embeds=torch.stack(embedded)[None]).last_hidden_state[0]
         start = prefix.start
         trunk_row = next(t for t in trunk_rows(batch) if t.start == start)
         ids = batch.ids_T[trunk_row][None]
@@ -138,7 +138,7 @@ def test_the_identity_of_a_masked_token_cannot_change_the_online_side(lora):
     with torch.no_grad():
         before = online_hidden(encoder, batch)
         ids_T = batch.ids_T.clone()
-        ids_T[batch.masked_M] = torch.randint(1, 60, (batch.masked,))
+        ids_T[batch.masked_M] = torch.randint(1, 60, (batch.num_masked,))
         after = online_hidden(encoder, replace(batch, ids_T=ids_T))
     assert torch.equal(before, after)
 
@@ -197,7 +197,7 @@ def test_target_is_the_exact_average_of_effective_weights(lora, form):
 
     def effective():
         if not lora:
-            return {n: p.detach().double() for n, p in encoder.trunk.named_parameters()}
+            return {n: p.detach().double() for n, p in encoder.decoder.named_parameters()}
         weights = {}
         for name, layer in encoder.lora_layers().items():
             b, a = layer.lora_B["default"].weight.double(), layer.lora_A["default"].weight.double()
@@ -209,7 +209,7 @@ def test_target_is_the_exact_average_of_effective_weights(lora, form):
     optimizer = torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=1e-2)
     for step in range(5):
         batch = batch_of(step=step)
-        (sft_sum(encoder, batch) / batch.labels).backward()
+        (sft_sum(encoder, batch) / batch.num_labels).backward()
         optimizer.step()
         optimizer.zero_grad()
         target.update(0.9)
@@ -229,7 +229,7 @@ def test_target_is_the_exact_average_of_effective_weights(lora, form):
 def test_the_target_covers_every_trained_weight_of_the_trunk():
     """Whole: all of the trunk. LoRA: every adapted linear and the trained token rows."""
     whole = tiny_encoder()
-    assert set(TargetEncoder(whole).exact()) == {n for n, _ in whole.trunk.named_parameters()}
+    assert set(TargetEncoder(whole).exact()) == {n for n, _ in whole.decoder.named_parameters()}
     lora = tiny_encoder(lora=True)
     linears = {f"{n}.base_layer.weight" for n in lora.lora_layers()}
     assert len(linears) == 2 * 7
@@ -264,10 +264,10 @@ def test_head_predictor_and_mask_vector_have_no_average():
 def gradients(encoder, target, step: Step, w_sft=0.5, w_jepa=2.0):
     encoder.zero_grad()
     for micro in step.micro:
-        (w_sft * sft_sum(encoder, micro) / step.labels).backward()
-        if micro.masked:
+        (w_sft * sft_sum(encoder, micro) / step.num_labels).backward()
+        if micro.num_masked:
             loss = jepa_sum(encoder, target, micro, normalize=True)
-            (w_jepa * loss / step.masked).backward()
+            (w_jepa * loss / step.num_masked).backward()
     return {n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None}
 
 

@@ -67,7 +67,7 @@ def test_three_steps_are_those_of_transformers_and_peft(kind, case, path):
     adamw = AdamW(decays(other), (0.9, 0.95), clip=0.5)
     for step, (lr, tau) in enumerate(zip(LRS, TAUS, strict=True)):
         batch = make_batch(WINDOWS, form, 0, step, jepa=True)
-        scales = LossScales.of(*WEIGHTS, batch.labels, batch.masked)
+        scales = LossScales.of(*WEIGHTS, batch.num_labels, batch.num_masked)
         summed = forward_backward(losses, encoder, target, [batch], scales)
         grad_norm = updater.step(lr, target, tau)
         total = oracle.loss(patients_of(form, step), *WEIGHTS, norm)

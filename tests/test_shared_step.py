@@ -211,8 +211,8 @@ def test_the_target_reads_each_trunk_through_its_last_masked_token(case):
 
 def test_without_sft_a_trunk_ends_at_its_last_cut():
     whole, short = batch_of(), batch_of(sft=False)
-    assert short.labels == 0 and short.masked == whole.masked
-    assert short.trunk_tokens == whole.trunk_tokens == sum(len(w) for w in WINDOWS)
+    assert short.num_labels == 0 and short.num_masked == whole.num_masked
+    assert short.num_trunk_tokens == whole.num_trunk_tokens == sum(len(w) for w in WINDOWS)
     cuts = [max(p for _, _, t, p in short.rows if t == s) for s, _, _, p in short.rows if p == 0]
     assert [n for _, n, _, p in short.rows if p == 0] == cuts
     assert torch.equal(short.target_ids_U, whole.target_ids_U)
@@ -225,9 +225,9 @@ def test_the_model_is_as_it_was(case, recompute):
     encoder, batch = make_encoder(lora=case.lora), batch_of()
     target = moved_target(encoder, case.form)
     expected = run("reference", encoder, target, [batch])
-    before = [sorted(vars(m)) for m in encoder.trunk.modules()]
+    before = [sorted(vars(m)) for m in encoder.decoder.modules()]
     run("shared", encoder, target, [batch], recompute=recompute)
-    assert [sorted(vars(m)) for m in encoder.trunk.modules()] == before
+    assert [sorted(vars(m)) for m in encoder.decoder.modules()] == before
     losses, gradients = run("reference", encoder, target, [batch])
     assert losses == expected[0]
     assert all(torch.equal(gradients[n], g) for n, g in expected[1].items())
@@ -239,11 +239,11 @@ def test_after_an_error_inside_a_layer_the_next_step_is_the_same():
     for form in ("merged", "tracked"):
         target = moved_target(encoder, form)
         expected = run("shared", encoder, target, [batch])
-        activation = encoder.trunk.layers[1].mlp.act_fn
-        encoder.trunk.layers[1].mlp.act_fn = None  # not callable
+        activation = encoder.decoder.layers[1].mlp.act_fn
+        encoder.decoder.layers[1].mlp.act_fn = None  # not callable
         with pytest.raises(TypeError):
             run("shared", encoder, target, [batch])
-        encoder.trunk.layers[1].mlp.act_fn = activation
+        encoder.decoder.layers[1].mlp.act_fn = activation
         encoder.zero_grad(set_to_none=True)
         losses, gradients = run("shared", encoder, target, [batch])
         assert losses == expected[0]
@@ -254,8 +254,8 @@ def test_a_compiled_layer_holds_the_fused_operations():
     """One graph: four groups of LoRA linears, one attention, and no plain linear beside them."""
     encoder, batch = make_encoder(), batch_of()
     embedded_TD = encoder.embed_packed(batch.ids_T).detach().requires_grad_()
-    cos_1TC, sin_1TC = encoder.trunk.rotary_emb(embedded_TD[None], batch.position_T[None])
-    inputs = (encoder.trunk.layers[0], embedded_TD, (cos_1TC[0], sin_1TC[0]), batch.segments)
+    cos_1TC, sin_1TC = encoder.decoder.rotary_emb(embedded_TD[None], batch.position_T[None])
+    inputs = (encoder.decoder.layers[0], embedded_TD, (cos_1TC[0], sin_1TC[0]), batch.segments)
     names: list[str] = []
 
     def record(graph: torch.fx.GraphModule, _inputs: list) -> object:
@@ -309,7 +309,7 @@ def test_linears_with_bias(case, targets):
     """As Qwen2's q, k and v; here o has one as well."""
     config = {"attention_bias": True, "mlp_bias": True}
     encoder = make_encoder("llama", lora=case.lora, targets=targets, dtype=FP64, **config)
-    assert bool(encoder.trunk.layers[0].self_attn.q_proj.bias.abs().min() > 0)
+    assert bool(encoder.decoder.layers[0].self_attn.q_proj.bias.abs().min() > 0)
     target, batch = moved_target(encoder, case.form), batch_of()
     expected = run("reference", encoder, target, [batch])
     assert_same(run("shared", encoder, target, [batch]), expected, 1e-12)

@@ -200,7 +200,7 @@ def bf16_encoder():
     for parameter in encoder.lm.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    assert encoder.trunk.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.bfloat16
+    assert encoder.decoder.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.bfloat16
     return encoder
 
 
@@ -241,7 +241,7 @@ def test_merged_halves_of_a_bf16_backbone_are_an_fp32_average():
 def test_a_backbone_of_two_dtypes(form):
     """As where a model keeps some modules in fp32."""
     encoder = bf16_encoder()
-    layer = encoder.trunk.layers[1].mlp.down_proj.base_layer
+    layer = encoder.decoder.layers[1].mlp.down_proj.base_layer
     layer.weight.data = layer.weight.data.float()
     target = low_rank(encoder, form)
     for step in range(5):

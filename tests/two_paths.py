@@ -115,8 +115,8 @@ def run(
     **more: object,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Both losses of a step, means over all its batches, and the gradients that they leave."""
-    labels = sum(b.labels for b in batches)
-    masked = sum(b.masked for b in batches)
+    labels = sum(b.num_labels for b in batches)
+    masked = sum(b.num_masked for b in batches)
     scales = {"sft_scale": sft / max(labels, 1), "jepa_scale": jepa / max(masked, 1)}
     total: dict[str, float] = {}
     encoder.zero_grad(set_to_none=True)
@@ -163,5 +163,5 @@ def assert_same(
 
 def twin(encoder: PatientEncoder) -> PatientEncoder:
     """Another encoder with the same weights; of one that has not been run packed."""
-    assert encoder._decoder is None
+    assert encoder._packed_decoder is None
     return copy.deepcopy(encoder)

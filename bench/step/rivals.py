@@ -275,7 +275,7 @@ class Packed(HuggingFace):
                 with self.forward(part, ONLINE):
                     embedded_TD = self.encoder.embed(one.ids_T, one.masked_T)
                     hidden_TD = self.hidden(
-                        self.encoder.trunk, embedded_TD, one.position_T, one.segments
+                        self.encoder.decoder, embedded_TD, one.position_T, one.segments
                     )
                 loss = 0.0
                 with self.forward(part, LOSSES):

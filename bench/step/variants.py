@@ -57,7 +57,7 @@ class Variant:
         """Have a step's micro-batches in the form in which a loader would hand them over."""
         batches = workload.batches()
         device = self.parameters[0].device
-        labels, masked = sum(b.labels for b in batches), sum(b.masked for b in batches)
+        labels, masked = sum(b.num_labels for b in batches), sum(b.num_masked for b in batches)
         self.scales = LossScales.of(1.0, 1.0, labels, masked)
         self.batches = [b.to(device) for b in batches]
 

@@ -15,7 +15,7 @@ from itertools import islice
 
 import numpy as np
 
-from smbfast.batch import PackedBatch, Timeline, add_losses, pack_segments
+from smbfast.batch import PackedBatch, Timeline, pack_segments
 from smbfast.data.packing import online_cost, plan_rows
 from smbfast.data.sections import SECTIONS
 from smbfast.data.shards import Shard
@@ -66,15 +66,20 @@ class Step:
 
     index: int
     micro: list[PackedBatch]
-    labels: int
-    masked: int
-    tokens: int  # trunk tokens
+    num_labels: int
+    num_masked: int
+    num_tokens: int  # of trunks
 
     @classmethod
     def of(cls, index: int, micro: list[PackedBatch]) -> "Step":
         """Count over all micro-batches."""
-        labels, masked = sum(b.labels for b in micro), sum(b.masked for b in micro)
-        return cls(index, micro, labels, masked, sum(b.trunk_tokens for b in micro))
+        return cls(
+            index,
+            micro,
+            num_labels=sum(b.num_labels for b in micro),
+            num_masked=sum(b.num_masked for b in micro),
+            num_tokens=sum(b.num_trunk_tokens for b in micro),
+        )
 
 
 def step_windows(n_windows: int, batch: int, seed: int, step: int) -> np.ndarray:
@@ -224,43 +229,28 @@ def _packed(
     sft: bool,
     jepa: bool,
 ) -> PackedBatch:
-    trunk_tokens = 0
-    trunks, branches, labels, masked, targets, target = [], [], [], [], [], []
-    seen = 0  # tokens of the target encoder so far
+    trunks, branches, next_tokens, masked, whole = [], [], [], [], []
     for window, cuts in zip(windows, cuts_of, strict=True):
         if not _has_part(cuts, objective, sft=sft):
             continue
-        trunk_tokens += len(window)
+        whole.append(window.ids_T)
         trunks.append(window.ids_T if sft else window.ids_T[: cuts[-1]])
-        labels.append(_labels(window, objective, cuts) if sft else np.full(cuts[-1], -100))
-        hung = []
+        next_tokens.append(_labels(window, objective, cuts) if sft else np.full(cuts[-1], -100))
+        hung, masks = [], []
         for k, cut in enumerate(cuts if jepa else []):
-            mask = masked_tokens(window, cut, objective, seed, step, k)
+            mask = masked_tokens(window, cut, objective, seed, step, k) - cut
             future = window.ids_T[cut : future_end(window, cut, objective)].copy()
-            future[mask - cut] = 0
+            future[mask] = 0  # the identity of a masked token is not in the batch's online side
             hung.append((cut, future))
-            masked.append(mask - cut)
-            target.append(mask + seen)
+            masks.append(mask)
         branches.append(hung)
-        if hung:
-            last = max(int(mask[-1]) for mask in target[-len(hung) :]) - seen + 1
-            targets.append(window.ids_T[:last])
-            seen += last
-    batch = pack_segments(trunks, branches)
-    starts = [start for start, _, _, prefix in batch.rows if prefix]
-    masked = [m + start for m, start in zip(masked, starts, strict=True)]
-    return add_losses(
-        batch, _joined(labels), _joined(masked), targets, _joined(target), trunk_tokens
-    )
+        masked.append(masks)
+    return pack_segments(trunks, branches, next_tokens=next_tokens, masked=masked, windows=whole)
 
 
 def _has_part(cuts: list[int], objective: ObjectiveSettings, *, sft: bool) -> bool:
     """Whether a window has anything to predict: without a cut, all its tokens or none."""
     return bool(cuts) or (sft and objective.sft_labels == "all")
-
-
-def _joined(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([*arrays, np.empty(0, np.int64)])
 
 
 def cut_points(window: Timeline, objective: ObjectiveSettings, seed: int, step: int) -> list[int]:

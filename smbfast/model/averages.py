@@ -2,7 +2,7 @@
 
 `Merged` holds each averaged matrix; `Tracked` holds the average of B A alone, as a product of low
 rank over the shared W. Both move towards the online weights, give the parameters that take the
-place of the trunk's in a forward, and know how far the online weights are.
+place of the decoder's in a forward, and know how far the online weights are.
 
 M modules of one shape, N out, K in features, Q columns held.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Source:
-    """An online weight by its name under the trunk, and its adapter: W + s B A.
+    """An online weight by its name under the decoder, and its adapter: W + s B A.
 
     Parameters themselves, not what they hold now: a model that is moved puts other tensors there.
     """
@@ -62,7 +62,7 @@ class Merged:
         _move(self._average, self.sources, tau, self._low)
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters of the trunk by name, in the dtype of the trunk."""
+        """Parameters of the decoder by name, in the dtype of the decoder."""
         pairs = zip(self.sources, self._average, strict=True)
         return {s.name: w.to(s.weight.dtype) for s, w in pairs}
 

@@ -52,7 +52,7 @@ class PatientEncoder(nn.Module):
         scale = table_VD.detach().float().std()
         self.mask_vector = nn.Parameter(torch.randn(self.width, device=scale.device) * scale)
         self._tokens: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-        self._decoder: PackedDecoder | None = None
+        self._packed_decoder: PackedDecoder | None = None
 
     @property
     def is_lora(self) -> bool:
@@ -65,20 +65,20 @@ class PatientEncoder(nn.Module):
         return self.lm.get_base_model() if self.is_lora else self.lm
 
     @property
-    def trunk(self) -> nn.Module:
-        """The decoder without its head."""
+    def decoder(self) -> nn.Module:
+        """The language model without its head, as transformers made it."""
         return self.base.base_model
 
     @property
-    def decoder(self) -> PackedDecoder:
-        """The decoder on packed rows.
+    def packed_decoder(self) -> PackedDecoder:
+        """The same layers on packed rows.
 
         Raises:
             ValueError: the backbone has layers that it does not compute.
         """
-        if self._decoder is None:
-            self._decoder = PackedDecoder(self.trunk)
-        return self._decoder
+        if self._packed_decoder is None:
+            self._packed_decoder = PackedDecoder(self.decoder)
+        return self._packed_decoder
 
     @property
     def head_VD(self) -> Tensor:
@@ -98,7 +98,7 @@ class PatientEncoder(nn.Module):
 
         Rows are padded on the right: no real position sees the padding, so no mask is needed.
         """
-        return decode(self.trunk, self.embed(ids_BT, masked_BT))
+        return decode(self.decoder, self.embed(ids_BT, masked_BT))
 
     def packed(
         self,
@@ -122,7 +122,7 @@ class PatientEncoder(nn.Module):
         if masked_M is not None and len(masked_M):
             vector_MD = self.mask_vector.to(embedded_TD.dtype).expand(len(masked_M), -1)
             embedded_TD = embedded_TD.index_copy(0, masked_M, vector_MD)
-        return self.decoder(embedded_TD, position_T, segments, recompute=recompute)
+        return self.packed_decoder(embedded_TD, position_T, segments, recompute=recompute)
 
     def embed_packed(self, ids_T: Tensor, row_RD: Tensor | None = None) -> Tensor:
         """Input embeddings [..., D] of ids [...].
@@ -167,8 +167,8 @@ class PatientEncoder(nn.Module):
         return self._tokens[key]
 
     def lora_layers(self) -> dict[str, LoraLayer]:
-        """Adapted linears by their name under `trunk`."""
-        return {n: m for n, m in self.trunk.named_modules() if isinstance(m, LoraLayer)}
+        """Adapted linears by their name under `decoder`."""
+        return {n: m for n, m in self.decoder.named_modules() if isinstance(m, LoraLayer)}
 
     def trained_rows(self) -> tuple[list[int], Tensor] | None:
         """Ids and rows [n, D] of the token embeddings that are trained beside LoRA, if any."""
@@ -178,9 +178,9 @@ class PatientEncoder(nn.Module):
         return list(adapter.token_indices["default"]), adapter.trainable_tokens_delta["default"]
 
 
-def decode(trunk: nn.Module, embedded_BTD: Tensor) -> Tensor:
+def decode(decoder: nn.Module, embedded_BTD: Tensor) -> Tensor:
     """Hidden states of a decoder after its final norm."""
-    return trunk(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
+    return decoder(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
 
 
 def make_encoder(

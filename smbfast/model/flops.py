@@ -79,7 +79,7 @@ class ModelShape:
         config, adapted = encoder.base.config, encoder.lora_layers()
         inside = tuple(f"{name}." for name in adapted)  # adapters are linears themselves
         linears = []
-        for name, module in encoder.trunk.named_modules():
+        for name, module in encoder.decoder.named_modules():
             if name.startswith(inside) or not (name in adapted or isinstance(module, nn.Linear)):
                 continue
             n, k = module.out_features, module.in_features
@@ -116,9 +116,11 @@ class ModelShape:
 def step_flops(shape: ModelShape, batch: PackedBatch) -> Flops:
     """A batch forward and backward in one pass, with its target encoder."""
     return (
-        online_flops(shape, batch.segments.tokens, batch.segments.pairs, masked=batch.masked > 0)
-        + head_flops(shape, batch.labels)
-        + predictor_flops(shape, batch.masked)
+        online_flops(
+            shape, batch.segments.tokens, batch.segments.pairs, masked=batch.num_masked > 0
+        )
+        + head_flops(shape, batch.num_labels)
+        + predictor_flops(shape, batch.num_masked)
         + target_flops(shape, batch.target_segments.tokens, batch.target_segments.pairs)
     )
 

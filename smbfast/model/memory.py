@@ -33,7 +33,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from smbfast.batch import PackedBatch, add_losses, pack_segments
+from smbfast.batch import PackedBatch, pack_segments
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.settings import ObjectiveSettings
@@ -113,34 +113,20 @@ def full_batch(
 ) -> PackedBatch:
     """A row of that many online tokens: as heavy as windows can fill it."""
     share = 1 - objective.context[0] if jepa else 0.0
-    trunks, branches, labels, masked, targets, target = [], [], [], [], [], []
-    left, seen = tokens, 0
+    trunks, branches, next_tokens, masked = [], [], [], []
+    left = tokens
     while left > 0:
         length = min(window, max(1, int(left / (1 + share * objective.cuts))))
         future = min(int(share * length), objective.horizon or length, length - 1)
-        hung = [future] * (objective.cuts if jepa and future else 0)
+        num_cuts = objective.cuts if jepa and future else 0
+        # the last tokens are masked, so that the target encoder reads whole trunks
+        mask = np.arange(future - max(1, round(objective.mask_ratio * future)), future)
         trunks.append(np.zeros(length, np.int64))
-        branches.append([(length - n, np.zeros(n, np.int64)) for n in hung])
-        labels.append(np.full(length, 0 if sft else -100))
-        left -= length + sum(hung)
-        if hung:
-            mask = np.arange(max(1, round(objective.mask_ratio * future)))
-            masked += [mask] * len(hung)
-            target += [mask + seen + length - future] * len(hung)
-            targets.append(trunks[-1])
-            seen += length
-    batch = pack_segments(trunks, branches)
-    starts = [start for start, _, _, prefix in batch.rows if prefix]
-    rows = [m + start for m, start in zip(masked, starts, strict=True)]
-    none = np.empty(0, np.int64)
-    return add_losses(
-        batch,
-        np.concatenate(labels),
-        np.concatenate([*rows, none]),
-        targets,
-        np.concatenate([*target, none]),
-        sum(len(t) for t in trunks),
-    )
+        branches.append([(length - future, np.zeros(future, np.int64))] * num_cuts)
+        next_tokens.append(np.full(length, 0 if sft else -100))
+        masked.append([mask] * num_cuts)
+        left -= length + num_cuts * future
+    return pack_segments(trunks, branches, next_tokens=next_tokens, masked=masked)
 
 
 def choose_micro_tokens(
@@ -244,7 +230,7 @@ class _Live(TorchDispatchMode):
 
 def _faked(encoder: PatientEncoder, mode: FakeTensorMode) -> PatientEncoder:
     """A copy without storage; tensors that are shared stay shared."""
-    memo: dict[int, Any] = {id(encoder._decoder): None, id(encoder._tokens): {}}
+    memo: dict[int, Any] = {id(encoder._packed_decoder): None, id(encoder._tokens): {}}
     for tensor in (*encoder.parameters(), *encoder.buffers()):
         memo[id(tensor)] = mode.from_tensor(tensor)
     return copy.deepcopy(encoder, memo)

@@ -82,7 +82,7 @@ class JepaStates:
 
 
 class TargetEncoder:
-    """Averages under the trunk, and the forward that reads them."""
+    """Averages of the decoder's weights, and the forward that reads them."""
 
     @torch.no_grad()
     def __init__(self, encoder: PatientEncoder, form: TargetForm | None = None) -> None:
@@ -142,7 +142,7 @@ class TargetEncoder:
             embedded_BTD = torch.nn.functional.embedding(ids_BT, table)
         else:
             embedded_BTD = encoder.embed_packed(ids_BT, rows_nD)
-        return self._lent(weights, partial(decode, encoder.trunk), embedded_BTD)
+        return self._lent(weights, partial(decode, encoder.decoder), embedded_BTD)
 
     @torch.no_grad()
     def packed(
@@ -161,12 +161,12 @@ class TargetEncoder:
             embedded_TD = torch.nn.functional.embedding(ids_T, table)
         else:
             embedded_TD = encoder.embed_packed(ids_T, rows_RD)
-        run = partial(encoder.decoder, position_T=position_T, segments=segments, norm=norm)
+        run = partial(encoder.packed_decoder, position_T=position_T, segments=segments, norm=norm)
         return self._lent(weights, run, embedded_TD)
 
     def final_norm(self) -> tuple[Tensor, float]:
         """Weight [D] and eps of the final RMSNorm, for those rows that `packed` is needed at."""
-        norm = self.encoder.trunk.norm
+        norm = self.encoder.decoder.norm
         own = self.encoder.is_lora  # LoRA shares the norms
         weight_D = norm.weight if own else self._weights()["norm.weight"]
         return weight_D.detach(), norm.variance_epsilon
@@ -183,7 +183,7 @@ class TargetEncoder:
 
     @torch.no_grad()
     def exact(self) -> dict[str, Tensor]:
-        """The averaged effective weights by name under the trunk, at full width."""
+        """The averaged effective weights by name under the decoder, at full width."""
         return {n: w for part in self.parts for n, w in part.exact()}
 
     def state(self) -> dict[str, Tensor]:
@@ -207,20 +207,20 @@ class TargetEncoder:
     def _lent(
         self, weights: dict[str, Tensor], run: Callable[[Tensor], Tensor], embedded: Tensor
     ) -> Tensor:
-        """`run` on a trunk whose parameters are the averages."""
+        """`run` on a decoder whose parameters are the averages."""
         encoder = self.encoder
         inside = encoder.is_lora and self.form == "merged"  # the averages hold the adapters
         with encoder.lm.disable_adapter() if inside else nullcontext():
-            named = {f"trunk.{n}": w for n, w in weights.items()}
-            return functional_call(_Decoder(encoder.trunk, run), named, embedded)
+            named = {f"decoder.{n}": w for n, w in weights.items()}
+            return functional_call(_Decoder(encoder.decoder, run), named, embedded)
 
 
 class _Decoder(torch.nn.Module):
-    """A trunk as a module whose input is its embeddings."""
+    """A decoder as a module whose input is its embeddings."""
 
-    def __init__(self, trunk: torch.nn.Module, run: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, decoder: torch.nn.Module, run: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.trunk, self.run = trunk, run
+        self.decoder, self.run = decoder, run
 
     def forward(self, embedded: Tensor) -> Tensor:
         return self.run(embedded)
@@ -242,7 +242,7 @@ def target_bytes(encoder: PatientEncoder, form: TargetForm) -> int:
 def _sources(encoder: PatientEncoder) -> list[Source]:
     """Every weight that is averaged; the trained token rows last."""
     if not encoder.is_lora:
-        trained = encoder.trunk.named_parameters()
+        trained = encoder.decoder.named_parameters()
         return [Source(n, p) for n, p in trained if p.requires_grad]
     sources = [
         Source(
@@ -260,4 +260,4 @@ def _sources(encoder: PatientEncoder) -> list[Source]:
 
 def _embedding_name(encoder: PatientEncoder) -> str:
     table = encoder.base.get_input_embeddings().weight
-    return next(n for n, p in encoder.trunk.named_parameters() if p is table)
+    return next(n for n, p in encoder.decoder.named_parameters() if p is table)

@@ -274,7 +274,7 @@ def _interval(
 
 
 def smooth(value_N: np.ndarray) -> np.ndarray:
-    """Return the exponential mean over a fortieth of the series, fp64 [N]."""
+    """Return the exponential mean over a fortieth of the series, unbiased at its start."""
     keep = 1 - 1 / max(1.0, len(value_N) / 40)
     smoothed_N = np.empty(len(value_N))
     total = weight = 0.0

@@ -54,7 +54,7 @@ def evaluate(
     """
     device = encoder.mask_vector.device
     batches = fixed[target is not None]
-    labels = sum(b.labels for b in batches)
+    labels = sum(b.num_labels for b in batches)
     path = objective if settings.objective.path == "shared" else reference
     measured = [path.measure(encoder, target, b.to(device)) for b in batches]
     sft = sum(float(total) for total, _ in measured) / max(labels, 1)

@@ -68,7 +68,7 @@ def train(settings: TrainSettings, command: str) -> str:
                 log.write("self_check", step=step, phase=phase.name, **gaps)
 
             lr = learning_rate(settings, at)
-            scales = LossScales.of(phase.w_sft, phase.w_jepa, batch.labels, batch.masked)
+            scales = LossScales.of(phase.w_sft, phase.w_jepa, batch.num_labels, batch.num_masked)
             summed = forward_backward(losses, encoder, target, batch.micro, scales)
             grad_norm = updater.step(lr, target, tau(settings, step))
             # FLOPs of the shared forward: what the reference computes beyond it is no use

@@ -71,8 +71,8 @@ class Meter:
 
     def add(self, step: Step, flops: int) -> None:
         """Count a step."""
-        self._tokens += step.tokens
-        self._masked += step.masked
+        self._tokens += step.num_tokens
+        self._masked += step.num_masked
         self._flops += flops
 
     def read(self, step: int) -> dict[str, float]:
@@ -128,13 +128,13 @@ def log_step(
         "step": step.index + 1,
         "phase": phase.name,
         "sft": float(summed.sft) / phase.w_sft if phase.w_sft > 0 else None,
-        "jepa": float(summed.jepa) / phase.w_jepa if step.masked else None,
+        "jepa": float(summed.jepa) / phase.w_jepa if step.num_masked else None,
         "grad_norm": grad_norm,
         "lr": lr,
         **pace,
         "memory_gib": peak_memory_gib(run.device),
-        "masked": step.masked,
-        "labels": step.labels,
+        "masked": step.num_masked,
+        "labels": step.num_labels,
     }
     log.write("step", **record)
     line = step_line(record, total_steps(run.settings), health if phase.w_jepa > 0 else None)

@@ -193,7 +193,7 @@ def _model_record(run: OpenRun, step: int) -> dict:
     return {
         "trains": settings.trains,
         "backbone": _lasting(settings.model.path),
-        "dtype": str(next(run.encoder.trunk.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(next(run.encoder.decoder.parameters()).dtype).removeprefix("torch."),
         "vocabulary": len(prepared.tokenizer),
         "predictor_layers": settings.objective.predictor_layers,
         "window": run.data.window,

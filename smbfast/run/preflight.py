@@ -59,7 +59,7 @@ class Plan:
     def scales(self) -> LossScales:
         """Of the losses of its first step."""
         return LossScales.of(
-            self.phase.w_sft, self.phase.w_jepa, self.step.labels, self.step.masked
+            self.phase.w_sft, self.phase.w_jepa, self.step.num_labels, self.step.num_masked
         )
 
 
@@ -117,7 +117,7 @@ def _plans(run: OpenRun) -> Iterator[Plan]:
             for micro in step.micro:
                 if worst is None or micro.segments.tokens > worst.segments.tokens:
                     worst = micro
-        if opening is None or worst is None or not (phase.w_sft > 0 or opening.masked):
+        if opening is None or worst is None or not (phase.w_sft > 0 or opening.num_masked):
             raise ValueError(
                 f"phase `{phase.name}` has a step with nothing to predict: raise data.window or "
                 "optim.batch, or lower objective.min_future"

@@ -50,7 +50,7 @@ def checks_itself(settings: TrainSettings) -> bool:
 
 def refuse_empty(step: Step, phase: PhaseSettings) -> None:
     """Raise a ValueError for a step that has nothing to predict."""
-    if phase.w_sft == 0 and step.masked == 0:
+    if phase.w_sft == 0 and step.num_masked == 0:
         raise ValueError(
             f"step {step.index + 1} has no masked position and phase `{phase.name}` no SFT: "
             "raise data.window or optim.batch, or lower objective.min_future"
@@ -115,9 +115,9 @@ def self_check(
         ValueError: they are larger than rounding explains.
     """
     batch = _slice(windows, settings, step, phase).to(encoder.mask_vector.device)
-    if not (batch.labels or batch.masked):
+    if not (batch.num_labels or batch.num_masked):
         return {}
-    scales = LossScales.of(phase.w_sft, phase.w_jepa, batch.labels, batch.masked)
+    scales = LossScales.of(phase.w_sft, phase.w_jepa, batch.num_labels, batch.num_masked)
     normalize = settings.objective.target_norm == "layer"
     results = []
     for path in (partial(reference.losses, normalize=normalize), losses_of(settings)):
@@ -176,7 +176,7 @@ def _differences(
 
 def layer_dtype(encoder: PatientEncoder) -> torch.dtype:
     """The dtype that the layers compute in."""
-    return next(encoder.trunk.parameters()).dtype
+    return next(encoder.decoder.parameters()).dtype
 
 
 def _slice(
@@ -190,7 +190,7 @@ def _slice(
         for window in sorted((windows[i] for i in order), key=len)
     ]
     # without a cut anywhere there is still SFT to compare
-    ones = [o for o in ones if o[1].masked] or [o for o in ones if o[1].labels]
+    ones = [o for o in ones if o[1].num_masked] or [o for o in ones if o[1].num_labels]
     ends = np.cumsum([one.segments.tokens for _, one in ones])
     chosen = [window for window, _ in ones[: int(np.searchsorted(ends, SLICE)) + 1]]
     return make_batch(chosen, form, seed, step, sft=sft, jepa=jepa)

@@ -135,9 +135,9 @@ def test_micro_batches_order_and_neighbours_change_no_draw(windows: WindowSet, u
 
     def step(tokens: int, index: int = 5) -> dict:
         made = make_step(windows, chosen, index, batch=8, tokens=tokens, seed=1, jepa=True)
-        assert made.masked == sum(b.masked for b in made.micro) > 0
-        assert made.tokens == sum(b.trunk_tokens for b in made.micro)
-        assert made.labels == sum(b.labels for b in made.micro) > 0
+        assert made.num_masked == sum(b.num_masked for b in made.micro) > 0
+        assert made.num_tokens == sum(b.num_trunk_tokens for b in made.micro)
+        assert made.num_labels == sum(b.num_labels for b in made.micro) > 0
         return {k: v for b in made.micro for k, v in trunks_of(b).items()}
 
     whole = step(100_000)
@@ -167,7 +167,7 @@ def test_masks_cuts_and_batches(
     own = [timeline(s, seed, 6 + s, header) for s in range(4)]
     batch = make_batch(own, chosen, seed, 0, jepa=True)
     batch.check()
-    assert batch.trunk_tokens == sum(map(len, own))
+    assert batch.num_trunk_tokens == sum(map(len, own))
     trunks = trunks_of(batch)
     for window in own:
         points = cut_points(window, chosen, seed, 0)
@@ -243,7 +243,7 @@ def test_no_cut_where_too_little_future_remains() -> None:
     assert cut_points(only, objective(), 0, 0) == []
     batch = make_batch([only], objective(), 0, 0, jepa=True)
     batch.check()
-    assert batch.masked == 0 and batch.labels == len(only) - 1
+    assert batch.num_masked == 0 and batch.num_labels == len(only) - 1
 
 
 @pytest.mark.parametrize("header", [0, 1, 5])
@@ -269,15 +269,15 @@ def test_labels_of_the_future_alone(jepa: bool) -> None:
     trunk = labels_of(batch)[: len(window)]
     # the same labels whether or not the phase has JEPA: a phase of SFT alone draws its cut too
     assert trunk == [-100] * (first - 1) + [*ids[first:], -100]
-    assert (batch.masked > 0) == jepa and set(labels_of(batch)[len(window) :]) <= {-100}
+    assert (batch.num_masked > 0) == jepa and set(labels_of(batch)[len(window) :]) <= {-100}
 
 
 def test_without_jepa_there_are_trunks_alone(windows: WindowSet) -> None:
     made = make_step(windows, objective(), 0, batch=4, tokens=600, seed=0, jepa=False)
     for batch in made.micro:
         batch.check()
-        assert batch.masked == 0 and not any(prefix for *_, prefix in batch.rows)
-    assert made.tokens == sum(len(b.ids_T) for b in made.micro)
+        assert batch.num_masked == 0 and not any(prefix for *_, prefix in batch.rows)
+    assert made.num_tokens == sum(len(b.ids_T) for b in made.micro)
 
 
 def test_check_finds_a_masked_identity_and_a_wrong_target() -> None:
