@@ -66,10 +66,10 @@ class AotBench(Settings):
         description="Folder that holds another version of Triton, unpacked from its wheel. `none` "
         "takes the installed one.",
     )
-    only: str = Field(
-        "",
-        description="Text in the names of the builds to compile; the empty text is in all of them. "
-        "With `write`, the budgets of other builds stay.",
+    only: str | None = Field(
+        None,
+        description="Text in the names of the builds to compile. `none` compiles all. With "
+        "`write`, the budgets of other builds stay.",
     )
     processes: int = Field(2, ge=1, description="Number of processes that compile at a time.")
 
@@ -238,24 +238,23 @@ def printed(compiled: Compiled) -> str:
 def main(argv: list[str] | None = None) -> None:
     settings = command_line(AotBench, argv, prog="python -m bench.aot")
     began = time.perf_counter()
-    compiled = compile_all(triton=settings.triton, only=settings.only, processes=settings.processes)
+    only = settings.only or ""
+    compiled = compile_all(triton=settings.triton, only=only, processes=settings.processes)
     spent = time.perf_counter() - began
     if not compiled.reports:
-        sys.exit(
-            f"python -m bench.aot: `only` must be in the name of a build, got {settings.only!r}"
-        )
+        sys.exit(f"python -m bench.aot: `only` must be in the name of a build, got {only!r}")
     print(printed(compiled))
     print(f"\nTriton {compiled.triton}: {len(compiled.reports)} compilations in {spent:.0f} s")
     slowest = sorted(compiled.reports, key=lambda r: -r.get("seconds", 0))[:3]
     print("slowest:", ", ".join(f"{row_name(r)} {r.get('seconds')} s" for r in slowest))
     table = read_table()
     if settings.write:
-        table = updated(compiled, table, settings.only)
+        table = updated(compiled, table, only)
         TABLE.write_text(as_text(table), encoding="utf-8")
         print(f"wrote {len(table[compiled.triton])} rows to {TABLE.relative_to(ROOT)}")
-    if settings.only and compiled.triton in table:
+    if only and compiled.triton in table:
         rows = table[compiled.triton].items()
-        table[compiled.triton] = {n: r for n, r in rows if settings.only in _build_of(n)}
+        table[compiled.triton] = {n: r for n, r in rows if only in _build_of(n)}
     problems = failures(compiled, table)
     print("\n".join(problems) if problems else "all within budget")
     raise SystemExit(1 if problems else 0)

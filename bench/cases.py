@@ -253,7 +253,9 @@ def linear_cross_entropy(
     label_T = torch.randint(V, (T,), device=device)
     read = dtype.itemsize * (T * D + V * D) + 8 * T
     written = dtype.itemsize * (T * D + trained * V * D)
-    flops = [head_flops(T, D, V, hidden=g, weight=g and trained, tokens=False) for g in (0, 1)]
+    flops = [
+        head_flops(T, D, V, hidden=g, weight=g and trained, tokens=False) for g in (False, True)
+    ]
     return Inputs(
         (hidden_TD, weight_VD, label_T),
         {"scale": 1.0 / T},

@@ -82,7 +82,7 @@ def read_code(text: str) -> dict[str, Any]:
             num_instructions += times if head in heads and wide in (None, is_wide) else 0
         return num_instructions
 
-    matrix = collections.Counter()
+    matrix: collections.Counter[str] = collections.Counter()
     for code, times in times_by_code.items():
         head = code.split(".")[0]
         if head.endswith("MMA"):

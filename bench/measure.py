@@ -161,7 +161,8 @@ def compared(
 
     What fails gives way to the reason. The baseline is that of the inputs, or the next that runs.
     """
-    baseline, expected = "", []
+    baseline = ""
+    expected: list[Tensor] = []
     errors: dict[str, float] = {}
     seconds: dict[str, float] = {}
     for name in sorted(functions, key=lambda n: n != inputs.baseline):

@@ -35,7 +35,7 @@ class TrackedBench(Settings):
     epilog: ClassVar[str] = """Examples
 
   As in bench/results/tracked.jsonl:
-    python -m bench.tracked --threads=2
+    python -m bench.tracked --rounds=7
 
   A tracked target of twice the rank, truncated half as often:
     python -m bench.tracked --rank=8 --every=8"""

@@ -100,7 +100,7 @@ class Parts:
 
     def _mark(self) -> None:
         if self.gpu:
-            now = torch.cuda.Event(enable_timing=True)
+            now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
         else:
             now = time.perf_counter()
@@ -233,7 +233,7 @@ def counted(variant: Variant) -> int:
 
 def causal_formulas() -> dict[Any, Callable[..., int]]:
     """Formulas of SDPA that count what a causal call sees; torch's count all pairs, or nothing."""
-    formulas = {}
+    formulas: dict[Any, Any] = {}
     for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention"):
         for end in ("", "_backward"):
             packet = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}{end}")

@@ -84,16 +84,16 @@ def judged(results: list[Result]) -> list[str]:
     by_name = {(r.workload.name, r.variant): r for r in results}
     lines = []
     for workload, rival, least, description in TARGETS:
-        pair = [by_name.get((workload, name)) for name in (OURS, rival)]
-        if not any(pair):
+        ours, other = (by_name.get((workload, name)) for name in (OURS, rival))
+        if not (ours or other):
             continue
-        if not all(r and r.times for r in pair):
-            reasons = [r.reason or "no round" if r else "not asked for" for r in pair]
+        if not (ours and ours.times and other and other.times):
+            reasons = [r.reason or "no round" if r else "not asked for" for r in (ours, other)]
             lines.append(
                 f"{workload} {description}: not measured: {OURS} {reasons[0]}, {rival} {reasons[1]}"
             )
             continue
-        factor = speed_up(*pair)
+        factor = speed_up(ours, other)
         met = "met" if factor >= least else "NOT MET"
         lines.append(f"{workload} {description}: {factor:.2f} x, at least {least:g} x: {met}")
     return lines
@@ -154,7 +154,7 @@ def plot(results: list[Result], path: Path, title: str) -> None:
     wide = min(2, len(panels))
     deep = math.ceil(len(panels) / wide)
     bars = [max(len(v) for v in list(panels.values())[i * wide :][:wide]) for i in range(deep)]
-    style = {"svg.fonttype": "none", "svg.hashsalt": "smbfast", "font.size": 8.5}
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "smbfast", "font.size": 8.5}
     with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(
             deep,

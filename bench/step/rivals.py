@@ -16,7 +16,7 @@ Legend: B sequences of a padded batch, T tokens, U tokens of the target, D width
 labelled rows, M masked rows. A row is the place of one token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -229,7 +229,7 @@ class Packed(HuggingFace):
         super().__init__(encoder, teacher, foreach=True, checkpoint=checkpoint)
         self.shared, self.compiled, self.flex = shared, compiled, flex
         self.models = (encoder.base, self.target)
-        self.masks = None
+        self.masks: dict[int, Callable] | None = None  # by the id of their segments
         self._attend_by(VARLEN)
         if self.gpu:  # its RoPE takes the place of that of every Qwen3 in the process
             from liger_kernel import transformers as liger
