@@ -1,7 +1,7 @@
 """The quick cases of `python -m bench`, through pytest-benchmark.
 
-pytest bench --benchmark-enable --benchmark-only    times each implementation that runs here
-pytest bench                                        runs each once, untimed, to see that it is right
+pytest bench -n0 --benchmark-enable --benchmark-only    times each implementation that runs here
+pytest bench                                            runs each once, untimed, and compares it
 """
 
 import pytest

@@ -101,8 +101,8 @@ def online_hidden(encoder: PatientEncoder, batch: PackedBatch) -> Tensor:
     masks = [torch.cat([masked_T[prefix], masked_T[own]]) for own, prefix in branches]
     hidden_BTD = encoder.hidden(padded(rows, 0), padded(masks, False))
     lengths = [(own.stop - own.start, prefix.stop - prefix.start) for own, prefix in branches]
-    found = [h[p : p + n] for h, (n, p) in zip(hidden_BTD, lengths, strict=True)]
-    return torch.cat(found)[batch.masked_M - branches[0][0].start]
+    states = [h[p : p + n] for h, (n, p) in zip(hidden_BTD, lengths, strict=True)]
+    return torch.cat(states)[batch.masked_M - branches[0][0].start]
 
 
 @torch.no_grad()

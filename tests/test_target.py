@@ -6,21 +6,15 @@ from safetensors.torch import load_file, save_file
 from smbkernels.ema import join
 
 import smbfast.model.averages as averages
-from smbfast.model.averages import kept_rank
+from smbfast.model.averages import held_rank
 from smbfast.model.target import TargetEncoder, TargetForm, target_bytes
 from smbfast.settings import load
 from tests.tiny import DELIMITERS, tiny_encoder
 
+pytestmark = pytest.mark.numeric
+
 FORMS = ["merged", "tracked"]
 IDS = torch.tensor([[1, 7, 50, 9, 33, 51, 4, 52, 20, 11, 50, 8]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def moved(encoder, seed=0, size=0.1):
@@ -339,6 +333,6 @@ def test_memory_is_foretold():
         factors = [w for part in target.parts for w in (part.weights().values())]
         expected = sum(w.numel() * w.element_size() for w in factors)
         assert target_bytes(encoder, TargetForm(form)) == expected
-    assert kept_rank(64, 64, 4, 4) == 16 and kept_rank(8, 64, 4, 4) == 8
-    assert kept_rank(8, 64, 16, 1) == 16  # an adapter wider than its matrix still fits
+    assert held_rank(64, 64, 4, 4) == 16 and held_rank(8, 64, 4, 4) == 8
+    assert held_rank(8, 64, 16, 1) == 16  # an adapter wider than its matrix still fits
     assert encoder.trained_rows()[0] == DELIMITERS

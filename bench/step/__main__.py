@@ -189,7 +189,7 @@ def _measured(
     )
     rounds = settings.rounds or (2 if settings.quick else 10 if device == "cuda" else 5)
     # each variant is compared once, and then takes a step in each round
-    num_tokens = sum(w.tokens * num_runnable(makes) * (1 + rounds) for w, makes in plan)
+    num_tokens = sum(w.num_tokens * num_runnable(makes) * (1 + rounds) for w, makes in plan)
     progress = Progress(PROG, num_tokens, "tokens")
     results: list[Result] = []
     lines: list[dict] = []

@@ -191,7 +191,7 @@ def measure(
         if result.wrong:
             ready.pop(name, None)
             result.reason = f"wrong: {result.wrong}"
-        advance(workload.tokens)
+        advance(workload.num_tokens)
     order, draw = list(ready), random.Random(0)
     by_name = {r.variant: r for r in results}
     for _ in range(rounds):
@@ -201,7 +201,7 @@ def measure(
             parts = Parts(device)
             ready[name].step(parts)
             by_name[name].times.append(parts.read())
-        advance(workload.tokens * num_runnable(makes))
+        advance(workload.num_tokens * num_runnable(makes))
     for name, variant in ready.items():
         by_name[name].held_mib = variant.held() / MIB
         if device == "cuda":

@@ -92,7 +92,7 @@ class Workload:
     scaled: str = ""  # from what, on a CPU
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Of all windows: what throughput counts."""
         return sum(self.lengths)
 

@@ -89,11 +89,10 @@ def find_compiler() -> Compiler:
     except ValueError as error:
         raise CannotBuild(f"CXX must be a command, got {os.environ['CXX']!r}: {error}") from None
     names = [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]
-    found = [(shutil.which(name[0]), *name[1:]) for name in names]
-    command = next((c for c in found if c[0]), None)
-    if command is None:
+    commands = [(path, *name[1:]) for name in names if (path := shutil.which(name[0]))]
+    if not commands:
         raise CannotBuild(f"no C++ compiler: {', '.join(n[0] for n in names)} not found")
-    return Compiler(command, _run([*command, "--version"]))
+    return Compiler(commands[0], _run([*commands[0], "--version"]))
 
 
 def flags() -> tuple[str, ...]:
@@ -239,11 +238,11 @@ def _run_all(commands: list[list[str]]) -> list[str]:
             if process.poll() is None:
                 process.kill()
                 process.wait()
-    for process, output in zip(running, outputs, strict=True):
+    for command, process, output in zip(commands, running, outputs, strict=True):
         if process.returncode:
-            log.debug("%s\n%s", shlex.join(process.args), output)
+            log.debug("%s\n%s", shlex.join(command), output)
             raise CannotBuild(
-                f"{process.args[0]} failed with status {process.returncode} "
+                f"{command[0]} failed with status {process.returncode} "
                 "(its output is logged at level debug)"
             )
     return outputs
@@ -263,9 +262,9 @@ def _sources() -> list[Path]:
     # beside the package when it is installed, at the top of the repository otherwise
     here = Path(__file__).resolve()
     for folder in (here.parents[0] / "csrc", here.parents[2] / "csrc"):
-        found = sorted([*folder.glob("*.cpp"), *folder.glob("*.h")])
-        if found:
-            return found
+        files = sorted([*folder.glob("*.cpp"), *folder.glob("*.h")])
+        if files:
+            return files
     raise CannotBuild("the C++ sources are not installed")
 
 

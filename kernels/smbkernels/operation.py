@@ -61,19 +61,16 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Run the operation on the backend that is forced, else on the first that fits."""
-        return self._choice(args, kwargs)(*args, **kwargs)
-
-    def _choice(self, args: tuple, kwargs: dict[str, Any]) -> Callable[P, R]:
         forced = FORCED.get(self.name, FORCED.get("*", AUTO))
         if forced != AUTO:
-            return self.on(forced)
+            return self.on(forced)(*args, **kwargs)
         device = device_of(args, kwargs)
         if device not in self._chosen:
             report(self.load(device))
         for fits, function in self._chosen[device]:
             if fits(*args, **kwargs) is None:
-                return function
-        return self.reference
+                return function(*args, **kwargs)
+        return self.reference(*args, **kwargs)
 
     def missing(self, backend: Backend, device: str) -> str | None:
         """Why a backend cannot run on this kind of device here, or None."""

@@ -24,7 +24,7 @@ Bytes and flops of a step, Qwen3-8B (252 matrices, r = 16, R = 64, k = 4), count
 5.5 GB and 36 GFLOP (fp64 but for 0.2); averaging the merged weights, 69.5 GB and 257 GFLOP. On CUDA
 `eigh` takes all matrices at once from torch 2.12; before, one after another.
 
-M modules, N out, K in features, Q columns held, R kept, r of one step.
+M modules, N out, K in features, Q columns held, R of the core, r of one step.
 """
 
 from collections.abc import Iterable
@@ -77,8 +77,8 @@ def truncate_(
     """
     size = max(1, CHUNK // (u_MNQ.shape[2] * max(u_MNQ.shape[1], v_MQK.shape[2])))
     parts = zip(u_MNQ.split(size), v_MQK.split(size), strict=True)
-    found = [_truncate(u, v, rank, dtype) for u, v in parts]
-    return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+    discarded, whole = zip(*(_truncate(u, v, rank, dtype) for u, v in parts), strict=True)
+    return torch.cat(discarded), torch.cat(whole)
 
 
 def _truncate(u_MNQ: Tensor, v_MQK: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -99,9 +99,9 @@ def _truncate(u_MNQ: Tensor, v_MQK: Tensor, rank: int, dtype: torch.dtype) -> tu
     lower_MQQ = torch.linalg.cholesky(gram_u_MQQ + torch.diag_embed(filled_MQ))
     square_MQ, vector_MQQ = torch.linalg.eigh(lower_MQQ.mT @ gram_v_MQQ @ lower_MQQ)
     square_MQ = square_MQ.clamp_min(0)
-    kept_MQR = vector_MQQ[:, :, -rank:]
-    left_MQR = torch.linalg.solve_triangular(lower_MQQ.mT, kept_MQR, upper=True)
-    right_MRQ = (lower_MQQ @ kept_MQR).mT
+    core_MQR = vector_MQQ[:, :, -rank:]
+    left_MQR = torch.linalg.solve_triangular(lower_MQQ.mT, core_MQR, upper=True)
+    right_MRQ = (lower_MQQ @ core_MQR).mT
     u_MNQ[:, :, :rank] = wide_MNQ @ (even_MQ[:, :, None] * left_MQR)
     v_MQK[:, :rank] = (right_MRQ * back_MQ[:, None]) @ wide_MQK
     u_MNQ[:, :, rank:] = 0
@@ -116,14 +116,14 @@ def cost(shapes: Iterable[tuple[int, int]], r: int, rank: int, every: int) -> Co
     """
     moved = work = 0.0
     for n, k in shapes:
-        kept = max(r, min(rank, n, k))
-        q = kept + every * r
+        core = max(r, min(rank, n, k))
+        q = core + every * r
         moved += 2 * 4 * (n + k) * r + 2 * 4 * n * (q + r)  # append: copy B and A; scale U
         work += n * (q + r)
         # read in fp32, write in fp64, read for the Gram matrix and for the product; write all
-        truncated = (n + k) * (q * (4 + 8 + 8 + 8 + 4) + kept * (8 + 8))
+        truncated = (n + k) * (q * (4 + 8 + 8 + 8 + 4) + core * (8 + 8))
         gram = 2 * (n + k) * q * q
         small = 16 * q**3  # Cholesky, three products, eigenvectors by tridiagonal form
         moved += truncated / every
-        work += (gram + 2 * (n + k) * q * kept + small) / every
+        work += (gram + 2 * (n + k) * q * core + small) / every
     return Cost(moved, work)

@@ -31,23 +31,23 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"run.device must be auto, cpu or cuda[:n], got `{name}`") from None
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
-            found = torch.cuda.device_count()
-            raise ValueError(f"run.device={name} needs that CUDA GPU; torch sees {found}")
+            count = torch.cuda.device_count()
+            raise ValueError(f"run.device={name} needs that CUDA GPU; torch sees {count}")
         torch.cuda.set_device(device)  # some kernels are launched on the current one
     return device
 
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages a result depends on."""
-    found = {"python": platform.python_version()}
+    version_of = {"python": platform.python_version()}
     for name in ("smbfast", *_PACKAGES):
         try:
-            found[name] = importlib.metadata.version(name)
+            version_of[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        version_of["gpu"] = torch.cuda.get_device_name()
+    return version_of
 
 
 def git_state() -> str:

@@ -35,22 +35,22 @@ class WindowSet:
     begin: int | None
     window: int
     place_W4: np.ndarray  # int64: shard, timeline, first and last bucket
-    tokens: int  # of all windows
-    lost: int  # tokens that single buckets longer than a window lose
+    num_tokens: int  # of all windows
+    num_lost: int  # tokens that single buckets longer than a window lose
 
     @classmethod
     def of(cls, shards: list[Shard], window: int, begin: int | None) -> "WindowSet":
         """Cut every timeline into its windows."""
-        places, tokens, lost = [], 0, 0
+        places, num_tokens, num_lost = [], 0, 0
         for s, shard in enumerate(shards):
             for t, timeline in enumerate(shard):
                 for first, last in window_spans(timeline, window, begin is not None):
                     places.append((s, t, first, last))
                     cut, gone = window_of(timeline, first, last, window, begin)
-                    tokens += len(cut)
-                    lost += gone
+                    num_tokens += len(cut)
+                    num_lost += gone
         place_W4 = np.array(places, np.int64).reshape(-1, 4)
-        return cls(shards, begin, window, place_W4, tokens, lost)
+        return cls(shards, begin, window, place_W4, num_tokens, num_lost)
 
     def __len__(self) -> int:
         return len(self.place_W4)
@@ -82,18 +82,20 @@ class Step:
         )
 
 
-def step_windows(n_windows: int, batch: int, seed: int, step: int) -> np.ndarray:
+def step_windows(num_windows: int, batch: int, seed: int, step: int) -> np.ndarray:
     """The windows of a step: an epoch is every window once, in an order drawn per epoch."""
     first = step * batch
     index = np.arange(first, first + batch)
-    orders = ((_epoch(n_windows, seed, i // n_windows), i % n_windows) for i in index.tolist())
+    orders = (
+        (_epoch(num_windows, seed, i // num_windows), i % num_windows) for i in index.tolist()
+    )
     return np.array([order[place] for order, place in orders])
 
 
 @lru_cache(maxsize=2)
-def _epoch(n_windows: int, seed: int, epoch: int) -> np.ndarray:
+def _epoch(num_windows: int, seed: int, epoch: int) -> np.ndarray:
     """The order of an epoch: drawn once, not at every step."""
-    return generator(seed, "order", epoch).permutation(n_windows)
+    return generator(seed, "order", epoch).permutation(num_windows)
 
 
 def make_step(

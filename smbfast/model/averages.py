@@ -187,7 +187,7 @@ class Tracked:
         """`<module>.u` and `.v` without unused columns, and the counters of the truncation."""
         state = {}
         for group in self.groups:
-            used = group.kept + self.pending * group.r
+            used = group.held_rank + self.pending * group.r
             for m, source in enumerate(group.sources):
                 state[f"{source.module}.u"] = group.u_MNQ[m, :, :used]
                 state[f"{source.module}.v"] = group.v_MQK[m, :used]
@@ -235,8 +235,8 @@ class _Group:
         self.sources = sources
         n, self.r = sources[0].b.shape
         k = sources[0].a.shape[1]
-        self.kept = kept_rank(n, k, self.r, rank)
-        q = self.kept + every * self.r
+        self.held_rank = held_rank(n, k, self.r, rank)
+        q = self.held_rank + every * self.r
         like = {"dtype": torch.promote_types(sources[0].b.dtype, torch.float32)}
         like["device"] = sources[0].b.device
         self.u_MNQ = torch.zeros(len(sources), n, q, **like)
@@ -246,7 +246,7 @@ class _Group:
         self.lost_M = torch.zeros(len(sources), dtype=torch.float64, device=like["device"])
 
     def append(self, pending: int, tau: float) -> None:
-        self._append(self.kept + pending * self.r, tau)
+        self._append(self.held_rank + pending * self.r, tau)
         self.lost_M *= tau
 
     def _append(self, start: int, tau: float) -> None:
@@ -254,12 +254,12 @@ class _Group:
         append_(self.u_MNQ, self.v_MQK, b, a, start=start, tau=tau)
 
     def truncate(self) -> Tensor:
-        discarded_M, norm_M = truncate_(self.u_MNQ, self.v_MQK, self.kept)
+        discarded_M, norm_M = truncate_(self.u_MNQ, self.v_MQK, self.held_rank)
         self.lost_M += discarded_M
         return _share(discarded_M, norm_M).max()
 
 
-def kept_rank(n: int, k: int, r: int, rank: int) -> int:
+def held_rank(n: int, k: int, r: int, rank: int) -> int:
     """The rank that a tracked [n, k] keeps: `rank` times that of its adapter, or full rank."""
     return max(r, min(rank * r, n, k))
 

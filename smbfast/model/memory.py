@@ -169,8 +169,8 @@ def choose_micro_tokens(
 def free_memory(device: torch.device) -> int:
     """Bytes that a process may still take: of the GPU; of the machine or the container."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     info = dict(line.split(":") for line in _read("/proc/meminfo").splitlines())
     free = int(info["MemAvailable"].split()[0]) << 10 if "MemAvailable" in info else 1 << 62
     for folder, limit, used, cache in (

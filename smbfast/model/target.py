@@ -20,7 +20,7 @@ from smbkernels.attention import Segments
 from torch import Tensor
 from torch.func import functional_call
 
-from smbfast.model.averages import Merged, Source, Tracked, kept_rank, refuse_others
+from smbfast.model.averages import Merged, Source, Tracked, held_rank, refuse_others
 from smbfast.model.backbone import PatientEncoder, decode
 from smbfast.settings import ObjectiveSettings
 
@@ -60,7 +60,7 @@ class TargetForm:
 
     def columns(self, n: int, k: int, r: int) -> int:
         """Columns that a tracked average of an adapter [n, r] [r, k] holds."""
-        return kept_rank(n, k, r, self.rank) + self.every * r
+        return held_rank(n, k, r, self.rank) + self.every * r
 
     def _merges(self, encoder: PatientEncoder) -> bool:
         adapted = [s for s in _sources(encoder) if s.b is not None]
@@ -176,10 +176,10 @@ class TargetEncoder:
         """`distance`, ‖online - target‖ / ‖target‖ over the weights that are averaged; of a
         tracked target also what its truncations cost."""
         gap, norm = torch.stack([part.gap() for part in self.parts]).sum(0).tolist()
-        found = {"distance": (gap / max(norm, 1e-30)) ** 0.5}
+        measures = {"distance": (gap / max(norm, 1e-30)) ** 0.5}
         for part in self.parts:
-            found |= part.measures()
-        return found
+            measures |= part.measures()
+        return measures
 
     @torch.no_grad()
     def exact(self) -> dict[str, Tensor]:

@@ -190,8 +190,7 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _folders(run: Path) -> list[Path]:
-    found = (run / "checkpoints").glob("step-??????")
-    return sorted(f for f in found if f.is_dir())
+    return sorted(f for f in (run / "checkpoints").glob("step-??????") if f.is_dir())
 
 
 def _remove(folder: Path) -> None:

@@ -66,8 +66,8 @@ def _data_record(run: OpenRun) -> dict:
         "subjects": {s: c.get("subjects", 0) for s, c in per_split.items()},
         "tokens": {s: c.get("tokens", 0) for s, c in per_split.items()},
         "windows": len(run.windows),
-        "window_tokens": run.windows.tokens,
-        "tokens_lost": run.windows.lost,
+        "window_tokens": run.windows.num_tokens,
+        "tokens_lost": run.windows.num_lost,
         "unmapped_share": round(unmapped, 6),
         "values_left_out": counts["values_left_out"],
         "texts_cut": counts["texts_cut"],
@@ -86,7 +86,7 @@ def _data_rows(run: OpenRun, data: dict) -> list[tuple[str, str]]:
         (
             "windows",
             f"{len(run.windows):,} of up to {settings.window} tokens; "
-            f"{run.windows.lost / max(tokens, 1):.2%} of tokens lost to longer days",
+            f"{run.windows.num_lost / max(tokens, 1):.2%} of tokens lost to longer days",
         ),
         (
             "left out",

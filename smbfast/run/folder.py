@@ -110,8 +110,8 @@ def read_tasks(settings: TrainSettings, data: DataSettings) -> list[tuple[Path, 
 
 def check_windows(windows: WindowSet, tuning: WindowSet, path: str | None) -> None:
     """Raise a ValueError unless both splits have windows."""
-    for split, found in (("train", windows), ("tuning", tuning)):
-        if not len(found):
+    for split, window_set in (("train", windows), ("tuning", tuning)):
+        if not len(window_set):
             raise ValueError(f"{path}: split `{split}` must have subjects with timed events; none")
 
 

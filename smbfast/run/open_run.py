@@ -91,7 +91,7 @@ class OpenRun:
         )
         check_windows(windows, tuning, data.path)
         tasks = read_tasks(settings, data)
-        size = f"{len(windows):,} windows, {windows.tokens:,} tokens"
+        size = f"{len(windows):,} windows, {windows.num_tokens:,} tokens"
         report("data", f"{size}, {len(tasks)} tasks to probe")
         bytes_before = held_memory(device)
         encoder = make_encoder(settings, prepared.tokenizer, device, prepared.record["new_tokens"])

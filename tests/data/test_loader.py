@@ -125,8 +125,8 @@ def test_an_epoch_is_every_window_once(windows: WindowSet) -> None:
 def test_windows_of_all_shards(windows: WindowSet) -> None:
     seen = {(windows[i].subject, windows[i].first_bucket) for i in range(len(windows))}
     assert len(seen) == len(windows) and {s for s, _ in seen} == set(range(1, 13))
-    assert windows.tokens == sum(len(windows[i]) for i in range(len(windows)))
-    assert windows.lost == 0 and len(windows) > 12
+    assert windows.num_tokens == sum(len(windows[i]) for i in range(len(windows)))
+    assert windows.num_lost == 0 and len(windows) > 12
 
 
 @pytest.mark.parametrize("unit", UNITS)

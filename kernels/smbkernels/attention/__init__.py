@@ -1,4 +1,4 @@
-"""`timeline_attention`: who sees whom is said by `Segments`, the reference is in `op`.
+"""`timeline_attention`: `segments` defines who sees whom, `op` holds the reference.
 
 | file | what is in it |
 | --- | --- |

@@ -6,8 +6,8 @@
 Sequence i has queries [cu_q[i], cu_q[i + 1]) and keys [cu_k[i], cu_k[i + 1]), int32 on the device.
 Causal, aligned bottom right: of L queries and P keys, query j sees keys [0, P - L + j]. Both
 libraries run FlashAttention 2's kernels, whose mask is `column < row + 1 + P - L` (`mask.h` since
-2.1). Their backward adds up the gradient of the queries by atomics unless told not to; here it is
-always told, so that the same inputs give the same bits.
+2.1). Their backward adds up the gradient of the queries by atomics unless they are asked to be
+deterministic; here they always are, so that the same inputs give the same bits.
 """
 
 import functools
@@ -15,6 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,8 @@ def flash_engine(
         "alibi_slopes": None,
         "deterministic": True,
     }
+    if attend is None or attend_backward is None:
+        return f"flash-attn {version}: a function is not there"
     lacks = _lacks(attend, 7, (*forward_options, "softmax_scale")) or _lacks(
         attend_backward, 13, (*backward_options, "softmax_scale")
     )
@@ -111,6 +114,8 @@ def torch_engine(attend: Callable, attend_backward: Callable | None, aux) -> Eng
         attend_backward: the operation behind its autograd.
         aux: what asks for the log-sum-exp.
     """
+    if attend_backward is None:
+        return f"varlen_attn of torch {torch.__version__}: a function is not there"
     options = {"window_size": _CAUSAL, "return_aux": aux}
     lacks = _lacks(attend, 7, (*options, "scale"))
     named = ("is_causal", "rng_state", "scale", "window_size")
@@ -146,20 +151,19 @@ def _deterministic() -> Iterator[None]:
     """FlashAttention in torch asks this global switch; only while its backward is launched."""
     strict = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    switches: Any = torch.utils.deterministic  # its attribute is made at run time
+    fill = switches.fill_uninitialized_memory
     torch._C._set_deterministic_algorithms(True, warn_only=False)
-    torch.utils.deterministic.fill_uninitialized_memory = fill and strict
+    switches.fill_uninitialized_memory = fill and strict
     try:
         yield
     finally:
         torch._C._set_deterministic_algorithms(strict, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        switches.fill_uninitialized_memory = fill
 
 
-def _lacks(function: Callable | None, positions: int, options: tuple[str, ...]) -> str | None:
+def _lacks(function: Callable, positions: int, options: tuple[str, ...]) -> str | None:
     """Why a call with so many arguments by position and these by name would fail, or None."""
-    if function is None:
-        return "a function is not there"
     needed = _parameters(function)
     names = list(needed)
     absent = [n for n in options if n not in names[positions:]]

@@ -1,4 +1,4 @@
-"""Triton kernels of `timeline_attention`; what is launched, and what it costs, is said in `triton`.
+"""Triton kernels of `timeline_attention`; `triton` describes what is launched, and what it costs.
 
 `fwd` and `bwd_query` are programs that own queries, `bwd_key` programs that own keys.
 

@@ -2,7 +2,7 @@
 
     out = softmax(scale q k') v over what is seen        lse = log sum exp of the same scores
 
-What a query sees is said in `segments`.
+`segments` defines what a query sees.
 
 T tokens, H query heads, G key/value heads (H / G query heads share one), C head dim, S segments.
 """
@@ -169,7 +169,8 @@ def _custom_op(name: str, forward: Forward, backward: Backward, *, on_device: bo
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad_out_THC = grad_out_THC if on_device else grad_out_THC.contiguous()
         inputs = Inputs(query_THC, key_TGC, value_TGC, table_S6, scale)
-        return backward(grad_out_THC, out_THC, lse_HT, inputs)
+        grads = backward(grad_out_THC, out_THC, lse_HT, inputs)
+        return grads[0], grads[1], grads[2]
 
     @attend_bwd.register_fake
     def _(_grad_out_THC, query_THC, key_TGC, value_TGC, *_inputs):
@@ -181,12 +182,12 @@ def _custom_op(name: str, forward: Forward, backward: Backward, *, on_device: bo
         ctx.save_for_backward(*tensors, *output, table_S6)
         ctx.set_materialize_grads(False)
 
-    def grads(ctx, grad_out_THC, _grad_lse):
+    def differentiate(ctx, grad_out_THC, _grad_lse):
         if grad_out_THC is None:
             return (None,) * 6
         return *attend_bwd(grad_out_THC, *ctx.saved_tensors, ctx.scale, ctx.pairs), *[None] * 3
 
-    attend.register_autograd(grads, setup_context=save)
+    attend.register_autograd(differentiate, setup_context=save)
     return attend
 
 

@@ -116,8 +116,7 @@ def run_forward(part: Part, inputs: Inputs) -> tuple[Tensor, Tensor]:
     key_GRTC, value_GRTC = _shared(key, H // G), _shared(value, H // G)
     lse_GRT = lse_HT.view(G, H // G, T)
     for start, length, trunk_start, prefix, _, _ in host_S6.tolist():
-        own = (query_GRTC, key_GRTC, value_GRTC)
-        own = [x.narrow(2, start, length) for x in own]
+        own = [x.narrow(2, start, length) for x in (query_GRTC, key_GRTC, value_GRTC)]
         out, lse = part.forward(*own, True, scale)
         if prefix:
             seen = [x.narrow(2, trunk_start, prefix)[:, :1] for x in (key_GRTC, value_GRTC)]
@@ -203,7 +202,7 @@ def part() -> Part:
         except (AttributeError, RuntimeError, TypeError):
             return PLAIN
         results.append(torch.cat([x.flatten() for x in (out, lse, *grads)]))
-    return FLASH if torch.allclose(*results, rtol=1e-9, atol=1e-9) else PLAIN
+    return FLASH if torch.allclose(results[0], results[1], rtol=1e-9, atol=1e-9) else PLAIN
 
 
 timeline_attention = forward_backward("sdpa", _forward, _backward)

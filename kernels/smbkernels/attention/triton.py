@@ -258,7 +258,7 @@ _KERNELS = {
 
 def builds() -> list[Build]:
     """Both head dims in both dtypes, four query heads to a key head as in 8B models."""
-    archs: dict[tuple, list[int]] = {}
+    archs: dict[tuple[torch.dtype, int, str, Launch], list[int]] = {}
     for dtype in (torch.bfloat16, torch.float32):
         for head_dim in (128, 64):
             for arch in (80, 90, 100):

@@ -12,12 +12,13 @@ trunk, then from its first branch, its second ... As a row of a trunk occurs at 
 branch, every step writes distinct rows: no atomics, and the order is fixed.
 
 Row numbers and sequence bounds are made on the CPU from the table of segments, sent without a wait
-and kept for the other layers of the batch.
+and cached for the other layers of the batch.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -65,7 +66,9 @@ class Plan:
     def calls(self) -> list[tuple[Sequences, Rows]]:
         """Each call with the rows of its keys."""
         calls: list[tuple[Sequences, Rows]] = [(self.trunks, self.trunks.rows)]
-        return calls if self.branches is None else [*calls, (self.branches, self.copied)]
+        if self.branches is None or self.copied is None:
+            return calls
+        return [*calls, (self.branches, self.copied)]
 
 
 def plan_of(rows: list[list[int]], send: Callable[[Tensor], Tensor]) -> Plan:
@@ -83,13 +86,11 @@ def plan_of(rows: list[list[int]], send: Callable[[Tensor], Tensor]) -> Plan:
     for i, r in enumerate(branches):
         level = met[r[TRUNK_START]] = met.get(r[TRUNK_START], -1) + 1
         levels.setdefault(level, []).append(2 * i)
-    pairs = [
-        tuple(
-            send(_ranges([at[i] for i in level], [length[i] for i in level]))
-            for at in (source, begin)
-        )
-        for level in levels.values()
-    ]
+
+    def rows_of(at: list[int], level: list[int]) -> Tensor:
+        return send(_ranges([at[i] for i in level], [length[i] for i in level]))
+
+    pairs = [(rows_of(source, level), rows_of(begin, level)) for level in levels.values()]
     own = _ranges(source[1::2], length[1::2])
     copied = _ranges(begin, length)
     return Plan(first, _sequences(branches, send), send(copied), send(own), tuple(pairs))
@@ -102,11 +103,11 @@ def _sequences(segments: list[list[int]], send: Callable[[Tensor], Tensor]) -> S
     rows: Rows = slice(start[0], start[-1] + length[-1])
     if not in_one_piece:
         rows = send(_ranges(start, length))
-    bounds = [
+    cu_q, cu_k = (
         send(torch.tensor([0, *n], dtype=torch.int32).cumsum(0, dtype=torch.int32))
         for n in (length, keys)
-    ]
-    return Sequences(rows, (*bounds, max(length), max(keys)))
+    )
+    return Sequences(rows, (cu_q, cu_k, max(length), max(keys)))
 
 
 def _ranges(begin: list[int], length: list[int]) -> Tensor:
@@ -181,7 +182,7 @@ def _joined(plan: Plan, parts: tuple[Tensor, ...]) -> Tensor:
 
 def _folded(plan: Plan, parts: tuple[Tensor, ...]) -> Tensor:
     """The gradient of all keys, or values, from those of the keys of each call."""
-    if len(parts) == 1:
+    if plan.own is None:
         return parts[0].contiguous()
     trunks, copied = parts
     wide = torch.promote_types(trunks.dtype, torch.float32)
@@ -208,5 +209,10 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-timeline_attention = decomposed("varlen", engine)
+def _installed() -> Engine:
+    """What `missing` has made sure of."""
+    return cast(Engine, engine())
+
+
+timeline_attention = decomposed("varlen", _installed)
 timeline_attention.__doc__ = attention.__doc__

@@ -31,10 +31,11 @@ def _launch(
     (N, D), V = hidden_ND.shape, weight_VD.shape[0]
     dtype, sums = hidden_ND.dtype, wide(hidden_ND.dtype)
     head_VD = weight_VD.to(dtype)
-    token_RD = None if token_R is None else token_weight_RD.to(dtype)
+    token_RD = None if token_weight_RD is None else token_weight_RD.to(dtype)
     dhidden_ND = hidden_ND.new_empty((N, D) if needs_hidden else (0,))
     dweight_VD = hidden_ND.new_zeros((V, D) if needs_weight else (0,), dtype=sums)
-    dtoken_RD = hidden_ND.new_zeros(token_RD.shape if needs_tokens else (0,), dtype=sums)
+    R = len(token_RD) if token_RD is not None else 0
+    dtoken_RD = hidden_ND.new_zeros((R, D) if needs_tokens else (0,), dtype=sums)
     log_p_N1 = hidden_ND.new_empty((N, 1), dtype=sums)
 
     C = chunk_rows(N, D, V)
@@ -45,7 +46,7 @@ def _launch(
         hidden_CD, label_C1 = hidden_ND[chunk], label_N[chunk, None]
         dz_CV, log_p_CV = logits_CV[: len(hidden_CD)], wide_CV[: len(hidden_CD)]
         torch.mm(hidden_CD, head_VD.t(), out=dz_CV)
-        if token_R is not None:
+        if token_R is not None and token_RD is not None:
             dz_CV.index_copy_(1, token_R, hidden_CD @ token_RD.t())
         if dtype != sums:
             log_p_CV.copy_(dz_CV)
@@ -61,13 +62,13 @@ def _launch(
             dz_CV.index_fill_(1, token_R, 0)
         if needs_hidden:
             dhidden_ND[chunk].addmm_(dz_CV, head_VD, beta=0, alpha=scale)
-            if token_R is not None:
+            if token_RD is not None:
                 dhidden_ND[chunk].addmm_(dz_CR, token_RD, alpha=scale)
         if needs_tokens:
             _add_product(dtoken_RD, dz_CR, hidden_CD, scale)
         if needs_weight:
             _add_product(dweight_VD, dz_CV, hidden_CD, scale)
-    dtoken_RD = dtoken_RD.to(dtype if token_RD is None else token_weight_RD.dtype)
+    dtoken_RD = dtoken_RD.to(dtype if token_weight_RD is None else token_weight_RD.dtype)
     return log_p_N1.sum() * -scale, dhidden_ND, dweight_VD.to(weight_VD.dtype), dtoken_RD
 
 
@@ -76,8 +77,8 @@ def _add_product(total_VD: Tensor, dz_CV: Tensor, hidden_CD: Tensor, scale: floa
     if total_VD.dtype == dz_CV.dtype:
         total_VD.addmm_(dz_CV.t(), hidden_CD, alpha=scale)
     elif total_VD.device.type == "cuda":
-        options = {"out_dtype": total_VD.dtype, "alpha": scale}
-        torch.addmm(total_VD, dz_CV.t(), hidden_CD, **options, out=total_VD)
+        factors = (total_VD, dz_CV.t(), hidden_CD)
+        torch.addmm(*factors, out_dtype=total_VD.dtype, alpha=scale, out=total_VD)
     else:
         total_VD.addmm_(dz_CV.t().to(total_VD.dtype), hidden_CD.to(total_VD.dtype), alpha=scale)
 

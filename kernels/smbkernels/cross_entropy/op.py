@@ -35,9 +35,8 @@ def head_flops(
 def _flops(
     hidden_ND: Tensor, weight_VD: Tensor, label_N: Tensor, token_R: Tensor | None = None, *_, **__
 ) -> int:
-    R = 0 if token_R is None else len(token_R)
-    none = dict.fromkeys(("hidden", "weight", "tokens"), False)
-    return head_flops(*hidden_ND.shape, weight_VD.shape[0], R, **none)
+    (N, D), R = hidden_ND.shape, 0 if token_R is None else len(token_R)
+    return head_flops(N, D, weight_VD.shape[0], R, hidden=False, weight=False, tokens=False)
 
 
 @op(Backend("chunked", "cross_entropy.chunked", ("cuda", "cpu")), flops=_flops)
@@ -64,6 +63,7 @@ def linear_cross_entropy(
     """
     logits_NV = F.linear(hidden_ND, weight_VD.to(hidden_ND.dtype))
     if token_R is not None:
+        assert token_weight_RD is not None, "token_weight_RD is given with token_R"
         own_NR = F.linear(hidden_ND, token_weight_RD.to(hidden_ND.dtype))
         logits_NV = logits_NV.index_copy(1, token_R, own_NR)
     if logits_NV.dtype.itemsize < 4:
@@ -112,9 +112,9 @@ def one_pass(backend: str, launch: Launch) -> Callable[..., Tensor]:
 
     @register_flop_formula(getattr(torch.ops.smb, name), get_raw=True)
     def _(hidden_ND, weight_VD, _label_N, token_R, _token_weight_RD, _scale, *needs, **_kwargs):
-        R = 0 if token_R is None else len(token_R)
+        (N, D), R = hidden_ND.shape, 0 if token_R is None else len(token_R)
         wants = dict(zip(("hidden", "weight", "tokens"), needs, strict=True))
-        return head_flops(*hidden_ND.shape, weight_VD.shape[0], R, **wants)
+        return head_flops(N, D, weight_VD.shape[0], R, **wants)
 
     def linear_cross_entropy(
         hidden_ND: Tensor,
@@ -171,7 +171,7 @@ def _check(
         given = "token_R" if token_weight_RD is None else "token_weight_RD"
         raise ValueError(f"token_R and token_weight_RD must be given together, got {given} alone")
     R = 0 if token_R is None else token_R.numel()
-    if token_R is not None and token_weight_RD.shape != (R, D):
+    if token_weight_RD is not None and token_weight_RD.shape != (R, D):
         raise ValueError(f"token_weight_RD must be [{R}, {D}], got {list(token_weight_RD.shape)}")
     for name, ids, shape in (("label_N", label_N, (N,)), ("token_R", token_R, (R,))):
         if ids is not None and (ids.shape != shape or ids.dtype != torch.int64):

@@ -3,7 +3,7 @@
     t = W + s (B A)        w <- w + (1 - tau)(t - w)
 
 Each step rounds once, in this order, in fp32 (B A: fused multiply-adds in order of k); averaging B
-and A apart would be another method, because EMA(B) EMA(A) is not EMA(B A).
+and A separately would be another method, because EMA(B) EMA(A) is not EMA(B A).
 
 An average is one fp32 tensor, or a bf16 high half (what the GEMMs read) and an int16 remainder that
 together are exactly that fp32 tensor. The high half rounds half *up*: to nearest even, an exact tie
@@ -12,7 +12,7 @@ on an even half would need the remainder +32768, which int16 does not hold.
 N out, K in features, R rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -168,7 +168,7 @@ def in_place(backend: str, launch: Callable[[Lists, float], None]) -> Callable[.
     return ema_update_
 
 
-def _check_lengths(num_averages: int, lists: dict[str, Sequence | None]) -> None:
+def _check_lengths(num_averages: int, lists: Mapping[str, Sequence | None]) -> None:
     for name, values in lists.items():
         if values is not None and len(values) != num_averages:
             raise ValueError(

@@ -75,7 +75,7 @@ class Matrix(NamedTuple):
     """A row of the table, less the last column."""
 
     kind: Kind
-    addresses: tuple[int, int, int, int, int]
+    addresses: tuple[int, ...]
     height: int
     width: int
     scale: float

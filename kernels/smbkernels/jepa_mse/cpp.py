@@ -33,7 +33,7 @@ def _launch(
 
 
 def _rows(x_ND: Tensor) -> Tensor:
-    """A tensor whose rows are contiguous; they may lie apart."""
+    """A tensor whose rows are contiguous; there may be gaps between them."""
     return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
 
 

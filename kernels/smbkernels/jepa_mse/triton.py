@@ -110,7 +110,7 @@ def _launch(
     needs_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     M, D = prediction_MD.shape
-    # rows may lie apart, as in a slice of a wider tensor; a transposed tensor is copied
+    # there may be gaps between rows, as in a slice of a wider tensor; a transposed tensor is copied
     prediction_MD = prediction_MD if prediction_MD.stride(1) == 1 else prediction_MD.contiguous()
     target_TD = target_TD if target_TD.stride(1) == 1 else target_TD.contiguous()
     loss_M = prediction_MD.new_empty(M, dtype=torch.float32)

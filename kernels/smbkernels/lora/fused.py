@@ -36,7 +36,7 @@ def _backward(
     dy = [rows(v) for v in dy]
     dtype, n = dy[0].dtype, len(dy)
     dx_TK, db, da_SK = dy[0].new_empty(0), [], dy[0].new_empty(0, dtype=wider(a))
-    low = parts(low_TS, a) if any(needs_b) else []
+    low = [] if low_TS is None else parts(low_TS, a)
     for i in range(n):
         db.append(b[i].new_empty(b[i].shape if needs_b[i] else 0))
         if needs_b[i]:
@@ -52,7 +52,7 @@ def _backward(
             dlow_TR.addmm_(dy[i], b[i].to(dtype), beta=0, alpha=scale[i])
         if needs_x:
             dx_TK = input_gradient(dy, dlow_TS, weight, a).view(*lead, weight[0].shape[1])
-        if any(needs_a):
+        if x_TK is not None and any(needs_a):
             columns_TS = chosen(dlow_TS, a_wanted, [needs_a[i] for i in wanted])
             da_SK = (columns_TS.t() @ rows(x_TK)).to(wider(a))
     return [dx_TK, *db, da_SK]

@@ -52,7 +52,7 @@ def lora_flops(
 
 
 def _flops(x_TK: Tensor, weight: list[Tensor], b: list[Tensor], *_args, **_kwargs) -> int:
-    shapes = [tuple(w.shape) for w in weight]
+    shapes = [(w.shape[0], w.shape[1]) for w in weight]
     tokens = x_TK.numel() // x_TK.shape[-1]
     return lora_flops(tokens, shapes, [v.shape[1] for v in b], backward=False)
 

@@ -38,6 +38,7 @@ S is the sum of the ranks of a group.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -273,7 +274,7 @@ def _launch_rows(
     )
     if spans > 1:
         _sum(out_TR, target)
-    if share is not None:
+    if share is not None and db_CR is not None:
         _sum(db_CR, share)
 
 
@@ -329,7 +330,7 @@ def _backward(
     dy = [rows(v) for v in dy]
     dx_TK, da_SK = dy[0].new_empty(0), dy[0].new_empty(0, dtype=wider(a))
     db = [v.new_empty(v.shape if n else 0) for v, n in zip(b, needs_b, strict=True)]
-    low = parts(low_TS, a) if any(needs_b) else []
+    low = [] if low_TS is None else parts(low_TS, a)
     wanted = [i for i in range(len(a)) if needs_x or needs_a[i]]
     a_wanted = [a[i] for i in wanted]
     dlow_TS = dy[0].new_empty((dy[0].shape[0], sum(v.shape[0] for v in a_wanted)))
@@ -343,7 +344,7 @@ def _backward(
             _launch_columns(db[i], dy_TN, low[i], scale[i], transposed=False)
     if needs_x:
         dx_TK = input_gradient(dy, dlow_TS, weight, a).view(*lead, K)
-    if any(needs_a):
+    if x_TK is not None and any(needs_a):
         columns_TS = chosen(dlow_TS, a_wanted, [needs_a[i] for i in wanted])
         da_SK = dy[0].new_empty((columns_TS.shape[1], K), dtype=wider(a))
         _launch_columns(da_SK, rows(x_TK), columns_TS, 1.0, transposed=True)
@@ -378,6 +379,7 @@ def _build(kind: str, dtype: str, s: Settings) -> Build:
     x, wide = f"*{dtype}", dtype == "fp32"
     # what a launch writes first: a share of a span, fp32
     pointers = {"out_ptr": "*fp32", "x_ptr": x, "low_ptr": x}
+    known: dict[str, Any]
     if kind == "columns":
         kernel, known = _lora_linear_columns_kernel, {"stride_oc": 1}
     elif kind == "both":
