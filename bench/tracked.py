@@ -148,7 +148,7 @@ def measure(settings: TrackedBench, device: str) -> dict[str, dict[str, float]]:
 
     def truncation() -> None:
         for group in tracked.groups:
-            truncate_(group.u_MNQ, group.v_MQK, group.kept)
+            truncate_(group.u_MNQ, group.v_MQK, group.held_rank)
 
     calls = {
         "merged, bf16 and int16 halves": lambda: halves.update(TAU),

@@ -10,7 +10,7 @@ from smbkernels.registry import OPS
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench.__main__ as entry
-from bench import cases, measure, records, rivals, timing
+from bench import cases, measure, records, rivals, timing, tracked
 
 F32, BF16 = torch.float32, torch.bfloat16
 BEST = timing.Ceiling(bandwidth=1e10, patterns={"copy": 1e10}, matmul=1e11)
@@ -268,6 +268,25 @@ def test_the_ceiling_has_the_matmul_rate_that_training_logs(monkeypatch):
     best = timing.ceiling(timing.Clock("cpu"), F32, seconds=0.0)
     assert best.matmul == ("cpu", F32)
     assert best.bandwidth == max(best.patterns.values()) > 0
+
+
+def test_both_forms_of_the_target_are_updated(monkeypatch):
+    """Each call once and untimed, on linears that are as many and small."""
+    monkeypatch.setattr(tracked, "LINEARS", dict.fromkeys(tracked.LINEARS, (96, 64)))
+
+    def untimed(calls, between, rounds):
+        for call in calls.values():
+            between()
+            call()
+        return {name: [(8.0, 8.0)] * rounds for name in calls}
+
+    monkeypatch.setattr(tracked, "timed", untimed)
+    settings = tracked.TrackedBench(r=2, rank=4, every=4)
+    rows = tracked.measure(settings, "cpu")
+    assert rows.keys() > {"merged, fp32", "tracked", "tracked, truncation alone"}
+    assert rows["tracked"]["ms"] == 2.0  # of four updates, one of which truncates
+    counts = tracked.counted(settings)
+    assert counts["merged"]["held_gb"] == 4 * 7 * 36 * 96 * 64 / 1e9
 
 
 def test_rows_are_aligned_and_may_end_in_a_reason():
