@@ -1,7 +1,7 @@
 """pytest-benchmark cases: every operation at a small shape, on each implementation that runs here.
 
-pytest bench --benchmark-enable --benchmark-only    times
-pytest bench                                        each once, and right
+pytest bench -n 0 --benchmark-enable --benchmark-only    times
+pytest bench                                             each once, and right
 """
 
 import pytest
