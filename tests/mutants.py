@@ -476,6 +476,7 @@ def run_tests(tree: Path, tests: list[str], cache: Path | None = None) -> tuple[
     """
     # compiled bytecode is known by the size and second of its source, which a mutant may share
     more = {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'kernels'}", "PYTHONDONTWRITEBYTECODE": "1"}
+    more |= {"COLUMNS": "240"}  # pytest cuts its summary to the width of the terminal
     more |= {"XDG_CACHE_HOME": str(cache)} if cache else {}
     command = [sys.executable, "-m", "pytest", "-x", "-q", *ALONE, "-p", "no:cacheprovider"]
     try:
@@ -493,8 +494,14 @@ def run_tests(tree: Path, tests: list[str], cache: Path | None = None) -> tuple[
     return done.returncode, done.stdout
 
 
+def reason_of(output: str) -> str:
+    """What pytest's summary says of the first failure, to tell a finding from a crash."""
+    lines = [line for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return lines[0].partition(" - ")[2] if lines else "no summary"
+
+
 def try_mutant(mutant: Mutant, tree: Path) -> str:
-    """Make the change, run its tests, take it back: "caught", or what happened in its place."""
+    """Make the change, run its tests, take it back: "caught: why", or what else happened."""
     file = tree / mutant.file
     text = file.read_text(encoding="utf-8")
     if text.count(mutant.old) != 1:
@@ -507,7 +514,7 @@ def try_mutant(mutant: Mutant, tree: Path) -> str:
     finally:
         file.write_text(text, encoding="utf-8")
     if code == TESTS_FAILED:
-        return "caught"
+        return f"caught: {reason_of(output)}"
     if code == 0:
         return "SURVIVED"
     return f"NOT RUN: exit code {code} of pytest\n{output}"
@@ -554,7 +561,7 @@ def main() -> None:
             finally:
                 trees.put(tree)
             print(f"{mutant.name}: {outcome} ({time.monotonic() - began:.1f} s)", flush=True)
-            return outcome == "caught"
+            return outcome.startswith("caught")
 
         with ThreadPoolExecutor(max(1, words.jobs)) as pool:
             caught = list(pool.map(tried, mutants))

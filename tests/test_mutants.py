@@ -54,12 +54,17 @@ def test_a_mutant_is_caught_survives_or_is_not_made(tmp_path, monkeypatch) -> No
     file = tmp_path / "sum.py"
     file.write_text("total = 1 + 1\n")
     one = Mutant("one", "", "sum.py", "1 + 1", "1 - 1", ("test_sum.py",))
-    for code, outcome in ((1, "caught"), (0, "SURVIVED"), (4, "NOT RUN: exit code 4 of pytest\n")):
+    failed = "FAILED test_sum.py - assert 0 == 2"
+    for code, outcome in (
+        (1, "caught: assert 0 == 2"),
+        (0, "SURVIVED"),
+        (4, f"NOT RUN: exit code 4 of pytest\n{failed}"),
+    ):
         seen = []
 
         def run_tests(tree, tests, cache, seen=seen, code=code):
             seen.append(((tree / "sum.py").read_text(), tests, cache))
-            return code, ""
+            return code, failed
 
         monkeypatch.setattr(mutants, "run_tests", run_tests)
         assert mutants.try_mutant(one, tmp_path) == outcome
