@@ -61,7 +61,7 @@ class NodesReference(Nodes):
     def states(self, part: Part) -> Tensor:
         found = []
         for batch, _ in self.packs:
-            rows = [batch.ids_T[s : s + n] for s, n, *_ in batch.rows]
+            rows = [batch.ids_T[s : s + n] for s, n, *_ in batch.segment_tuples]
             hidden_BTD = self.encoder.hidden(padded(rows, 0))
             found += [h[len(r) - 1] for h, r in zip(hidden_BTD, rows, strict=True)]
         return torch.stack(found)

@@ -148,7 +148,7 @@ def test_every_setting(place, unit, cuts, labels, horizon, norm):
         assert len(step.micro) == count and (step.num_masked > 0) == wants["jepa"]
         # every window but one has all its cuts
         branches = 3 * cuts * wants["jepa"]
-        assert sum(len(b.rows) for b in step.micro) == read + branches
+        assert sum(len(b.segment_tuples) for b in step.micro) == read + branches
         plans.append(step.micro)
     assert_paths_agree(kind, case, WINDOWS, form, plans, weights)
 
@@ -213,7 +213,7 @@ def test_labels_begin_with_the_last_token_of_the_context(path):
     form = ObjectiveSettings(min_future=4, cuts=2, sft_labels="future")
     for window in WINDOWS[:3]:
         batch = make_batch([window], form, 0, 0, jepa=True)
-        cut = min(prefix for *_, prefix in batch.rows if prefix)
+        cut = min(prefix for *_, prefix in batch.segment_tuples if prefix)
         ids_T = torch.from_numpy(window.ids_T).long()
         hidden_TD = encoder.hidden(ids_T[None])[0]
         logits = hidden_TD[cut - 1 : -1] @ encoder.head_VD.T

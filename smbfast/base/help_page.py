@@ -39,7 +39,11 @@ def help_text(
         shown: whose values to show as defaults; None: those of the classes.
     """
     shown = shown or DefaultsShown()
-    lines = [f"usage: {prog} [--key=VALUE ...]", "", *_paragraphs(inspect.cleandoc(model.__doc__))]
+    lines = [
+        f"usage: {prog} [--key=VALUE ...]",
+        "",
+        *_paragraphs(inspect.cleandoc(model.__doc__ or "")),
+    ]
     lines += ["", *_paragraphs(_HOW_TO)]
     if shown.source:
         lines += ["", *_paragraphs(f"The defaults below are those of {shown.source}.")]

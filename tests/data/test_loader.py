@@ -81,7 +81,7 @@ def trunks_of(batch: PackedBatch) -> dict[bytes, dict[int, tuple[list[int], list
     found: dict[bytes, dict[int, tuple[list[int], list[int]]]] = {}
     ids_T, masked = batch.ids_T.numpy(), batch.masked_M.numpy()
     trunk_at: dict[int, bytes] = {}
-    for a, length, trunk_start, prefix in batch.rows:
+    for a, length, trunk_start, prefix in batch.segment_tuples:
         b = a + length
         if prefix == 0:
             trunk_at[a] = ids_T[a:b].tobytes()
@@ -276,7 +276,7 @@ def test_without_jepa_there_are_trunks_alone(windows: WindowSet) -> None:
     made = make_step(windows, objective(), 0, batch=4, tokens=600, seed=0, jepa=False)
     for batch in made.micro:
         batch.check()
-        assert batch.num_masked == 0 and not any(prefix for *_, prefix in batch.rows)
+        assert batch.num_masked == 0 and not any(prefix for *_, prefix in batch.segment_tuples)
     assert made.num_tokens == sum(len(b.ids_T) for b in made.micro)
 
 
