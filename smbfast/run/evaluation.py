@@ -5,7 +5,6 @@ Legend: M masked tokens, D width.
 
 import json
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -113,8 +112,7 @@ def probe_run(run: OpenRun, target: TargetEncoder | None) -> None:
         write_text(run.folder / "sample.json", json.dumps(sample))
     if not run.tasks:
         return
-    assert run.data.path is not None  # `prepared_data` has filled it in
-    dataset = MedsDataset.open(Path(run.data.path))
+    dataset = MedsDataset.open(run.data.folder)
     nodes = distinct_nodes([labels for _, labels in run.tasks])
     serializer = prepared.serializer(dataset)
     untrained = make_encoder(

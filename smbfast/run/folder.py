@@ -99,8 +99,7 @@ def read_tasks(settings: TrainSettings, data: DataSettings) -> list[tuple[Path, 
     Raises:
         ValueError: if a task does not exist, or its labels cannot be used.
     """
-    assert data.path is not None
-    names, root = settings.probe.labels, Path(data.path)
+    names, root = settings.probe.labels, data.folder
     if names is None and settings.data.path is None:
         names = sorted(p.name for p in (root / "labels").iterdir() if p.is_dir())
     if not names:
