@@ -32,7 +32,7 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             count = torch.cuda.device_count()
-            raise ValueError(f"run.device={name} needs that CUDA GPU; torch sees {count}")
+            raise ValueError(f"run.device={name} must exist; torch finds {count} CUDA GPUs")
         torch.cuda.set_device(device)  # some kernels run on the current device
     return device
 

@@ -227,14 +227,14 @@ def _check_embeddings_and_logits(lm: PreTrainedModel | PeftModel) -> None:
         if isinstance(module, LoraLayer):
             raise ValueError(
                 "lora.targets must be linears of the layers; got the embeddings or the LM head, "
-                "which train the rows of new tokens alone"
+                "which train only the rows of new tokens"
             )
     names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
     other = [n for n in names if getattr(lm.config, n, None) not in (None, 1)]
     if getattr(_head(lm), "bias", None) is not None:
         other.append("a bias of the LM head")
     if other:
-        raise ValueError(f"the backbone must have plain logits, this one has {', '.join(other)}")
+        raise ValueError(f"the backbone must have plain logits; this one has {', '.join(other)}")
 
 
 def load_lm(path: str, dtype: torch.dtype) -> PreTrainedModel:

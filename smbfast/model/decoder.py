@@ -44,7 +44,7 @@ class PackedDecoder:
         """
         config = decoder.config
         if config.model_type not in FAMILIES:
-            _refuse(f"a backbone of kind {', '.join(FAMILIES)}", config.model_type)
+            _refuse(f"a backbone of type {', '.join(FAMILIES)}", config.model_type)
         layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
         if layer_types != {"full_attention"} or getattr(config, "sliding_window", None):
             _refuse("full attention in every layer", "sliding windows")

@@ -56,7 +56,9 @@ class TargetForm:
             ValueError: if the form is tracked and the encoder has no LoRA adapter.
         """
         if self.name == "tracked" and not encoder.is_lora:
-            raise ValueError("a tracked target needs LoRA: a weight trained whole is merged")
+            raise ValueError(
+                "a tracked target needs LoRA; without it, objective.target_form must be auto or merged"
+            )
         if self.name != "auto":
             return self
         return replace(self, name="merged" if self._merges(encoder) else "tracked")

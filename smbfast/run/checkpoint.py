@@ -83,7 +83,7 @@ def latest(run: Path, *, set_aside: bool = True) -> Checkpoint | None:
             verify_folder(folder)
             return Checkpoint(folder, json.loads((folder / "record.json").read_text()))
         except ValueError as error:
-            print(f"smbfast: passing over a checkpoint: {error}", file=sys.stderr)
+            print(f"smbfast: skipping a damaged checkpoint: {error}", file=sys.stderr)
             if set_aside:
                 aside = folder.with_name(f"damaged-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -132,7 +132,7 @@ def restore(encoder: PatientEncoder, state: dict[str, Tensor], source: Path) -> 
         raise ValueError(
             f"{source} must hold the {len(parameters)} trained tensors of this model; it holds "
             f"{len(set(state) & set(parameters))} of them and {len(set(state) - set(parameters))} "
-            "others: it is of another model"
+            "others, so it is of another model"
         )
     for name, parameter in parameters.items():
         if parameter.shape != state[name].shape:
@@ -179,7 +179,9 @@ def save_final(
 def _refuse_non_finite(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} must be finite to be saved; it is not, nothing was written")
+            raise ValueError(
+                f"{name} must be finite to be saved; it is not, so nothing was written"
+            )
 
 
 def _optimizer_state(

@@ -121,7 +121,7 @@ def _step_rows(run: OpenRun, trained: int) -> list[tuple[str, str]]:
 
 
 def warn(health: dict, entry: dict) -> None:
-    """Say so when the target collapses or the predictor learns nothing, with what to try."""
+    """Warn if the target collapses or the predictor learns nothing, and say what to try."""
     if health.get("target_rank") is None:
         return
     if health["ratio"] > 1 and health["ratio"] >= entry.get("ratio", 0):

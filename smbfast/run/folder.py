@@ -115,7 +115,9 @@ def check_windows(windows: WindowSet, tuning: WindowSet, path: str | None) -> No
     """Raise a ValueError unless both splits have windows."""
     for split, window_set in (("train", windows), ("tuning", tuning)):
         if not len(window_set):
-            raise ValueError(f"{path}: split `{split}` must have subjects with timed events; none")
+            raise ValueError(
+                f"{path}: split `{split}` must have subjects with timed events; it has none"
+            )
 
 
 def write_status(run: Path, state: str, step: int, command: str) -> None:

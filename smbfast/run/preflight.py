@@ -152,7 +152,7 @@ def _largest_pack(
         raise ValueError("the gradient of the largest pack must be finite; it is not")
     text = f"{tokens:,} tokens in {seconds:.2f} s; predicted {predicted / GIB:.2f} GiB"
     if not resettable:
-        return f"{text}, the peak cannot be measured here"
+        return f"{text}; the peak cannot be measured on this system"
     measured = peak - run.bytes_before
     return f"{text}, measured {measured / GIB:.2f} ({_verdict(predicted, measured, device)})"
 
@@ -160,7 +160,7 @@ def _largest_pack(
 def _verdict(predicted: int, measured: int, device: torch.device) -> str:
     allowed, error = ALLOWED[device.type], predicted / max(measured, 1) - 1
     if device.type == "cpu" and measured < SMALL:
-        return "too small to tell from the process"
+        return "too small to compare"
     verdict = "within" if abs(error) <= allowed else "NOT within"
     return f"{error:+.0%}: {verdict} {allowed:.0%}"
 
@@ -206,8 +206,8 @@ def _round_trip(run: OpenRun, target: TargetEncoder | None) -> str:
     changed = [n for n in before.keys() | after.keys() if not _same(before.get(n), after.get(n))]
     if changed:
         raise ValueError(
-            f"a checkpoint must give back what was saved; {len(changed)} of {len(before)} tensors "
-            f"differ, such as {min(changed)}"
+            f"loading a checkpoint must restore what was saved; {len(changed)} of {len(before)} "
+            f"tensors differ, such as {min(changed)}"
         )
     return f"{len(before)} tensors, {size / GIB:.2f} GiB, the same bit for bit after loading"
 

@@ -54,8 +54,8 @@ def refuse_empty(step: Step, phase: PhaseSettings) -> None:
     """Raise a ValueError if a step has nothing to predict."""
     if phase.w_sft == 0 and step.num_masked == 0:
         raise ValueError(
-            f"step {step.index + 1} has no masked position and phase `{phase.name}` no SFT: "
-            "raise data.window or optim.batch, or lower objective.min_future"
+            f"step {step.index + 1} has nothing to predict: no masked token, and phase "
+            f"`{phase.name}` has no SFT loss; raise data.window or optim.batch, or lower objective.min_future"
         )
 
 
@@ -144,7 +144,7 @@ def self_check(
             f"{_MISMATCH}: losses by {texts[0]}, all gradients by {texts[1]}, the gradient of "
             f"{differences.worst} by {texts[2]}. Try --kernels=torch to find the kernel, "
             "--objective.path=reference to train without the shared forward, or "
-            "--objective.self_check=false to go on all the same"
+            "--objective.self_check=false to train anyway"
         )
     return dict(zip(("loss", "gradients", "gradient"), gaps, strict=True))
 
@@ -166,7 +166,7 @@ def _differences(
 ) -> _Differences:
     """Compare losses and gradients with those of the reference."""
     if [v is None for v in values] != [v is None for v in expected]:
-        raise ValueError(f"{_MISMATCH}: only one of them has a loss of each kind")
+        raise ValueError(f"{_MISMATCH}: they do not have the same losses")
     if expected_grads.keys() != grads.keys():
         names = ", ".join(sorted(expected_grads.keys() ^ grads.keys())[:3])
         raise ValueError(f"{_MISMATCH}: only one of them has a gradient of {names}")
