@@ -92,6 +92,12 @@ class DataSettings(Settings):
         "with it.",
     )
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the dataset; call it once `path` is known (a simulated cohort fills it)."""
+        assert self.path is not None
+        return Path(self.path)
+
 
 class CohortSettings(Settings):
     """The simulated cohort that a run trains on when `data.path` is `none`.

@@ -129,7 +129,7 @@ class OptimSettings(Settings):
     @field_validator("micro_tokens")
     @classmethod
     def _auto_or_large_enough(cls, value: int | str) -> int | str:
-        if value != "auto" and value < 64:
+        if isinstance(value, int) and value < 64:
             raise ValueError("must be auto, or at least 64")
         return value
 
