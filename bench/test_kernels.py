@@ -11,6 +11,8 @@ from smbkernels.registry import OPS, REFERENCE
 from bench import cases
 from bench.measure import difference
 
+pytestmark = pytest.mark.numeric
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32 = torch.float32
 SMALL = {

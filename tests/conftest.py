@@ -1,8 +1,14 @@
 """Settings that hold for every test."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a network
+# before torch is imported, which reads them then. Two workers share two cores, and most shapes are
+# far too small to share: one thread each. Where the environment asks for more, as for the tests
+# marked `numeric`, a thread that waits leaves its core to others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -11,7 +17,26 @@ if not torch.cuda.is_available():
     # before any kernel is decorated: Triton's interpreter proves their logic on a CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+NUM_THREADS = torch.get_num_threads()
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """A test that sets the number of threads, or runs an entry that does, sets it for itself."""
+    yield
+    torch.set_num_threads(NUM_THREADS)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that hold slow tests come first, so that no worker is left alone with one at the end.
+
+    The order within a file stays.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -23,19 +23,11 @@ BEST = Ceiling(bandwidth=1e10, patterns={"copy": 1e10}, matmul=1e11)
 SMALL = Workload("small", TINY, (128, 64), (0.25, 0.75), 1, cuts=2, horizon=32)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """These widths are far too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def quiet(_text: str) -> None:
     """No progress."""
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")
 def test_every_variant_reproduces_the_reference():
     makes = variants(SMALL, "cpu", ablate=True)
@@ -183,6 +175,7 @@ def test_targets_are_judged_by_medians():
     assert "not measured" in lines[3] and "B1 not asked for" in lines[3]
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_table_records_and_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     monkeypatch.setattr(entry, "ceiling", lambda *_: BEST)

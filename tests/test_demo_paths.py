@@ -7,6 +7,8 @@ import pytest
 
 import smbfast.train as entry
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 STEPS = 20
 RUN = (

@@ -22,6 +22,7 @@ from smbfast.data.prepared import Prepared
 from smbfast.probing import embedding
 from smbfast.run.checkpoint import restore_final
 from smbfast.simulation.dataset import simulate
+from tests.ops.tolerance import rounding
 from tests.tiny import random_window
 from tests.two_paths import FP32, FP64, make_encoder, moved_target
 
@@ -55,13 +56,16 @@ def one_each(hidden, texts: list[NodeText], pool: str) -> np.ndarray:
 places = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), min_size=1, max_size=6)
 
 
-@pytest.mark.parametrize(("dtype", "tol"), [(FP64, 1e-12), (FP32, 5e-6)])
+@pytest.mark.numeric
+@pytest.mark.parametrize("dtype", [FP64, FP32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize(
     ("kind", "lora", "which"),
     [("qwen3", True, "online"), ("llama", False, "online"), ("qwen3", True, "target")],
 )
-def test_nodes_of_one_forward_are_those_of_one_forward_each(kind, lora, which, pool, dtype, tol):
+def test_nodes_of_one_forward_are_those_of_one_forward_each(kind, lora, which, pool, dtype):
+    # two layers of seven linears, each a sum of at most 24 terms
+    tol = rounding(2 * 7 * 24) if dtype == FP32 else 1e-12
     encoder = make_encoder(kind, lora=lora, dtype=dtype)
     chosen = encoder if which == "online" else moved_target(encoder)
 

@@ -11,6 +11,8 @@ from smbfast.run.checkpoint import restore_final
 from smbfast.simulation.dataset import simulate
 from tests.tiny import tiny_lm
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SHORT = [
     "--probe.labels=[]",

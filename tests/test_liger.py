@@ -25,6 +25,8 @@ from smbfast.model.liger import rms_norm, rope, swiglu
 from tests.oracle import assert_no_worse
 from tests.tiny import tiny_encoder, tiny_lm
 
+pytestmark = pytest.mark.numeric
+
 CUDA = torch.cuda.is_available()
 HERE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.bfloat16] if CUDA else [torch.float32]

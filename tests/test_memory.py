@@ -21,7 +21,7 @@ from tests.tiny import tiny_encoder, tiny_lm
 
 ROOT = Path(__file__).resolve().parents[1]
 FORM = ObjectiveSettings()
-TOKENS, WINDOW = 2048, 1024
+TOKENS, WINDOW = 1024, 512
 
 
 def encoder_of(kind: str, width: int, layers: int, vocabulary: int) -> PatientEncoder:
@@ -82,6 +82,7 @@ def resident(name: str) -> int:
     return int(status[name].split()[0]) << 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "recompute"), [("lora", "none"), ("whole", "full")])
 def test_cpu_within_20_percent_of_peak_resident_memory(kind, recompute):
     code = f"from tests.test_memory import measure; measure({kind!r}, {recompute!r})"
@@ -136,6 +137,7 @@ def test_nothing_of_the_encoder_is_touched():
         assert torch.equal(parameter, before[name]), name
 
 
+@pytest.mark.slow
 def test_kernels_that_are_called_directly_are_not_launched():
     """Liger's, compiled for a GPU; interpreted, as in tests here, they are called otherwise."""
     code = """

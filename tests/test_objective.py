@@ -12,6 +12,9 @@ from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.reference import branch_rows, jepa_sum, measure, online_hidden, sft_sum, trunk_rows
 from smbfast.settings import ObjectiveSettings
 from tests.tiny import DELIMITERS, random_window, tiny_encoder
+from tests.two_paths import apart
+
+pytestmark = pytest.mark.numeric
 
 WINDOWS = [random_window(s, buckets=b) for s, b in ((1, 6), (2, 4), (3, 9))]
 OBJECTIVE = ObjectiveSettings(min_future=4, cuts=2)
@@ -280,13 +283,14 @@ def test_means_are_of_the_whole_step_however_it_is_cut(lora):
         gradients(encoder, target, Step.of(0, [batch_of(part) for part in split]))
         for split in splits
     ]
+    floor = 1e-3 * sum(float(g.square().sum()) for g in found[0].values()) ** 0.5
     for other in found[1:]:
         for name, gradient in found[0].items():
-            torch.testing.assert_close(other[name], gradient, rtol=2e-4, atol=2e-6, msg=name)
+            assert apart(other[name], gradient, floor) < 5e-6, name  # as in test_equivalence
 
 
 def test_padding_neighbours_do_not_matter():
     encoder = tiny_encoder()
     together = float(sft_sum(encoder, batch_of()))
-    apart = sum(float(sft_sum(encoder, batch_of([w]))) for w in WINDOWS)
-    assert together == pytest.approx(apart, rel=1e-5)
+    alone = sum(float(sft_sum(encoder, batch_of([w]))) for w in WINDOWS)
+    assert together == pytest.approx(alone, rel=1e-5)

@@ -35,6 +35,8 @@ from smbfast.settings import ObjectiveSettings, OptimSettings
 from tests.tiny import VOCABULARY, random_window
 from tests.two_paths import CASES, FP64, assert_same, exact_norms, make_encoder, moved_target, run
 
+pytestmark = pytest.mark.numeric
+
 WINDOWS = [random_window(s, buckets=b) for s, b in ((1, 6), (2, 5), (3, 7))]
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # each of these reads something on the host, or finds a shape on the device
@@ -56,14 +58,6 @@ WAITS = {
         "unique_dim",
     )
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batch_of(cuts: int = 2, **more: bool) -> PackedBatch:

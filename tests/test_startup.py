@@ -28,14 +28,6 @@ PHASES = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "cohort"
@@ -235,6 +227,7 @@ def short_run(cohort, folder, *more: str) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_checks_itself_before_each_phase(cohort, tmp_path):
     log = short_run(cohort, tmp_path / "run")
     kinds = [r["kind"] for r in log if r["kind"] in ("step", "self_check")]
@@ -294,6 +287,7 @@ def test_kernels_that_do_not_exist_are_refused(word, expected):
     refused(lambda: load("tiny", [f"--kernels={word}"]), "`kernels`", expected)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=str)
 @pytest.mark.parametrize("word", ["torch", *(f"{name}:torch" for name in sorted(OPS))])
 def test_references_of_the_kernels_compute_the_same(word, case):

@@ -11,16 +11,10 @@ from smbfast.model.target import TargetEncoder, TargetForm, target_bytes
 from smbfast.settings import load
 from tests.tiny import DELIMITERS, tiny_encoder
 
+pytestmark = pytest.mark.numeric
+
 FORMS = ["merged", "tracked"]
 IDS = torch.tensor([[1, 7, 50, 9, 33, 51, 4, 52, 20, 11, 50, 8]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def moved(encoder, seed=0, size=0.1):

@@ -14,6 +14,8 @@ from smbfast.base.files import verify_folder
 from smbfast.run import loop
 from smbfast.simulation.dataset import simulate
 
+pytestmark = pytest.mark.slow
+
 SHORT = [
     "--probe.labels=[]",
     "--phases.0.steps=3",

@@ -173,6 +173,7 @@ def dataset_of(name: str) -> tuple[MedsDataset, Nodes, PreTrainedTokenizerBase]:
     return dataset, nodes, train_tokenizer(lines, 3000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bucket", "every"), [("day", 1), ("hour", 12), ("moment", 25)])
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_label(name: str, bucket: str, every: int) -> None:

@@ -160,6 +160,7 @@ def test_shards_hold_what_the_serializer_makes(tmp_path: Path) -> None:
     assert made.counts["subjects"] == len(SPLITS["train"]) + len(SPLITS["tuning"])
 
 
+@pytest.mark.slow
 def test_one_and_two_workers_give_the_same_shards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,11 +25,13 @@ def samples() -> dict[str, dict]:
     return {aot.row_name(r).removeprefix("sample_builds/"): r for r in compiled.reports}
 
 
+@pytest.mark.slow
 def test_no_budget_is_exceeded(shipped):
     found = aot.failures(shipped, aot.read_table())
     assert not found, "\n".join(["", *found, "", aot.printed(shipped)])
 
 
+@pytest.mark.slow
 def test_every_operation_on_triton_has_builds(shipped):
     built = {report["build"].split("/")[0] for report in shipped.reports}
     backends = [b for entry in OPS.values() for b in entry.backends if b.name == "triton"]
@@ -49,6 +51,7 @@ def test_an_excuse_says_something():
         assert all(len(row["excused"]) > 20 for row in rows.values() if "excused" in row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", cubin.ARCHS)
 def test_faults_of_real_kernels_are_seen(samples, arch):
     def broken(name: str) -> str:

@@ -5,6 +5,8 @@ import torch
 from smbkernels import ema_update_, lora_linear, masked_jepa_mse
 from smbkernels.registry import OPS
 
+pytestmark = pytest.mark.numeric
+
 
 def ready(name: str) -> list[str]:
     """Implementations that run on a CPU here, the reference among them."""

@@ -267,6 +267,7 @@ def test_they_are_for_cpus():
     assert missing("cuda") == "tensors are on cuda"
 
 
+@pytest.mark.slow
 def test_without_a_compiler_an_operation_runs_on_torch_and_says_so_once(tmp_path):
     lines = lines_of(python(CALL, PATH="", XDG_CACHE_HOME=str(tmp_path)))
     reason = "no C++ compiler: c++, g++, clang++ not found"
@@ -284,6 +285,7 @@ def test_where_there_is_a_compiler_the_kernels_build_and_load():
     assert missing("cpu") is None
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_use_one_library(fake, tmp_path):
     if missing("cpu"):
         pytest.skip(missing("cpu"))

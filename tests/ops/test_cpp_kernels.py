@@ -11,6 +11,8 @@ from smbkernels.ema import join, split
 
 from tests.oracle import assert_no_worse
 
+pytestmark = pytest.mark.numeric
+
 F32, BF16 = torch.float32, torch.bfloat16
 TAU, SCALE = 0.97, 0.3
 

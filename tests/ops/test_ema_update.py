@@ -16,7 +16,10 @@ from smbkernels.triton_platform import INTERPRET
 from torch import Tensor
 from torch.library import opcheck
 
+from tests.ops.tolerance import rounding
 from tests.oracle import assert_no_worse
+
+pytestmark = pytest.mark.numeric
 
 TAU = 0.996
 OP = OPS["ema_update_"]
@@ -129,8 +132,8 @@ def test_no_worse_than_eager(on, N, K, R):
     fast = moved(on, *tensors, **options)
     eager = moved(ema_update_.reference, *tensors, **options)
     exact = moved(ema_update_.reference, *[x.double() for x in tensors], **options)
-    # B A in another order
-    assert_no_worse(fast, eager, exact, 1e-6)
+    # R products in another order, then a scale, two sums and a product
+    assert_no_worse(fast, eager, exact, rounding(R or 0, 4))
 
 
 def test_b_a_is_a_chain_of_fused_multiply_adds_in_order(on):

@@ -4,6 +4,8 @@ import pytest
 import torch
 from smbkernels import ema_update_, linear_cross_entropy, masked_jepa_mse
 
+pytestmark = pytest.mark.numeric
+
 
 def normal(*shape):
     return torch.randn(*shape, dtype=torch.float64)

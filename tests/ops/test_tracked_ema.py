@@ -4,6 +4,8 @@ import pytest
 import torch
 from smbkernels.tracked_ema import append_, cost, truncate_
 
+pytestmark = pytest.mark.numeric
+
 M, N, K, RANK = 3, 40, 24, 5
 
 

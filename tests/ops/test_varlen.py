@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.ops.layouts import LAYOUTS, assert_as_good, inputs, outcome, segments
 from tests.ops.varlen_engine import EMULATED, assert_exact, backward, forward
 
+pytestmark = pytest.mark.numeric
+
 BOTH = pytest.mark.parametrize("interleaved", [False, True])
 MIXED = LAYOUTS["three, none and eight branches"]
 emulated = varlen.decomposed("emulated", lambda: EMULATED)
@@ -32,7 +34,7 @@ def test_heads(heads):
 
 def test_in_fp32():
     packed = segments(MIXED)
-    assert_as_good(emulated, inputs(packed.tokens), packed, 2e-5)
+    assert_as_good(emulated, inputs(packed.tokens), packed)
 
 
 def test_the_second_call_is_made_where_there_are_branches():
