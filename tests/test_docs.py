@@ -105,6 +105,7 @@ def test_readme_has_the_terms_that_people_search_for(term):
     assert term.lower() in " ".join((ROOT / "README.md").read_text().split()).lower()
 
 
+@pytest.mark.slow
 def test_the_one_patient_is_the_one_that_is_shown():
     done = subprocess.run(
         [sys.executable, ROOT / "docs" / "one_patient.py"],
