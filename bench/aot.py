@@ -14,10 +14,11 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
+from bench.records import columns
 from smbfast.base.config import Settings, command_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,12 +35,43 @@ Table = dict[str, dict[str, dict[str, Any]]]  # Triton version, "build sm_90", f
 
 
 class AotBench(Settings):
-    """Compile every shipped Triton kernel for three architectures and check the budgets."""
+    """Compile every shipped Triton kernel for sm_80, sm_90 and sm_100, and check the budgets.
 
-    write: bool = Field(False, description="make the figures found the rows of this Triton version")
-    triton: str | None = Field(None, description="folder of another unpacked Triton wheel")
-    only: str = Field("", description="builds whose name holds this; rows of others stay")
-    processes: int = Field(2, ge=1, description="that compile at a time")
+    No GPU is needed. The figures (registers, spills, shared memory, wide loads, matrix
+    instructions) are compared with kernels/budgets.json; if one is exceeded, the command exits with
+    status 1.
+    """
+
+    epilog: ClassVar[str] = """Examples
+
+  The table, and what exceeds its budget:
+    python -m bench.aot
+
+  Make these figures the budgets of the installed Triton:
+    python -m bench.aot --write
+
+  The same for another version, from a wheel that was unpacked into FOLDER:
+    python -m bench.aot --write --triton=FOLDER
+
+  The kernels of one operation:
+    python -m bench.aot --only=ema_update"""
+
+    write: bool = Field(
+        False,
+        description="Write the figures into kernels/budgets.json, as the budgets of this version "
+        "of Triton.",
+    )
+    triton: str | None = Field(
+        None,
+        description="Folder that holds another version of Triton, unpacked from its wheel. `none` "
+        "takes the installed one.",
+    )
+    only: str | None = Field(
+        None,
+        description="Text in the names of the builds to compile. `none` compiles all. With "
+        "`write`, the budgets of other builds stay.",
+    )
+    processes: int = Field(2, ge=1, description="Number of processes that compile at a time.")
 
 
 @dataclass(frozen=True)
@@ -131,22 +163,24 @@ def exceeded(report: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 def failures(compiled: Compiled, table: Table) -> list[str]:
     """Everything wrong: lists of builds, rows without builds and the reverse, budgets, rules."""
-    found = list(compiled.problems)
+    problems = list(compiled.problems)
     rows = table.get(compiled.triton)
     if rows is None:
-        return found + [
+        return problems + [
             f"{row_name(r)}: {broken}" for r in compiled.reports for broken in broken_rules(r)
         ]
     names = {row_name(report) for report in compiled.reports}
-    found += [f"{name}: a row without a build" for name in sorted(rows.keys() - names)]
+    problems += [f"{name}: a row without a build" for name in sorted(rows.keys() - names)]
     for report in compiled.reports:
         name = row_name(report)
         if name in rows:
-            found += [f"{name}: {worse}" for worse in exceeded(report, rows[name])]
+            problems += [f"{name}: {worse}" for worse in exceeded(report, rows[name])]
         else:
-            found += [f"{name}: {broken}" for broken in broken_rules(report)]
-            found.append(f"{name}: a build without a row; `python -m bench.aot --write` makes it")
-    return found
+            problems += [f"{name}: {broken}" for broken in broken_rules(report)]
+            problems.append(
+                f"{name}: a build without a row; `python -m bench.aot --write` makes it"
+            )
+    return problems
 
 
 def updated(compiled: Compiled, table: Table, only: str = "") -> Table:
@@ -179,15 +213,15 @@ def as_text(table: Table) -> str:
 
 def printed(compiled: Compiled) -> str:
     """The reports as a table for people."""
-    header = "build", "arch", "regs", "spill B", "shared KiB", "loads 16B/less", "stores", "matrix"
-    rows = [header]
+    header = ["build", "arch", "regs", "spill B", "shared KiB", "loads 16B/less", "stores"]
+    rows = [[*header, "matrix"]]
     for r in compiled.reports:
         if "error" in r:
-            rows.append((r["build"], f"sm_{r['arch']}", "does not compile", *[""] * 5))
+            rows.append([r["build"], f"sm_{r['arch']}", "does not compile"])
             continue
-        matrix = " ".join(f"{name}×{count}" for name, count in r["matrix"].items())
+        matrix = " ".join(f"{name}×{times}" for name, times in r["matrix"].items())
         rows.append(
-            (
+            [
                 r["build"],
                 f"sm_{r['arch']}",
                 str(r["registers"]),
@@ -196,39 +230,34 @@ def printed(compiled: Compiled) -> str:
                 f"{r['wide_loads']}/{r['narrow_loads']}",
                 f"{r['wide_stores']}/{r['narrow_stores']}",
                 matrix or "-",
-            )
+            ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
-    return "\n".join(lines)
+    return columns(rows)
 
 
 def main(argv: list[str] | None = None) -> None:
     settings = command_line(AotBench, argv, prog="python -m bench.aot")
     began = time.perf_counter()
-    compiled = compile_all(triton=settings.triton, only=settings.only, processes=settings.processes)
+    only = settings.only or ""
+    compiled = compile_all(triton=settings.triton, only=only, processes=settings.processes)
     spent = time.perf_counter() - began
     if not compiled.reports:
-        sys.exit(
-            f"python -m bench.aot: `only` must be in the name of a build, got {settings.only!r}"
-        )
+        sys.exit(f"python -m bench.aot: `only` must be in the name of a build, got {only!r}")
     print(printed(compiled))
     print(f"\nTriton {compiled.triton}: {len(compiled.reports)} compilations in {spent:.0f} s")
     slowest = sorted(compiled.reports, key=lambda r: -r.get("seconds", 0))[:3]
     print("slowest:", ", ".join(f"{row_name(r)} {r.get('seconds')} s" for r in slowest))
     table = read_table()
     if settings.write:
-        table = updated(compiled, table, settings.only)
+        table = updated(compiled, table, only)
         TABLE.write_text(as_text(table), encoding="utf-8")
         print(f"wrote {len(table[compiled.triton])} rows to {TABLE.relative_to(ROOT)}")
-    if settings.only and compiled.triton in table:
+    if only and compiled.triton in table:
         rows = table[compiled.triton].items()
-        table[compiled.triton] = {n: r for n, r in rows if settings.only in _build_of(n)}
-    found = failures(compiled, table)
-    print("\n".join(found) if found else "all within budget")
-    raise SystemExit(1 if found else 0)
+        table[compiled.triton] = {n: r for n, r in rows if only in _build_of(n)}
+    problems = failures(compiled, table)
+    print("\n".join(problems) if problems else "all within budget")
+    raise SystemExit(1 if problems else 0)
 
 
 if __name__ == "__main__":

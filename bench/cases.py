@@ -190,8 +190,8 @@ def timeline_attention(
             row += size
     segments = Segments.of(*(torch.tensor(c) for c in (start, length, trunk_start, prefix)))
 
-    def normal(count: int) -> Tensor:
-        return torch.randn(row, count, head_dim, device=device, dtype=dtype)
+    def normal(num_heads: int) -> Tensor:
+        return torch.randn(row, num_heads, head_dim, device=device, dtype=dtype)
 
     query, key, value = (normal(n).requires_grad_() for n in (heads, kv_heads, kv_heads))
     q_bytes, kv_bytes = (t.numel() * dtype.itemsize for t in (query, key))
@@ -201,9 +201,9 @@ def timeline_attention(
     backward_flops = attention_flops(segments.pairs, heads, head_dim, backward=True)
     scores = 4 * heads * row**2
     dense = scores <= REFERENCE_SCORES
-    found = rivals.attentions(segments, device)
+    others = rivals.attentions(segments, device)
     if not dense:
-        found[REFERENCE] = f"its scores are [{heads}, {row}, {row}], {scores / 2**30:.1f} GiB each"
+        others[REFERENCE] = f"its scores are [{heads}, {row}, {row}], {scores / 2**30:.1f} GiB each"
     return Inputs(
         (query, key, value, segments.to(device)),
         {},
@@ -212,7 +212,7 @@ def timeline_attention(
         leaves=[query, key, value],
         outputs=lambda result: [result[0]],
         cotangents=[normal(heads)],
-        rivals=found,
+        rivals=others,
         baseline="eager" if dense else rivals.BY_SEGMENT,
     )
 
@@ -253,7 +253,9 @@ def linear_cross_entropy(
     label_T = torch.randint(V, (T,), device=device)
     read = dtype.itemsize * (T * D + V * D) + 8 * T
     written = dtype.itemsize * (T * D + trained * V * D)
-    flops = [head_flops(T, D, V, hidden=g, weight=g and trained, tokens=False) for g in (0, 1)]
+    flops = [
+        head_flops(T, D, V, hidden=g, weight=g and trained, tokens=False) for g in (False, True)
+    ]
     return Inputs(
         (hidden_TD, weight_VD, label_T),
         {"scale": 1.0 / T},
@@ -267,10 +269,10 @@ def linear_cross_entropy(
 def on_cpu() -> list[Case]:
     """fp32, at sizes two cores do in seconds."""
     device, dtype = "cpu", torch.float32
-    found = []
+    cases = []
     for M, norm in ((1024, True), (8192, True), (8192, False)):
         name = f"{M}x{HIDDEN}" + ("" if norm else " normed before")
-        found.append(
+        cases.append(
             Case(
                 "masked_jepa_mse",
                 name,
@@ -286,40 +288,40 @@ def on_cpu() -> list[Case]:
         make = partial(ema_update_, [(n, k)], device, weight_dtype=dtype, halves=False)
         shape = {"N": n, "K": k, "R": RANK}
         quick = name == "gate"
-        found.append(
+        cases.append(
             Case("ema_update_", f"{name} {n}x{k} fp32", device, dtype, shape, make, quick, quick)
         )
     half = torch.bfloat16
     for name, shapes in (("gate 12288x4096", [LINEARS["gate"]]), ("layer", [*LINEARS.values()])):
         make = partial(ema_update_, shapes, device, weight_dtype=half, halves=True)
         shape = {"matrices": len(shapes), "R": RANK}
-        found.append(Case("ema_update_", f"{name} halves", device, half, shape, make, False, False))
+        cases.append(Case("ema_update_", f"{name} halves", device, half, shape, make, False, False))
     make = partial(
         ema_update_, [LINEARS["gate"]], device, weight_dtype=dtype, halves=False, adapter=False
     )
     shape = {"N": MLP, "K": HIDDEN, "R": 0}
-    found.append(
+    cases.append(
         Case("ema_update_", "no adapter 12288x4096 fp32", device, dtype, shape, make, False, False)
     )
     for S, context, K in ((512, 0.5, 1), (1024, 0.5, 1), (1024, None, 8), (2048, 0.75, 1)):
-        found.append(_attention_case(S, 1, context, K, dtype, device, quick=S == 512))
+        cases.append(_attention_case(S, 1, context, K, dtype, device, quick=S == 512))
     for name, shapes in _linears():
         quick = name in ("q", "q+k+v")
         make = partial(lora_linear, shapes, 128, dtype, device)
         shape = {"T": 128, "linears": len(shapes), "R": RANK}
-        found.append(Case("lora_linear", name, device, dtype, shape, make, quick, quick))
-    found += [_head_case(1024, 512, 8192, dtype, device, trained=t) for t in (False, True)]
-    return found
+        cases.append(Case("lora_linear", name, device, dtype, shape, make, quick, quick))
+    cases += [_head_case(1024, 512, 8192, dtype, device, trained=t) for t in (False, True)]
+    return cases
 
 
 def on_cuda() -> list[Case]:
     """bf16, at the sizes of a training step of 32k tokens."""
     device, dtype = "cuda", torch.bfloat16
-    found = []
+    cases = []
     for M in (1024, 4096, 8192, 16384, 65536):
         make = partial(masked_jepa_mse, M, dtype, device, norm=True)
         shape = {"M": M, "D": HIDDEN}
-        found.append(
+        cases.append(
             Case("masked_jepa_mse", f"{M}x{HIDDEN}", device, dtype, shape, make, quick=M == 8192)
         )
     distinct = ("q", "k", "gate", "down")
@@ -329,7 +331,7 @@ def on_cuda() -> list[Case]:
     for name, shapes in groups.items():
         make = partial(ema_update_, shapes, device, weight_dtype=dtype, halves=True)
         shape = {"matrices": len(shapes), "R": RANK}
-        found.append(
+        cases.append(
             Case(
                 "ema_update_",
                 f"{name} halves",
@@ -344,15 +346,20 @@ def on_cuda() -> list[Case]:
     for S in (512, 2048, 4096, 8192, 32768):
         for context, K in ((0.5, 1), (0.75, 1), (None, 8)):
             quick = S == 4096 and context != 0.75
-            found.append(_attention_case(S, 32768 // S, context, K, dtype, device, quick=quick))
+            cases.append(_attention_case(S, 32768 // S, context, K, dtype, device, quick=quick))
     for name, shapes in _linears():
         make = partial(lora_linear, shapes, 32768, dtype, device)
         shape = {"T": 32768, "linears": len(shapes), "R": RANK}
         quick = name in ("q", "gate+up")
-        found.append(Case("lora_linear", name, device, dtype, shape, make, quick))
+        cases.append(Case("lora_linear", name, device, dtype, shape, make, quick))
     for T, trained in ((4096, False), (8192, False), (8192, True)):
-        found.append(_head_case(T, HIDDEN, VOCABULARY, dtype, device, trained=trained))
-    return found
+        cases.append(_head_case(T, HIDDEN, VOCABULARY, dtype, device, trained=trained))
+    return cases
+
+
+def on(device: str, *, quick: bool) -> list[Case]:
+    """The cases of a kind of device; with `quick` a shape or two of each operation."""
+    return [c for c in (on_cuda() if device == "cuda" else on_cpu()) if c.quick or not quick]
 
 
 def _attention_case(

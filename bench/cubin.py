@@ -57,33 +57,33 @@ def collect(modules: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 def read_usage(text: str) -> dict[str, int]:
     """Registers of a thread and bytes of local memory, from `cuobjdump -res-usage`."""
-    found = [tuple(map(int, match)) for match in _USAGE.findall(text)]
-    if not found:
+    usages = [tuple(map(int, match)) for match in _USAGE.findall(text)]
+    if not usages:
         raise ValueError(f"cuobjdump printed no resource usage: {text[:200]!r}")
     # one entry per function: the kernel, and what it calls
     return {
-        "registers": max(registers for registers, _, _ in found),
-        "spill_bytes": sum(stack + local for _, stack, local in found),
+        "registers": max(registers for registers, _, _ in usages),
+        "spill_bytes": sum(stack + local for _, stack, local in usages),
     }
 
 
 def read_code(text: str) -> dict[str, Any]:
     """Counts of the instructions that matter, from a disassembly."""
-    count = collections.Counter(_INSTRUCTION.findall(text))
-    if not count:
+    times_by_code = collections.Counter(_INSTRUCTION.findall(text))
+    if not times_by_code:
         raise ValueError(f"the disassembly holds no instruction: {text[:200]!r}")
 
     def total(*heads: str, wide: bool | None = None) -> int:
-        found = 0
-        for code, times in count.items():
+        num_instructions = 0
+        for code, times in times_by_code.items():
             head, *parts = code.split(".")
             # blackwell also has 32-byte accesses; the cache hint LTC128B is another part
             is_wide = "128" in parts or "256" in parts
-            found += times if head in heads and wide in (None, is_wide) else 0
-        return found
+            num_instructions += times if head in heads and wide in (None, is_wide) else 0
+        return num_instructions
 
-    matrix = collections.Counter()
-    for code, times in count.items():
+    matrix: collections.Counter[str] = collections.Counter()
+    for code, times in times_by_code.items():
         head = code.split(".")[0]
         if head.endswith("MMA"):
             matrix[head] += times
@@ -142,16 +142,16 @@ _BUILDS: dict[str, Any] = {}  # filled before processes are forked
 def _report(job: tuple[str, int]) -> dict[str, Any]:
     name, arch = job
     build = _BUILDS[name]
-    found = {
+    about = {
         "build": name,
         "arch": arch,
         "expects_wide_loads": build.wide_loads,
         "expects_tensor_cores": build.tensor_cores,
     }
     try:
-        return {**found, **compile_and_read(build, arch)}
+        return {**about, **compile_and_read(build, arch)}
     except Exception as error:  # a kernel that does not compile is a result
-        return {**found, "error": f"{type(error).__name__}: {error}"[:500]}
+        return {**about, "error": f"{type(error).__name__}: {error}"[:500]}
 
 
 def main(argv: list[str] | None = None) -> None:

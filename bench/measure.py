@@ -15,7 +15,7 @@ from smbkernels.registry import OPS, REFERENCE
 from torch import Tensor
 
 from bench.cases import FORWARD, Case, Inputs
-from bench.timing import Ceiling, Clock, Timing, peak_mib
+from bench.timing import Ceiling, Clock, Timing, finished, peak_mib
 
 ROOT = Path(__file__).resolve().parents[1]
 EAGER, COMPILED = "eager", "torch.compile"
@@ -48,10 +48,10 @@ class Result:
 
 def files_of(op: str, device: str) -> list[str]:
     """The tests of an operation, and of its backends that run there but for how they are built."""
-    ready = [name for name, told in OPS[op].status(device).items() if told == "ok"]
+    ready = [name for name, reason in OPS[op].status(device).items() if reason == "ok"]
     folder = ROOT / "tests" / "ops"
-    found = {p for name in (op.rstrip("_"), *ready) for p in folder.glob(f"test_{name}*.py")}
-    return sorted(str(p) for p in found if not p.stem.endswith("_build"))
+    paths = {p for name in (op.rstrip("_"), *ready) for p in folder.glob(f"test_{name}*.py")}
+    return sorted(str(p) for p in paths if not p.stem.endswith("_build"))
 
 
 def gate(op: str, device: str) -> tuple[str, str]:
@@ -70,44 +70,49 @@ def gate(op: str, device: str) -> tuple[str, str]:
     if done.returncode == 5:
         return "none", lines[-1]
     if done.returncode:
-        told = [line[:200] for line in lines if re.match(r"(FAILED|ERROR) ", line)]
-        return "red", "; ".join([*told[:4], lines[-1]])
+        reasons = [line[:200] for line in lines if re.match(r"(FAILED|ERROR) ", line)]
+        return "red", "; ".join([*reasons[:4], lines[-1]])
     return "green", lines[-1]
 
 
 def variants(case: Case, inputs: Inputs) -> dict[str, Callable | str]:
     """Everything that computes the case, or why it cannot here."""
     entry = OPS[case.op]
-    found: dict[str, Callable | str] = {EAGER: inputs.rivals.get(REFERENCE, entry.reference)}
+    functions: dict[str, Callable | str] = {EAGER: inputs.rivals.get(REFERENCE, entry.reference)}
     if case.compiled:
-        found[COMPILED] = torch.compile(entry.reference, dynamic=False)
+        functions[COMPILED] = torch.compile(entry.reference, dynamic=False)
     status = entry.status(case.device)
     for backend in entry.backends:
         reason = status[backend.name]
         if reason == "ok":
             reason = backend.fits(*inputs.args, **inputs.kwargs) or "ok"
-        found[backend.name] = entry.on(backend.name) if reason == "ok" else reason
-    found |= {name: rival for name, rival in inputs.rivals.items() if name != REFERENCE}
-    return found
+        functions[backend.name] = entry.on(backend.name) if reason == "ok" else reason
+    functions |= {name: rival for name, rival in inputs.rivals.items() if name != REFERENCE}
+    return functions
 
 
-def difference(found: list[Tensor], expected: list[Tensor]) -> float:
+def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
     """The largest relative difference in the Frobenius norm; infinite where one is not finite."""
     worst = 0.0
-    for x, y in zip(found, expected, strict=True):
+    for x, y in zip(actual, expected, strict=True):
         x, y = x.double(), y.double()
         error = float((x - y).norm() / y.norm().clamp_min(1e-300))
         worst = max(worst, error) if error == error else float("inf")
     return worst
 
 
-def measure(case: Case, clock: Clock, best: Ceiling, *, seconds: float) -> list[Result]:
-    """All variants in all modes of a case; those that cannot run carry the reason."""
+def set_up(case: Case) -> tuple[Inputs, dict[str, Callable | str]]:
+    """The inputs of a case, always the same, and everything that computes it (`variants`)."""
     torch.manual_seed(0)
     inputs = case.make()
-    functions = variants(case, inputs)
+    return inputs, variants(case, inputs)
+
+
+def measure(case: Case, clock: Clock, best: Ceiling, *, seconds: float) -> list[Result]:
+    """All variants in all modes of a case; those that cannot run carry the reason."""
+    inputs, functions = set_up(case)
     ours = {b.name for b in OPS[case.op].backends}
-    baseline, errors, spent = _compared(functions, inputs, ours)
+    baseline, errors, spent = compared(functions, inputs, ours)
     results = []
     for mode, (nbytes, flops) in inputs.modes.items():
         calls = {}
@@ -130,16 +135,14 @@ def measure(case: Case, clock: Clock, best: Ceiling, *, seconds: float) -> list[
             call = inputs.call(function, mode)
             try:
                 began = time.perf_counter()
-                call()
-                if case.device == "cuda":
-                    torch.cuda.synchronize()
+                finished(call, case.device)()
                 # gradients have been computed once before, to be compared
                 before = 0.0 if mode == FORWARD else spent.get(name, 0.0)
                 result.first_call_s = max(time.perf_counter() - began, before)
                 result.peak_mib = peak_mib(call, case.device)
                 calls[name] = call
             except Exception as error:
-                result.reason, result.failed = _told(error), name in ours
+                result.reason, result.failed = _reason(error), name in ours
         times = clock.interleaved(calls, seconds=seconds, graph=inputs.graph)
         for result in results:
             if result.mode == mode:
@@ -151,14 +154,15 @@ def measure(case: Case, clock: Clock, best: Ceiling, *, seconds: float) -> list[
     return results
 
 
-def _compared(
+def compared(
     functions: dict[str, Callable | str], inputs: Inputs, ours: set[str]
 ) -> tuple[str, dict[str, float], dict[str, float]]:
     """The baseline, the difference of each other variant from it, and seconds of first calls.
 
     What fails gives way to the reason. The baseline is that of the inputs, or the next that runs.
     """
-    baseline, expected = "", []
+    baseline = ""
+    expected: list[Tensor] = []
     errors: dict[str, float] = {}
     seconds: dict[str, float] = {}
     for name in sorted(functions, key=lambda n: n != inputs.baseline):
@@ -167,19 +171,19 @@ def _compared(
             continue
         began = time.perf_counter()
         try:
-            found = inputs.outcome(function)
+            outcome = inputs.outcome(function)
         except Exception as error:
-            functions[name] = ("failed: " if name in ours else "") + _told(error)
+            functions[name] = ("failed: " if name in ours else "") + _reason(error)
             continue
         seconds[name] = time.perf_counter() - began
         if baseline:
-            errors[name] = difference(found, expected)
+            errors[name] = difference(outcome, expected)
         else:
-            baseline, expected = name, found
+            baseline, expected = name, outcome
     return baseline, errors, seconds
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "not enough memory"
     lines = str(error).strip().splitlines() or [""]

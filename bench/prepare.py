@@ -11,17 +11,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from bench import records
 from smbfast.base.config import Settings, command_line
 from smbfast.base.runtime import git_state, versions
 from smbfast.simulation.dataset import simulate
 
-RESULTS = Path(__file__).parent / "results" / "prepare.jsonl"
 # in a process of its own, so that the peak memory is that of preparing alone
 CHILD = """
 import json, resource, sys, time
@@ -45,12 +46,38 @@ print(json.dumps({"seconds": spent[0], "peak_mib": max(own, workers) / 1024}))
 
 
 class PrepareBench(Settings):
-    """Measure how fast a MEDS folder becomes token shards."""
+    """Measure how many events a second `smbfast.prepare` turns into token shards.
 
-    data: str | None = Field(None, description="a MEDS folder; none simulates one")
-    copies: int = Field(4, ge=1, description="how often its training split is repeated")
-    patients: int = Field(250_000, ge=1000, description="simulated patients (35 events each)")
-    save: bool = Field(False, description="append the result to bench/results/prepare.jsonl")
+    It also prints the peak memory of preparing all of the data and of preparing a part of it, which
+    should be about the same.
+    """
+
+    epilog: ClassVar[str] = """Examples
+
+  Simulated patients, for which nothing needs to be downloaded:
+    python -m bench.prepare --patients=20000
+
+  A dataset of your own, repeated six times:
+    python -m bench.prepare --data=MEDS_FOLDER --copies=6"""
+
+    data: str | None = Field(
+        None,
+        description="Folder of a MEDS dataset, whose training split is measured. `none` simulates "
+        "patients instead.",
+    )
+    copies: int = Field(
+        4,
+        ge=1,
+        description="How often the training split of `data` is repeated. Each copy has other "
+        "subject ids and slightly other values. Without `data` it has no effect.",
+    )
+    patients: int = Field(
+        250_000,
+        ge=1000,
+        description="Number of simulated patients, who have about 35 events each. With `data` it "
+        "has no effect.",
+    )
+    save: bool = Field(False, description="Append the result to bench/results/prepare.jsonl.")
 
 
 def repeat(source: Path, out: Path, copies: int) -> None:
@@ -81,10 +108,10 @@ def measure(data: Path, work: Path) -> dict:
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True
     )
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    cost = json.loads(done.stdout.strip().splitlines()[-1])
     counts = json.loads((work / "prepare.json").read_text())["counts"]["train"]
-    rate = round(counts["events"] / found["seconds"])
-    return {"events": counts["events"], "tokens": counts["tokens"], "events_per_s": rate, **found}
+    rate = round(counts["events"] / cost["seconds"])
+    return {"events": counts["events"], "tokens": counts["tokens"], "events_per_s": rate, **cost}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,9 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{record['peak_mib']:.0f} MiB ({record['peak_mib_part']:.0f} on {record['share']} of it)"
     )
     if settings.save:
-        RESULTS.parent.mkdir(exist_ok=True)
-        with open(RESULTS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        records.append("prepare", [record])
 
 
 if __name__ == "__main__":

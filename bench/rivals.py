@@ -16,7 +16,7 @@ ADDMM_LERP, FOREACH_LERP = "addmm + lerp_", "_foreach_lerp_"
 LIGER = "Liger fused"
 
 
-def averages(*, halves: bool) -> dict[str, Callable]:
+def averages(*, halves: bool) -> dict[str, Callable | str]:
     """Averages of merged weights on an fp32 master.
 
     Args:
@@ -47,12 +47,12 @@ def averages(*, halves: bool) -> dict[str, Callable]:
     return {ADDMM_LERP: addmm_lerp, FOREACH_LERP: foreach_lerp}
 
 
-def attentions(segments: Segments, device: str) -> dict[str, Callable]:
+def attentions(segments: Segments, device: str) -> dict[str, Callable | str]:
     """Eager attention without a mask over all tokens, and FlexAttention on a GPU."""
-    found = {BY_SEGMENT: _by_segment(segments, device)}
+    rivals: dict[str, Callable | str] = {BY_SEGMENT: _by_segment(segments, device)}
     if device == "cuda":
-        found["FlexAttention"] = _flex(segments, device)
-    return found
+        rivals["FlexAttention"] = _flex(segments, device)
+    return rivals
 
 
 def _by_segment(segments: Segments, device: str) -> Callable:
@@ -102,17 +102,17 @@ def mask_of(segments: Segments, device: str) -> Callable:
 
 
 def _flex(segments: Segments, device: str) -> Callable:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
     visible = mask_of(segments, device)
     compiled = torch.compile(flex_attention, dynamic=False)
-    blocks = []  # made once, as for all layers of a step
+    blocks: list[BlockMask] = []  # made once, as for all layers of a step
 
     def attention(query_THC, key_TGC, value_TGC, segments, *, scale=None):
         if not blocks:
-            count = len(query_THC)
+            num_tokens = len(query_THC)
             make = torch.compile(create_block_mask)
-            blocks.append(make(visible, None, None, count, count, device=device))
+            blocks.append(make(visible, None, None, num_tokens, num_tokens, device=device))
         heads = (t.transpose(0, 1)[None] for t in (query_THC, key_TGC, value_TGC))
         out = compiled(*heads, block_mask=blocks[0], scale=scale, enable_gqa=True)
         return out[0].transpose(0, 1), None

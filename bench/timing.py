@@ -12,11 +12,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator
+
+from smbfast.base.runtime import held_memory, matmul_rate, reset_peak_memory
 
 MIB = 1 << 20
 Call = Callable[[], object]
+
+
+def _present(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("needs a CUDA GPU; torch sees none")
+    return device
+
+
+Device = Annotated[Literal["auto", "cpu", "cuda"], AfterValidator(_present)]  # a setting
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,7 @@ class Clock:
                     times[name].append(self.once(ready[name][0]))
         finally:
             gc.enable()
-        return {name: _timing(found, ready[name][1]) for name, found in times.items()}
+        return {name: _timing(taken, ready[name][1]) for name, taken in times.items()}
 
 
 def _timing(times: list[float], timer: str) -> Timing:
@@ -149,17 +162,17 @@ def _captured(call: Call) -> Call:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = call()
+        result = call()
 
     def replay() -> object:
         graph.replay()
-        return kept  # its memory belongs to the graph
+        return result  # its memory belongs to the graph
 
     return replay
 
 
 def last_cache_bytes(device: str) -> int:
-    """Of the GPU's L2 or the processor's last level; a guess of 64 MiB where it is not told."""
+    """Of the GPU's L2 or the processor's last level; a guess of 64 MiB where it cannot be read."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = [
@@ -169,6 +182,19 @@ def last_cache_bytes(device: str) -> int:
     return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1] in units), default=64 * MIB)
 
 
+def finished(call: Call, device: str) -> Call:
+    """The call together with its work on the GPU, which a call only starts."""
+    if device == "cpu":
+        return call
+
+    def waiting() -> object:
+        result = call()
+        torch.cuda.synchronize()
+        return result
+
+    return waiting
+
+
 def peak_mib(call: Call, device: str) -> float | None:
     """MiB that a call holds at its peak above what was held before it, results included.
 
@@ -176,53 +202,45 @@ def peak_mib(call: Call, device: str) -> float | None:
     it cannot be reset.
     """
     gc.collect()
+    where = torch.device(device)
     if device == "cuda":
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = call()
-        torch.cuda.synchronize()
-        peak = (torch.cuda.max_memory_allocated() - before) / MIB
-        del result
-        return peak
-    try:
-        # freed memory that the allocator keeps would hide what the call takes
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        before, mark = _resident("VmRSS"), _resident("VmHWM")
-    except (OSError, AttributeError):
+    else:
+        try:
+            # freed memory that the allocator keeps would hide what the call takes
+            ctypes.CDLL(None).malloc_trim(0)
+        except (OSError, AttributeError):
+            return None
+    if not reset_peak_memory(where):
         return None
-    if mark > before + MIB:
+    before = held_memory(where)
+    if held_memory(where, peak=True) > before + MIB:
         return None
-    result = call()
-    peak = _resident("VmHWM") - before
+    result = finished(call, device)()
+    peak = held_memory(where, peak=True) - before
     del result
     return max(peak, 0) / MIB
 
 
-def _resident(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
-
-
 def ceiling(clock: Clock, dtype: torch.dtype, *, seconds: float = 1.5) -> Ceiling:
-    """Measure the best bandwidth of three access patterns, and the rate of a large matmul."""
+    """Measure the best bandwidth of three access patterns, and the rate of a large matmul.
+
+    The rate is that of `smbfast.base.runtime.matmul_rate`, which a training run logs as `matmul`.
+    Records whose `git` is 350b7de or 36594bb hold another figure: the 20 % quantile of products
+    that took turns with the patterns, of 2048 x 2048 matrices on a CPU.
+    """
     device = clock.device
-    count = (256 if device == "cuda" else 64) * MIB  # elements of 4 bytes
-    a, b = torch.ones(count, device=device), torch.ones(count, device=device)
-    size = 8192 if device == "cuda" else 2048
-    x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    z = x @ y
+    num_elements = (256 if device == "cuda" else 64) * MIB  # of 4 bytes
+    a, b = torch.ones(num_elements, device=device), torch.ones(num_elements, device=device)
     calls: dict[str, Call] = {
         "read": lambda: torch.sum(a),
         "scale in place": lambda: a.mul_(1.0),
         "copy": lambda: b.copy_(a),
-        "matmul": lambda: torch.mm(x, y, out=z),
     }
-    moved = {"read": 4 * count, "scale in place": 8 * count, "copy": 8 * count}
+    moved = {"read": 4 * num_elements, "scale in place": 8 * num_elements, "copy": 8 * num_elements}
     for call in calls.values():
         call()
     times = clock.interleaved(calls, seconds=seconds)
     # the quick end: a floor is what the machine can do when nothing disturbs it
     patterns = {name: moved[name] / times[name].p20 * 1e3 for name in moved}
-    return Ceiling(max(patterns.values()), patterns, 2 * size**3 / times["matmul"].p20 * 1e3)
+    return Ceiling(max(patterns.values()), patterns, matmul_rate(torch.device(device), dtype))

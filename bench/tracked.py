@@ -8,6 +8,7 @@ the next. Both forms are checked against each other before a time is printed.
 import statistics
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -15,34 +16,42 @@ from smbkernels import ema_update_
 from smbkernels.registry import use
 from smbkernels.tracked_ema import cost, truncate_
 
+from bench.cases import LAYERS, LINEARS
 from bench.records import append, columns, stamp
 from smbfast.base.config import Settings, command_line
 from smbfast.model.averages import Merged, Source, Tracked
 
-LAYERS = 36
-# Qwen3-8B: hidden 4096, 32 query and 8 key heads of 128, feed-forward 12288; [out, in]
-LINEARS = {
-    "q_proj": (4096, 4096),
-    "k_proj": (1024, 4096),
-    "v_proj": (1024, 4096),
-    "o_proj": (4096, 4096),
-    "gate_proj": (12288, 4096),
-    "up_proj": (12288, 4096),
-    "down_proj": (4096, 12288),
-}
 TAU, SCALE = 0.996, 2.0
 HALF_A_PERCENT = 0.005  # how far tracked may be from merged, of the averaged s B A
 
 
 class TrackedBench(Settings):
-    """Measure the update of a tracked and of a merged target."""
+    """Measure a step of the target encoder's average, tracked at low rank and merged.
 
-    r: int = Field(16, ge=1, description="rank of the adapter")
-    rank: int = Field(4, ge=1, description="rank of the tracked target, as times r")
-    every: int = Field(4, ge=1, description="updates between truncations")
-    rounds: int = Field(5, ge=1, description="times that each is measured, in turn")
-    threads: int = Field(0, ge=0, description="CPU threads; 0: torch's choice")
-    save: bool = Field(False, description="append the result to bench/results/tracked.jsonl")
+    Bytes and operations are counted for all of Qwen3-8B. Times are those of one of its layers, on
+    the GPU or, if there is none, on the CPU. Both forms are compared with each other first.
+    """
+
+    epilog: ClassVar[str] = """Examples
+
+  As in bench/results/tracked.jsonl:
+    python -m bench.tracked --rounds=7
+
+  A tracked target of twice the rank, truncated half as often:
+    python -m bench.tracked --rank=8 --every=8"""
+
+    r: int = Field(16, ge=1, description="Rank of the LoRA adapters.")
+    rank: int = Field(
+        4, ge=1, description="Rank of the tracked target, as a multiple of `r`: 4 is 4 r."
+    )
+    every: int = Field(
+        4, ge=1, description="Number of updates from one truncation to rank `rank` to the next."
+    )
+    rounds: int = Field(
+        5, ge=1, description="Rounds of measuring; in each, every form is updated in turn."
+    )
+    threads: int = Field(0, ge=0, description="Threads of the CPU. 0 leaves the number to torch.")
+    save: bool = Field(False, description="Append the result to bench/results/tracked.jsonl.")
 
 
 def counted(settings: TrackedBench) -> dict[str, dict[str, float]]:
@@ -101,7 +110,7 @@ def check(settings: TrackedBench, sources: list[Source]) -> float:
 def timed(calls: dict[str, Callable[[], None]], between: Callable[[], None], rounds: int) -> dict:
     """Milliseconds of each call, and of the processors in it, in every round but the first."""
     device_wide = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
             between()
@@ -111,8 +120,8 @@ def timed(calls: dict[str, Callable[[], None]], between: Callable[[], None], rou
             device_wide()
             took = time.perf_counter() - start, time.process_time() - spent
             if turn:
-                found[name].append((1e3 * took[0], 1e3 * took[1]))
-    return found
+                times[name].append((1e3 * took[0], 1e3 * took[1]))
+    return times
 
 
 def measure(settings: TrackedBench, device: str) -> dict[str, dict[str, float]]:
@@ -139,7 +148,7 @@ def measure(settings: TrackedBench, device: str) -> dict[str, dict[str, float]]:
 
     def truncation() -> None:
         for group in tracked.groups:
-            truncate_(group.u_MNQ, group.v_MQK, group.kept)
+            truncate_(group.u_MNQ, group.v_MQK, group.held_rank)
 
     calls = {
         "merged, bf16 and int16 halves": lambda: halves.update(TAU),

@@ -1,4 +1,4 @@
-"""The benchmark of a whole step: who may be timed, what is counted, what is told."""
+"""The benchmark of a whole step: who may be timed, what is counted, what is printed."""
 
 import json
 from dataclasses import replace
@@ -10,21 +10,19 @@ from smbkernels.attention import attention_flops
 from smbkernels.attention.segments import PREFIX
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench.step as entry
-from bench import records, step_measure, step_report
+import bench.step.__main__ as entry
+from bench import records
 from bench.measure import difference
-from bench.step_measure import OURS, Parts, Result, measure, variants
-from bench.step_rivals import Packed, Padded
-from bench.step_variants import PARTS, Smbfast
-from bench.step_workloads import TINY, Workload, on_cuda, padded_fill, window, workloads
+from bench.step import measure as step_measure
+from bench.step import report as step_report
+from bench.step.measure import OURS, Parts, Result, measure, variants
+from bench.step.rivals import Packed, Padded
+from bench.step.variants import PARTS, Smbfast
+from bench.step.workloads import TINY, Workload, on_cuda, padded_fill, window, workloads
 from bench.timing import Ceiling
 
 BEST = Ceiling(bandwidth=1e10, patterns={"copy": 1e10}, matmul=1e11)
 SMALL = Workload("small", TINY, (128, 64), (0.25, 0.75), 1, cuts=2, horizon=32)
-
-
-def quiet(_text: str) -> None:
-    """No progress."""
 
 
 @pytest.mark.slow
@@ -32,11 +30,11 @@ def quiet(_text: str) -> None:
 def test_every_variant_reproduces_the_reference():
     makes = variants(SMALL, "cpu", ablate=True)
     del makes["B2"]  # as B1, but compiled
-    found = {r.variant: r for r in measure(SMALL, "cpu", makes, 0, quiet)}
-    assert "B3" in found and "FlexAttention" in found.pop("B3").reason
-    assert "scores" in found.pop(f"{OURS} torch timeline_attention").reason
-    assert {"B0", "B0c", "B1", "B1c", "B3'", OURS} <= set(found) and len(found) == 13
-    for r in found.values():
+    results = {r.variant: r for r in measure(SMALL, "cpu", makes, 0)}
+    assert "B3" in results and "FlexAttention" in results.pop("B3").reason
+    assert "scores" in results.pop(f"{OURS} torch timeline_attention").reason
+    assert {"B0", "B0c", "B1", "B1c", "B3'", OURS} <= set(results) and len(results) == 13
+    for r in results.values():
         assert len(r.errors) == 5 and not r.reason, (r.variant, r.reason)
         assert max(r.errors.values()) < 5e-6, (r.variant, r.errors)
         assert r.flops > 0 and r.held_mib > 0
@@ -47,16 +45,16 @@ def test_flex_attention_sees_what_the_decomposition_sees():
     """Forward alone: on a CPU it has no backward."""
     variant = Packed(SMALL.size.encoder("cpu"), shared=True, flex=True)
     variant.take(SMALL)
-    found = []
+    hidden = []
     for ready in (lambda: None, variant.ready):
         ready()
         with torch.no_grad():
             (one,) = variant.passes[0]
             embedded_TD = variant.encoder.embed(one.ids_T, one.masked_T)
             rest = (one.position_T, one.segments)
-            found.append(variant.hidden(variant.encoder.decoder, embedded_TD, *rest))
+            hidden.append(variant.hidden(variant.encoder.decoder, embedded_TD, *rest))
     assert variant.masks and one.segments.host_S6[:, PREFIX].any()
-    assert difference(found[:1], found[1:]) < 1e-5
+    assert difference(hidden[:1], hidden[1:]) < 1e-5
 
 
 class Still(Packed):
@@ -82,7 +80,7 @@ class LastLabelLost(Padded):
     def take(self, workload: Workload) -> None:
         super().take(workload)
         r = self.trunks[-1]
-        self.trunks[-1] = replace(r, row=r.row[:-1], read=r.read[:-1])
+        self.trunks[-1] = replace(r, row_N=r.row_N[:-1], read_N=r.read_N[:-1])
 
 
 @pytest.mark.parametrize(
@@ -90,9 +88,9 @@ class LastLabelLost(Padded):
     [(Still, "JEPA loss of a moved target"), (Unmasked, "JEPA loss"), (LastLabelLost, "SFT loss")],
 )
 def test_a_wrong_rival_is_not_timed(make, name):
-    (found,) = measure(SMALL, "cpu", {"B1": make}, 1, quiet)
-    assert found.reason.startswith("wrong: ") and name in found.wrong
-    assert not found.times
+    (result,) = measure(SMALL, "cpu", {"B1": make}, 1)
+    assert result.reason.startswith("wrong: ") and name in result.wrong
+    assert not result.times
 
 
 def test_a_run_with_a_wrong_rival_fails(monkeypatch, capsys):
@@ -107,7 +105,7 @@ def test_what_one_rival_cannot_do_ends_no_run():
     def broken(encoder, **_):
         raise RuntimeError("no such kernel\nlong story")
 
-    bad, good = measure(SMALL, "cpu", {"B1": broken, OURS: Smbfast}, 1, quiet)
+    bad, good = measure(SMALL, "cpu", {"B1": broken, OURS: Smbfast}, 1)
     assert bad.reason == "failed: RuntimeError: no such kernel" and not bad.times
     assert len(good.times) == 1 and set(PARTS) <= set(good.times[0])
 
@@ -198,10 +196,23 @@ def test_a_quick_run_writes_table_records_and_plot(tmp_path, monkeypatch, capsys
     assert "backward" in drawn and "W1: 2 x 128 tokens" in drawn and ">B4<" in drawn
 
 
-def test_peak_memory_is_told(capsys):
+def test_peak_memory_is_printed(capsys):
     step_measure.main(["W1", "B1", "quick"])
-    told = json.loads(capsys.readouterr().out)
-    assert told is None or told >= 0
+    peak_mib = json.loads(capsys.readouterr().out)
+    assert peak_mib is None or peak_mib >= 0
+
+
+def test_progress_ends_where_it_said_it_would():
+    """Also where a variant is refused: then its rounds count as done."""
+
+    def broken(encoder, **_):
+        raise RuntimeError("no such kernel")
+
+    advanced: list[int] = []
+    makes = {"B1": broken, "B3": "not here", OURS: Smbfast}
+    measure(SMALL, "cpu", makes, 2, advanced.append)
+    assert step_measure.num_runnable(makes) == 2
+    assert sum(advanced) == SMALL.num_tokens * 2 * (1 + 2)
 
 
 def test_help_and_mistakes(capsys):

@@ -10,7 +10,7 @@ from smbkernels.registry import OPS
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench.__main__ as entry
-from bench import cases, measure, records, rivals, targets, timing
+from bench import cases, measure, records, rivals, timing, tracked
 
 F32, BF16 = torch.float32, torch.bfloat16
 BEST = timing.Ceiling(bandwidth=1e10, patterns={"copy": 1e10}, matmul=1e11)
@@ -57,15 +57,13 @@ def test_operations_are_those_that_torch_counts():
     assert inputs.modes[cases.BOTH][1] == 14 * pairs * 4 * 8
 
 
-def test_cases_are_told_apart_and_cover_every_operation():
-    for found in (cases.on_cpu(), cases.on_cuda()):
-        names = [(case.op, case.name) for case in found]
-        assert len(set(names)) == len(names)
-        assert {op for op, _ in names} == set(entry.measured_ops())
-        assert {case.op for case in found if case.quick} == set(entry.measured_ops())
-    known = {(case.op, case.name) for case in cases.on_cpu()}
-    assert {("masked_jepa_mse", name) for name in targets.MSE_CASES} <= known
-    assert ("ema_update_", targets.EMA_CASE) in known
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_cases_have_names_of_their_own_and_cover_every_operation(device):
+    names = [(case.op, case.name) for case in cases.on(device, quick=False)]
+    assert len(set(names)) == len(names)
+    quick = [(case.op, case.name) for case in cases.on(device, quick=True)]
+    assert set(quick) < set(names)
+    assert {op for op, _ in quick} == set(entry.measured_ops())
 
 
 @pytest.mark.parametrize(
@@ -143,7 +141,7 @@ def broken(*args, **kwargs):
 
 
 def run(monkeypatch, capsys, tests: str, *arguments: str) -> tuple[str, int]:
-    monkeypatch.setattr(entry, "gate", lambda op, device: (tests, "told"))
+    monkeypatch.setattr(entry, "gate", lambda op, device: (tests, "a summary"))
     status = 0
     try:
         entry.main(["masked_jepa_mse", "--device=cpu", "--seconds=0.01", *arguments])
@@ -217,17 +215,17 @@ def test_the_gate_runs_the_tests_of_the_operation(monkeypatch, tmp_path, body, s
     monkeypatch.setattr(measure, "ROOT", tmp_path)
     status = {"cpp": "ok", "triton": "ok", "torch": "ok"}
     monkeypatch.setattr(OPS["ema_update_"], "status", lambda device: status)
-    found, told = measure.gate("ema_update_", "cpu")
-    assert found == state
-    assert ("2 passed" in told) == (state == "green")
-    assert ("FAILED tests/ops/test_cpp_kernels.py::test_it" in told) == (state == "red")
+    outcome, summary = measure.gate("ema_update_", "cpu")
+    assert outcome == state
+    assert ("2 passed" in summary) == (state == "green")
+    assert ("FAILED tests/ops/test_cpp_kernels.py::test_it" in summary) == (state == "red")
 
 
 @pytest.mark.parametrize(
     "arguments, said",
     [
         (["masked_mse"], "masked_jepa_mse"),
-        (["--device=gpu"], "must be auto, cpu or cuda"),
+        (["--device=gpu"], "must be 'auto', 'cpu' or 'cuda'"),
         (["--sed=1"], "did you mean `seconds`?"),
     ],
 )
@@ -264,33 +262,31 @@ def test_peak_memory_of_a_call():
     assert 30 <= peak <= 50
 
 
-def result(variant: str, ms: float, mode: str = cases.BOTH, **changed) -> measure.Result:
-    time = timing.Timing(ms, ms, ms, 5, "clock")
-    options = {"timing": time} | changed
-    return measure.Result(variant, mode, 10**8, 10**6, 10.0, "bytes", **options)
+def test_the_ceiling_has_the_matmul_rate_that_training_logs(monkeypatch):
+    monkeypatch.setattr(timing, "MIB", 1 << 10)
+    monkeypatch.setattr(timing, "matmul_rate", lambda device, dtype: (device.type, dtype))
+    best = timing.ceiling(timing.Clock("cpu"), F32, seconds=0.0)
+    assert best.matmul == ("cpu", F32)
+    assert best.bandwidth == max(best.patterns.values()) > 0
 
 
-def test_targets_are_judged_by_their_figures():
-    green = {"masked_jepa_mse": "green", "ema_update_": "green"}
-    key = ("masked_jepa_mse", targets.MSE_CASES[0])
-    row = [result("eager", 40), result("torch.compile", 14), result("cpp", 10)]
-    [line] = targets.judged({key: row}, green, BEST)
-    assert "4.00x eager (at least 3: met), 1.40x torch.compile (at least 1.5: not met)" in line
-    [line] = targets.judged({key: row}, {**green, "masked_jepa_mse": "red"}, BEST)
-    assert line.endswith("not judged: its tests are red")
-    row[1] = result("torch.compile", 0, timing=None, reason="no compiler")
-    [line] = targets.judged({key: row}, green, BEST)
-    assert line.endswith("not measured: torch.compile: no compiler")
-    row[2] = result("cpp", 10, error=0.1, tol=0.01)
-    [line] = targets.judged({key: row}, green, BEST)
-    assert "not met: cpp is off by 1.0e-01" in line
+def test_both_forms_of_the_target_are_updated(monkeypatch):
+    """Each call once and untimed, on linears that are as many and small."""
+    monkeypatch.setattr(tracked, "LINEARS", dict.fromkeys(tracked.LINEARS, (96, 64)))
 
-    key = ("ema_update_", targets.EMA_CASE)
-    for cpp, verdict in ((14, "1.40x the bandwidth floor of 10.0 ms (at most 1.5: met)"), (16, "")):
-        row = [result("addmm + lerp_", 20, cases.UPDATE), result("cpp", cpp, cases.UPDATE)]
-        [line] = targets.judged({key: row}, green, BEST)
-        assert verdict in line and "(at least 2: not met)" in line
-        assert line.endswith(f"either is enough: {'met' if cpp == 14 else 'not met'}")
+    def untimed(calls, between, rounds):
+        for call in calls.values():
+            between()
+            call()
+        return {name: [(8.0, 8.0)] * rounds for name in calls}
+
+    monkeypatch.setattr(tracked, "timed", untimed)
+    settings = tracked.TrackedBench(r=2, rank=4, every=4)
+    rows = tracked.measure(settings, "cpu")
+    assert rows.keys() > {"merged, fp32", "tracked", "tracked, truncation alone"}
+    assert rows["tracked"]["ms"] == 2.0  # of four updates, one of which truncates
+    counts = tracked.counted(settings)
+    assert counts["merged"]["held_gb"] == 4 * 7 * 36 * 96 * 64 / 1e9
 
 
 def test_rows_are_aligned_and_may_end_in_a_reason():

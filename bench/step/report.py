@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.records import columns
-from bench.step_measure import OURS, Result
-from bench.step_variants import PARTS
-from bench.step_workloads import Workload, padded_fill
+from bench.step.measure import OURS, Result
+from bench.step.variants import PARTS
+from bench.step.workloads import Workload, padded_fill
 from bench.timing import Ceiling
 
 # workload, rival, speed-up that ours must reach; all at width 512 or less, on a CPU
@@ -55,7 +55,7 @@ def table(results: list[Result], best: Ceiling) -> str:
                 r.variant,
                 " / ".join(_ms(r.quantile(q)) for q in (0.2, 0.5, 0.8)),
                 faster,
-                f"{workload.tokens / seconds:,.0f}",
+                f"{workload.num_tokens / seconds:,.0f}",
                 f"{r.flops / 1e9:,.4g}",
                 f"{100 * r.flops / seconds / best.matmul:.0f}",
                 f"{r.held_mib:,.0f}",
@@ -70,8 +70,8 @@ def table(results: list[Result], best: Ceiling) -> str:
             whole = r.quantile(0.5)
             shares = [f"{100 * r.quantile(0.5, part) / whole:.0f}" for part in parts[0][1:]]
             parts.append([r.variant, *shares])
-    found = f"{workload.name}: {workload.told}\n{columns(rows, '  ')}"
-    return found if len(parts) == 1 else f"{found}\n{columns(parts, '  ')}"
+    text = f"{workload.name}: {workload.description}\n{columns(rows, '  ')}"
+    return text if len(parts) == 1 else f"{text}\n{columns(parts, '  ')}"
 
 
 def speed_up(ours: Result, rival: Result) -> float:
@@ -81,30 +81,30 @@ def speed_up(ours: Result, rival: Result) -> float:
 
 def judged(results: list[Result]) -> list[str]:
     """A line for each target whose workload was asked for."""
-    found = {(r.workload.name, r.variant): r for r in results}
+    by_name = {(r.workload.name, r.variant): r for r in results}
     lines = []
-    for workload, rival, least, told in TARGETS:
-        pair = [found.get((workload, name)) for name in (OURS, rival)]
-        if not any(pair):
+    for workload, rival, least, description in TARGETS:
+        ours, other = (by_name.get((workload, name)) for name in (OURS, rival))
+        if not (ours or other):
             continue
-        if not all(r and r.times for r in pair):
-            reasons = [r.reason or "no round" if r else "not asked for" for r in pair]
+        if not (ours and ours.times and other and other.times):
+            reasons = [r.reason or "no round" if r else "not asked for" for r in (ours, other)]
             lines.append(
-                f"{workload} {told}: not measured: {OURS} {reasons[0]}, {rival} {reasons[1]}"
+                f"{workload} {description}: not measured: {OURS} {reasons[0]}, {rival} {reasons[1]}"
             )
             continue
-        factor = speed_up(*pair)
+        factor = speed_up(ours, other)
         met = "met" if factor >= least else "NOT MET"
-        lines.append(f"{workload} {told}: {factor:.2f} x, at least {least:g} x: {met}")
+        lines.append(f"{workload} {description}: {factor:.2f} x, at least {least:g} x: {met}")
     return lines
 
 
 def record(r: Result, best: Ceiling, ours: Result | None) -> dict[str, Any]:
     """A result for the JSONL file, without the part that is common to a run."""
     w = r.workload
-    found: dict[str, Any] = {
+    about: dict[str, Any] = {
         "workload": w.name,
-        "about": w.told,
+        "about": w.description,
         "model": w.size.name,
         "lengths": list(w.lengths),
         "micro_batch": w.micro,
@@ -114,15 +114,15 @@ def record(r: Result, best: Ceiling, ours: Result | None) -> dict[str, Any]:
         "tolerance": {"losses": r.tolerance[0], "gradients": r.tolerance[1]},
     }
     if not r.times:
-        return found | {"not_measured": r.reason}
+        return about | {"not_measured": r.reason}
     seconds = r.quantile(0.5) / 1e3
-    return found | {
+    return about | {
         "rounds": len(r.times),
         **{f"ms_p{round(100 * q)}": r.quantile(q) for q in (0.2, 0.5, 0.8)},
         "ms_parts": {part: r.quantile(0.5, part) for part in (*PARTS, "other")},
         "first_s": r.first_s,
-        "tokens": w.tokens,
-        "tokens_per_s": w.tokens / seconds,
+        "tokens": w.num_tokens,
+        "tokens_per_s": w.num_tokens / seconds,
         "flops": r.flops,
         "tflop_per_s": r.flops / seconds / 1e12,
         "measured_tflop_per_s": best.matmul / 1e12,
@@ -154,7 +154,7 @@ def plot(results: list[Result], path: Path, title: str) -> None:
     wide = min(2, len(panels))
     deep = math.ceil(len(panels) / wide)
     bars = [max(len(v) for v in list(panels.values())[i * wide :][:wide]) for i in range(deep)]
-    style = {"svg.fonttype": "none", "svg.hashsalt": "smbfast", "font.size": 8.5}
+    style: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "smbfast", "font.size": 8.5}
     with matplotlib.rc_context(style):
         figure, axes = pyplot.subplots(
             deep,
@@ -166,8 +166,8 @@ def plot(results: list[Result], path: Path, title: str) -> None:
         )
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
-        for axis, (name, found) in zip(axes.flat, panels.items(), strict=False):
-            _panel(axis, name, found)
+        for axis, (name, panel) in zip(axes.flat, panels.items(), strict=False):
+            _panel(axis, name, panel)
         handles = [Patch(color=colour, label=part) for part, colour in COLOURS.items()]
         handles.append(Patch(color=OTHER, label="other"))
         figure.legend(handles=handles, loc="outside lower center", ncols=4 * wide, frameon=False)
@@ -201,7 +201,7 @@ def _panel(axis: Any, name: str, results: list[Result]) -> None:
     axis.set_xlim(0, 1.4 * longest / 1e3)
     axis.set_xlabel("seconds", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(f"{name}: {workload.told.split(' (scaled')[0]}", loc="left", fontsize=8.5)
+    axis.set_title(f"{name}: {workload.description.split(' (scaled')[0]}", loc="left", fontsize=8.5)
 
 
 def _ms(value: float) -> str:

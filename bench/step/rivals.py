@@ -1,7 +1,7 @@
 """The training step as others would write it: the same losses, gradients and averages.
 
-    B0    Hugging Face + PEFT, SDPA, padded batches of 8 rows, three forwards, a merged deep copy as
-          target; B0c with gradient checkpointing
+    B0    Hugging Face + PEFT, SDPA, padded batches of 8 sequences, three forwards, a merged deep
+          copy as target; B0c with gradient checkpointing
     B1    packed without padding: varlen attention by transformers' attention interface, Liger on a
           GPU, two online passes and the target, the average by `_foreach_lerp_`; B1c as B0c
     B2    B1 with torch.compile of every layer
@@ -12,11 +12,11 @@
 All compute logits at labelled rows alone, and use the fused AdamW that ours does. On a GPU they run
 under autocast with adapters in fp32, as Hugging Face's trainer does.
 
-Legend: B rows of a padded batch, T tokens, U tokens of the target, D width, V vocabulary, N
-labelled rows, M masked positions.
+Legend: B sequences of a padded batch, T tokens, U tokens of the target, D width, V vocabulary, N
+labelled rows, M masked rows. A row is the place of one token.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +30,9 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
 
 from bench.rivals import mask_of
-from bench.step_teacher import Teacher
-from bench.step_variants import BACKWARD, LOSSES, ONLINE, TARGET, Part, Variant, twin
-from bench.step_workloads import PADDED_ROWS, Workload
+from bench.step.teacher import Teacher
+from bench.step.variants import BACKWARD, LOSSES, ONLINE, TARGET, Part, Variant, twin
+from bench.step.workloads import PADDED_SEQUENCES, Workload
 from smbfast.batch import PackedBatch, pack_segments
 from smbfast.model.backbone import PatientEncoder, padded
 
@@ -97,13 +97,13 @@ class HuggingFace(Variant):
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A padded batch, and what is read of it."""
+class PaddedBatch:
+    """Sequences of one length, and what is read of their flattened hidden states."""
 
     ids_BT: Tensor
     masked_BT: Tensor
-    row: Tensor  # of its flattened hidden states
-    read: Tensor  # labels of those rows, or rows of the target that they are compared with
+    row_N: Tensor  # which of the hidden states
+    read_N: Tensor  # the label of each, or the row of the target that it is compared with
 
 
 class Padded(HuggingFace):
@@ -139,38 +139,39 @@ class Padded(HuggingFace):
                 targets.append((ids, torch.zeros_like(ids, dtype=torch.bool), ids))
             seen += batch.target_segments.tokens
         self.trunks, self.branches, self.targets = (
-            [_padded_rows(items[i : i + PADDED_ROWS]) for i in range(0, len(items), PADDED_ROWS)]
+            [
+                _padded_batch(items[i : i + PADDED_SEQUENCES])
+                for i in range(0, len(items), PADDED_SEQUENCES)
+            ]
             for items in (trunks, branches, targets)
         )
 
     def accumulate(self, part: Part) -> tuple[Tensor, Tensor]:
         sft = jepa = 0.0
-        for rows in self.trunks:
+        for one in self.trunks:
             with self.forward(part, ONLINE):
-                hidden_BTD = self.encoder.hidden(rows.ids_BT)
+                hidden_BTD = self.encoder.hidden(one.ids_BT)
             with self.forward(part, LOSSES):
-                loss = (
-                    self.sft(hidden_BTD.flatten(0, 1).index_select(0, rows.row), rows.read)
-                    * self.scales.sft_scale
-                )
+                hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, one.row_N)
+                loss = self.sft(hidden_ND, one.read_N) * self.scales.sft_scale
             with part(BACKWARD):
                 loss.backward()
             sft = sft + loss.detach()
         with self.forward(part, TARGET), torch.no_grad():
             embed = self.target.get_input_embeddings()
             states = [
-                self.target.base_model(inputs_embeds=embed(rows.ids_BT), use_cache=False)
+                self.target.base_model(inputs_embeds=embed(one.ids_BT), use_cache=False)
                 .last_hidden_state.flatten(0, 1)
-                .index_select(0, rows.row)
-                for rows in self.targets
+                .index_select(0, one.row_N)
+                for one in self.targets
             ]
             target_UD = torch.cat(states)
-        for rows in self.branches:
+        for one in self.branches:
             with self.forward(part, ONLINE):
-                hidden_BTD = self.encoder.hidden(rows.ids_BT, rows.masked_BT)
+                hidden_BTD = self.encoder.hidden(one.ids_BT, one.masked_BT)
             with self.forward(part, LOSSES):
-                online_MD = hidden_BTD.flatten(0, 1).index_select(0, rows.row)
-                loss = self.jepa(online_MD, target_UD[rows.read]) * self.scales.jepa_scale
+                online_MD = hidden_BTD.flatten(0, 1).index_select(0, one.row_N)
+                loss = self.jepa(online_MD, target_UD[one.read_N]) * self.scales.jepa_scale
             with part(BACKWARD):
                 loss.backward()
             jepa = jepa + loss.detach()
@@ -194,7 +195,7 @@ AttentionInterface.register(FLEX, _flex)
 
 @dataclass(frozen=True)
 class Pass:
-    """One online forward on a packed row, and what is read of it."""
+    """One online forward on packed tokens, and what is read of it."""
 
     ids_T: Tensor
     position_T: Tensor
@@ -228,7 +229,7 @@ class Packed(HuggingFace):
         super().__init__(encoder, teacher, foreach=True, checkpoint=checkpoint)
         self.shared, self.compiled, self.flex = shared, compiled, flex
         self.models = (encoder.base, self.target)
-        self.masks = None
+        self.masks: dict[int, Callable] | None = None  # by the id of their segments
         self._attend_by(VARLEN)
         if self.gpu:  # its RoPE takes the place of that of every Qwen3 in the process
             from liger_kernel import transformers as liger
@@ -301,9 +302,9 @@ class Packed(HuggingFace):
         return self.liger_loss(self.encoder.head_VD, hidden_ND, label_N)
 
     def hidden(
-        self, trunk: nn.Module, embedded_TD: Tensor, position_T: Tensor, segments: Segments
+        self, decoder: nn.Module, embedded_TD: Tensor, position_T: Tensor, segments: Segments
     ) -> Tensor:
-        """Hidden states [T, D] of a packed row, after the final norm, in Hugging Face's code."""
+        """Hidden states [T, D] of packed tokens, after the final norm, in Hugging Face's code."""
         seen: dict[str, Any] = {"segments": segments}
         if self.masks is not None:
             device = embedded_TD.device
@@ -312,26 +313,25 @@ class Packed(HuggingFace):
             visible = self.masks[id(segments)]
             size = (None, None, segments.tokens, segments.tokens)
             seen = {"blocks": create_block_mask(visible, *size, device=device, _compile=self.gpu)}
-        out = trunk(
+        out = decoder(
             inputs_embeds=embedded_TD[None], position_ids=position_T[None], use_cache=False, **seen
         )
         return out.last_hidden_state[0]
 
 
 def _shared(batch: PackedBatch) -> list[Pass]:
-    """Trunks and branches in one row."""
-    rows = (batch.labelled_N, batch.label_N, batch.masked_M, batch.target_M)
-    own = (batch.ids_T, batch.position_T, batch.segments, masked_of(batch))
-    return [Pass(*own, *rows)]
+    """Trunks and branches in one forward."""
+    tokens = (batch.ids_T, batch.position_T, batch.segments, masked_of(batch))
+    return [Pass(*tokens, batch.labelled_N, batch.label_N, batch.masked_M, batch.target_M)]
 
 
 def _two(batch: PackedBatch) -> list[Pass]:
     """The trunks, then each branch behind a copy of its prefix."""
-    masked_T, rows, masks = masked_of(batch), [], []
+    masked_T, sequences, masks = masked_of(batch), [], []
     for start, length, trunk, prefix in batch.rows:
         if prefix:
             parts = (slice(trunk, trunk + prefix), slice(start, start + length))
-            rows.append(torch.cat([batch.ids_T[p] for p in parts]))
+            sequences.append(torch.cat([batch.ids_T[p] for p in parts]))
             masks.append(torch.cat([masked_T[p] for p in parts]))
     trunks = [batch.ids_T[s : s + n] for s, n, _, prefix in batch.rows if not prefix]
     none = batch.label_N[:0]
@@ -339,29 +339,29 @@ def _two(batch: PackedBatch) -> list[Pass]:
     masked_T = torch.cat(masks)
     masked_M = masked_T.nonzero()[:, 0]
     return [
-        Pass(*_in_a_row(trunks), unmasked_T, batch.labelled_N, batch.label_N, none, none),
-        Pass(*_in_a_row(rows), masked_T, none, none, masked_M, batch.target_M),
+        Pass(*_packed(trunks), unmasked_T, batch.labelled_N, batch.label_N, none, none),
+        Pass(*_packed(sequences), masked_T, none, none, masked_M, batch.target_M),
     ]
 
 
-def _in_a_row(rows: list[Tensor]) -> tuple[Tensor, Tensor, Segments]:
-    packed = pack_segments([r.cpu().numpy() for r in rows], [[] for _ in rows])
-    packed = packed.to(rows[0].device)
+def _packed(sequences: list[Tensor]) -> tuple[Tensor, Tensor, Segments]:
+    packed = pack_segments([ids.cpu().numpy() for ids in sequences], [[] for _ in sequences])
+    packed = packed.to(sequences[0].device)
     return packed.ids_T, packed.position_T, packed.segments
 
 
 def masked_of(batch: PackedBatch) -> Tensor:
-    """Whether a row is masked."""
+    """Whether the token of each row is masked."""
     masked_T = torch.zeros_like(batch.ids_T, dtype=torch.bool)
     masked_T[batch.masked_M] = True
     return masked_T
 
 
-def _padded_rows(items: list[tuple[Tensor, Tensor, Tensor]]) -> Rows:
-    """Of ids, which are masked, and what is read of each (-1: nothing)."""
+def _padded_batch(items: list[tuple[Tensor, Tensor, Tensor]]) -> PaddedBatch:
+    """Of sequences of ids, which are masked, and what is read of each (-1: nothing)."""
     ids_BT, masked_BT, read_BT = (
-        padded(list(rows), fill)
-        for rows, fill in zip(zip(*items, strict=True), (0, False, -1), strict=True)
+        padded(list(sequences), fill)
+        for sequences, fill in zip(zip(*items, strict=True), (0, False, -1), strict=True)
     )
-    row = (read_BT >= 0).flatten().nonzero()[:, 0]
-    return Rows(ids_BT, masked_BT, row, read_BT.flatten()[row])
+    row_N = (read_BT >= 0).flatten().nonzero()[:, 0]
+    return PaddedBatch(ids_BT, masked_BT, row_N, read_BT.flatten()[row_N])

@@ -1,19 +1,19 @@
 """A training step in parts, the specification it has to equal, and ours.
 
-Legend: see `bench.step_rivals`.
+Legend: see `bench.step.rivals`.
 """
 
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from smbkernels.registry import use
 from torch import Tensor, nn
 
-from bench.step_workloads import Workload
+from bench.step.workloads import Workload
 from smbfast import objective, reference
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder, TargetForm
@@ -29,6 +29,8 @@ PARTS = ONLINE, TARGET, LOSSES, BACKWARD, OPTIMIZER, EMA = (
 )
 TAU = 0.996
 Part = Callable[[str], AbstractContextManager]
+Losses = tuple[Tensor | None, Tensor | None]  # of SFT and of JEPA
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def untimed(_name: str) -> AbstractContextManager:
@@ -36,7 +38,7 @@ def untimed(_name: str) -> AbstractContextManager:
     return nullcontext()
 
 
-def twin(module: nn.Module, *, share: Callable[[str], bool] = lambda name: True) -> nn.Module:
+def twin(module: Model, *, share: Callable[[str], bool] = lambda name: True) -> Model:
     """A deep copy that shares the frozen parameters whose names `share` accepts."""
     frozen = {id(p): p for n, p in module.named_parameters() if not p.requires_grad and share(n)}
     return copy.deepcopy(module, frozen)
@@ -78,17 +80,17 @@ class Variant:
 
     def outcome(self) -> dict[str, Tensor]:
         """What every variant has to agree on: losses, gradients, and the target once it moved."""
-        found = dict(zip(("SFT loss", "JEPA loss"), self.accumulate(untimed), strict=True))
+        outcome = dict(zip(("SFT loss", "JEPA loss"), self.accumulate(untimed), strict=True))
         for kind, lora in (("LoRA gradients", True), ("other gradients", False)):
             named = self.encoder.named_parameters()
             mine = [p for n, p in named if p.requires_grad and ("lora_" in n) == lora]
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in mine]
-            found[kind] = torch.cat([g.flatten() for g in grads])
+            outcome[kind] = torch.cat([g.flatten() for g in grads])
         self.optimizer.zero_grad(set_to_none=True)
         self.update(0.5)
-        found["JEPA loss of a moved target"] = self.accumulate(untimed)[1]
+        outcome["JEPA loss of a moved target"] = self.accumulate(untimed)[1]
         self.optimizer.zero_grad(set_to_none=True)
-        return found
+        return outcome
 
     def step(self, part: Part = untimed) -> None:
         """A whole step."""
@@ -118,15 +120,15 @@ class Smbfast(Variant):
         self,
         encoder: PatientEncoder,
         *,
-        form: str = "auto",
-        recompute: str = "none",
+        form: Literal["auto", "merged", "tracked"] = "auto",
+        recompute: Literal["none", "mlp", "full"] = "none",
         plain: tuple[str, ...] = (),
     ) -> None:
         super().__init__(encoder)
         self.target = TargetEncoder(encoder, TargetForm(form))
-        self.losses = partial(objective.losses, recompute=recompute)
+        self.losses: Callable[..., Losses] = partial(objective.losses, recompute=recompute)
         self.plain = plain
-        self._part = untimed
+        self._part: Part = untimed
         encoder.packed = self._timed(ONLINE, encoder.packed)
         self.target.packed = self._timed(TARGET, self.target.packed)
 
@@ -140,7 +142,7 @@ class Smbfast(Variant):
     def accumulate(self, part: Part) -> tuple[Tensor, Tensor]:
         self._part = part
 
-        def losses(*args: Any, **scales: float) -> tuple[Tensor | None, Tensor | None]:
+        def losses(*args: Any, **scales: float) -> Losses:
             with part(LOSSES):  # what is left of it: the two forwards have parts of their own
                 return self.losses(*args, normalize=True, **scales)
 

@@ -27,7 +27,7 @@ DAY = 86_400_000_000  # microseconds
 # of padded batches of 8 windows of log-normal lengths (sigma 0.8, cap 4 medians): the mean of
 # 100,000 drawn; a workload takes a draw that is as full, neither a lucky nor an unlucky one
 TYPICAL_FILL = 0.455
-PADDED_ROWS = 8
+PADDED_SEQUENCES = 8
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ class Workload:
     scaled: str = ""  # from what, on a CPU
 
     @property
-    def tokens(self) -> int:
+    def num_tokens(self) -> int:
         """Of all windows: what throughput counts."""
         return sum(self.lengths)
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """The workload in words."""
         lengths = self.lengths
         alike = min(lengths) == max(lengths)
@@ -152,7 +152,7 @@ def window(subject: int, length: int, vocabulary: int) -> Timeline:
 
 
 def node_batches(workload: Workload, *, shared: bool) -> list[tuple[PackedBatch, torch.Tensor]]:
-    """For each micro-batch its packed row, and the rows of the nodes' last tokens [nodes].
+    """For each micro-batch its packed tokens, and where the last token of each node is [nodes].
 
     The k-th of n nodes lies in the middle of the bucket that ends at k/n of its window: the
     buckets before it are complete, its first half is the node's tail.
@@ -182,16 +182,17 @@ def node_batches(workload: Workload, *, shared: bool) -> list[tuple[PackedBatch,
 
 
 def padded_fill(lengths: tuple[int, ...]) -> float:
-    """Real tokens over those of batches of 8 rows, padded to their longest."""
-    rows = [lengths[i : i + PADDED_ROWS] for i in range(0, len(lengths), PADDED_ROWS)]
-    return sum(lengths) / sum(len(r) * max(r) for r in rows)
+    """Real tokens over those of batches of 8 windows, padded to their longest."""
+    starts = range(0, len(lengths), PADDED_SEQUENCES)
+    batches = [lengths[i : i + PADDED_SEQUENCES] for i in starts]
+    return sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
 
 
-def log_normal(count: int, median: int) -> tuple[int, ...]:
+def log_normal(num_windows: int, median: int) -> tuple[int, ...]:
     """Lengths of sigma 0.8, at most 4 medians: of 100 draws the one as full as is typical."""
     draws = []
     for seed in range(100):
-        drawn = median * np.exp(0.8 * np.random.default_rng(seed).standard_normal(count))
+        drawn = median * np.exp(0.8 * np.random.default_rng(seed).standard_normal(num_windows))
         buckets = np.clip(drawn, 4 * BUCKET, 4 * median) / BUCKET
         draws.append(tuple((BUCKET * buckets.astype(int)).tolist()))
     return min(draws, key=lambda lengths: abs(padded_fill(lengths) - TYPICAL_FILL))
@@ -217,25 +218,27 @@ def on_cuda() -> list[Workload]:
 def on_cpu(*, quick: bool) -> list[Workload]:
     """The same at reduced width and length; with `quick` as small as it can be."""
     large, small, n = (TINY, TINY, 128) if quick else (WIDTH_512, WIDTH_256, 1024)
-    rows = 2 if quick else 4
-    trunks = (n,) * rows
-    mixed = log_normal(PADDED_ROWS, n // 2)
+    num_windows = 2 if quick else 4
+    alike = (n,) * num_windows
+    mixed = log_normal(PADDED_SEQUENCES, n // 2)
     full, small_full = "8 x 4096, Qwen3-8B", "Qwen3-1.7B and 0.6B"
     return [
-        Workload("W1", large, trunks, (0.5, 0.5), rows, scaled=full),
-        Workload("W2", large, trunks, (0.75, 0.75), rows, scaled=full),
+        Workload("W1", large, alike, (0.5, 0.5), num_windows, scaled=full),
+        Workload("W2", large, alike, (0.75, 0.75), num_windows, scaled=full),
         Workload("W3", large, mixed, (0.3, 0.9), 8, scaled="median 2048 in 32k, Qwen3-8B"),
         Workload("W4", large, (4 * n,), (0.75, 0.75), 1, scaled="1 x 32768, Qwen3-8B"),
         Workload("W5", large, (max(n // 8, 64),) * 32, (0.5, 0.5), 32, scaled="64 x 512, Qwen3-8B"),
         Workload("W6", small, mixed, (0.3, 0.9), 8, scaled=f"W3's lengths, {small_full}"),
-        Workload("K8", large, trunks, (0.3, 0.875), rows, cuts=8, horizon=n // 8, scaled=full),
-        Workload("W1-256", small, trunks, (0.5, 0.5), rows),
-        Workload("W2-256", small, trunks, (0.75, 0.75), rows),
-        Workload("E8", large, trunks, (0.5, 0.5), rows, nodes=8, scaled=full),
+        Workload(
+            "K8", large, alike, (0.3, 0.875), num_windows, cuts=8, horizon=n // 8, scaled=full
+        ),
+        Workload("W1-256", small, alike, (0.5, 0.5), num_windows),
+        Workload("W2-256", small, alike, (0.75, 0.75), num_windows),
+        Workload("E8", large, alike, (0.5, 0.5), num_windows, nodes=8, scaled=full),
     ]
 
 
 def workloads(device: str, *, quick: bool) -> dict[str, Workload]:
     """All of a kind of device, by name."""
-    found = on_cuda() if device == "cuda" else on_cpu(quick=quick)
-    return {w.name: w for w in found}
+    known = on_cuda() if device == "cuda" else on_cpu(quick=quick)
+    return {w.name: w for w in known}

@@ -1,7 +1,7 @@
 """One workload: each variant compared with the reference, counted, timed in turn, and its memory.
 
-`python -m bench.step_measure WORKLOAD VARIANT cpu` tells the MiB that a step takes; with `quick` in
-the place of `cpu`, of a tiny one.
+`python -m bench.step.measure WORKLOAD VARIANT cpu` prints the MiB that a step takes; with `quick`
+in the place of `cpu`, those of a tiny one.
 """
 
 import gc
@@ -24,13 +24,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure import difference
-from bench.step_nodes import Nodes, NodesReference
-from bench.step_rivals import Packed, Padded
-from bench.step_variants import Reference, Smbfast, Variant, twin, untimed
-from bench.step_workloads import Workload, workloads
+from bench.step.nodes import Nodes, NodesReference
+from bench.step.rivals import Packed, Padded
+from bench.step.variants import Reference, Smbfast, Variant, twin, untimed
+from bench.step.workloads import Workload, workloads
 from bench.timing import MIB, peak_mib
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OURS = "B4"
 RIVALS = ("B0", "B0c", "B1", "B1c", "B2", "B3", "B3'")
 CHECKED_TOKENS = 4096  # longer windows are compared at this length: the reference keeps much
@@ -39,7 +39,7 @@ CHECKED_TOKENS = 4096  # longer windows are compared at this length: the referen
 TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 1e-1)}
 PLAIN_OPS = ("lora_linear", "linear_cross_entropy", "masked_jepa_mse")
 Make = Callable[..., Variant]
-Say = Callable[[str], None]
+Advance = Callable[[int], None]  # counts tokens of trunks as done
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Parts:
 
     def _mark(self) -> None:
         if self.gpu:
-            now = torch.cuda.Event(enable_timing=True)
+            now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
         else:
             now = time.perf_counter()
@@ -111,11 +111,11 @@ class Parts:
         self._mark()
         if self.gpu:
             torch.cuda.synchronize()
-        found: dict[str, float] = {}
+        spent: dict[str, float] = {}
         for (name, start), (_, end) in zip(self.marks, self.marks[1:], strict=False):
-            spent = start.elapsed_time(end) if self.gpu else 1e3 * (end - start)
-            found[name] = found.get(name, 0.0) + spent
-        return found
+            ms = start.elapsed_time(end) if self.gpu else 1e3 * (end - start)
+            spent[name] = spent.get(name, 0.0) + ms
+        return spent
 
 
 def variants(workload: Workload, device: str, *, ablate: bool) -> dict[str, Make | str]:
@@ -124,7 +124,7 @@ def variants(workload: Workload, device: str, *, ablate: bool) -> dict[str, Make
     if workload.nodes:
         return {"B1": partial(Nodes, shared=False), OURS: partial(Nodes, shared=True)}
     flex = partial(Packed, shared=True, compiled=True, flex=True)
-    found: dict[str, Make | str] = {
+    makes: dict[str, Make | str] = {
         "B0": Padded,
         "B0c": partial(Padded, checkpoint=True),
         "B1": Packed,
@@ -135,21 +135,35 @@ def variants(workload: Workload, device: str, *, ablate: bool) -> dict[str, Make
         OURS: Smbfast,
     }
     if ablate:
-        found[f"{OURS} merged target"] = partial(Smbfast, form="merged")
+        makes[f"{OURS} merged target"] = partial(Smbfast, form="merged")
         for what in ("mlp", "full"):
-            found[f"{OURS} recompute {what}"] = partial(Smbfast, recompute=what)
+            makes[f"{OURS} recompute {what}"] = partial(Smbfast, recompute=what)
         for op in PLAIN_OPS:
-            found[f"{OURS} torch {op}"] = partial(Smbfast, plain=(op,))
+            makes[f"{OURS} torch {op}"] = partial(Smbfast, plain=(op,))
         merged = partial(Smbfast, form="merged", plain=("ema_update_",))
-        found[f"{OURS} merged target, torch ema_update_"] = merged
-        found[f"{OURS} torch timeline_attention"] = "its reference holds the scores of all pairs"
-    return found
+        makes[f"{OURS} merged target, torch ema_update_"] = merged
+        makes[f"{OURS} torch timeline_attention"] = "its reference holds the scores of all pairs"
+    return makes
+
+
+def num_runnable(makes: dict[str, Make | str]) -> int:
+    """Variants that are built and compared; the others are the reason why not."""
+    return sum(not isinstance(make, str) for make in makes.values())
 
 
 def measure(
-    workload: Workload, device: str, makes: dict[str, Make | str], rounds: int, say: Say
+    workload: Workload,
+    device: str,
+    makes: dict[str, Make | str],
+    rounds: int,
+    advance: Advance = lambda num_tokens: None,
 ) -> list[Result]:
-    """All variants of a workload. What is wrong is not timed."""
+    """All variants of a workload. What is wrong is not timed.
+
+    Args:
+        advance: is called with the workload's tokens for each variant that was compared, and with
+            those of all of them after each round.
+    """
     registry.load(device)  # with the formulas that count what they compute
     encoder = workload.size.encoder(device)
     tolerance = TOLERANCE[encoder.head_VD.dtype]
@@ -177,17 +191,17 @@ def measure(
         if result.wrong:
             ready.pop(name, None)
             result.reason = f"wrong: {result.wrong}"
-        say(f"{name}: {result.reason or 'agrees with the reference'}")
+        advance(workload.num_tokens)
     order, draw = list(ready), random.Random(0)
     by_name = {r.variant: r for r in results}
-    for turn in range(rounds):
+    for _ in range(rounds):
         draw.shuffle(order)
         for name in order:
             gc.collect()
             parts = Parts(device)
             ready[name].step(parts)
             by_name[name].times.append(parts.read())
-        say(f"round {turn + 1} of {rounds}")
+        advance(workload.num_tokens * num_runnable(makes))
     for name, variant in ready.items():
         by_name[name].held_mib = variant.held() / MIB
         if device == "cuda":
@@ -219,19 +233,19 @@ def counted(variant: Variant) -> int:
 
 def causal_formulas() -> dict[Any, Callable[..., int]]:
     """Formulas of SDPA that count what a causal call sees; torch's count all pairs, or nothing."""
-    found = {}
+    formulas: dict[Any, Any] = {}
     for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention"):
         for end in ("", "_backward"):
             packet = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}{end}")
             names = [a.name for a in packet.default._schema.arguments]
-            found[packet] = partial(_sdpa_flops, names, bool(end))
-            found[packet]._get_raw = True
-    return found
+            formulas[packet] = partial(_sdpa_flops, names, bool(end))
+            formulas[packet]._get_raw = True
+    return formulas
 
 
 def memory(workload: str, variant: str, *, quick: bool) -> float | None:
     """MiB that a step takes above what is held, in a process of its own, on a CPU."""
-    command = [sys.executable, "-m", "bench.step_measure", workload, variant]
+    command = [sys.executable, "-m", "bench.step.measure", workload, variant]
     command.append("quick" if quick else "cpu")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
@@ -245,8 +259,8 @@ def _prepare(
     result.flops = counted(variant)  # before compilation, which hides products from the counter
     variant.ready()
     began = time.perf_counter()
-    found = outcome(variant, workload)
-    result.errors = {name: difference([found[name]], [expected[name]]) for name in expected}
+    computed = outcome(variant, workload)
+    result.errors = {name: difference([computed[name]], [expected[name]]) for name in expected}
     if result.wrong:
         return
     variant.take(workload)

@@ -1,6 +1,6 @@
 """Embeddings of several decision nodes of a window: from one forward, or from one forward each.
 
-    B1    a row of its own for each node, packed
+    B1    a sequence of its own for each node, packed
     B4    complete buckets once, the tails of the nodes as branches
 
 Both go through `encoder.packed`, without gradients.
@@ -9,8 +9,8 @@ Both go through `encoder.packed`, without gradients.
 import torch
 from torch import Tensor
 
-from bench.step_variants import ONLINE, Part, Variant, untimed
-from bench.step_workloads import Workload, node_batches
+from bench.step.variants import ONLINE, Part, Variant, untimed
+from bench.step.workloads import Workload, node_batches
 from smbfast.model.backbone import PatientEncoder, padded
 
 
@@ -52,16 +52,16 @@ class Nodes(Variant):
 
 
 class NodesReference(Nodes):
-    """A padded row of its own for each node."""
+    """A padded sequence of its own for each node."""
 
     def __init__(self, encoder: PatientEncoder) -> None:
         super().__init__(encoder, shared=False)
 
     @torch.no_grad()
     def states(self, part: Part) -> Tensor:
-        found = []
+        states = []
         for batch, _ in self.packs:
-            rows = [batch.ids_T[s : s + n] for s, n, *_ in batch.rows]
-            hidden_BTD = self.encoder.hidden(padded(rows, 0))
-            found += [h[len(r) - 1] for h, r in zip(hidden_BTD, rows, strict=True)]
-        return torch.stack(found)
+            sequences = [batch.ids_T[s : s + n] for s, n, *_ in batch.rows]
+            hidden_BTD = self.encoder.hidden(padded(sequences, 0))
+            states += [h[len(ids) - 1] for h, ids in zip(hidden_BTD, sequences, strict=True)]
+        return torch.stack(states)

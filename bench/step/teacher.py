@@ -1,13 +1,13 @@
 """The target of the rivals: a second causal LM.
 
-Legend: see `bench.step_rivals`.
+Legend: see `bench.step.rivals`.
 """
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from bench.step_variants import twin
+from bench.step.variants import twin
 from smbfast.model.backbone import PatientEncoder
 
 
@@ -28,11 +28,11 @@ class Teacher:
         """W̄ <- τ W̄ + (1 - τ) (W + s B A), and the weights of the forward from it."""
         each = 7 if foreach else 1  # linears of a layer; all would be a second copy of the model
         for i in range(0, len(layers), each):
-            masters, some = self.masters[i : i + each], layers[i : i + each]
+            masters, group = self.masters[i : i + each], layers[i : i + each]
             if foreach:
-                torch._foreach_lerp_(masters, [_merged(layer) for layer in some], 1 - tau)
+                torch._foreach_lerp_(masters, [_merged(layer) for layer in group], 1 - tau)
             else:
-                masters[0].mul_(tau).add_(_naively_merged(some[0]), alpha=1 - tau)
+                masters[0].mul_(tau).add_(_naively_merged(group[0]), alpha=1 - tau)
         if self.masters is not self.weights:
             torch._foreach_copy_(self.weights, self.masters)
 
