@@ -1,6 +1,6 @@
 """The quick cases of `python -m bench`, through pytest-benchmark.
 
-pytest bench -n0 --benchmark-enable --benchmark-only    times each implementation that runs here
+pytest bench -n 0 --benchmark-enable --benchmark-only    times each implementation that runs here
 pytest bench                                            runs each once, untimed, and compares it
 """
 

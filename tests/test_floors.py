@@ -143,6 +143,18 @@ def test_a_step_is_written_once():
     assert sum(text.count("autograd.backward(") for text in texts) <= 2  # and traced memory
 
 
+def test_names_say_a_type_or_a_unit():
+    """What was told, found or kept says neither what it is nor where it comes from."""
+    banned = {"told", "found", "some", "kept", "apart"}
+    for folder in ("smbfast", "kernels", "bench"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.arg):
+                    assert node.arg.strip("_") not in banned, f"{file}:{node.lineno}"
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    assert node.id.strip("_") not in banned, f"{file}:{node.lineno}"
+
+
 # closed forms of a backward, which are read beside their formula, and the loop of the training
 LONG_FUNCTIONS = {"by_hand", "one_pass", "train"}
 

@@ -84,10 +84,10 @@ class DataSettings(Settings):
     workers: int = Field(
         0,
         ge=0,
-        description="Number of processes that turn MEDS files into token shards, each a file at a "
-        "time; 0 uses one for each CPU core. Use fewer if memory runs out. Datasets of up to two "
-        "million events are always prepared in one process, and the number never changes the "
-        "result.",
+        description="Number of processes that turn MEDS files into token shards before training, "
+        "one file per process at a time; 0 means one process for each CPU core. Use fewer if "
+        "memory runs out. Datasets of up to two million events are always prepared in one process. "
+        "The result does not depend on it, and loading during training has nothing to do with it.",
     )
 
 

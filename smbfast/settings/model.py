@@ -35,10 +35,11 @@ class ModelSettings(Settings):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Number format in which a pretrained backbone is loaded and, under LoRA, "
-        "stays. `auto` is bfloat16 on a GPU and float32 on a CPU; bfloat16 takes half the memory. "
-        "With model.train=all the loaded weights are converted to float32 for training; a model "
-        "made from scratch is always float32.",
+        description="Number format of a pretrained backbone's frozen weights under LoRA; adapters "
+        "and predictor are float32. `auto` is bfloat16 on a GPU and float32 on a CPU; bfloat16 "
+        "needs half the memory for the backbone. With model.train=all the backbone is loaded in "
+        "this format and then converted to float32, so set float32 there to lose no digits. A "
+        "model made from scratch is always float32.",
     )
     recompute: Literal["none", "mlp", "full"] = Field(
         "none",
@@ -86,8 +87,8 @@ class LoraSettings(Settings):
     """Low-rank adapters (LoRA) on a frozen backbone, as PEFT makes them.
 
     Each adapted weight matrix W acts as W + alpha / r * B A, where only the two narrow matrices A
-    and B are trained. The group has an effect when LoRA is trained (see model.train) and no
-    existing adapter is given as model.adapter.
+    and B are trained. These settings are used only when model.train is lora and no existing adapter
+    is given as model.adapter.
     """
 
     r: int = Field(
@@ -100,8 +101,9 @@ class LoraSettings(Settings):
         32,
         ge=1,
         description="Numerator of the scale alpha / r by which the adapters' output is multiplied. "
-        "A larger value strengthens the adapters, much like a larger learning rate; change it in "
-        "proportion when you change lora.r.",
+        "A larger value strengthens the adapters, much like a larger learning rate. To keep that "
+        "scale when you change lora.r, change alpha by the same factor. It is not used with "
+        "model.adapter, which brings its own.",
     )
     dropout: float = Field(
         0.0,
@@ -235,26 +237,28 @@ class ObjectiveSettings(Settings):
     target_form: Literal["auto", "merged", "tracked"] = Field(
         "auto",
         description="How the EMA teacher stores the average of LoRA-adapted weights. `merged` "
-        "holds the average of each whole matrix, exact in float32, at the cost of a second copy; "
-        "`tracked` holds a low-rank average of the adapters over the shared backbone, with a small "
-        "error that is logged. `auto` is tracked with LoRA, but merged for a narrow float32 model, "
-        "where that is cheaper. Weights trained whole are always merged.",
+        "holds the average of each whole matrix, exact in float32; this needs memory for a second "
+        "set of these matrices. `tracked` holds a low-rank average of the adapters and uses the "
+        "frozen backbone's own matrices; its small error is logged as target_error at each "
+        "evaluation. `auto` is tracked with LoRA, but merged for a float32 model so narrow that "
+        "the low-rank columns would add 20 % or more to the teacher's matrix products. With "
+        "model.train=all the teacher is always merged, and tracked is refused.",
     )
     tracked_rank: int = Field(
         4,
         ge=1,
-        description="Rank of the low-rank average in which the EMA teacher is stored when "
-        "objective.target_form is tracked, as a multiple of the adapters' rank: 4 with lora.r of "
-        "16 is rank 64. A larger rank has a smaller error and needs more memory and time. It has "
-        "no effect on the form merged.",
+        description="Rank of the EMA teacher's low-rank average, as a multiple of the adapters' "
+        "rank: 4 with lora.r of 16 is rank 64, and never more than the matrix has. A larger rank "
+        "has a smaller error (target_error in the log) and needs more memory and time. It has an "
+        "effect only when objective.target_form is tracked.",
     )
     tracked_every: int = Field(
         4,
         ge=1,
-        description="Number of optimizer steps from one reduction of the EMA teacher's low-rank "
-        "average to the next, when objective.target_form is tracked. Each step adds columns to the "
-        "average, and a reduction, for which a GPU is waited for, brings it back to its rank; so a "
-        "larger number saves time and takes more memory. It has no effect on the form merged.",
+        description="Each optimizer step adds columns to the EMA teacher's low-rank average; after "
+        "this many steps the average is truncated back to its rank. The program waits for a GPU "
+        "there, so a larger number saves time and takes more memory. It has an effect only when "
+        "objective.target_form is tracked.",
     )
     predictor_layers: int = Field(
         2,

@@ -14,10 +14,11 @@ from smbfast.settings.model import LoraSettings, ModelSettings, ObjectiveSetting
 class PhaseSettings(Settings):
     """The phases of training, in order: each a number of steps with its own weights of the losses.
 
-    The loss of a phase is w_sft * SFT + w_jepa * JEPA, each a mean over all predicted tokens or all
-    masked positions of the step. The usual curriculum is SFT alone, then JEPA with a small weight
-    of SFT. The optimizer's state goes on from phase to phase; where JEPA begins, the EMA teacher
-    starts as a copy of the online encoder.
+    The loss of a phase is w_sft * SFT + w_jepa * JEPA. SFT is the mean over all predicted tokens of
+    the step, JEPA the mean over all its masked positions. The usual curriculum is SFT alone, then
+    JEPA with a small weight of SFT. A phase begins with the last weights and the optimizer's state
+    of the phase before it. A phase with JEPA that follows one without starts its EMA teacher as a
+    copy of the online encoder; through consecutive phases with JEPA the same teacher goes on.
 
     On the command line a key of a phase is changed by the phase's number, counted from 0:
     --phases.0.steps=500 sets the steps of the first phase. To add or remove phases, write a TOML
@@ -28,18 +29,19 @@ class PhaseSettings(Settings):
     name: str = Field(
         pattern=r"^[A-Za-z0-9_-]+$",
         description="Name of the phase in the log, and of the folder best/<name> that receives its "
-        "best model. It consists of letters, digits, _ and -, and differs from the other names.",
+        "best model, the one whose loss on the tuning split, with the weights of the phase, was "
+        "lowest. It consists of letters, digits, _ and -, and differs from the other names.",
     )
     steps: int = Field(
         ge=1,
-        description="Number of optimizer steps of the phase. The warm-up and the decay of the "
-        "learning rate are stretched over them.",
+        description="Number of optimizer steps of the phase. After the warm-up, the decay of the "
+        "learning rate is stretched over the steps that are left.",
     )
     w_sft: float = Field(
         ge=0,
-        description="Weight of SFT, the next-token loss, beside w_jepa. At 0 the phase has no SFT; "
-        "JEPA alone can collapse, that is, give all patients the same embedding, so a small weight "
-        "such as 0.1 is safer. One of w_sft and w_jepa must be above 0.",
+        description="Weight of SFT, the next-token loss, beside w_jepa. At 0 the phase has no SFT. "
+        "JEPA alone can collapse, which means that all patients get the same embedding; a small "
+        "weight such as 0.1 is safer. One of w_sft and w_jepa must be above 0.",
     )
     w_jepa: float = Field(
         ge=0,
@@ -50,8 +52,8 @@ class PhaseSettings(Settings):
         None,
         gt=0,
         description="Peak learning rate, reached after the warm-up; from there it falls along a "
-        "cosine to optim.min_lr times the peak at the end of the phase. Where a table leaves it "
-        "out (`none`), it is 2e-4 with LoRA and 1e-3 for a model trained whole.",
+        "cosine to optim.min_lr times the peak at the end of the phase. A table that leaves it "
+        "out (`none`) gets 2e-4 with LoRA and 1e-3 for a model trained whole.",
     )
     warmup: int = Field(
         20,
@@ -80,8 +82,9 @@ class OptimSettings(Settings):
     betas: tuple[float, float] = Field(
         (0.9, 0.95),
         description="Decay rates of AdamW's two running averages, of the gradient and of its "
-        "square, each from 0 to below 1. Larger values average over more steps, which makes "
-        "updates smoother and slower to adapt.",
+        "square, each from 0 to below 1. A value b averages over about 1 / (1 - b) steps: larger "
+        "values make updates smoother and slower to adapt, which suits small batches and noisy "
+        "gradients. The defaults rarely need a change.",
     )
     weight_decay: float = Field(
         0.01,
@@ -116,8 +119,9 @@ class OptimSettings(Settings):
         0.1,
         ge=0,
         le=1,
-        description="Learning rate at the end of each phase, as a share of the phase's peak. At 1 "
-        "the rate stays at the peak after the warm-up; at 0 it falls to zero.",
+        description="Learning rate at the end of each phase, as a share of the phase's peak (not a "
+        "rate itself). After the warm-up the rate falls to it along a cosine. At 1 it stays at the "
+        "peak; at 0 it falls to zero. All phases have the same share.",
     )
 
     @field_validator("micro_tokens")
@@ -161,9 +165,10 @@ class ProbeSettings(Settings):
     """Probes at the end of a run: what a linear model reads about outcomes from frozen embeddings.
 
     A decision node is a patient and a time at which a prediction is asked for, one for each row of
-    the labels. Its embedding sees the buckets that were complete by then and a tail: the bucket
-    under way, with its events up to that time only. Probes are fitted on train, adjusted on tuning
-    and measured on held_out, beside the same backbone untrained and counts of codes.
+    the labels. Its embedding sees the buckets that were complete by then and a tail: the events of
+    the current bucket up to that time. Probes are fitted on the split train, their regularization
+    is chosen on tuning, and they are measured on held_out. The same is done for the backbone before
+    any training and for plain counts of codes, to compare with.
     """
 
     labels: list[str] | None = Field(
@@ -174,9 +179,10 @@ class ProbeSettings(Settings):
     )
     encoder: Literal["online", "target"] = Field(
         "online",
-        description="Which encoder gives the embeddings: `online`, the one in training, or "
-        "`target`, the EMA teacher, whose weights are a moving average of it. `target` is possible "
-        "only if the last phase has JEPA.",
+        description="Which encoder gives the embeddings that are probed: `online`, the one in "
+        "training, or `target`, the EMA teacher, whose weights are a moving average of the online "
+        "encoder's. Both are taken as they are after the last step; the saved model always holds "
+        "the online encoder. `target` is refused unless the last phase has JEPA.",
     )
     pool: Literal["last", "mean"] = Field(
         "last",
@@ -233,9 +239,11 @@ class RunSettings(Settings):
     log_every: int = Field(
         10,
         ge=1,
-        description="Number of optimizer steps from one line of the log (losses, learning rate, "
-        "speed, memory) to the next, on the console and in metrics.jsonl. A GPU is waited for at "
-        "each line only, so very frequent lines slow a GPU down.",
+        description="Number of optimizer steps from one line of the log to the next, on the "
+        "console and in metrics.jsonl. A line shows losses, learning rate and gradient norm of its "
+        "own step, and speed and memory since the last line; the first step and the end of a phase "
+        "have one in any case. The program waits for a GPU at each line, so very frequent lines "
+        "slow training down. The result does not depend on it.",
     )
     save_every: int = Field(
         50,

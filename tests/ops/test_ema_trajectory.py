@@ -9,6 +9,7 @@ M modules of one shape, N out, K in features, R rank, S steps.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -59,8 +60,9 @@ def run(request: pytest.FixtureRequest) -> tuple[float, Trajectory]:
     return request.param, trained(request.param)
 
 
+@cache
 def trained(lr: float) -> Trajectory:
-    """Train LoRA of rank 4 on text of a Markov chain, and record it."""
+    """Train LoRA of rank 4 on text of a Markov chain, and record it; once, no test changes it."""
     torch.manual_seed(0)
     # weights as large as the usual initialisation makes them at this width
     lm = tiny_lm(
