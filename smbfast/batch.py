@@ -1,38 +1,43 @@
-"""The two types that cross module borders: one patient's tokens, a batch of trunks and branches.
+"""The two types that modules exchange: a patient's tokens, and a batch of packed sequences.
+
+A pack concatenates sequences without padding (sequence packing). Branches share the prefix of their
+trunk instead of repeating it (shared-prefix, or tree, attention).
 
 Legend: T tokens of the online encoder, U tokens of the target encoder, L lines (one code in one
-bucket), B buckets, S segments, N labelled rows, M masked positions.
+bucket), B buckets, S segments, N labelled tokens, M masked tokens. A "row of T" is a token's index
+in the pack.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from smbkernels.attention import Segments
 from torch import Tensor
 
-Row = tuple[int, int, int, int]  # start, length, start of the trunk, prefix
+SegmentTuple = tuple[int, int, int, int]  # start, length, start of its trunk, prefix length
 
 
 @dataclass(frozen=True)
 class Timeline:
     """The tokens of one patient, bucket after bucket, with the time of every line.
 
-    Offsets count tokens from the start of the timeline, so that a cut or a decision node is an
-    exact position. A window of a timeline is itself a Timeline (`smbfast.data.timelines`).
+    Offsets count tokens from the start of the timeline, so a cut or a decision node is an exact
+    position. A window of a timeline is itself a `Timeline` (`smbfast.data.timelines`).
     """
 
     subject: int
     ids_T: np.ndarray  # int32
-    header: int  # tokens before the first bucket: begin token and demographics
-    bucket_end_B: np.ndarray  # int32: where each bucket ends
-    bucket_time_B: np.ndarray  # int64: the beginning of each bucket, microseconds since 1970
-    line_start_L: np.ndarray  # int32: lines of buckets, without headers and tags
-    line_end_L: np.ndarray  # int32
+    header: int  # number of tokens before the first bucket: begin token and demographics
+    bucket_end_B: np.ndarray  # int32: the token after the last one of each bucket
+    bucket_time_B: np.ndarray  # int64: when each bucket begins, microseconds since 1970
+    line_start_L: np.ndarray  # int32: first token of each line; headers and tags are no lines
+    line_end_L: np.ndarray  # int32: the token after the last one of each line
     line_time_L: np.ndarray  # int64: the last event of each line, microseconds since 1970
     line_section_L: np.ndarray  # uint8: index into SECTIONS
-    first_bucket: int = 0  # in a window: the bucket of the whole timeline it begins with
+    first_bucket: int = 0  # of a window: its first bucket's number in the whole timeline
 
     def __len__(self) -> int:
         return len(self.ids_T)
@@ -44,54 +49,56 @@ class Timeline:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Trunks and branches concatenated into one row of tokens, no padding.
+    """Trunks and branches in one sequence of tokens without padding (sequence packing).
 
-    Trunks come first, then the branches in the order of their trunks. A branch hangs on a prefix
-    of a trunk: it continues the position ids from the cut and sees `trunk[:prefix]` and itself,
-    causally. Row `masked_M[m]` of a branch predicts the target encoder's hidden state of row
-    `target_M[m]` of its own tokens: the same token, unmasked. The ids of masked rows are 0: the
-    identity of a masked token is not even in the batch's online side.
+    All trunks come first, then the branches in the order of their trunks. A branch continues a
+    prefix of its trunk: its position ids go on from the cut, and each of its tokens attends to
+    `trunk[:prefix]` and to the branch up to itself (shared-prefix attention).
 
-    Every index that a step needs is here, made on the CPU: nothing asks a GPU for a count.
+    The online encoder at row `masked_M[m]` of T predicts the target encoder's hidden state at row
+    `target_M[m]` of U, which is the same token unmasked. The id of a masked token is 0 in `ids_T`,
+    so the online encoder cannot read it.
+
+    The CPU makes every index that a step needs, so that nothing waits for a GPU to count.
     """
 
     ids_T: Tensor  # int64
     position_T: Tensor  # int64
     segments: Segments
-    labelled_N: Tensor  # int64 rows of T, in trunks, whose next token is predicted
-    label_N: Tensor  # int64: that token
-    masked_M: Tensor  # int64 rows of T, in branches
-    target_ids_U: Tensor  # int64: each trunk with masked positions, through the last of them
+    labelled_N: Tensor  # int64: rows of T, in trunks, whose next token is predicted
+    label_N: Tensor  # int64: that next token
+    masked_M: Tensor  # int64: rows of T, in branches
+    target_ids_U: Tensor  # int64: trunks with masked tokens, up to the last masked one
     target_position_U: Tensor  # int64
-    target_segments: Segments  # over U, trunks alone
-    target_M: Tensor  # int64 rows of U
-    num_trunk_tokens: int  # of whole trunks: what throughput counts
+    target_segments: Segments  # of U: trunks only
+    target_M: Tensor  # int64: rows of U
+    num_trunk_tokens: int  # tokens of the unshortened trunks, which throughput counts
 
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The batch with its tensors on a device; without waiting, if they are in pinned memory."""
+        """Return the batch on `device`; from pinned memory, the copy does not block the CPU."""
         return self._each(lambda x: x.to(device, non_blocking=True))
 
     def pinned(self) -> "PackedBatch":
-        """The batch in page-locked memory, from where a GPU copies beside its work."""
+        """Return the batch in page-locked memory, from which a GPU copies while it computes."""
         return self._each(Tensor.pin_memory)
 
     @property
     def num_labels(self) -> int:
-        """Predicted tokens."""
+        """The number of tokens that SFT predicts."""
         return len(self.label_N)
 
     @property
     def num_masked(self) -> int:
-        """Masked positions."""
+        """The number of masked tokens, which JEPA predicts."""
         return len(self.masked_M)
 
     @property
-    def rows(self) -> list[Row]:
-        """Start, length, start of its trunk and prefix (0: a trunk) of each segment."""
-        return [tuple(row[:4]) for row in self.segments.host_S6.tolist()]
+    def segment_tuples(self) -> list[SegmentTuple]:
+        """Start, length, start of its trunk, and prefix length (0 for a trunk) of each segment."""
+        return [(s, n, trunk, p) for s, n, trunk, p, *_ in self.segments.host_S6.tolist()]
 
     def check(self) -> None:
-        """Assert what every consumer relies on; for tests: it is our mistake where it fails."""
+        """Assert what every consumer relies on. Tests call this; a failure is a bug of ours."""
         start_S, length_S, trunk_S, prefix_S = self.segments.host_S6[:, :4].long().unbind(1)
         assert self.segments.tokens == len(self.ids_T) == len(self.position_T)
         segment_T = torch.repeat_interleave(torch.arange(len(start_S)), length_S)
@@ -110,7 +117,7 @@ class PackedBatch:
         assert bool((order == torch.arange(len(order))).all())
 
     def _each(self, move: Callable[[Tensor], Tensor]) -> "PackedBatch":
-        moved = {}
+        moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
@@ -128,20 +135,20 @@ def pack_segments(
     masked: list[list[np.ndarray]] | None = None,
     windows: list[np.ndarray] | None = None,
 ) -> PackedBatch:
-    """Trunks, what hangs on each, and what is predicted of them.
+    """Pack trunks and their branches, with the indices of what is predicted on them.
 
     Args:
-        trunks: token ids of each.
-        branches: of each trunk, (prefix, token ids) of its branches; prefix from 1 to its length.
-        next_tokens: of each trunk, the token that each of its tokens predicts, -100 where none is;
-            None: nothing is predicted on trunks.
-        masked: of each branch of each trunk, its masked tokens, counted from its start, ascending,
-            at least one; None: nothing is masked.
-        windows: of each trunk, the unmasked token ids that it is the beginning of, which the target
-            encoder reads; None: the trunks.
+        trunks: the token ids of each trunk.
+        branches: for each trunk, its branches as (prefix length from 1, token ids).
+        next_tokens: for each trunk, the token that each of its tokens predicts, or -100 where
+            nothing is predicted. With None, nothing is predicted on trunks.
+        masked: for each branch of each trunk, the positions of its masked tokens, counted from the
+            start of the branch, ascending, at least one. With None, nothing is masked.
+        windows: for each trunk, the unmasked token ids whose beginning it is, which the target
+            encoder reads. With None, these are the trunks.
 
     Raises:
-        ValueError: a branch that sees more tokens than its trunk has, or a segment without tokens.
+        ValueError: if a branch sees more tokens than its trunk has, or a segment has no tokens.
     """
     ids_T, position_T, segments = _concatenated(trunks, branches)
     windows = trunks if windows is None else windows
@@ -149,9 +156,10 @@ def pack_segments(
     labelled_N = np.flatnonzero(next_T >= 0)
     masked_rows, target_rows, targets = [], [], []
     own_start, target_start = sum(len(t) for t in trunks), 0  # branches lie behind all trunks
-    for window, hung, masks in zip(windows, branches, masked or [[] for _ in trunks], strict=True):
+    per_trunk = zip(windows, branches, masked or [[] for _ in trunks], strict=True)
+    for window, own_branches, masks in per_trunk:
         last = 0
-        for (prefix, ids), mask in zip(hung, masks, strict=bool(masked)):
+        for (prefix, ids), mask in zip(own_branches, masks, strict=bool(masked)):
             masked_rows.append(own_start + mask)
             target_rows.append(target_start + prefix + mask)
             own_start += len(ids)
@@ -179,16 +187,16 @@ def pack_segments(
 def _concatenated(
     trunks: list[np.ndarray], branches: list[list[tuple[int, np.ndarray]]]
 ) -> tuple[Tensor, Tensor, Segments]:
-    """Ids, positions and the table of segments."""
+    """Return token ids, position ids and the segments of the pack."""
     start_of = np.cumsum([0, *(len(t) for t in trunks)])
-    hung = [(p, s, i) for s, own in zip(start_of, branches, strict=False) for p, i in own]
-    rows = [*trunks, *(ids for _, _, ids in hung)]
-    length_S = np.array([len(r) for r in rows], np.int64)
-    prefix_S = np.array([0] * len(trunks) + [p for p, _, _ in hung], np.int64)
-    trunk_S = np.array([*start_of[:-1], *(s for _, s, _ in hung)], np.int64)
+    flat = [(p, s, i) for s, own in zip(start_of, branches, strict=False) for p, i in own]
+    ids_of = [*trunks, *(ids for _, _, ids in flat)]
+    length_S = np.array([len(ids) for ids in ids_of], np.int64)
+    prefix_S = np.array([0] * len(trunks) + [p for p, _, _ in flat], np.int64)
+    trunk_S = np.array([*start_of[:-1], *(s for _, s, _ in flat)], np.int64)
     start_S = np.cumsum(length_S) - length_S
     position_T = np.arange(length_S.sum()) - np.repeat(start_S - prefix_S, length_S)
-    ids_T = np.concatenate([*rows, np.empty(0, np.int64)])
+    ids_T = np.concatenate([*ids_of, np.empty(0, np.int64)])
     segments = Segments.of(*(_long(a) for a in (start_S, length_S, trunk_S, prefix_S)))
     return _long(ids_T), _long(position_T), segments
 

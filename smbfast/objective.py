@@ -1,12 +1,13 @@
-"""The objective from one forward: SFT on trunks and JEPA on their branches share the context.
+"""The fast path: both losses from one online forward over packed trunks and branches.
 
-The same sums as `smbfast.reference`, which says what they are. The online encoder runs once, on
-trunks and branches in one row; the target encoder runs on trunks alone, no further than the last
-masked token, and its final norm is computed only at the rows that are compared; logits exist only
-a few rows at a time.
+SFT on trunks and JEPA on branches share the hidden states of the context (shared-prefix, or tree,
+attention), and the sums are the same as those of `smbfast.reference`, which specifies them. Work
+is done only where it counts: the target encoder (EMA teacher) reads each trunk up to its last
+masked token, its final norm runs only at the rows that are compared, and logits exist only for a
+chunk of rows at a time.
 
-Legend: T tokens of the pack, U tokens of the target encoder, D width, N labelled rows, M masked
-positions.
+Legend: T tokens of the pack, U tokens of the target encoder, D width, N labelled tokens, M masked
+tokens, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,9 @@ from smbfast.model.backbone import PatientEncoder
 from smbfast.model.decoder import Recompute
 from smbfast.model.target import JepaStates, TargetEncoder
 
-Losses = Callable[..., tuple[Tensor | None, Tensor | None]]  # `losses`, here or of the reference
+Losses = Callable[
+    ..., tuple[Tensor | None, Tensor | None]
+]  # `losses` of this module or of `reference`
 
 
 def losses(
@@ -33,30 +36,40 @@ def losses(
     normalize: bool,
     recompute: Recompute = "none",
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The summed SFT loss times `sft_scale` and the summed JEPA loss times `jepa_scale`.
+    """Return the summed SFT loss times `sft_scale` and the summed JEPA loss times `jepa_scale`.
 
-    Scales such as weight / count of the whole step make the gradient complete in one pass. None
-    where the scale is 0 or the batch has nothing to predict.
+    1. The target encoder reads the unmasked trunks, without gradients. It goes first, so that its
+       temporary memory is free again before the online activations are stored.
+    2. The online encoder reads all trunks and branches in one forward.
+    3. SFT: the cross-entropy of the next token, from the states at labelled rows of trunks.
+    4. JEPA: the predictor maps the states at masked rows of branches, and the squared error
+       compares them with the target's states of the same tokens.
+
+    With scales of weight / (count in the whole step), gradients of micro-batches simply add up to
+    the gradient of the step (gradient accumulation). Both losses are scalars on the device, fp32
+    (fp64 for fp64 models); a loss is None where its scale is 0 or the batch has nothing to predict.
 
     Args:
-        target: not needed where `jepa_scale` is 0.
-        normalize: targets are layer-normed.
-        recompute: see `smbfast.model.decoder.PackedDecoder`.
+        target: may be None where `jepa_scale` is 0.
+        normalize: whether the target's states are layer-normed.
+        recompute: activation checkpointing; see `smbfast.model.decoder.PackedDecoder`.
 
     Raises:
-        ValueError: the backbone has layers that a packed row cannot go through.
+        ValueError: if the packed decoder does not support the backbone's layers.
     """
-    wants_sft = sft_scale > 0 and batch.num_labels > 0
-    wants_jepa = jepa_scale > 0 and batch.num_masked > 0
-    if not (wants_sft or wants_jepa):
+    has_sft = sft_scale > 0 and batch.num_labels > 0
+    has_jepa = jepa_scale > 0 and batch.num_masked > 0
+    if not (has_sft or has_jepa):
         return None, None
     sft = jepa = None
-    if wants_jepa:  # first: what it needs on the way is gone before the online states are kept
+    if has_jepa:
+        assert target is not None
         target_UD = _target(target, batch, norm=False)
     hidden_TD = _online(encoder, batch, recompute)
-    if wants_sft:
+    if has_sft:
         sft = _sft(encoder, hidden_TD, batch, sft_scale)
-    if wants_jepa:
+    if has_jepa:
+        assert target is not None
         norm_weight_D, norm_eps = target.final_norm()
         jepa = masked_jepa_mse(
             predict(encoder, hidden_TD.index_select(0, batch.masked_M)),
@@ -73,7 +86,7 @@ def losses(
 def measure(
     encoder: PatientEncoder, target: TargetEncoder | None, batch: PackedBatch
 ) -> tuple[Tensor, JepaStates | None]:
-    """The summed SFT loss, and both encoders at the masked positions if there is a target."""
+    """Return the summed SFT loss, and the states that JEPA compares if there is a target."""
     hidden_TD = _online(encoder, batch)
     sft = _sft(encoder, hidden_TD, batch, 1.0)
     if target is None or not batch.num_masked:
@@ -88,30 +101,34 @@ def measure(
 
 
 def predict(encoder: PatientEncoder, online_MD: Tensor) -> Tensor:
-    """g; the predictor of an encoder in bf16 is fp32: predictions are compared at full width."""
-    return encoder.predictor(online_MD.to(encoder.predictor[-1].weight.dtype))
+    """Apply the predictor g, [M, D] to [M, D].
+
+    The predictor of a bf16 encoder is fp32, so that predictions are compared in full precision.
+    """
+    return encoder.predictor(online_MD.to(encoder.predictor.dtype))
 
 
 def _last_visible(batch: PackedBatch) -> Tensor:
-    """For each masked position, the row of U of the last token before it that is not masked."""
-    # the last token of the context, where nothing has been seen in the branch yet
-    none_T = torch.cat([torch.full_like(batch.ids_T[:n], p - 1) for _, n, _, p in batch.rows])
-    seen_T = batch.position_T.index_copy(0, batch.masked_M, none_T[batch.masked_M])
-    last_T = torch.cat([torch.cummax(seen_T[s : s + n], 0).values for s, n, _, _ in batch.rows])
+    """Return, for each masked token, the row of U of the last unmasked token before it: [M]."""
+    spans = batch.segment_tuples
+    # where the branch has no unmasked token yet, this is the last token of its context
+    context_T = torch.cat([torch.full_like(batch.ids_T[:n], p - 1) for _, n, _, p in spans])
+    seen_T = batch.position_T.index_copy(0, batch.masked_M, context_T[batch.masked_M])
+    last_T = torch.cat([torch.cummax(seen_T[s : s + n], 0).values for s, n, _, _ in spans])
     return batch.target_M - (batch.position_T - last_T)[batch.masked_M]
 
 
 def _online(encoder: PatientEncoder, batch: PackedBatch, recompute: Recompute = "none") -> Tensor:
-    rows = (batch.ids_T, batch.position_T, batch.segments, batch.masked_M)
-    return encoder.packed(*rows, recompute=recompute)
+    pack = (batch.ids_T, batch.position_T, batch.segments, batch.masked_M)
+    return encoder.packed(*pack, recompute=recompute)
 
 
 def _target(target: TargetEncoder, batch: PackedBatch, *, norm: bool = True) -> Tensor:
-    rows = (batch.target_ids_U, batch.target_position_U, batch.target_segments)
-    return target.packed(*rows, norm=norm)
+    pack = (batch.target_ids_U, batch.target_position_U, batch.target_segments)
+    return target.packed(*pack, norm=norm)
 
 
 def _sft(encoder: PatientEncoder, hidden_TD: Tensor, batch: PackedBatch, scale: float) -> Tensor:
     hidden_ND = hidden_TD.index_select(0, batch.labelled_N)
-    weight_VD, *trained = encoder.head
-    return linear_cross_entropy(hidden_ND, weight_VD, batch.label_N, *trained, scale=scale)
+    weight_VD, *trained_rows = encoder.head
+    return linear_cross_entropy(hidden_ND, weight_VD, batch.label_N, *trained_rows, scale=scale)

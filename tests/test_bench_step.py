@@ -136,13 +136,13 @@ def test_workloads_are_what_they_say():
             w = workloads("cpu", quick=quick)[name]
             for batch in w.batches():
                 batch.check()
-                rows = batch.rows
+                rows = batch.segment_tuples
                 trunks = [n for _, n, _, prefix in rows if not prefix]
                 assert [p for *_, p in rows if p] == [share * n for n in trunks]
         mixed = workloads("cpu", quick=quick)["W3"]
         assert 0.43 < padded_fill(mixed.lengths) < 0.48
     (batch,) = workloads("cpu", quick=False)["K8"].batches()
-    branches = [(n, prefix / 1024) for _, n, _, prefix in batch.rows if prefix]
+    branches = [(n, prefix / 1024) for _, n, _, prefix in batch.segment_tuples if prefix]
     assert len(branches) == 8 * 4 and {n for n, _ in branches} == {128}
     assert all(0.3 <= share <= 0.875 for _, share in branches)
     for w in on_cuda():

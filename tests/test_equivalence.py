@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from smbfast import objective, reference
 from smbfast.batch import PackedBatch, Timeline, pack_segments
-from smbfast.data.loader import make_batch, make_rows, make_step
+from smbfast.data.loader import make_batch, make_micro_batches, make_step
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.run.optim import make_optimizer
@@ -114,8 +114,8 @@ def assert_paths_agree(
 )
 def test_any_windows_cuts_masks_and_rows(kind, case, windows, form, capacity, weights):
     wants = {"sft": weights[0] > 0, "jepa": weights[1] > 0}
-    rows = make_rows(windows, form, 0, 0, tokens=capacity, **wants)
-    assert_paths_agree(kind, case, windows, form, [rows], weights, hard=True)
+    plan = make_micro_batches(windows, form, 0, 0, tokens=capacity, **wants)
+    assert_paths_agree(kind, case, windows, form, [plan], weights, hard=True)
 
 
 GRID = list(product(UNITS, [1, 3], ["all", "future"], [None, 9], ["layer", "none"]))
@@ -144,11 +144,11 @@ def test_every_setting(place, unit, cuts, labels, horizon, norm):
     read = 3 + (wants["sft"] and labels == "all")  # the window without a cut has nothing else
     for tokens, count in ((ROOMY, 1), (1, read)):
         step = make_step(WINDOWS, form, 0, batch=4, tokens=tokens, seed=0, **wants)
-        assert len(step.micro) == count and (step.num_masked > 0) == wants["jepa"]
+        assert len(step.micro_batches) == count and (step.num_masked > 0) == wants["jepa"]
         # every window but one has all its cuts
         branches = 3 * cuts * wants["jepa"]
-        assert sum(len(b.rows) for b in step.micro) == read + branches
-        plans.append(step.micro)
+        assert sum(len(b.segment_tuples) for b in step.micro_batches) == read + branches
+        plans.append(step.micro_batches)
     assert_paths_agree(kind, case, WINDOWS, form, plans, weights)
 
 
@@ -230,7 +230,7 @@ def test_labels_begin_with_the_last_token_of_the_context(path):
     form = ObjectiveSettings(min_future=4, cuts=2, sft_labels="future")
     for window in WINDOWS[:3]:
         batch = make_batch([window], form, 0, 0, jepa=True)
-        cut = min(prefix for *_, prefix in batch.rows if prefix)
+        cut = min(prefix for *_, prefix in batch.segment_tuples if prefix)
         ids_T = torch.from_numpy(window.ids_T).long()
         hidden_TD = encoder.hidden(ids_T[None])[0]
         logits = hidden_TD[cut - 1 : -1] @ encoder.head_VD.T
@@ -249,7 +249,7 @@ def trained(path: str, encoder: PatientEncoder, case: Case, tokens: int) -> list
     for index in range(30):
         step = make_step(WINDOWS, form, index, batch=3, tokens=tokens, seed=0, jepa=True)
         scales = LossScales.of(1.0, 1.0, step.num_labels, step.num_masked)
-        summed = forward_backward(losses, encoder, target, step.micro, scales)
+        summed = forward_backward(losses, encoder, target, step.micro_batches, scales)
         updater.step(1e-3, target, 0.9)
         totals.append([float(summed.sft), float(summed.jepa)])
     return totals

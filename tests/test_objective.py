@@ -266,7 +266,7 @@ def test_head_predictor_and_mask_vector_have_no_average():
 
 def gradients(encoder, target, step: Step, w_sft=0.5, w_jepa=2.0):
     encoder.zero_grad()
-    for micro in step.micro:
+    for micro in step.micro_batches:
         (w_sft * sft_sum(encoder, micro) / step.num_labels).backward()
         if micro.num_masked:
             loss = jepa_sum(encoder, target, micro, normalize=True)

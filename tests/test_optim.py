@@ -28,7 +28,7 @@ def test_warm_up_and_cosine_by_hand():
 def test_every_phase_warms_up_again():
     assert total_steps(SETTINGS) == 30
     at = place(SETTINGS, 10)
-    assert (at.index, at.step, at.begins, at.phase.name) == (1, 0, True, "jepa")
+    assert (at.phase_index, at.phase_step, at.begins_phase, at.phase.name) == (1, 0, True, "jepa")
     assert rates()[10] == pytest.approx(1e-3 / 2)  # default peak of a model trained whole
     assert max(rates()[10:]) == pytest.approx(1e-3)
 

@@ -149,7 +149,7 @@ def test_a_branch_sees_its_prefix_and_itself_alone(case):
         return encoder.packed(ids_T, *rows)
 
     before_TD = hidden(batch.ids_T)
-    for start, length, trunk, prefix in batch.rows:
+    for start, length, trunk, prefix in batch.segment_tuples:
         own = slice(start, start + length)
         seen_T = torch.zeros(len(batch.ids_T), dtype=torch.bool)
         seen_T[own] = seen_T[trunk : trunk + prefix] = True
@@ -191,7 +191,7 @@ def test_the_target_reads_each_trunk_through_its_last_masked_token(case):
     sft, jepa = objective.losses(encoder, target, batch, **weights)
     # the very trunks, another token after the last that the target reads
     ids_T = batch.ids_T.clone()
-    for (start, length, *_), (_, read, *_) in zip(batch.rows, table, strict=False):
+    for (start, length, *_), (_, read, *_) in zip(batch.segment_tuples, table, strict=False):
         ids_T[start + read : start + length] = 7
     assert not torch.equal(ids_T, batch.ids_T)
     changed = replace(batch, ids_T=ids_T)
@@ -207,8 +207,12 @@ def test_without_sft_a_trunk_ends_at_its_last_cut():
     whole, short = batch_of(), batch_of(sft=False)
     assert short.num_labels == 0 and short.num_masked == whole.num_masked
     assert short.num_trunk_tokens == whole.num_trunk_tokens == sum(len(w) for w in WINDOWS)
-    cuts = [max(p for _, _, t, p in short.rows if t == s) for s, _, _, p in short.rows if p == 0]
-    assert [n for _, n, _, p in short.rows if p == 0] == cuts
+    cuts = [
+        max(p for _, _, t, p in short.segment_tuples if t == s)
+        for s, _, _, p in short.segment_tuples
+        if p == 0
+    ]
+    assert [n for _, n, _, p in short.segment_tuples if p == 0] == cuts
     assert torch.equal(short.target_ids_U, whole.target_ids_U)
 
 

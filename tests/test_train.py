@@ -133,7 +133,10 @@ def test_a_crash_between_checkpoints_replays_the_same_steps(cohort, whole, tmp_p
     real = loop.learning_rate
 
     def dies(settings, at):
-        if (at.index, at.step) == (1, 2):  # step 6, after the evaluation and `best` of step 3
+        if (at.phase_index, at.phase_step) == (
+            1,
+            2,
+        ):  # step 6, after the evaluation and `best` of step 3
             raise MemoryError
         return real(settings, at)
 

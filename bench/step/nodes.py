@@ -61,7 +61,7 @@ class NodesReference(Nodes):
     def states(self, part: Part) -> Tensor:
         states = []
         for batch, _ in self.packs:
-            sequences = [batch.ids_T[s : s + n] for s, n, *_ in batch.rows]
+            sequences = [batch.ids_T[s : s + n] for s, n, *_ in batch.segment_tuples]
             hidden_BTD = self.encoder.hidden(padded(sequences, 0))
             states += [h[len(ids) - 1] for h, ids in zip(hidden_BTD, sequences, strict=True)]
         return torch.stack(states)

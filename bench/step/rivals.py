@@ -125,7 +125,7 @@ class Padded(HuggingFace):
             masked_T, read_T = masked_of(batch), torch.full_like(batch.ids_T, -1)
             read_T[batch.labelled_N] = batch.label_N
             read_T[batch.masked_M] = batch.target_M + seen
-            for start, length, trunk, prefix in batch.rows:
+            for start, length, trunk, prefix in batch.segment_tuples:
                 own, before = slice(start, start + length), slice(trunk, trunk + prefix)
                 if not prefix:
                     trunks.append((batch.ids_T[own], masked_T[own], read_T[own]))
@@ -328,12 +328,12 @@ def _shared(batch: PackedBatch) -> list[Pass]:
 def _two(batch: PackedBatch) -> list[Pass]:
     """The trunks, then each branch behind a copy of its prefix."""
     masked_T, sequences, masks = masked_of(batch), [], []
-    for start, length, trunk, prefix in batch.rows:
+    for start, length, trunk, prefix in batch.segment_tuples:
         if prefix:
             parts = (slice(trunk, trunk + prefix), slice(start, start + length))
             sequences.append(torch.cat([batch.ids_T[p] for p in parts]))
             masks.append(torch.cat([masked_T[p] for p in parts]))
-    trunks = [batch.ids_T[s : s + n] for s, n, _, prefix in batch.rows if not prefix]
+    trunks = [batch.ids_T[s : s + n] for s, n, _, prefix in batch.segment_tuples if not prefix]
     none = batch.label_N[:0]
     unmasked_T = masked_T[: sum(len(t) for t in trunks)]
     masked_T = torch.cat(masks)

@@ -176,7 +176,7 @@ def node_batches(workload: Workload, *, shared: bool) -> list[tuple[PackedBatch,
                 trunks += [np.concatenate([w.ids_T[:end], tail]) for end, tail in tails]
                 branches += [[] for _ in tails]
         batch = pack_segments(trunks, branches)
-        last = [s + n - 1 for s, n, _, prefix in batch.rows if bool(prefix) == shared]
+        last = [s + n - 1 for s, n, _, prefix in batch.segment_tuples if bool(prefix) == shared]
         packs.append((batch, torch.tensor(last)))
     return packs
 

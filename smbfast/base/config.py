@@ -1,7 +1,7 @@
-"""Settings: pydantic models, filled from TOML and from `--a.b=c` on the command line.
+"""Fills settings (pydantic models) from TOML and from `--a.b=c` on the command line.
 
-Every key is validated; a key that does not exist names the nearest one that does. The classes
-themselves are in `smbfast.settings`, and their docstrings and descriptions are what `--help` shows.
+Every key is validated, and the message about an unknown key names the nearest known one. The
+classes are in `smbfast.settings`, and `--help` shows their docstrings and descriptions.
 """
 
 import difflib
@@ -22,7 +22,7 @@ T = TypeVar("T", bound="Settings")
 
 
 class Settings(BaseModel):
-    """A frozen group of settings; an unknown key is an error, not a silence."""
+    """A frozen group of settings, in which an unknown key is an error."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
@@ -33,9 +33,10 @@ class Settings(BaseModel):
 def command_line(
     model: type[T], argv: list[str] | None = None, *, prog: str, epilog: str = ""
 ) -> T:
-    """Settings of `model` from arguments `--a.b=c` or `a.b=c`.
+    """Return the settings that arguments `--a.b=c` or `a.b=c` give.
 
-    Prints help and exits 0 on `--help`; prints one clear line and exits 2 on a bad argument.
+    On `--help` it prints help and exits with 0. On a bad argument it prints one line and exits
+    with 2.
     """
     argv = sys.argv[1:] if argv is None else argv
     if any(a in ("-h", "--help") for a in argv):
@@ -49,10 +50,11 @@ def command_line(
 
 
 def build(model: type[T], values: dict[str, Any], overrides: list[str]) -> T:
-    """Validate `values` (as read from TOML) with `overrides` (`a.b=c`) laid over them.
+    """Validate `values` (as read from TOML), in which `overrides` (`a.b=c`) replace keys.
 
     Raises:
-        ValueError: an unknown key (naming the nearest), a wrong type or a value out of range.
+        ValueError: if a key is unknown (the message names the nearest), or a value is of a wrong
+            type or out of range.
     """
     values = with_overrides(model, values, overrides)
     try:
@@ -64,10 +66,11 @@ def build(model: type[T], values: dict[str, Any], overrides: list[str]) -> T:
 def with_overrides(
     model: type[Settings], values: dict[str, Any], overrides: list[str]
 ) -> dict[str, Any]:
-    """`values` (as read from TOML) with `overrides` (`a.b=c`) laid over them, not yet validated.
+    """Return `values` (as read from TOML) with `overrides` (`a.b=c`) applied, not yet validated.
 
     Raises:
-        ValueError: a key that `model` does not have, naming the nearest, or no key at all.
+        ValueError: if `model` does not have a key (the message names the nearest), or an override
+            has no key.
     """
     for text in overrides:
         name, separator, value = text.removeprefix("--").partition("=")
@@ -83,10 +86,10 @@ def with_overrides(
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file.
+    """Return the content of a TOML file.
 
     Raises:
-        ValueError: the file is missing or is not TOML (with the line).
+        ValueError: if the file is missing, or is not TOML (the message has the line).
     """
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -99,14 +102,14 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def to_toml(settings: Settings) -> str:
-    """The resolved settings as TOML that reads back to the same settings; `None` is left out."""
+    """Return settings as TOML that reads back to the same settings; `None` is left out."""
     lines: list[str] = []
     _write_table(settings.model_dump(mode="json"), "", lines)
     return "\n".join(lines).strip() + "\n"
 
 
-def known_keys(model: type[Settings], prefix: str = "") -> list[str]:
-    """All dotted keys of `model`."""
+def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Return all dotted keys of `model`."""
     keys = []
     for name, field in model.model_fields.items():
         inner = group_class(field.annotation)
@@ -114,8 +117,8 @@ def known_keys(model: type[Settings], prefix: str = "") -> list[str]:
     return keys
 
 
-def _with_override(model: type[Settings], values: dict, name: str, value: str) -> dict:
-    """`values` with dotted `name` set to the parsed `value`."""
+def _with_override(model: type[BaseModel], values: dict, name: str, value: str) -> dict:
+    """Return `values` with the dotted `name` set to the parsed `value`."""
     keys = known_keys(model)
     root = name.split(".")[0]
     if name not in keys and not _is_table(model, root):
@@ -128,13 +131,13 @@ def _with_override(model: type[Settings], values: dict, name: str, value: str) -
     if _is_table(model, head):
         return _with_table_override(values, head, rest, value)
     inner = values.get(head, {})
-    if isinstance(inner, dict):  # else validation names it
-        kind = group_class(model.model_fields[head].annotation)
-        values[head] = _with_override(kind, inner, ".".join(rest), value)
+    group = group_class(model.model_fields[head].annotation)
+    if group and isinstance(inner, dict):  # otherwise validation reports it
+        values[head] = _with_override(group, inner, ".".join(rest), value)
     return values
 
 
-def _is_table(model: type[Settings], name: str) -> bool:
+def _is_table(model: type[BaseModel], name: str) -> bool:
     """Whether `name` is a list of tables, whose items are reached as `phases.0.steps`."""
     return name in model.model_fields and bool(table_class(model.model_fields[name].annotation))
 
@@ -142,7 +145,7 @@ def _is_table(model: type[Settings], name: str) -> bool:
 def _with_table_override(values: dict, head: str, rest: list[str], value: str) -> dict:
     items = values.get(head, [])
     if not isinstance(items, list) or not all(isinstance(v, dict) for v in items):
-        return values  # validation names it
+        return values  # validation reports it
     items = [dict(v) for v in items]
     index = int(rest[0]) if rest[0].isdecimal() else len(items)
     if index >= len(items) or len(rest) != 2:
@@ -174,7 +177,7 @@ def _literal(value: str) -> Any:
         return value
 
 
-def _check_keys(model: type[Settings], values: dict, prefix: str) -> None:
+def _check_keys(model: type[BaseModel], values: dict, prefix: str) -> None:
     for key, value in values.items():
         if key not in model.model_fields:
             hint = _nearest(f"{prefix}{key}", [f"{prefix}{k}" for k in model.model_fields])
@@ -198,14 +201,14 @@ def _nearest(name: str, keys: list[str]) -> str:
 
 
 def _message(error: Any) -> str:
-    """What a user reads of one error of pydantic: the key, what was expected, what was received."""
+    """Return an error of pydantic in one line: the key, what was expected, what was received."""
     key = ".".join(str(p) for p in error["loc"]) or "settings"
     if error["type"] == "missing":
         return f"`{key}` is required"
     message = error["msg"].removeprefix("Value error, ")
     message = re.sub(r"^(Input|String|List|Tuple) should", "must", message)
     value = error.get("input")
-    # validators of our own may have said what they got
+    # our own validators may have named the value already
     received = isinstance(value, str | int | float | bool) and ", got " not in message
     return f"`{key}`: {message[0].lower()}{message[1:]}" + (f", got {value!r}" if received else "")
 

@@ -1,6 +1,6 @@
-"""How every command ends: one line for what a user can mend, and a traceback for a mistake of ours.
+"""How every command ends: one line for an error that a user can correct, a traceback for a bug.
 
-Imports nothing but the standard library and `files`, so that `--help` is quick.
+It imports only the standard library and `files`, so that `--help` is quick.
 """
 
 import os
@@ -15,7 +15,7 @@ from smbfast.base.files import cannot_write
 
 
 class RunFailed(RuntimeError):
-    """The work itself broke, by no mistake of the program; the message says where."""
+    """The work failed although the program is right; the message says where."""
 
 
 @contextmanager
@@ -26,17 +26,17 @@ def entry(
     status: int = 1,
     on_end: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """Run the work of command `prog`; end the process with one line on stderr if it cannot go on.
+    """Run the work of command `prog`; if it fails, end the process with one line on stderr.
 
-    The exit status is 1 after an error. An error that is not listed below is a bug: it goes on as
-    it is, with its traceback. SIGTERM stops the work as Ctrl-C does.
+    The exit status after an error is 1. An error that is not listed below is a bug and keeps its
+    traceback. SIGTERM stops the work as Ctrl-C does.
 
     Args:
-        prog: what the line begins with, such as `smbfast.embed`.
-        stopped: what the user needs to know after an interrupt, such as "the same command goes on".
+        prog: the beginning of the line, such as `smbfast.embed`.
+        stopped: what the user must know after an interrupt, such as "the same command goes on".
         status: the exit status after an interrupt.
-        on_end: called before any of these exits with "failed", or with "preempted" after an
-            interrupt: a run writes its status there. Not called for a `SystemExit` from within.
+        on_end: called before the exit with "failed", or with "preempted" after an interrupt, so a
+            run can write its status. A `SystemExit` inside the block does not call it.
 
     Raises:
         SystemExit: for `ValueError`, `RunFailed`, `OSError`, `BrokenProcessPool` and
@@ -51,9 +51,11 @@ def entry(
     except (ValueError, RunFailed) as error:
         on_end("failed")
         raise SystemExit(f"{prog}: {error}") from None
-    except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         on_end("failed")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # so that the flush at exit works
         raise SystemExit(1) from None
     except OSError as error:
         on_end("failed")
@@ -66,7 +68,7 @@ def entry(
         ) from None
     except KeyboardInterrupt:
         on_end("preempted")
-        print(f"\n{prog}: stopped; {stopped}", file=sys.stderr)  # behind the terminal's ^C
+        print(f"\n{prog}: stopped; {stopped}", file=sys.stderr)  # the terminal has printed ^C
         raise SystemExit(status) from None
     except BaseException:
         on_end("failed")
@@ -75,7 +77,7 @@ def entry(
 
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does (in the main thread; elsewhere nothing changes)."""
+    """Let SIGTERM raise KeyboardInterrupt in the block, if this is the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -87,4 +89,4 @@ def _terminate_as_interrupt() -> Iterator[None]:
 
 
 def _nothing(state: str) -> None:
-    """For a command that has no status to write."""
+    """Do nothing, for a command that has no status to write."""

@@ -1,8 +1,8 @@
-"""Writing files so that a crash leaves the old or the new, never a half.
+"""Writes files and folders atomically: after a crash there is the old or the new one, whole.
 
-The protocol for a folder: write into `name.tmp/`, fsync every file, write a manifest with sizes and
-SHA-256 last, fsync the folder, rename, fsync the parent. A safetensors or parquet file has no
-checksum of its own, so `verify_folder` reads the manifest before anything is trusted.
+A folder is written into `name.tmp/`. Then every file is fsynced, a manifest with sizes and SHA-256
+is written last, the folder is fsynced and renamed, and its parent is fsynced. Safetensors and
+parquet files have no checksum of their own, so readers call `verify_folder` first.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 MANIFEST = "manifest.json"
 
@@ -21,11 +22,11 @@ def committed_folder(path: Path, *, replace: bool = False, private: bool = False
     """Yield `path.tmp/`; on success it becomes `path` with a manifest, on failure it is removed.
 
     Args:
-        replace: whether an existing folder may be replaced (it stays until the new one is whole).
-        private: make the files 0600 and the folder 0700: for tokens and embeddings of patients.
+        replace: whether to replace an existing folder, which stays until the new one is whole.
+        private: whether to make files 0600 and the folder 0700, for data of patients.
 
     Raises:
-        ValueError: `path` exists and `replace` is false.
+        ValueError: if `path` exists and `replace` is false.
     """
     path = Path(path)
     retired = path.with_name(path.name + ".old")
@@ -68,11 +69,11 @@ def committed_file(path: Path, *, private: bool = False) -> Iterator[Path]:
         staging.unlink(missing_ok=True)
 
 
-def verify_folder(path: Path) -> dict[str, object]:
+def verify_folder(path: Path) -> dict[str, Any]:
     """Check every file of a committed folder against its manifest and return the manifest.
 
     Raises:
-        ValueError: no manifest, or a file that is missing, of another size or of other content.
+        ValueError: if the manifest is missing, or a file is missing, or its size or content differ.
     """
     path = Path(path)
     try:
@@ -92,18 +93,18 @@ def verify_folder(path: Path) -> dict[str, object]:
 
 
 def cannot_write(error: OSError) -> str:
-    """What an operating system's error means to the user: the reason and the file."""
+    """Return the reason and the file of an operating system's error, for a message."""
     return f"{error.strerror or type(error).__name__}: {error.filename or 'a file'}"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text`, atomically."""
+    """Replace the content of `path` by `text`, atomically."""
     with committed_file(path) as staging:
         staging.write_text(text, encoding="utf-8")
 
 
 def digest_of(*parts: object) -> str:
-    """A short SHA-256 of the JSON of `parts`: what a cache folder is keyed by."""
+    """Return 16 hex digits of the SHA-256 of the JSON of `parts`, the key of a cache folder."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-HELP_COLUMNS = 98  # of a terminal of 100, whose last columns stay free
-MISSING = object()  # a key that nothing sets; None is a value
+HELP_COLUMNS = 98  # width of the help text, for a terminal of 100 columns
+MISSING = object()  # marks a key that nothing sets, as None is a value
 _HOW_TO = (
     "Settings are given as --key=VALUE. A list is written with commas between its items, and "
     "`none` clears a setting that may be none. A key that does not exist is refused, with the "
@@ -22,24 +22,28 @@ _HOW_TO = (
 
 @dataclass(frozen=True)
 class DefaultsShown:
-    """Values that help shows in place of the defaults of the classes, as nested dicts of TOML."""
+    """Values that help shows in place of the defaults of the classes, as nested TOML dicts."""
 
     source: str = ""  # what sets `values`, such as "preset lora"
     values: dict[str, Any] = field(default_factory=dict)
-    overridden: dict[str, Any] = field(default_factory=dict)  # `values` under the command line's
+    overridden: dict[str, Any] = field(default_factory=dict)  # `values` with the command line's
 
 
 def help_text(
     model: type[BaseModel], prog: str, epilog: str = "", shown: DefaultsShown | None = None
 ) -> str:
-    """The class docstring, then each group and key with its type, default and meaning.
+    """Return the class docstring, then each group and key with its type, default and meaning.
 
     Args:
-        epilog: ends the text where the class has no `epilog` of its own.
-        shown: whose values to show as defaults; None: those of the classes.
+        epilog: the end of the text if the class has no `epilog` of its own.
+        shown: values to show as defaults; None shows those of the classes.
     """
     shown = shown or DefaultsShown()
-    lines = [f"usage: {prog} [--key=VALUE ...]", "", *_paragraphs(inspect.cleandoc(model.__doc__))]
+    lines = [
+        f"usage: {prog} [--key=VALUE ...]",
+        "",
+        *_paragraphs(inspect.cleandoc(model.__doc__ or "")),
+    ]
     lines += ["", *_paragraphs(_HOW_TO)]
     if shown.source:
         lines += ["", *_paragraphs(f"The defaults below are those of {shown.source}.")]
@@ -48,7 +52,7 @@ def help_text(
 
 
 def _group_lines(model: type[BaseModel], prefix: str, shown: DefaultsShown | None) -> list[str]:
-    """The keys of a group, then the groups inside it; without `shown`, those of a list's tables."""
+    """List the keys of a group, then its inner groups; `shown` is None for the tables of a list."""
     own: list[str] = []
     inner: list[str] = []
     for name, info in model.model_fields.items():
@@ -73,7 +77,7 @@ def _heading(title: str, model: type[BaseModel]) -> list[str]:
 
 
 def _default_phrase(key: str, info: FieldInfo, shown: DefaultsShown | None) -> str:
-    """Which value a key has when it is not given, and where that value is from."""
+    """Say which value a key has when it is not given, and what sets that value."""
     if shown is None and info.is_required():
         return "required in each table"
     own = None if info.is_required() else info.get_default(call_default_factory=True)
@@ -100,7 +104,7 @@ def _looked_up(values: dict[str, Any], key: str) -> Any:
 
 
 def _table_values(name: str, table: type[BaseModel], shown: DefaultsShown) -> list[str]:
-    """One line for each table that the preset has, with the values of all its keys."""
+    """List each table of the preset in one line, with the values of all its keys."""
     items = (shown.overridden or shown.values).get(name, [])
     if not isinstance(items, list):
         return []
@@ -120,7 +124,7 @@ def _table_values(name: str, table: type[BaseModel], shown: DefaultsShown) -> li
 
 
 def type_phrase(info: FieldInfo) -> str:
-    """What a value must be, in words made from its type and limits: "a number from 0 to 1"."""
+    """Return a key's type and limits in words, such as "a number from 0 to 1"."""
     origin, options = typing.get_origin(info.annotation), typing.get_args(info.annotation)
     if origin not in (typing.Union, types.UnionType):
         options = (info.annotation,)
@@ -166,19 +170,19 @@ def _value_text(value: Any) -> str:
 
 
 def group_class(annotation: Any) -> type[BaseModel] | None:
-    """The class of a group of settings; None for a single setting or a list of tables."""
+    """Return the class of a group of settings; None for a single setting or a list of tables."""
     return annotation if inspect.isclass(annotation) and issubclass(annotation, BaseModel) else None
 
 
 def table_class(annotation: Any) -> type[BaseModel] | None:
-    """The class of the items of a list of tables; None for any other setting."""
+    """Return the class of the items of a list of tables; None for any other setting."""
     if typing.get_origin(annotation) is not list:
         return None
     return group_class(typing.get_args(annotation)[0])
 
 
 def _paragraphs(text: str) -> list[str]:
-    """Text wrapped paragraph by paragraph, with an empty line between two."""
+    """Wrap text paragraph by paragraph, with an empty line between two."""
     lines: list[str] = []
     for paragraph in text.split("\n\n"):
         lines += ["", *_wrapped(paragraph, "")]

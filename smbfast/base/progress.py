@@ -1,4 +1,4 @@
-"""Progress of a long count on stderr: how much of a total is done, how fast, and the time left."""
+"""Progress lines on stderr: how much of a total is done, how fast, and the time left."""
 
 import sys
 import time
@@ -7,13 +7,13 @@ SECONDS = 5.0  # between two lines
 
 
 class Progress:
-    """A line on stderr every few seconds; work that ends before the first one prints none.
+    """Prints a line on stderr every few seconds; work that ends before the first one prints none.
 
-    Each line is written whole, without control characters, so a log file reads as a terminal does.
+    Lines have no control characters, so they read the same in a log file and in a terminal.
     """
 
     def __init__(self, prog: str, total: int, unit: str) -> None:
-        """Begin at nothing of `total` things named `unit`, in the name of command `prog`."""
+        """Start at 0 of `total` things named `unit`; lines begin with the command's name `prog`."""
         self._prog, self._total, self._unit, self._done = prog, total, unit, 0
         self._start = self._last = time.monotonic()
 
@@ -35,7 +35,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """12 s, 3m05, 2h14."""
+    """Return a duration as `12 s`, `3m05` or `2h14`."""
     seconds = max(int(seconds), 0)
     if seconds < 60:
         return f"{seconds} s"

@@ -1,4 +1,4 @@
-"""Device, versions, memory, signals: what a run knows of the machine it is on."""
+"""The machine a run is on: device, versions, memory, signals."""
 
 import importlib.metadata
 import platform
@@ -18,10 +18,10 @@ _PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "numpy",
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a run asked for; "auto" is the GPU if there is one.
+    """Return the device of that name; "auto" is the GPU if there is one.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: if the name is not valid, or there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -32,13 +32,13 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             count = torch.cuda.device_count()
-            raise ValueError(f"run.device={name} needs that CUDA GPU; torch sees {count}")
-        torch.cuda.set_device(device)  # some kernels are launched on the current one
+            raise ValueError(f"run.device={name} must exist; torch finds {count} CUDA GPUs")
+        torch.cuda.set_device(device)  # some kernels run on the current device
     return device
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages a result depends on."""
+    """Return the versions of Python and of the packages that results depend on."""
     version_of = {"python": platform.python_version()}
     for name in ("smbfast", *_PACKAGES):
         try:
@@ -51,7 +51,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> str:
-    """Commit of this checkout with "+changes" if it has any; "" outside one."""
+    """Return the commit of this checkout, with "+changes" if there are any; "" outside one."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:
@@ -68,7 +68,7 @@ def git_state() -> str:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory: of the GPU's allocator, or resident on a CPU."""
+    """Return the peak memory in GiB, of the GPU's allocator or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024
@@ -76,7 +76,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Let `held_memory(peak=True)` count from here; False where a process cannot reset its own."""
+    """Restart the peak of `held_memory`; return False where a process cannot do that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -88,7 +88,7 @@ def reset_peak_memory(device: torch.device) -> bool:
 
 
 def held_memory(device: torch.device, *, peak: bool = False) -> int:
-    """Bytes allocated on a GPU, or resident, now or at most; 0 where that cannot be read."""
+    """Return the bytes allocated on a GPU or resident on a CPU, or their peak; 0 if unknown."""
     if device.type == "cuda":
         read = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
         return read(device)
@@ -101,10 +101,10 @@ def held_memory(device: torch.device, *, peak: bool = False) -> int:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
-    """FLOP/s of a large matrix product on this device: the ceiling of a step and of the benches.
+    """Return the FLOP/s of a large matrix product on this device: the ceiling of a step.
 
-    The best of several, after a warm-up, of matrices of 8192 x 8192 on a GPU and 1024 x 1024 on a
-    CPU.
+    It is the best of several products after a warm-up, of matrices of 8192 x 8192 on a GPU and
+    1024 x 1024 on a CPU.
     """
     n = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -121,7 +121,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
 
 
 class StopFlag:
-    """Set by the first SIGTERM, SIGINT or SIGUSR1; the second signal leaves at once."""
+    """Is set by the first SIGTERM, SIGINT or SIGUSR1; the second one ends the process at once."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -137,7 +137,7 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """A flag that signals set while the block runs (in the main thread; elsewhere it stays off)."""
+    """Yield a flag that signals set while the block runs; outside the main thread it stays off."""
     flag = StopFlag()
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     try:
@@ -153,5 +153,5 @@ def stop_on_signals() -> Iterator[StopFlag]:
 
 
 def few(count: int) -> str:
-    """A count of people or of their events for a log: 1 to 10 are not told apart."""
+    """Return a count of people or of their events as text, where 1 to 10 are all `<=10`."""
     return "<=10" if 0 < count <= 10 else f"{count:,}"

@@ -50,9 +50,21 @@ class Labels:
         """Return the number of rows per split."""
         return {split: int(np.sum(self.split_N == split)) for split in SPLITS}
 
+    @property
+    def binary_N(self) -> np.ndarray:
+        """The values of binary labels, bool [N]."""
+        assert self.value_N is not None
+        return self.value_N
+
+    @property
+    def survival_N(self) -> tuple[np.ndarray, np.ndarray]:
+        """Durations (float64 [N], days) and events (bool [N]) of time-to-event labels."""
+        assert self.duration_N is not None and self.event_N is not None
+        return self.duration_N, self.event_N
+
     def positives(self) -> dict[str, int]:
         """Return the number of true labels or observed events (time to event) per split."""
-        true_N = self.value_N if self.kind == "binary" else self.event_N
+        true_N = self.binary_N if self.kind == "binary" else self.survival_N[1]
         return {split: int(np.sum(true_N[self.split_N == split])) for split in SPLITS}
 
     def take(self, rows: np.ndarray) -> "Labels":

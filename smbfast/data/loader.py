@@ -1,7 +1,8 @@
-"""Windows to steps to batches. Every draw is seeded by identity (seed, step, subject, window, cut).
+"""The data loader: draws the windows of each step, their cuts and masks, and packs micro-batches.
 
-The windows of a step are a pure function of (seed, step): the loader has no state but the step,
-and neither workers nor micro-batches nor a restart change a mask or a cut.
+Every draw is seeded by its identity (seed, step, subject, window, cut), and the windows of a step
+are a pure function of (seed, step). So the step number is the loader's only state, and neither the
+number of workers, nor the size of micro-batches, nor a restart changes a cut or a mask.
 
 Legend: W windows, T tokens, L lines, B buckets.
 """
@@ -16,7 +17,7 @@ from itertools import islice
 import numpy as np
 
 from smbfast.batch import PackedBatch, Timeline, pack_segments
-from smbfast.data.packing import online_cost, plan_rows
+from smbfast.data.packing import online_cost, plan_micro_batches
 from smbfast.data.sections import SECTIONS
 from smbfast.data.shards import Shard
 from smbfast.data.timelines import window_of, window_spans
@@ -24,19 +25,19 @@ from smbfast.settings import ObjectiveSettings
 
 _NEVER_MASKED = SECTIONS.index("demographics")
 _DRAW = {"order": 0, "cut": 1, "mask": 2}
-FIXED = -1  # the step that draws of fixed positions (tuning, a sample) are seeded by
+FIXED = -1  # stands for the step in draws that never change (tuning positions, a sample)
 
 
 @dataclass(frozen=True)
 class WindowSet:
-    """All windows of all timelines of some shards, every one once."""
+    """All windows of all timelines in some shards, each once."""
 
     shards: list[Shard]
-    begin: int | None
-    window: int
-    place_W4: np.ndarray  # int64: shard, timeline, first and last bucket
-    num_tokens: int  # of all windows
-    num_lost: int  # tokens that single buckets longer than a window lose
+    begin: int | None  # id of the begin token, if each window starts with one
+    window: int  # context length in tokens
+    place_W4: np.ndarray  # int64: shard, timeline in it, buckets from (incl.) and to (excl.)
+    num_tokens: int  # tokens of all windows
+    num_lost: int  # tokens cut from buckets that are longer than a window
 
     @classmethod
     def of(cls, shards: list[Shard], window: int, begin: int | None) -> "WindowSet":
@@ -46,9 +47,9 @@ class WindowSet:
             for t, timeline in enumerate(shard):
                 for first, last in window_spans(timeline, window, begin is not None):
                     places.append((s, t, first, last))
-                    cut, gone = window_of(timeline, first, last, window, begin)
+                    cut, lost = window_of(timeline, first, last, window, begin)
                     num_tokens += len(cut)
-                    num_lost += gone
+                    num_lost += lost
         place_W4 = np.array(places, np.int64).reshape(-1, 4)
         return cls(shards, begin, window, place_W4, num_tokens, num_lost)
 
@@ -62,28 +63,31 @@ class WindowSet:
 
 @dataclass(frozen=True)
 class Step:
-    """The micro-batches of one optimizer step, with the counts its means divide by."""
+    """The micro-batches of one optimizer step, with the counts that its mean losses divide by."""
 
-    index: int
-    micro: list[PackedBatch]
-    num_labels: int
-    num_masked: int
-    num_tokens: int  # of trunks
+    index: int  # number of the step, from 0 over all phases
+    micro_batches: list[PackedBatch]
+    num_labels: int  # tokens that SFT predicts
+    num_masked: int  # tokens that JEPA predicts
+    num_tokens: int  # tokens of trunks
 
     @classmethod
-    def of(cls, index: int, micro: list[PackedBatch]) -> "Step":
-        """Count over all micro-batches."""
+    def of(cls, index: int, micro_batches: list[PackedBatch]) -> "Step":
+        """Make a step of its micro-batches, with counts over all of them."""
         return cls(
             index,
-            micro,
-            num_labels=sum(b.num_labels for b in micro),
-            num_masked=sum(b.num_masked for b in micro),
-            num_tokens=sum(b.num_trunk_tokens for b in micro),
+            micro_batches,
+            num_labels=sum(b.num_labels for b in micro_batches),
+            num_masked=sum(b.num_masked for b in micro_batches),
+            num_tokens=sum(b.num_trunk_tokens for b in micro_batches),
         )
 
 
 def step_windows(num_windows: int, batch: int, seed: int, step: int) -> np.ndarray:
-    """The windows of a step: an epoch is every window once, in an order drawn per epoch."""
+    """Return the indices of the windows of a step, int64 [batch].
+
+    An epoch has every window once, in an order drawn for that epoch.
+    """
     first = step * batch
     index = np.arange(first, first + batch)
     orders = (
@@ -94,7 +98,7 @@ def step_windows(num_windows: int, batch: int, seed: int, step: int) -> np.ndarr
 
 @lru_cache(maxsize=2)
 def _epoch(num_windows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: drawn once, not at every step."""
+    """Return the order of the windows in an epoch; the cache draws it once, not at every step."""
     return generator(seed, "order", epoch).permutation(num_windows)
 
 
@@ -110,20 +114,27 @@ def make_step(
     jepa: bool,
     ratio: float = 0.0,
 ) -> Step:
-    """The batches of step `step` (from 0): its windows in as few rows as `plan_rows` finds.
+    """Draw the windows of a step and pack them into micro-batches.
 
     Args:
-        tokens: online tokens that a row holds.
-        sft, jepa: which losses the step has.
-        ratio: cost of a visible pair over that of a token (`smbfast.data.packing`).
+        step: number of the step, from 0.
+        batch: number of windows.
+        tokens: online tokens that a micro-batch may hold.
+        sft: whether the step has the SFT loss.
+        jepa: whether the step has the JEPA loss.
+        ratio: the cost of a visible pair over that of a token (`smbfast.data.packing`).
     """
     chosen = [windows[i] for i in step_windows(len(windows), batch, seed, step)]
-    chosen.sort(key=lambda w: (w.subject, w.first_bucket))  # identity, not arrival, breaks ties
-    micro = make_rows(chosen, objective, seed, step, tokens=tokens, sft=sft, jepa=jepa, ratio=ratio)
-    return Step.of(step, micro)
+    chosen.sort(
+        key=lambda w: (w.subject, w.first_bucket)
+    )  # so that ties in cost do not depend on the draw
+    micro_batches = make_micro_batches(
+        chosen, objective, seed, step, tokens=tokens, sft=sft, jepa=jepa, ratio=ratio
+    )
+    return Step.of(step, micro_batches)
 
 
-def make_rows(
+def make_micro_batches(
     windows: list[Timeline],
     objective: ObjectiveSettings,
     seed: int,
@@ -134,7 +145,10 @@ def make_rows(
     jepa: bool,
     ratio: float = 0.0,
 ) -> list[PackedBatch]:
-    """The batches of some windows, in as few rows of `tokens` as `plan_rows` finds."""
+    """Pack windows into as few micro-batches of `tokens` as `plan_micro_batches` needs.
+
+    The arguments are those of `make_step`. Windows without anything to predict are left out.
+    """
     cuts_of = [_cuts(w, objective, seed, step, jepa=jepa) for w in windows]
     sizes = [
         _online_size(w, c, objective, sft=sft, jepa=jepa)
@@ -144,19 +158,19 @@ def make_rows(
     if not used:
         return []
     tokens_W, pairs_W = np.array([sizes[i] for i in used], np.int64).T
-    rows = []
-    for row in plan_rows(tokens_W, online_cost(tokens_W, pairs_W, ratio), tokens):
-        mine = [used[i] for i in row.tolist()]
-        group, cuts = [windows[i] for i in mine], [cuts_of[i] for i in mine]
-        rows.append(_packed(group, cuts, objective, seed, step, sft=sft, jepa=jepa))
-    return rows
+    micro_batches = []
+    for planned in plan_micro_batches(tokens_W, online_cost(tokens_W, pairs_W, ratio), tokens):
+        own = [used[i] for i in planned.tolist()]
+        group, cuts = [windows[i] for i in own], [cuts_of[i] for i in own]
+        micro_batches.append(_packed(group, cuts, objective, seed, step, sft=sft, jepa=jepa))
+    return micro_batches
 
 
 def _online_size(
     window: Timeline, cuts: list[int], objective: ObjectiveSettings, *, sft: bool, jepa: bool
 ) -> tuple[int, int]:
-    """Tokens and visible pairs of a trunk and its branches; none without a part in the step."""
-    if not _has_part(cuts, objective, sft=sft):
+    """Return tokens and visible pairs of a trunk and its branches; 0 if nothing is predicted."""
+    if not _predicts(cuts, objective, sft=sft):
         return 0, 0
     cuts = cuts if jepa else []
     trunk = len(window) if sft else cuts[-1]
@@ -168,21 +182,21 @@ def _online_size(
 def prefetched(
     make: Iterable[Callable[[], Step]], *, workers: int = 2, pin: bool = False
 ) -> Iterator[Step]:
-    """Results of the callables `make`, in order, computed ahead by threads.
+    """Yield the results of the callables `make` in order, computed ahead by threads.
 
-    Threads suffice: a step of 8 windows takes some milliseconds, mostly in NumPy, and the loop
-    says how long it waited.
+    Threads are enough, as a step of 8 windows takes a few milliseconds, mostly in NumPy. The log
+    shows how long training waited for them.
 
     Args:
-        workers: threads, and steps that are kept ready beside those in the making.
-        pin: into page-locked memory, for a GPU.
+        workers: the number of threads, and of finished steps that may wait.
+        pin: whether to copy batches into page-locked memory, for a GPU.
     """
     ready: deque[Future[Step]] = deque()
     ahead = iter(make)
 
-    def made(function: Callable[[], Step]) -> Step:
-        step = function()
-        return replace(step, micro=[b.pinned() for b in step.micro]) if pin else step
+    def made(make_one: Callable[[], Step]) -> Step:
+        step = make_one()
+        return _pinned(step) if pin else step
 
     with ThreadPoolExecutor(workers) as pool:
         try:
@@ -195,6 +209,10 @@ def prefetched(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _pinned(step: Step) -> Step:
+    return replace(step, micro_batches=[b.pinned() for b in step.micro_batches])
+
+
 def make_batch(
     windows: list[Timeline],
     objective: ObjectiveSettings,
@@ -204,10 +222,10 @@ def make_batch(
     sft: bool = True,
     jepa: bool,
 ) -> PackedBatch:
-    """Trunks of `windows` with their labels and, with `jepa`, one masked branch per cut.
+    """Pack all windows into one batch: trunks with labels and, with `jepa`, a branch per cut.
 
-    Without `sft` nothing is predicted on a trunk: it ends where the last branch leaves it. A
-    window that has nothing to predict has no part in the batch.
+    Without `sft`, nothing is predicted on a trunk, and it ends at its last cut. A window that has
+    nothing to predict is left out.
     """
     cuts_of = [_cuts(w, objective, seed, step, jepa=jepa) for w in windows]
     return _packed(windows, cuts_of, objective, seed, step, sft=sft, jepa=jepa)
@@ -216,9 +234,9 @@ def make_batch(
 def _cuts(
     window: Timeline, objective: ObjectiveSettings, seed: int, step: int, *, jepa: bool
 ) -> list[int]:
-    # labels of the future need the cut as well
-    drawn = jepa or objective.sft_labels == "future"
-    return cut_points(window, objective, seed, step) if drawn else []
+    # SFT on the future needs the cut as well
+    needs_cuts = jepa or objective.sft_labels == "future"
+    return cut_points(window, objective, seed, step) if needs_cuts else []
 
 
 def _packed(
@@ -233,34 +251,34 @@ def _packed(
 ) -> PackedBatch:
     trunks, branches, next_tokens, masked, whole = [], [], [], [], []
     for window, cuts in zip(windows, cuts_of, strict=True):
-        if not _has_part(cuts, objective, sft=sft):
+        if not _predicts(cuts, objective, sft=sft):
             continue
         whole.append(window.ids_T)
         trunks.append(window.ids_T if sft else window.ids_T[: cuts[-1]])
         next_tokens.append(_labels(window, objective, cuts) if sft else np.full(cuts[-1], -100))
-        hung, masks = [], []
+        own_branches, masks = [], []
         for k, cut in enumerate(cuts if jepa else []):
             mask = masked_tokens(window, cut, objective, seed, step, k) - cut
             future = window.ids_T[cut : future_end(window, cut, objective)].copy()
-            future[mask] = 0  # the identity of a masked token is not in the batch's online side
-            hung.append((cut, future))
+            future[mask] = 0  # the online encoder cannot read the id of a masked token
+            own_branches.append((cut, future))
             masks.append(mask)
-        branches.append(hung)
+        branches.append(own_branches)
         masked.append(masks)
     return pack_segments(trunks, branches, next_tokens=next_tokens, masked=masked, windows=whole)
 
 
-def _has_part(cuts: list[int], objective: ObjectiveSettings, *, sft: bool) -> bool:
-    """Whether a window has anything to predict: without a cut, all its tokens or none."""
+def _predicts(cuts: list[int], objective: ObjectiveSettings, *, sft: bool) -> bool:
+    """Whether anything is predicted of a window; without a cut, only SFT on all tokens is."""
     return bool(cuts) or (sft and objective.sft_labels == "all")
 
 
 def cut_points(window: Timeline, objective: ObjectiveSettings, seed: int, step: int) -> list[int]:
-    """Up to `cuts` distinct bucket ends, uniform among those the settings allow, ascending."""
+    """Draw up to `objective.cuts` distinct bucket ends among the allowed ones, ascending."""
     ends = window.bucket_end_B[:-1].astype(np.int64)
     low, high = (share * len(window) for share in objective.context)
     ends = ends[(ends >= low) & (ends <= high) & (len(window) - ends >= objective.min_future)]
-    # a future that has a line to mask
+    # the future must have a line that can be masked
     starts = window.line_start_L[window.line_section_L != _NEVER_MASKED]
     stops = np.minimum(len(window), ends + (objective.horizon or len(window)))
     allowed = ends[np.searchsorted(starts, stops) > np.searchsorted(starts, ends)]
@@ -271,18 +289,18 @@ def cut_points(window: Timeline, objective: ObjectiveSettings, seed: int, step: 
 
 
 def future_end(window: Timeline, cut: int, objective: ObjectiveSettings) -> int:
-    """Where the future of a cut ends: at the window's end or the horizon."""
+    """Return the token after the future of a cut, which ends at the window's end or horizon."""
     return min(len(window), cut + (objective.horizon or len(window)))
 
 
 def masked_tokens(
     window: Timeline, cut: int, objective: ObjectiveSettings, seed: int, step: int, k: int
 ) -> np.ndarray:
-    """The masked positions of the k-th cut, ascending: lines only, no header, tag, demographics.
+    """Draw the masked tokens of the k-th cut, as ascending positions in the window.
 
-    Exactly max(1, round(ratio * n)) of the n eligible positions. Units are drawn without
-    replacement until the count is reached; the last unit is cut short, so that the count holds for
-    lines and spans as well.
+    Only tokens of lines are eligible: no headers, tags or demographics. Of n eligible tokens,
+    exactly max(1, round(ratio * n)) are masked. Units (tokens, spans or lines) are drawn without
+    replacement until that count is reached, and the last unit is cut short.
     """
     spans = _line_spans(window, cut, future_end(window, cut, objective))
     eligible = np.concatenate(spans)
@@ -299,7 +317,7 @@ def masked_tokens(
 
 
 def generator(seed: int, kind: str, *identity: int) -> np.random.Generator:
-    """Random numbers that depend on what is drawn, never on who draws or when."""
+    """Return a generator that depends only on what is drawn, not on which process draws or when."""
     words = [int(i) & 0xFFFFFFFFFFFFFFFF for i in (seed, _DRAW[kind], *identity)]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
 
@@ -318,7 +336,7 @@ def _line_spans(window: Timeline, cut: int, end: int) -> list[np.ndarray]:
 def _labels(window: Timeline, objective: ObjectiveSettings, cuts: list[int]) -> np.ndarray:
     labels = np.full(len(window), -100, np.int64)
     labels[:-1] = window.ids_T[1:]
-    if window.first_bucket > 0:  # demographics repeated in a later window were predicted before
+    if window.first_bucket > 0:  # an earlier window already predicted the demographics
         labels[: max(window.header - 1, 0)] = -100
     if objective.sft_labels == "future":
         labels[: cuts[0] - 1 if cuts else None] = -100

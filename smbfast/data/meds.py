@@ -160,11 +160,14 @@ def _read_codes(file: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
         {"code": TEXT, "description": (*TEXT, pa.null(), None)},
         optional={"parent_codes"},
     )
-    codes = strings(file, table["code"])
-    if any(c is None for c in codes):
-        raise ValueError(f"{file}: row {codes.index(None)} must have a `code`, it is null")
+    nullable = strings(file, table["code"])
+    codes = [c for c in nullable if c is not None]
+    if len(codes) < len(nullable):
+        raise ValueError(f"{file}: row {nullable.index(None)} must have a `code`, it is null")
     descriptions = strings(file, table["description"])
-    parents = strings(file, table["parent_codes"]) if "parent_codes" in table.column_names else []
+    parents: list = (
+        strings(file, table["parent_codes"]) if "parent_codes" in table.column_names else []
+    )
     parent_names = (
         [n for n in p if isinstance(n, str)] if isinstance(p, list) else [] for p in parents
     )
@@ -342,7 +345,8 @@ def _encoded(file: Path, column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]
     if isinstance(encoded, pa.ChunkedArray):
         encoded = encoded.unify_dictionaries().chunk(0)
     index = encoded.indices.fill_null(-1).to_numpy().astype(np.int32)
-    return index, strings(file, encoded.dictionary)
+    distinct: list = strings(file, encoded.dictionary)  # without null, which has no entry
+    return index, distinct
 
 
 def _values(table: pa.Table) -> tuple[np.ndarray, int]:

@@ -1,49 +1,53 @@
-"""Plans sequence packing: which windows share a row, that is one forward without padding.
+"""Plans sequence packing: which windows share a micro-batch, that is one forward without padding.
 
-A row holds at most a given number of online tokens. It costs memory by its tokens, and time by its
-tokens and visible pairs. The plan is a pure function of both, without draws or state. The order of
-the windows only decides which of two windows of equal cost goes where.
+A micro-batch holds at most a given number of online tokens. Its memory grows with its tokens, and
+its time with its tokens and visible pairs. The plan is a pure function of these, without random
+draws. The order of the windows only decides ties between windows of equal cost.
 
-Legend: W windows, R rows.
+Legend: W windows, M micro-batches.
 """
 
 import numpy as np
 
 
 def online_cost(tokens_W: np.ndarray, pairs_W: np.ndarray, ratio: float) -> np.ndarray:
-    """Return the cost of each window in tokens: its online tokens, and `ratio` per visible pair.
+    """Return the cost of each window in units of a token, float64 [W].
 
     Args:
+        tokens_W: the number of online tokens.
+        pairs_W: the number of visible pairs (query, key).
         ratio: FLOPs of a visible pair over those of a token in the linears
             (`smbfast.model.flops.ModelShape.attention_ratio`).
     """
     return tokens_W + ratio * pairs_W
 
 
-def plan_rows(
+def plan_micro_batches(
     tokens_W: np.ndarray, cost_W: np.ndarray, capacity: int, ranks: int = 1
 ) -> list[np.ndarray]:
-    """Return the windows of each row; every window is in exactly one row.
+    """Return the windows of each micro-batch; every window is in exactly one of them.
 
-    Best-fit decreasing on tokens gives the number of rows. For several ranks it is rounded up to a
-    multiple of them (if there are as many windows), because ranks wait for each other. Then each
-    window, in descending cost, goes to the cheapest row with room (longest processing time). If all
-    windows fit in this way, these are the rows: rows of equal cost need less peak memory. If not,
-    there is next to no slack, and the rows are those of best fit.
+    Best-fit decreasing on tokens gives the number of micro-batches. For several ranks it is rounded
+    up to a multiple of them (if there are as many windows), because ranks wait for each other.
+    Then each window, in descending cost, goes to the cheapest micro-batch with room (longest
+    processing time first). If all windows fit in this way, that is the plan, because micro-batches
+    of equal cost need less peak memory. Otherwise there is almost no slack, and best-fit is the
+    plan.
 
     Args:
         tokens_W: int [W], the online tokens of each window, those of its trunk and branches.
-        cost_W: float [W], the cost that rows should share equally (`online_cost`).
-        capacity: the tokens that a row may hold; a longer window has a row of its own.
-        ranks: processes that share the rows.
+        cost_W: float [W], the cost that micro-batches should share equally (`online_cost`).
+        capacity: the tokens that a micro-batch may hold; a longer window has one of its own.
+        ranks: the number of processes that share the micro-batches.
 
     Returns:
-        Indices of windows, ascending, row by row. Rank r runs `rows[r::ranks]`. The numbers of rows
-        of two ranks differ by one at most. Rows that run at the same time are neighbours in cost,
-        and the costliest come first.
+        For each micro-batch the indices of its windows, int64, ascending. Rank r runs
+        `plan[r::ranks]`, and the numbers of micro-batches of two ranks differ by one at most.
+        Micro-batches that run at the same time are neighbours in cost, and the costliest come
+        first.
 
     Raises:
-        ValueError: tokens and costs differ in length, or one of them is not positive.
+        ValueError: if tokens and costs differ in length, or one of them is not positive.
     """
     tokens_W, cost_W = np.asarray(tokens_W, np.int64), np.asarray(cost_W, np.float64)
     if tokens_W.shape != cost_W.shape or tokens_W.ndim != 1:
@@ -56,16 +60,16 @@ def plan_rows(
     fits_W = tokens_W <= capacity
     alone = [[w] for w in np.flatnonzero(~fits_W).tolist()]
     shared = np.flatnonzero(fits_W)
-    # two rows that one could hold are never both opened, so that there are always enough
+    # best fit never opens two micro-batches that one could hold, so this many are enough
     enough = 2 * -(-int(tokens_W[shared].sum()) // capacity)
     largest_first = shared[np.lexsort((-cost_W[shared], -tokens_W[shared]))]
-    rows = _placed(largest_first, tokens_W, cost_W, capacity, enough, level=False)
-    needed = -(-(len(alone) + len(rows)) // ranks) * ranks - len(alone)
+    best_fit = _placed(largest_first, tokens_W, cost_W, capacity, enough, level=False)
+    needed = -(-(len(alone) + len(best_fit)) // ranks) * ranks - len(alone)
     costliest_first = shared[np.lexsort((-tokens_W[shared], -cost_W[shared]))]
     even = _placed(
         costliest_first, tokens_W, cost_W, capacity, min(needed, len(shared)), level=True
     )
-    return _dealt([np.sort(row) for row in alone + (even or rows)], cost_W, ranks)
+    return _dealt([np.sort(own) for own in alone + (even or best_fit)], cost_W, ranks)
 
 
 def _placed(
@@ -77,30 +81,34 @@ def _placed(
     *,
     level: bool,
 ) -> list[list[int]]:
-    """Put each window into the cheapest row with room (`level`) or the fullest; [] if none has."""
-    room_R, spent_R = np.full(count, capacity), np.zeros(count)
-    rows: list[list[int]] = [[] for _ in range(count)]
+    """Put windows, in `order`, into at most `count` micro-batches with room.
+
+    With `level`, a window goes to the cheapest micro-batch, else to the fullest. The result is
+    empty if a window finds no room.
+    """
+    room_M, spent_M = np.full(count, capacity), np.zeros(count)
+    plan: list[list[int]] = [[] for _ in range(count)]
     for w, tokens in zip(order.tolist(), tokens_W[order].tolist(), strict=True):
-        fit_R = np.flatnonzero(room_R >= tokens)
-        if not len(fit_R):
+        fits = np.flatnonzero(room_M >= tokens)
+        if not len(fits):
             return []
-        row = int(fit_R[(spent_R if level else room_R)[fit_R].argmin()])
-        rows[row].append(w)
-        room_R[row] -= tokens
-        spent_R[row] += cost_W[w]
-    return [row for row in rows if row]
+        chosen = int(fits[(spent_M if level else room_M)[fits].argmin()])
+        plan[chosen].append(w)
+        room_M[chosen] -= tokens
+        spent_M[chosen] += cost_W[w]
+    return [own for own in plan if own]
 
 
-def _dealt(rows: list[np.ndarray], cost_W: np.ndarray, ranks: int) -> list[np.ndarray]:
-    """Sort rows by descending cost, so that `rows[rank::ranks]` cost about the same."""
-    rows = sorted(rows, key=lambda row: -cost_W[row].sum())
+def _dealt(plan: list[np.ndarray], cost_W: np.ndarray, ranks: int) -> list[np.ndarray]:
+    """Sort micro-batches by descending cost, so that `plan[rank::ranks]` cost about the same."""
+    plan = sorted(plan, key=lambda own: -cost_W[own].sum())
     dealt: list[np.ndarray] = []
     spent = np.zeros(ranks)
-    for first in range(0, len(rows), ranks):
-        group = rows[first : first + ranks]
-        # the costliest of a group goes to the rank that has least; a short last one to the first
+    for first in range(0, len(plan), ranks):
+        group = plan[first : first + ranks]
+        # the costliest goes to the rank that spent least; a short last group to the first ranks
         order = np.argsort(spent[: len(group)], kind="stable")
         placed = [group[i] for i in np.argsort(order)]
-        spent[: len(group)] += [cost_W[row].sum() for row in placed]
+        spent[: len(group)] += [cost_W[own].sum() for own in placed]
         dealt += placed
     return dealt

@@ -55,7 +55,7 @@ def prepare(
 def _prepare(
     data: DataSettings, out: Path, tokenizer: str | None, splits: tuple[str, ...]
 ) -> Prepared:
-    dataset = MedsDataset.open(Path(data.path))
+    dataset = MedsDataset.open(data.folder)
     options = options_of(data)
     source = {
         "data": _data_digest(dataset, splits),
@@ -121,7 +121,7 @@ def check_prepared(prepared: Prepared, data: DataSettings, backbone: str | None)
         ValueError: there is a difference, which is named.
     """
     record = prepared.record
-    dataset = MedsDataset.open(Path(data.path))
+    dataset = MedsDataset.open(data.folder)
     wanted = {
         "data": _data_digest(dataset, tuple(record["splits"])),
         "format": VERSION,
@@ -248,7 +248,7 @@ _STATE: dict[str, tuple[MedsDataset, Serializer]] = {}  # of a worker process: o
 
 def _work(data: DataSettings, out: str, split: str, name: str, file: str) -> None:
     if out not in _STATE:
-        dataset = MedsDataset.open(Path(data.path))
+        dataset = MedsDataset.open(data.folder)
         _STATE[out] = (dataset, _serializer(data, dataset, Path(out)))
     dataset, serializer = _STATE[out]
     _make_shard(dataset, serializer, split, Path(file), Path(out) / name, None)

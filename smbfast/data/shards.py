@@ -9,6 +9,7 @@ Legend: S timelines; the last axis of `timelines.bin` is TABLE.
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,7 @@ class Shard:
         starts = self.table[item - 1, 2:] if item else np.zeros(3, np.int64)
         subject, header, *ends = self.table[item].tolist()
         spans = dict(zip("TBL", zip(starts.tolist(), ends, strict=True), strict=True))
-        arrays = {n: self._maps[n][slice(*spans[n[-1]])] for n in FIELDS}
+        arrays: dict[str, Any] = {n: self._maps[n][slice(*spans[n[-1]])] for n in FIELDS}
         return Timeline(subject=subject, header=header, **arrays)
 
 

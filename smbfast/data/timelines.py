@@ -1,10 +1,10 @@
-"""Cuts long timelines into windows, and records at decision nodes (buckets and a tail) out of them.
+"""Cuts timelines into windows of the context length, and into the records at decision nodes.
 
-A window starts at a bucket, and its start depends only on the buckets before it: it is the first
-bucket with which at most half a window is repeated (or, if the bucket that did not fit into the
-previous window would not fit then either, that bucket). A node takes the earliest window that holds
-it whole. So it sees between half a window and a window, and nothing after its prediction time
-influences which.
+A window starts at a bucket, and its start depends only on the buckets before it. It is the first
+bucket with which at most half a window is repeated. If the bucket that did not fit into the
+previous window would still not fit, the window starts at that bucket instead. A decision node takes
+the earliest window that holds all of its last bucket. So it sees between half a window and a whole
+one, and nothing after its prediction time influences which.
 
 Legend: B buckets, L lines, T tokens.
 """
@@ -20,8 +20,8 @@ def window_spans(timeline: Timeline, window: int, begin: bool) -> list[tuple[int
     """Return the buckets `[first, last)` of each window of a timeline, in order.
 
     Args:
-        window: tokens of a window, its header (begin token, demographics) included.
-        begin: whether a begin token is put in front.
+        window: context length in tokens, including the header (begin token and demographics).
+        begin: whether each window starts with a begin token.
     """
     room = window - header_length(timeline, window, begin)
     start_B, end_B = _bucket_bounds(timeline)
@@ -29,7 +29,7 @@ def window_spans(timeline: Timeline, window: int, begin: bool) -> list[tuple[int
     first, num_buckets = 0, len(end_B)
     while first < num_buckets:
         last = _fits_until(start_B, end_B, first, room)
-        if spans and spans[-1][1] == last:  # nothing new fits: begin with the bucket itself
+        if spans and spans[-1][1] == last:  # nothing new fits, so start at the bucket itself
             first = last
             continue
         spans.append((first, last))
@@ -43,9 +43,11 @@ def window_spans(timeline: Timeline, window: int, begin: bool) -> list[tuple[int
 def window_of(
     timeline: Timeline, first: int, last: int, window: int, begin: int | None
 ) -> tuple[Timeline, int]:
-    """Return buckets `[first, last)` after begin token and demographics, and the tokens lost.
+    """Return the window of buckets `[first, last)`, and how many of its tokens were lost.
 
-    Only a single bucket that is longer than the window loses anything, namely its oldest lines.
+    The window starts with the begin token and the demographics. Tokens are lost in two cases: a
+    single bucket that is longer than the window loses its oldest lines, and a header that is longer
+    than a quarter of the window loses its end.
     """
     header = header_length(timeline, window, begin is not None)
     prefix = [np.array([begin], np.int32)] if begin is not None else []
@@ -75,8 +77,10 @@ def window_of(
 def node_timeline(timeline: Timeline, complete: int, tail: Timeline | None) -> Timeline:
     """Return the record at a decision node: the first `complete` buckets, then `tail` as the last.
 
-    `tail` holds the current bucket's events up to the prediction time, serialized again (without
-    demographics); it is None where there are none.
+    Args:
+        complete: the number of buckets that ended before the prediction time.
+        tail: the current bucket's events up to the prediction time, serialized again without
+            demographics; None if there are none.
     """
     end = timeline.bucket_start(complete)
     lines = int(np.searchsorted(timeline.line_start_L, end))
@@ -105,10 +109,10 @@ def node_timeline(timeline: Timeline, complete: int, tail: Timeline | None) -> T
 
 
 def node_window(record: Timeline, window: int, begin: int | None) -> tuple[Timeline, int]:
-    """Return the earliest window that holds the end of a node's record whole, and the tokens lost.
+    """Return the earliest window with all of a record's last bucket, and how many tokens were lost.
 
     Raises:
-        ValueError: the record has no bucket (the node lies before the first event).
+        ValueError: if the record has no bucket, because the node is before the first event.
     """
     if not len(record.bucket_end_B):
         raise ValueError("a decision node must have an event before it; this record has none")
@@ -118,7 +122,7 @@ def node_window(record: Timeline, window: int, begin: int | None) -> tuple[Timel
 
 
 def header_length(timeline: Timeline, window: int, begin: bool) -> int:
-    """Return the tokens of begin token and demographics: at most a quarter of a window."""
+    """Return the number of begin and demographics tokens, at most a quarter of a window."""
     return min(timeline.header + begin, max(window // 4, 1))
 
 
@@ -128,7 +132,7 @@ def _bucket_bounds(timeline: Timeline) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fits_until(start_B: np.ndarray, end_B: np.ndarray, first: int, room: int) -> int:
-    """Return the first bucket that does not fit with `first`; at least one bucket always fits."""
+    """Return the bucket after the last one that fits from `first` on; one bucket always fits."""
     return max(int(np.searchsorted(end_B, start_B[first] + room, side="right")), first + 1)
 
 
@@ -143,7 +147,7 @@ def _without_oldest_lines(timeline: Timeline, window: int) -> Timeline:
         timeline.line_start_L[~keep_L], timeline.line_end_L[~keep_L], strict=True
     ):
         keep_T[start:end] = False
-    keep_T &= np.cumsum(keep_T) <= window  # where the tags alone are longer
+    keep_T &= np.cumsum(keep_T) <= window  # for a bucket whose tags alone are longer
     moved = np.concatenate([[0], np.cumsum(keep_T)]).astype(np.int32)
     return replace(
         timeline,

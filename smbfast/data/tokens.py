@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -58,7 +58,8 @@ def load_tokenizer(path: str, delimiters: Delimiters) -> tuple[PreTrainedTokeniz
     known = tokenizer.get_vocab()
     new = [t for t in (*OPEN, *CLOSE) if t not in known]
     tokenizer.add_tokens(new, special_tokens=True)
-    return tokenizer, tokenizer.convert_tokens_to_ids(new)
+    ids: Any = tokenizer.convert_tokens_to_ids(new)  # a list for a list
+    return tokenizer, ids
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:

@@ -1,10 +1,10 @@
-"""The two forms in which an average of effective weights W + s B A is held.
+"""The two forms of the EMA teacher's averages of effective weights W + s B A.
 
-`Merged` holds each averaged matrix; `Tracked` holds the average of B A alone, as a product of low
-rank over the shared W. Both move towards the online weights, give the parameters that take the
-place of the decoder's in a forward, and know how far the online weights are.
+`Merged` stores each averaged matrix. `Tracked` stores the average of B A alone, as a low-rank
+product beside the shared W. Both move towards the online weights, provide the parameters that
+replace the decoder's in a forward, and measure the distance to the online weights.
 
-M modules of one shape, N out, K in features, Q columns held.
+Legend: M modules of one shape, N output features, K input features, Q columns stored.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,9 +19,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Source:
-    """An online weight by its name under the decoder, and its adapter: W + s B A.
+    """An online weight W by its name in the decoder, with its LoRA adapter if any: W + s B A.
 
-    Parameters themselves, not what they hold now: a model that is moved puts other tensors there.
+    It refers to the parameters themselves, not to their data, which moving a model replaces.
     """
 
     name: str
@@ -31,20 +31,26 @@ class Source:
     scale: float = 1.0
 
     @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B [N, r] and A [r, K] of an adapted weight."""
+        assert self.b is not None and self.a is not None
+        return self.b, self.a
+
+    @property
     def module(self) -> str:
         """The name of the adapted linear."""
         return self.name.removesuffix(".base_layer.weight")
 
 
 class Merged:
-    """Averages of W + s B A, or of W where there is no adapter; fp32 (fp64 of fp64 weights).
+    """Averages of W + s B A, or of W where there is no adapter; fp32 (fp64 for fp64 weights).
 
-    For bf16 weights an average is a bf16 high half, which a forward reads as it is, and an int16
-    remainder; together they are the bits of the fp32 average.
+    For bf16 weights, an average is a bf16 high half, which a forward reads directly, and an int16
+    remainder. Together they are the bits of the fp32 average.
     """
 
     def __init__(self, sources: list[Source]) -> None:
-        """Averages that equal the online weights; all with an adapter or none, of one dtype."""
+        """Start at the online weights. All have an adapter or none has; all are of one dtype."""
         self.sources = sources
         self._split = sources[0].weight.dtype == torch.bfloat16
         self._low: list[Tensor] | None = None
@@ -58,40 +64,40 @@ class Merged:
         self.update(0.0)
 
     def update(self, tau: float) -> None:
-        """One call for all of them."""
+        """Move all averages towards the online weights, with EMA decay `tau`, in one call."""
         _move(self._average, self.sources, tau, self._low)
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters of the decoder by name, in the dtype of the decoder."""
+        """Return the averages by the names of the decoder's parameters, in their dtype."""
         pairs = zip(self.sources, self._average, strict=True)
         return {s.name: w.to(s.weight.dtype) for s, w in pairs}
 
     def exact(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and averages at full width; what is not split, as it is held."""
+        """Yield names and averages in full precision; only split ones are copied."""
         for i, source in enumerate(self.sources):
             full = self._average[i]
             yield source.name, full if self._low is None else join(full, self._low[i])
 
     def gap(self) -> Tensor:
-        """‖online - average‖² and ‖average‖², fp64 [2]."""
+        """Return ‖online - average‖² and ‖average‖², fp64 [2]."""
         total = torch.zeros(2, dtype=torch.float64, device=self._average[0].device)
         for source, (_, average) in zip(self.sources, self.exact(), strict=True):
             online = average.clone()
-            # not the chosen kernel, which would plan launches for these copies
+            # the chosen kernel would plan its launches again for each of these copies
             _move([online], [source], 0.0, update=ema_update_.reference)
             total += torch.stack([_square(online - average), _square(average)])
         return total
 
     def measures(self) -> dict[str, float]:
-        """An exact average has nothing to report."""
+        """Return nothing: this average is exact."""
         return {}
 
     def owns(self, name: str) -> bool:
-        """Whether `state` has that name for this form and these weights."""
+        """Whether `name` is one of the names in `state` for these weights."""
         return name.removesuffix(".remainder") in {s.name for s in self.sources}
 
     def state(self) -> dict[str, Tensor]:
-        """Averages by name; of a split one the high half, and `.remainder`."""
+        """Return the averages by name; a split one as its high half and `<name>.remainder`."""
         pairs = zip(self.sources, self._average, strict=True)
         state = {s.name: w for s, w in pairs}
         if self._low is not None:
@@ -100,7 +106,11 @@ class Merged:
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restore `state`, or one that holds fp32 averages of bf16 weights."""
+        """Restore the result of `state`, or fp32 averages of bf16 weights.
+
+        Raises:
+            ValueError: if names or shapes are not those of these weights.
+        """
         if self._split and not any(n.endswith(".remainder") for n in state):
             halves = {n: split(full.float()) for n, full in state.items()}
             low = {f"{n}.remainder": low for n, (_, low) in halves.items()}
@@ -112,28 +122,38 @@ class Merged:
 
 
 class Tracked:
-    """The average of B A as U V of rank R over the shared W, by groups of modules of one shape.
+    """The average of B A as a low-rank product U V beside the shared W.
 
-    s never changes and stays where the adapter applies it. U V starts as B A, each update appends
-    (1 - τ) B A to τ U V, and every `every` updates the product is cut to rank R, at most `rank`
-    times that of the adapter. fp32 (fp64 of fp64 adapters); the cut is computed in fp64.
+    U V starts as B A. Each update appends (1 - τ) B A to τ U V, and every `every` updates the
+    product is truncated to at most `rank` times the rank of the adapter. U and V are fp32 (fp64 for
+    fp64 adapters); the truncation is computed in fp64. The scale s never changes; the adapter
+    applies it. Modules of one shape are stored and updated together.
 
-    A forward takes U and V in the place of B and A, on the very products with W that the online
-    encoder takes. At Qwen3-8B and r = 16 their Q = 128 columns add 5 % to those products.
+    A forward uses U and V in place of B and A, with the same W as the online encoder. For Qwen3-8B
+    and r = 16, their Q = 128 columns add 5 % to the FLOPs of the products with W.
     """
 
     def __init__(self, sources: list[Source], rank: int, every: int) -> None:
-        """An average that equals the online adapters."""
+        """Start at the online adapters.
+
+        Args:
+            sources: weights that all have an adapter.
+            rank: the rank after a truncation, as a multiple of the adapter's.
+            every: updates between two truncations.
+        """
         self.rank, self.every, self.pending = rank, every, 0
         by_shape: dict[tuple, list[Source]] = {}
         for source in sources:
-            by_shape.setdefault((*source.weight.shape, source.b.shape[1]), []).append(source)
+            by_shape.setdefault((*source.weight.shape, source.factors[0].shape[1]), []).append(
+                source
+            )
         self.groups = [_Group(members, rank, every) for members in by_shape.values()]
         device = sources[0].weight.device
-        self.discarded = torch.zeros(2, dtype=torch.float64, device=device)  # last, worst share
+        # discarded norm over the norm of the average: of the last truncation, and the worst of all
+        self.discarded = torch.zeros(2, dtype=torch.float64, device=device)
 
     def update(self, tau: float) -> None:
-        """Fold the online adapters in; cut when the columns are used up."""
+        """Add the online adapters with EMA decay `tau`; truncate when the columns are full."""
         for group in self.groups:
             group.append(self.pending, tau)
         self.pending += 1
@@ -143,7 +163,7 @@ class Tracked:
             self.pending = 0
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters of the adapters by name, wider than those they take the place of."""
+        """Return U and V by the names of the adapters' parameters, which have fewer columns."""
         return {
             f"{source.module}.lora_{side}.default.weight": factor
             for source, u_NQ, v_QK in self._factors()
@@ -151,28 +171,29 @@ class Tracked:
         }
 
     def exact(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and W + s U V, at the width of the factors."""
+        """Yield names and W + s U V, in the dtype of the factors."""
         for source, u_NQ, v_QK in self._factors():
             weight = source.weight.to(u_NQ.dtype)
             yield source.name, torch.addmm(weight, u_NQ, v_QK, alpha=source.scale)
 
     def gap(self) -> Tensor:
-        """‖online - average‖² and ‖average‖², fp64 [2]; the first from factors alone."""
+        """Return ‖online - average‖², computed from the factors, and ‖average‖²: fp64 [2]."""
         total = torch.zeros(2, dtype=torch.float64, device=self.discarded.device)
         pairs = zip(self._factors(), self.exact(), strict=True)
         for (source, u_NQ, v_QK), (_, average) in pairs:
-            left = torch.cat([source.b, -u_NQ], 1)
-            right = torch.cat([source.a, v_QK], 0)
+            b, a = source.factors
+            left = torch.cat([b, -u_NQ], 1)
+            right = torch.cat([a, v_QK], 0)
             gap = _product_square(left, right) * source.scale**2
             total += torch.stack([gap, _square(average)])
         return total
 
     def measures(self) -> dict[str, float]:
-        """What truncation costs, the worst of all modules.
+        """Return what truncation costs, each as the worst value over all modules.
 
-        `discarded` of the last truncation and `discarded_worst` of any: norm of what was discarded
-        over that of the average. `target_error`: an upper bound, over the norm of the average, of
-        how far it is from the exact one.
+        `discarded` (last truncation) and `discarded_worst` (all truncations): the norm of what was
+        discarded over the norm of the average. `target_error`: an upper bound of the distance to
+        the exact average, over the norm of the average.
         """
         last, worst = self.discarded.tolist()
         norm_M = torch.stack([_product_square(u, v).sqrt() for _, u, v in self._factors()])
@@ -180,11 +201,11 @@ class Tracked:
         return {"discarded": last, "discarded_worst": worst, "target_error": error}
 
     def owns(self, name: str) -> bool:
-        """Whether `state` may have that name."""
+        """Whether `name` may be one of the names in `state`."""
         return name.startswith("tracked.") or name.endswith((".u", ".v"))
 
     def state(self) -> dict[str, Tensor]:
-        """`<module>.u` and `.v` without unused columns, and the counters of the truncation."""
+        """Return `<module>.u` and `.v` without unused columns, and the truncation's counters."""
         state = {}
         for group in self.groups:
             used = group.held_rank + self.pending * group.r
@@ -197,7 +218,11 @@ class Tracked:
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restore `state`; unused columns are zero again."""
+        """Restore the result of `state`.
+
+        Raises:
+            ValueError: if names, shapes, rank or interval are not those of this average.
+        """
         settings = state.get("tracked.settings", torch.zeros(3))
         rank, every, pending = (int(n) for n in settings)
         if (rank, every) != (self.rank, self.every) or not 0 <= pending < every:
@@ -229,28 +254,28 @@ class Tracked:
 
 
 class _Group:
-    """U and V of modules of one shape."""
+    """U and V of modules of one shape, stacked."""
 
     def __init__(self, sources: list[Source], rank: int, every: int) -> None:
         self.sources = sources
-        n, self.r = sources[0].b.shape
-        k = sources[0].a.shape[1]
+        b, a = sources[0].factors
+        n, self.r = b.shape
+        k = a.shape[1]
         self.held_rank = held_rank(n, k, self.r, rank)
         q = self.held_rank + every * self.r
-        like = {"dtype": torch.promote_types(sources[0].b.dtype, torch.float32)}
-        like["device"] = sources[0].b.device
-        self.u_MNQ = torch.zeros(len(sources), n, q, **like)
-        self.v_MQK = torch.zeros(len(sources), q, k, **like)
+        dtype = torch.promote_types(b.dtype, torch.float32)
+        self.u_MNQ = torch.zeros(len(sources), n, q, dtype=dtype, device=b.device)
+        self.v_MQK = torch.zeros(len(sources), q, k, dtype=dtype, device=b.device)
         self._append(0, 0.0)
-        # an upper bound of ‖U V - exact average‖: what was discarded, decaying as the average does
-        self.lost_M = torch.zeros(len(sources), dtype=torch.float64, device=like["device"])
+        # upper bound of ‖U V - exact average‖: the discarded norms, which decay as the average does
+        self.lost_M = torch.zeros(len(sources), dtype=torch.float64, device=b.device)
 
     def append(self, pending: int, tau: float) -> None:
         self._append(self.held_rank + pending * self.r, tau)
         self.lost_M *= tau
 
     def _append(self, start: int, tau: float) -> None:
-        b, a = [s.b for s in self.sources], [s.a for s in self.sources]
+        b, a = map(list, zip(*(s.factors for s in self.sources), strict=True))
         append_(self.u_MNQ, self.v_MQK, b, a, start=start, tau=tau)
 
     def truncate(self) -> Tensor:
@@ -260,12 +285,12 @@ class _Group:
 
 
 def held_rank(n: int, k: int, r: int, rank: int) -> int:
-    """The rank that a tracked [n, k] keeps: `rank` times that of its adapter, or full rank."""
+    """Return the rank of a truncated [n, k] average: `rank` times the adapter's, or full rank."""
     return max(r, min(rank * r, n, k))
 
 
 def refuse_others(own: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Raise unless names and shapes are the same."""
+    """Raise a ValueError unless names and shapes are the same."""
     if {n: w.shape for n, w in own.items()} != {n: w.shape for n, w in state.items()}:
         raise ValueError("the target encoder of this checkpoint has other shapes than the model")
 
@@ -281,8 +306,8 @@ def _move(
     (update or ema_update_)(
         average,
         [s.weight for s in sources],
-        [s.b for s in sources] if adapted else None,
-        [s.a for s in sources] if adapted else None,
+        [s.factors[0] for s in sources] if adapted else None,
+        [s.factors[1] for s in sources] if adapted else None,
         remainder=low,
         scale=[s.scale for s in sources],
         tau=tau,
@@ -294,7 +319,7 @@ def _square(value: Tensor) -> Tensor:
 
 
 def _product_square(u_NQ: Tensor, v_QK: Tensor) -> Tensor:
-    """‖U V‖², from the Gram matrices of both."""
+    """Return ‖U V‖², fp64, from the Gram matrices of both factors."""
     u_NQ, v_QK = u_NQ.double(), v_QK.double()
     return ((u_NQ.mT @ u_NQ) * (v_QK @ v_QK.mT)).sum().clamp_min(0)
 

@@ -1,10 +1,10 @@
-"""A Hugging Face causal LM as the online encoder: LoRA on a frozen base, or a small model whole.
+"""The online encoder: a Hugging Face causal LM with LoRA on a frozen base, or a small one whole.
 
-Loads what transformers and PEFT make; `packed` and `liger` run its layers. Inputs go in as
-embeddings, because the learned mask vector stands where a masked token's embedding would.
+transformers and PEFT load the model, and `smbfast.model.decoder` runs its layers on packs. Inputs
+are embeddings, because a learned mask vector replaces the embedding of a masked token.
 
-Legend: B rows of a padded batch, T positions (of a padded row, or tokens of a pack), D width,
-V vocabulary, M masked positions, R token rows trained beside LoRA.
+Legend: B padded sequences, T positions (of a padded sequence, or tokens of a pack), D width,
+V vocabulary, M masked tokens, R rows of the token embedding that are trained beside LoRA.
 """
 
 from pathlib import Path
@@ -15,22 +15,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from smbkernels.attention import Segments
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
 from transformers.utils import logging as transformers_logging
 
-from smbfast.model.decoder import PackedDecoder, Recompute
+from smbfast.model.decoder import HfModule, PackedDecoder, Recompute
 from smbfast.settings import LoraSettings, TrainSettings
 
-transformers_logging.disable_progress_bar()  # its bars are noise in a job's log
+transformers_logging.disable_progress_bar()  # progress bars clutter the log of a job
 
 
 class Predictor(nn.Sequential):
-    """g: Linear d-d and GELU, repeated, then Linear d-d (two linears in the paper)."""
+    """The JEPA predictor g: Linear d-d and GELU, repeated, then Linear d-d (the paper has two)."""
 
     def __init__(self, width: int, layers: int) -> None:
         blocks: list[nn.Module] = []
@@ -38,17 +33,22 @@ class Predictor(nn.Sequential):
             blocks += [nn.Linear(width, width), nn.GELU()]
         super().__init__(*blocks, nn.Linear(width, width))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that it computes in."""
+        return next(self.parameters()).dtype
+
 
 class PatientEncoder(nn.Module):
-    """Backbone, predictor and mask vector: all that is trained."""
+    """The online encoder: backbone, predictor and mask vector, which hold all trained weights."""
 
     def __init__(self, lm: PreTrainedModel | PeftModel, predictor_layers: int) -> None:
         super().__init__()
         self.lm = lm
-        table_VD = self.base.get_input_embeddings().weight
+        table_VD: Tensor = _embeddings(self.base).weight
         self.width = table_VD.shape[-1]
         self.predictor = Predictor(self.width, predictor_layers)
-        # as large as a typical embedding, so that the first layer norm sees nothing strange
+        # drawn with the spread of the embeddings, so that the first norm gets its usual input
         scale = table_VD.detach().float().std()
         self.mask_vector = nn.Parameter(torch.randn(self.width, device=scale.device) * scale)
         self._tokens: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -56,25 +56,26 @@ class PatientEncoder(nn.Module):
 
     @property
     def is_lora(self) -> bool:
-        """Whether the base is frozen and an adapter is trained."""
+        """Whether the base is frozen and a LoRA adapter is trained."""
         return isinstance(self.lm, PeftModel)
 
     @property
     def base(self) -> PreTrainedModel:
         """The causal LM; with LoRA, the one whose linears hold the adapters."""
-        return self.lm.get_base_model() if self.is_lora else self.lm
+        lm: HfModule = self.lm
+        return lm.get_base_model() if self.is_lora else lm
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> HfModule:
         """The language model without its head, as transformers made it."""
         return self.base.base_model
 
     @property
     def packed_decoder(self) -> PackedDecoder:
-        """The same layers on packed rows.
+        """The same layers, run on packs.
 
         Raises:
-            ValueError: the backbone has layers that it does not compute.
+            ValueError: if it does not support the backbone's layers.
         """
         if self._packed_decoder is None:
             self._packed_decoder = PackedDecoder(self.decoder)
@@ -82,21 +83,22 @@ class PatientEncoder(nn.Module):
 
     @property
     def head_VD(self) -> Tensor:
-        """The LM head's weight."""
-        return self.base.get_output_embeddings().weight
+        """The weight of the LM head."""
+        return _head(self.base).weight
 
     def embed(self, ids_BT: Tensor, masked_BT: Tensor | None = None) -> Tensor:
-        """Input embeddings, with the mask vector where `masked_BT`."""
-        embedded_BTD = self.base.get_input_embeddings()(ids_BT)
+        """Return input embeddings [B, T, D], with the mask vector where `masked_BT` is true."""
+        embedded_BTD = _embeddings(self.base)(ids_BT)
         if masked_BT is None:
             return embedded_BTD
         vector_D = self.mask_vector.to(embedded_BTD.dtype)
         return torch.where(masked_BT[..., None], vector_D, embedded_BTD)
 
     def hidden(self, ids_BT: Tensor, masked_BT: Tensor | None = None) -> Tensor:
-        """Last hidden states after the final norm, [B, T, D], under causal attention.
+        """Return hidden states after the final norm, [B, T, D], under causal attention.
 
-        Rows are padded on the right: no real position sees the padding, so no mask is needed.
+        Sequences are padded on the right. No real position sees the padding, so attention needs no
+        mask for it.
         """
         return decode(self.decoder, self.embed(ids_BT, masked_BT))
 
@@ -109,14 +111,14 @@ class PatientEncoder(nn.Module):
         *,
         recompute: Recompute = "none",
     ) -> Tensor:
-        """Last hidden states after the final norm, [T, D], of trunks and branches in one row.
+        """Return hidden states after the final norm, [T, D], of a pack of trunks and branches.
 
         Args:
-            masked_M: rows that read the mask vector.
-            recompute: see `smbfast.model.decoder.PackedDecoder`.
+            masked_M: rows of T that read the mask vector.
+            recompute: activation checkpointing; see `smbfast.model.decoder.PackedDecoder`.
 
         Raises:
-            ValueError: the backbone has layers that this path does not compute.
+            ValueError: if the packed decoder does not support the backbone's layers.
         """
         embedded_TD = self.embed_packed(ids_T)
         if masked_M is not None and len(masked_M):
@@ -125,15 +127,15 @@ class PatientEncoder(nn.Module):
         return self.packed_decoder(embedded_TD, position_T, segments, recompute=recompute)
 
     def embed_packed(self, ids_T: Tensor, row_RD: Tensor | None = None) -> Tensor:
-        """Input embeddings [..., D] of ids [...].
+        """Return input embeddings [..., D] of ids [...].
 
-        Rows that are trained beside a frozen table are looked up apart: PEFT would copy the table
-        at each forward, and fill one of gradients.
+        Rows that are trained beside a frozen table are looked up separately. PEFT would copy the
+        whole table in each forward, and fill another one with gradients.
 
         Args:
-            row_RD: in the place of the trained rows.
+            row_RD: used in place of the trained rows.
         """
-        table = self.base.get_input_embeddings()
+        table = _embeddings(self.base)
         adapter = getattr(table, "token_adapter", None)
         if adapter is None:
             return table(ids_T)
@@ -146,8 +148,11 @@ class PatientEncoder(nn.Module):
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The LM head's weight [V, D]; ids [R] and weights [R, D] of rows trained beside it."""
-        module = self.base.get_output_embeddings()
+        """The LM head's weight [V, D], and ids [R] and weights [R, D] of its rows that LoRA trains.
+
+        The last two are None where no row is trained separately.
+        """
+        module = _head(self.base)
         adapter = getattr(module, "token_adapter", None)
         if adapter is None:
             return module.weight, None, None
@@ -155,8 +160,8 @@ class PatientEncoder(nn.Module):
         token_R = self._trained_tokens(adapter, weight_VD.device)[0]
         return weight_VD, token_R, adapter.trainable_tokens_delta["default"]
 
-    def _trained_tokens(self, adapter: nn.Module, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Ids [R] of trained rows, and for each token of the vocabulary its place there, or -1."""
+    def _trained_tokens(self, adapter: HfModule, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return ids [R] of trained rows, and each token's index among them or -1: [V]."""
         key = id(adapter), device
         if key not in self._tokens:
             token_R = torch.tensor(adapter.token_indices["default"], device=device)
@@ -167,19 +172,19 @@ class PatientEncoder(nn.Module):
         return self._tokens[key]
 
     def lora_layers(self) -> dict[str, LoraLayer]:
-        """Adapted linears by their name under `decoder`."""
+        """Return the linears with a LoRA adapter by their name in `decoder`."""
         return {n: m for n, m in self.decoder.named_modules() if isinstance(m, LoraLayer)}
 
     def trained_rows(self) -> tuple[list[int], Tensor] | None:
-        """Ids and rows [n, D] of the token embeddings that are trained beside LoRA, if any."""
-        adapter = getattr(self.base.get_input_embeddings(), "token_adapter", None)
+        """Return ids and rows [R, D] of the token embeddings trained beside LoRA; None without."""
+        adapter = getattr(_embeddings(self.base), "token_adapter", None)
         if adapter is None:
             return None
         return list(adapter.token_indices["default"]), adapter.trainable_tokens_delta["default"]
 
 
-def decode(decoder: nn.Module, embedded_BTD: Tensor) -> Tensor:
-    """Hidden states of a decoder after its final norm."""
+def decode(decoder: HfModule, embedded_BTD: Tensor) -> Tensor:
+    """Return hidden states after the final norm, [B, T, D], by transformers' own forward."""
     return decoder(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
 
 
@@ -189,24 +194,25 @@ def make_encoder(
     device: torch.device,
     new_tokens: list[int] | None = None,
 ) -> PatientEncoder:
-    """The online encoder that a run begins with.
+    """Return the online encoder at the start of training, in the dtype of the settings.
 
     Args:
-        new_tokens: delimiter ids that the backbone was not trained with; LoRA trains their rows.
+        new_tokens: ids of delimiters that are new to the backbone; LoRA trains their rows.
 
     Raises:
-        ValueError: the model cannot be read, LoRA finds none of its targets, or an adapter does
+        ValueError: if the model cannot be read, LoRA finds none of its targets, or an adapter does
             not fit.
     """
     torch.manual_seed(settings.run.seed)
+    lm: PreTrainedModel | PeftModel
     if settings.model.path is None:
         lm = _from_scratch(settings, tokenizer)
     else:
-        lm = load_lm(settings.model.path, _dtype(settings, device))
-        _fit_vocabulary(lm, tokenizer, new_tokens or [])
-        adapts = settings.trains == "lora"
-        lm = _with_adapter(lm, settings, new_tokens or []) if adapts else lm.float()
-    _refuse_other_ends(lm)
+        base = load_lm(settings.model.path, _dtype(settings, device))
+        _fit_vocabulary(base, tokenizer, new_tokens or [])
+        is_lora = settings.trains == "lora"
+        lm = _with_adapter(base, settings, new_tokens or []) if is_lora else base.float()
+    _check_embeddings_and_logits(lm)
     if lm.config.max_position_embeddings < settings.data.window:
         raise ValueError(
             f"data.window must be at most {lm.config.max_position_embeddings}, the positions of "
@@ -215,27 +221,27 @@ def make_encoder(
     return PatientEncoder(lm, settings.objective.predictor_layers).to(device)
 
 
-def _refuse_other_ends(lm: PreTrainedModel | PeftModel) -> None:
-    """Both paths take embeddings by their ids, and logits as hidden states times the head."""
-    for module in (lm.get_input_embeddings(), lm.get_output_embeddings()):
+def _check_embeddings_and_logits(lm: PreTrainedModel | PeftModel) -> None:
+    """Raise a ValueError unless embeddings are plain look-ups and logits are states times head."""
+    for module in (_embeddings(lm), _head(lm)):
         if isinstance(module, LoraLayer):
             raise ValueError(
                 "lora.targets must be linears of the layers; got the embeddings or the LM head, "
-                "which train the rows of new tokens alone"
+                "which train only the rows of new tokens"
             )
     names = ("logits_scaling", "logit_scale", "final_logit_softcapping")
     other = [n for n in names if getattr(lm.config, n, None) not in (None, 1)]
-    if getattr(lm.get_output_embeddings(), "bias", None) is not None:
+    if getattr(_head(lm), "bias", None) is not None:
         other.append("a bias of the LM head")
     if other:
-        raise ValueError(f"the backbone must have plain logits, this one has {', '.join(other)}")
+        raise ValueError(f"the backbone must have plain logits; this one has {', '.join(other)}")
 
 
 def load_lm(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal LM from a folder or the hub; safetensors only, no remote code.
+    """Load a causal LM from a folder or the hub, from safetensors only and without remote code.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: if it cannot be read.
     """
     local = Path(path).is_dir()
     if not local and (
@@ -251,7 +257,7 @@ def load_lm(path: str, dtype: torch.dtype) -> PreTrainedModel:
             local_files_only=local,
             attn_implementation="sdpa",
         )
-    except Exception as error:  # transformers raises many types; the path is what a user can mend
+    except Exception as error:  # transformers raises many types; the user can correct the path
         raise ValueError(
             f"`model.path` {path} must be a causal LM that transformers loads from safetensors; "
             f"loading failed with {type(error).__name__}"
@@ -286,16 +292,16 @@ def _from_scratch(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
 def _fit_vocabulary(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: list[int]
 ) -> None:
-    """Make room for added delimiters, each starting as the mean of its text's embeddings."""
-    table = lm.get_input_embeddings()
+    """Add rows for new delimiters; each starts as the mean of the embeddings of its text."""
+    table = _embeddings(lm)
     if len(tokenizer) > table.num_embeddings:
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        table = lm.get_input_embeddings()
-    head = lm.get_output_embeddings()
+        table = _embeddings(lm)
+    head = _head(lm)
     weights = {id(t.weight): t.weight for t in (table, head)}.values()
     with torch.no_grad():
         for token in new_tokens:
-            text = tokenizer.convert_ids_to_tokens(token).strip("</>")
+            text = str(tokenizer.convert_ids_to_tokens(token)).strip("</>")
             parts = [i for i in tokenizer(text, add_special_tokens=False).input_ids if i != token]
             for weight in weights:
                 weight[token] = weight[parts].float().mean(0).to(weight.dtype)
@@ -313,11 +319,11 @@ def _with_adapter(lm: PreTrainedModel, settings: TrainSettings, new_tokens: list
 
 
 def lora_config(lm: PreTrainedModel, lora: LoraSettings, new_tokens: list[int]) -> LoraConfig:
-    """PEFT's configuration of a new adapter."""
+    """Return PEFT's configuration of a new LoRA adapter; `new_tokens` are ids whose rows train."""
     rows = None
     if new_tokens:
-        # an untied head needs their rows as well: frozen ones would never predict a delimiter
-        table, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+        # an untied head trains them as well, as its frozen rows would never predict a delimiter
+        table, head = _embeddings(lm), _head(lm)
         wanted = [table] if head.weight is table.weight else [table, head]
         names = [n for n, m in lm.named_modules() if any(m is w for w in wanted)]
         rows = {n.rsplit(".", 1)[-1]: new_tokens for n in names}
@@ -332,23 +338,26 @@ def lora_config(lm: PreTrainedModel, lora: LoraSettings, new_tokens: list[int]) 
 
 
 def load_adapter(lm: PreTrainedModel, path: str, *, trainable: bool) -> PeftModel:
-    """A PEFT LoRA adapter on its backbone.
+    """Load a PEFT LoRA adapter onto its backbone.
+
+    Args:
+        trainable: whether the adapter's weights require gradients.
 
     Raises:
-        ValueError: not a LoRA adapter, one with dropout, or of another shape than the backbone.
+        ValueError: if it is no plain LoRA adapter, or does not fit the backbone.
     """
     if not (Path(path) / "adapter_model.safetensors").is_file():
         raise ValueError(
             f"`model.adapter` {path} must be a folder with adapter_model.safetensors; it is not"
         )
     try:
-        lm = PeftModel.from_pretrained(lm, path, is_trainable=trainable)
-    except Exception as error:  # PEFT raises many types; what a user can mend is the path
+        adapted = PeftModel.from_pretrained(lm, path, is_trainable=trainable)
+    except Exception as error:  # PEFT raises many types; the user can correct the path
         raise ValueError(
             f"`model.adapter` {path} must be a PEFT adapter of this backbone; loading failed with "
             f"{type(error).__name__}"
         ) from None
-    config = lm.peft_config["default"]
+    config = adapted.peft_config["default"]
     plain = isinstance(config, LoraConfig) and not (
         config.lora_dropout
         or config.use_dora
@@ -356,25 +365,34 @@ def load_adapter(lm: PreTrainedModel, path: str, *, trainable: bool) -> PeftMode
         or config.bias != "none"
         or config.lora_bias
     )
-    if not plain:  # the target encoder averages W + s B A and token rows, nothing else
+    if not plain:  # the target encoder averages only W + s B A and token rows
         raise ValueError(
             f"`model.adapter` {path} must be plain LoRA: no dropout, DoRA, bias or modules_to_save"
         )
-    return lm
+    return adapted
+
+
+def _embeddings(lm: PreTrainedModel | PeftModel) -> HfModule:
+    return lm.get_input_embeddings()
+
+
+def _head(lm: PreTrainedModel | PeftModel) -> HfModule:
+    return lm.get_output_embeddings()
 
 
 def merged(encoder: PatientEncoder) -> PreTrainedModel:
-    """The encoder's causal LM without adapters; the encoder cannot be used afterwards."""
-    return encoder.lm.merge_and_unload() if encoder.is_lora else encoder.lm
+    """Return the causal LM with adapters merged in; the encoder cannot be used afterwards."""
+    lm: HfModule = encoder.lm
+    return lm.merge_and_unload() if encoder.is_lora else lm
 
 
 def parameter_counts(encoder: PatientEncoder) -> tuple[int, int]:
-    """Trained parameters, and all of them."""
+    """Return the number of trained parameters and of all parameters."""
     sizes = [(p.numel(), p.requires_grad) for p in encoder.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
 
 
-def padded(rows: list[Tensor], fill: int | bool) -> Tensor:
-    """Rows of unlike length, padded on the right: [B, T]."""
-    longest = max(len(r) for r in rows)
-    return torch.stack([F.pad(r, (0, longest - len(r)), value=fill) for r in rows])
+def padded(sequences: list[Tensor], fill: int | bool) -> Tensor:
+    """Stack sequences of different lengths, padded on the right with `fill`: [B, T]."""
+    longest = max(len(s) for s in sequences)
+    return torch.stack([F.pad(s, (0, longest - len(s)), value=fill) for s in sequences])

@@ -1,10 +1,11 @@
-"""The decoder of a causal LM on packed rows, written out: norm, attention, norm, MLP.
+"""The decoder of a causal LM on packed sequences, written out: norm, attention, norm, MLP.
 
 Llama, Mistral, Qwen2 and Qwen3 share this layer. The modules and parameters are those that
-transformers and PEFT made, read at each call, so that a target encoder can lend its own weights.
-Only the order of the calls is ours: attention is `smbkernels.timeline_attention`, LoRA linears that
-read one input are one `smbkernels.lora_linear`, and on a GPU the norms, RoPE and SwiGLU are
-Liger's. The reference path runs transformers' own forward of the same modules.
+transformers and PEFT made. They are read at each call, so that a target encoder can put its own
+weights in their place. Only the sequence of calls is ours: attention is
+`smbkernels.timeline_attention`, LoRA linears that read the same input are one call of
+`smbkernels.lora_linear`, and on a GPU the norms, RoPE and SwiGLU are Liger's. The reference path
+runs transformers' own forward of the same modules.
 
 Legend: T tokens, H heads, G key and value heads, C head dim, D width, F width of the MLP, K input
 width of a linear.
@@ -23,33 +24,34 @@ from torch.utils.checkpoint import checkpoint
 from smbfast.model.liger import rms_norm, rope, swiglu
 
 Recompute = Literal["none", "mlp", "full"]
-KERNEL_WIDTHS = (64, 128)  # head dims that the attention kernel for GPUs is made for
+KERNEL_WIDTHS = (64, 128)  # head dims that the attention kernel for GPUs supports
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+HfModule = Any  # a module of transformers or PEFT, which declares no types for its attributes
 
 
 class PackedDecoder:
-    """The decoder of a causal LM on packed rows.
+    """Runs the decoder of a causal LM on a pack of trunks and branches.
 
-    Holds no parameters: it reads those that the modules have when it runs, so that the target
-    encoder can lend its own.
+    It holds no parameters: it reads those of the modules when it runs, so that the target encoder
+    can put its own weights in their place.
     """
 
-    def __init__(self, decoder: nn.Module) -> None:
-        """For a decoder of one of `FAMILIES`; the layers of others do more than is written here.
+    def __init__(self, decoder: HfModule) -> None:
+        """Take a decoder of one of `FAMILIES`; the layers of others do more than this file does.
 
         Raises:
-            ValueError: another family of decoder, sliding windows, or dropout.
+            ValueError: if the decoder is of another family, or has sliding windows or dropout.
         """
         config = decoder.config
         if config.model_type not in FAMILIES:
-            _refuse(f"a backbone of kind {', '.join(FAMILIES)}", config.model_type)
+            _refuse(f"a backbone of type {', '.join(FAMILIES)}", config.model_type)
         layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
         if layer_types != {"full_attention"} or getattr(config, "sliding_window", None):
             _refuse("full attention in every layer", "sliding windows")
         rope_type = config.rope_parameters["rope_type"]
-        if rope_type in ("dynamic", "longrope"):  # they ask the host for the longest position
+        if rope_type in ("dynamic", "longrope"):  # they ask the CPU for the longest position
             _refuse("RoPE that does not depend on lengths", rope_type)
-        if getattr(config, "attention_dropout", 0):  # SFT and JEPA would have drawn apart
+        if getattr(config, "attention_dropout", 0):  # SFT and JEPA share one forward, so one draw
             _refuse("attention_dropout 0", config.attention_dropout)
         self.decoder = decoder
 
@@ -62,46 +64,52 @@ class PackedDecoder:
         norm: bool = True,
         recompute: Recompute = "none",
     ) -> Tensor:
-        """Hidden states [T, D] after the last layer, and after the final norm with `norm`.
+        """Return hidden states [T, D] after the last layer.
 
         Args:
-            recompute: activation checkpointing: what is computed again in the backward instead of
-                being stored: nothing, the inner activations of the MLPs, or all of a layer but
-                its input.
+            embedded_TD: input embeddings.
+            position_T: position ids; those of a branch go on from its cut.
+            segments: the trunks and branches of the pack.
+            norm: whether to apply the final norm.
+            recompute: activation checkpointing. "none" stores all activations; "mlp" computes the
+                inner activations of the MLPs again in the backward; "full" stores only the input
+                of each layer.
         """
         hidden_TD = embedded_TD
-        # the module checks position ids where a mask is made, which would wait for a GPU: not here
+        # transformers' own forward checks position ids to build a mask, and waits for the GPU there
         cos_1TC, sin_1TC = self.decoder.rotary_emb(hidden_TD[None], position_T[None])
         rotary = cos_1TC[0], sin_1TC[0]
         for layer in self.decoder.layers:
             inputs = (layer, hidden_TD, rotary, segments, recompute)
-            hidden_TD = _again(run_layer, *inputs) if recompute == "full" else run_layer(*inputs)
+            hidden_TD = (
+                _recomputed(run_layer, *inputs) if recompute == "full" else run_layer(*inputs)
+            )
         return rms_norm(self.decoder.norm, hidden_TD) if norm else hidden_TD
 
 
 def run_layer(
-    layer: nn.Module,
+    layer: HfModule,
     hidden_TD: Tensor,
     rotary: tuple[Tensor, Tensor],
     segments: Segments,
     recompute: Recompute = "none",
 ) -> Tensor:
-    """One decoder layer of any of `FAMILIES`, [T, D] to [T, D].
+    """Run one decoder layer of any of `FAMILIES`, [T, D] to [T, D].
 
     Args:
-        rotary: cosines and sines of the positions, [T, C] each.
+        rotary: cosines and sines of the positions for RoPE, [T, C] each.
         recompute: "mlp" computes the MLP's inner activations again in the backward.
     """
     normed_TD = rms_norm(layer.input_layernorm, hidden_TD, in_place=True)
     hidden_TD = hidden_TD + _attention(layer.self_attn, normed_TD, rotary, segments)
     normed_TD = rms_norm(layer.post_attention_layernorm, hidden_TD, in_place=True)
     if recompute == "mlp":
-        return hidden_TD + _again(_mlp, layer.mlp, normed_TD)
+        return hidden_TD + _recomputed(_mlp, layer.mlp, normed_TD)
     return hidden_TD + _mlp(layer.mlp, normed_TD)
 
 
 def _attention(
-    attention: nn.Module, x_TD: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments
+    attention: HfModule, x_TD: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments
 ) -> Tensor:
     C = attention.head_dim
     projected = _linears(x_TD, attention.q_proj, attention.k_proj, attention.v_proj)
@@ -111,25 +119,25 @@ def _attention(
         k_TGC = rms_norm(attention.k_norm, k_TGC, in_place=True)
     q_THC, k_TGC = rope(q_THC, k_TGC, *rotary)
     width = next((w for w in KERNEL_WIDTHS if w >= C), C) if q_THC.is_cuda else C
-    if width > C:  # zeros change no score, and columns of zeros no output
+    if width > C:  # padded with zeros, which change neither scores nor output
         q_THC, k_TGC, v_TGC = (F.pad(x, (0, width - C)) for x in (q_THC, k_TGC, v_TGC))
     out_THC, _ = timeline_attention(q_THC, k_TGC, v_TGC, segments, scale=attention.scaling)
     return _linears(out_THC[..., :C].flatten(1), attention.o_proj)[0]
 
 
-def _mlp(mlp: nn.Module, x_TD: Tensor) -> Tensor:
+def _mlp(mlp: HfModule, x_TD: Tensor) -> Tensor:
     gate_TF, up_TF = _linears(x_TD, mlp.gate_proj, mlp.up_proj)
     return _linears(swiglu(mlp, gate_TF, up_TF), mlp.down_proj)[0]
 
 
-def _linears(x_TK: Tensor, *modules: nn.Module) -> list[Tensor]:
-    """Outputs of linears that read one input.
+def _linears(x_TK: Tensor, *modules: HfModule) -> list[Tensor]:
+    """Return the outputs of linears that read the same input.
 
-    Those with an adapter are one call, or two where only part of them have a bias.
+    Linears with a LoRA adapter are one call, or two where only some of them have a bias.
     """
-    output_of: dict[nn.Module, Tensor] = {}
+    output_of: dict[HfModule, Tensor] = {}
     for biased in (False, True):
-        adapted = [m for m in modules if _adapts(m) and (_base(m).bias is not None) == biased]
+        adapted = [m for m in modules if _is_adapted(m) and (_base(m).bias is not None) == biased]
         if adapted:
             outputs = lora_linear(
                 x_TK,
@@ -147,17 +155,18 @@ def _linears(x_TK: Tensor, *modules: nn.Module) -> list[Tensor]:
     return [output_of[m] for m in modules]
 
 
-def _adapts(module: nn.Module) -> bool:
-    # a merged target switches adapters off: its weights hold them
+def _is_adapted(module: HfModule) -> bool:
+    # a merged target encoder disables adapters, because its averaged weights include them
     return isinstance(module, LoraLayer) and not module.disable_adapters
 
 
-def _base(module: nn.Module) -> nn.Linear:
-    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+def _base(module: HfModule) -> nn.Linear:
+    base: HfModule = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    return base
 
 
-def _again(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Computed again in the backward; nothing is drawn that would have to be drawn again."""
+def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Checkpoint activations of `function`; it draws nothing, so no random state is preserved."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -1,13 +1,15 @@
-"""Floating-point operations of a step's matrix products, in closed form from host integers.
+"""Floating-point operations of a step's matrix products, in closed form from integers on the CPU.
 
-Counted are the products that a step has to make (2 per multiply-add): linears, LoRA, attention over
-visible pairs, LM head at labelled rows, predictor at masked rows, and the target encoder. Not
-counted are element-wise work, the optimizer, the averages' update, and what is recomputed to save
-memory; but for the scores in the backward of attention, which every kernel recomputes.
+The count holds the products that a step must compute (2 FLOPs per multiply-add): linears, LoRA,
+attention over visible pairs, the LM head at labelled rows, the predictor at masked rows, and the
+target encoder. It leaves out element-wise work, the optimizer, the update of the averages, and
+activation checkpointing, except for the scores that every attention kernel recomputes in its
+backward.
 
-Per token a linear [N, K] costs 2 N K forward, 2 N K for the gradient of its input, and 2 N K for
-that of its weight where that is trained. Attention costs 4 C per head and visible pair forward and
-10 C backward. The head costs as a linear does, and so do rows of it that are trained apart.
+Per token, a linear [N, K] costs 2 N K forward, 2 N K for the gradient of its input, and 2 N K for
+that of its weight where the weight is trained. Attention costs 4 C per head and visible pair
+forward and 10 C backward. The head costs what a linear costs, and so do rows of it that are trained
+separately.
 """
 
 from dataclasses import dataclass, fields
@@ -25,9 +27,9 @@ READS_EMBEDDING = ("q_proj", "k_proj", "v_proj")  # of the first layer
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations by what they are for; online and target encoder together."""
+    """FLOPs by what they are for; the online and the target encoder together."""
 
-    base: int = 0  # of the layers' linears, without adapters
+    base: int = 0  # linears of the layers, without adapters
     lora: int = 0
     attention: int = 0
     head: int = 0
@@ -38,24 +40,24 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all parts."""
         return sum(getattr(self, f.name) for f in fields(self))
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear of a layer: [N, K], rank of its adapter, columns of the target's; 0: none."""
+    """A linear of a layer, its LoRA adapter, and the tracked target's average of that adapter."""
 
-    n: int
-    k: int
-    rank: int
-    columns: int
-    reads_embedding: bool
+    n: int  # output features
+    k: int  # input features
+    rank: int  # of its adapter; 0 without one
+    columns: int  # of the tracked average; 0 without one
+    reads_embedding: bool  # whether its input comes straight from the embeddings
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What the operations of an encoder and its target follow from."""
+    """The sizes from which the FLOPs of an encoder and its target follow."""
 
     linears: tuple[Linear, ...]  # of all layers
     layers: int
@@ -64,20 +66,21 @@ class ModelShape:
     width: int
     vocabulary: int
     predictor_layers: int
-    whole: bool  # trained whole; else LoRA on a frozen base
+    whole: bool  # whether all weights are trained; else LoRA on a frozen base
     head_trained: bool
-    head_rows: int  # rows of the head that are trained beside it
-    rows_trained: bool  # the gradient of every input embedding is needed, masked or not
+    head_rows: int  # number of rows of a frozen head that are trained
+    rows_trained: bool  # whether every input embedding needs a gradient, masked or not
 
     @classmethod
     def of(cls, encoder: PatientEncoder, *, tracked: TargetForm | None = None) -> "ModelShape":
-        """The shape of an encoder, on any device.
+        """Read the sizes of an encoder on any device.
 
         Args:
-            tracked: form of a tracked target; None: merged, whose linears hold their adapters.
+            tracked: the form of a tracked target; None for a merged one, whose linears include
+                their adapters.
         """
         config, adapted = encoder.base.config, encoder.lora_layers()
-        inside = tuple(f"{name}." for name in adapted)  # adapters are linears themselves
+        inside = tuple(f"{name}." for name in adapted)  # LoRA's factors are linears as well
         linears = []
         for name, module in encoder.decoder.named_modules():
             if name.startswith(inside) or not (name in adapted or isinstance(module, nn.Linear)):
@@ -105,16 +108,16 @@ class ModelShape:
 
     @property
     def attention_ratio(self) -> float:
-        """Operations of a visible pair over those of a token in the linears: for planning rows.
+        """FLOPs of a visible pair over those of a token in the linears, to plan micro-batches.
 
-        At Qwen3-8B with LoRA: 7.4e-5.
+        For Qwen3-8B with LoRA it is 7.4e-5.
         """
         one = online_flops(self, 1, 1, masked=True)
         return one.attention / max(one.base, 1)  # GPT-2's linears are of another class
 
 
 def step_flops(shape: ModelShape, batch: PackedBatch) -> Flops:
-    """A batch forward and backward in one pass, with its target encoder."""
+    """Return the FLOPs of a batch: one forward and backward, and the target encoder's forward."""
     return (
         online_flops(
             shape, batch.segments.tokens, batch.segments.pairs, masked=batch.num_masked > 0
@@ -126,8 +129,14 @@ def step_flops(shape: ModelShape, batch: PackedBatch) -> Flops:
 
 
 def online_flops(shape: ModelShape, tokens: int, pairs: int, *, masked: bool) -> Flops:
-    """The online encoder's layers, forward and backward; masked: it reads the mask vector."""
-    embedding = masked or shape.rows_trained  # else the backward ends before the first linears
+    """Return the FLOPs of the online encoder's layers, forward and backward.
+
+    Args:
+        masked: whether the batch reads the mask vector, which is trained.
+    """
+    embedding = (
+        masked or shape.rows_trained
+    )  # else the first linears need no gradient of their input
     base = lora = 0
     for linear in shape.linears:
         product = 2 * tokens * linear.n * linear.k
@@ -142,7 +151,7 @@ def online_flops(shape: ModelShape, tokens: int, pairs: int, *, masked: bool) ->
 
 
 def target_flops(shape: ModelShape, tokens: int, pairs: int) -> Flops:
-    """The target encoder's layers: forward alone."""
+    """Return the FLOPs of the target encoder's layers, forward only."""
     base = lora = 0
     for linear in shape.linears:
         base += 2 * tokens * linear.n * linear.k
@@ -151,13 +160,13 @@ def target_flops(shape: ModelShape, tokens: int, pairs: int) -> Flops:
     return Flops(base=base, lora=lora, attention=shape.layers * attention)
 
 
-def head_flops(shape: ModelShape, labels: int) -> Flops:
-    """The LM head and its loss at labelled rows."""
-    product = 2 * labels * shape.width
+def head_flops(shape: ModelShape, num_labels: int) -> Flops:
+    """Return the FLOPs of the LM head and its loss at labelled rows, forward and backward."""
+    product = 2 * num_labels * shape.width
     whole = shape.vocabulary * (2 + shape.head_trained)
     return Flops(head=product * (whole + 3 * shape.head_rows))
 
 
-def predictor_flops(shape: ModelShape, masked: int) -> Flops:
-    """The predictor at masked rows, which is always trained."""
-    return Flops(predictor=6 * masked * shape.predictor_layers * shape.width**2)
+def predictor_flops(shape: ModelShape, num_masked: int) -> Flops:
+    """Return the FLOPs of the predictor at masked rows, forward and backward."""
+    return Flops(predictor=6 * num_masked * shape.predictor_layers * shape.width**2)

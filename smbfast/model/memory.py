@@ -1,17 +1,18 @@
-"""The peak memory of a training step, predicted without running it.
+"""Predicts the peak memory of a training step without running it.
 
-The step itself is traced: forward and backward of a copy of the encoder whose tensors have shapes
+It traces the step itself: forward and backward of a copy of the encoder whose tensors have shapes
 and devices but no storage (`FakeTensorMode`), so that every kernel is chosen as in the run. A
-storage counts from the operation that made it until nothing holds it, in blocks of 512 bytes as
-CUDA's allocator rounds them. What one of our operations uses inside and gives back is not seen: it
-is taken to be as much again as it returns, and for the cross-entropy a chunk of logits.
+storage counts from the operation that creates it until nothing refers to it, in blocks of 512 bytes
+as CUDA's allocator rounds them. The trace cannot see temporary memory inside our own operations.
+The estimate for it is the size of what the operation returns, and for the cross-entropy one chunk
+of logits.
 
-On a CPU, glibc keeps blocks below 32 MiB in one heap, where blocks of unlike size leave holes that
-stay resident. With every block mapped on its own (MALLOC_MMAP_THRESHOLD_=65536) resident memory was
-within 4 % of what is traced, and steps were slower; as glibc comes, it was more by 12 to 28 times
-the largest frequent block below 32 MiB (widths 256 and 512, 1024 to 4096 tokens).
+On a CPU, glibc keeps blocks below 32 MiB in one heap, where blocks of different sizes leave holes
+that stay resident. When every block had its own mapping (MALLOC_MMAP_THRESHOLD_=65536), resident
+memory was within 4 % of the trace, and steps were slower. With glibc's defaults it was larger by 12
+to 28 times the largest frequent block below 32 MiB (widths 256 and 512, 1024 to 4096 tokens).
 
-Not counted: the CUDA context, libraries and their workspaces.
+The prediction leaves out the CUDA context, libraries and their workspaces.
 """
 
 import copy
@@ -39,12 +40,12 @@ from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.settings import ObjectiveSettings
 
 BLOCK = 512  # bytes
-HEAP = 32 << 20  # bytes: from here glibc maps a block on its own
-HOLES = 18  # times the largest block below that is frequent: what was measured
-FREQUENT = 8  # blocks of one size in a step: those of layers, not the gradient of a large table
-SHARE = 0.9  # of free memory that a step may need
-STEP = 1024  # micro-batches are chosen in multiples of this
-MOST = 32768  # tokens: beyond, a GPU gains nothing
+HEAP = 32 << 20  # bytes: a block of this size or more has its own mapping in glibc
+HOLES = 18  # heap holes, in units of the largest frequent block below HEAP (measured, see above)
+FREQUENT = 8  # blocks of one size in a step: layers make so many, the gradient of a table does not
+SHARE = 0.9  # share of free memory that a step may use: our choice
+STEP = 1024  # tokens: the size of a micro-batch is a multiple of this
+MOST = 32768  # tokens: larger micro-batches are not faster on a GPU
 Run = Callable[[PatientEncoder, TargetEncoder | None, PackedBatch], tuple[Tensor | None, ...]]
 
 
@@ -54,14 +55,14 @@ class Memory:
 
     weights: int  # parameters and buffers
     gradients: int
-    moments: int  # AdamW's two
-    target: int
-    activations: int  # what is left of the peak, wherever it lies
-    holes: int  # what a CPU's heap loses between blocks
+    moments: int  # both of AdamW
+    target: int  # averages of the target encoder
+    activations: int  # the rest of the peak
+    holes: int  # unused gaps in a CPU's heap
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """The sum of all parts, in bytes."""
         return sum(vars(self).values())
 
 
@@ -73,14 +74,14 @@ def predict_peak(
     target: TargetForm | None = None,
     accumulates: bool = True,
 ) -> Memory:
-    """The peak of a step whose heaviest micro-batch is `batch`; the optimizer has its moments.
+    """Predict the peak of a step whose heaviest micro-batch is `batch`, moments included.
 
     Args:
-        run: (encoder, target, batch) -> losses, None where there is nothing to predict.
-        target: form of the target encoder that is held; None: none is.
-        accumulates: gradients of an earlier micro-batch are there already.
+        run: (encoder, target, batch) -> losses, each None where there is nothing to predict.
+        target: the form of the target encoder; None if there is none.
+        accumulates: whether gradients of an earlier micro-batch exist (gradient accumulation).
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # tables of segments stay on the CPU
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # segment tables stay real, on the CPU
     device = encoder.mask_vector.device
     encoder = _faked(encoder, mode)
     trained = [p for p in encoder.parameters() if p.requires_grad]
@@ -89,7 +90,7 @@ def predict_peak(
         if target is not None:
             with use(ema_update_="torch"):
                 held = TargetEncoder(encoder, target)
-        live = _Live()
+        live = _LiveBytes()
         weights = live.hold([*encoder.parameters(), *encoder.buffers()])
         averages = live.hold(held.state()) if held else 0
         if accumulates:
@@ -101,17 +102,17 @@ def predict_peak(
             losses = [loss for loss in run(encoder, held, batch.to(device)) if loss is not None]
             torch.autograd.backward(losses)
     gradients = sum(_rounded(p.numel() * p.element_size()) for p in trained)
-    static = weights + averages + gradients  # with the moments, all that a fused AdamW needs
+    static = weights + averages + gradients  # a fused AdamW needs only the moments beside this
     peak = max(live.peak, static)
-    often = [n for n, times in live.made.items() if n < HEAP and times >= FREQUENT]
-    holes = HOLES * max(often, default=0) if device.type == "cpu" else 0
+    frequent = [n for n, times in live.made.items() if n < HEAP and times >= FREQUENT]
+    holes = HOLES * max(frequent, default=0) if device.type == "cpu" else 0
     return Memory(weights, gradients, 2 * gradients, averages, peak - static, holes)
 
 
 def full_batch(
     tokens: int, window: int, objective: ObjectiveSettings, *, sft: bool, jepa: bool
 ) -> PackedBatch:
-    """A row of that many online tokens: as heavy as windows can fill it."""
+    """Build a micro-batch of `tokens` online tokens with the largest windows, futures and masks."""
     share = 1 - objective.context[0] if jepa else 0.0
     trunks, branches, next_tokens, masked = [], [], [], []
     left = tokens
@@ -119,7 +120,7 @@ def full_batch(
         length = min(window, max(1, int(left / (1 + share * objective.cuts))))
         future = min(int(share * length), objective.horizon or length, length - 1)
         num_cuts = objective.cuts if jepa and future else 0
-        # the last tokens are masked, so that the target encoder reads whole trunks
+        # the mask is at the end, so that the target encoder reads whole trunks
         mask = np.arange(future - max(1, round(objective.mask_ratio * future)), future)
         trunks.append(np.zeros(length, np.int64))
         branches.append([(length - future, np.zeros(future, np.int64))] * num_cuts)
@@ -132,17 +133,19 @@ def full_batch(
 def choose_micro_tokens(
     needs: Callable[[int], int], free: int, *, least: int, most: int = MOST
 ) -> int:
-    """The most tokens of a micro-batch whose step fits: a multiple of 1024, or `least`.
+    """Return the most tokens of a micro-batch whose step fits: a multiple of 1024, or `least`.
 
-    Memory grows with tokens nearly in a line: two predictions and one that verifies.
+    Memory grows almost linearly with tokens, so two predictions give the size and a third one
+    verifies it.
 
     Args:
-        needs: bytes that a step takes beyond what is held, by tokens.
-        free: bytes.
+        needs: maps tokens to the bytes that a step takes in addition to those already allocated.
+        free: free bytes.
         least: tokens of the largest window with its branches.
+        most: tokens that no micro-batch exceeds, but for a single window.
 
     Raises:
-        ValueError: not even one window fits.
+        ValueError: if not even one window fits.
     """
     budget = int(SHARE * free)
     low = needs(least)
@@ -161,13 +164,13 @@ def choose_micro_tokens(
     tokens = least + (most - least) * (budget - low) // (high - low)
     tokens -= tokens % STEP
     step = STEP
-    while tokens > least and needs(tokens) > budget:  # a trace each: longer steps, fewer of them
+    while tokens > least and needs(tokens) > budget:  # each try is a trace, so steps double
         tokens, step = tokens - step, 2 * step
     return max(tokens, least)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a process may still take: of the GPU; of the machine or the container."""
+    """Return the bytes still free: on the GPU, or in the machine or its container for a CPU."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -185,13 +188,13 @@ def free_memory(device: torch.device) -> int:
         numbers = [_read(f"{folder}/{name}").strip() for name in (limit, used)]
         if all(n.isdigit() for n in numbers):  # "max" is no limit
             stat = dict(line.split() for line in _read(f"{folder}/memory.stat").splitlines())
-            # what was read from files counts as used and is given back on demand
+            # cached file pages count as used, but the kernel frees them on demand
             free = min(free, int(numbers[0]) - int(numbers[1]) + int(stat.get(cache, 0)))
     return max(free, 0)
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of storages from their first appearance until they go."""
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages from their first appearance until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +203,7 @@ class _Live(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def hold(self, values: Any) -> int:
-        """Count the storages in `values` that are new; returns their bytes."""
+        """Count the storages in `values` that are new, and return their bytes."""
         added = 0
         for value in tree_leaves(values):
             if not isinstance(value, Tensor):
@@ -216,7 +219,9 @@ class _Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         return added
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         added = self.hold(out)
         if func.namespace == "smb":
@@ -229,7 +234,7 @@ class _Live(TorchDispatchMode):
 
 
 def _faked(encoder: PatientEncoder, mode: FakeTensorMode) -> PatientEncoder:
-    """A copy without storage; tensors that are shared stay shared."""
+    """Copy an encoder without its storage; tensors that are shared stay shared."""
     memo: dict[int, Any] = {id(encoder._packed_decoder): None, id(encoder._tokens): {}}
     for tensor in (*encoder.parameters(), *encoder.buffers()):
         memo[id(tensor)] = mode.from_tensor(tensor)
@@ -238,7 +243,7 @@ def _faked(encoder: PatientEncoder, mode: FakeTensorMode) -> PatientEncoder:
 
 @contextmanager
 def _no_launch(device: torch.device) -> Iterator[None]:
-    """Triton kernels that are called directly, such as Liger's, only have their outputs made."""
+    """Let Triton kernels that are called directly, such as Liger's, only allocate their outputs."""
     if device.type != "cuda":
         yield
         return
@@ -249,9 +254,9 @@ def _no_launch(device: torch.device) -> Iterator[None]:
 
 
 def _logits(hidden_ND: Tensor, weight_VD: Tensor) -> int:
-    """Bytes of a chunk, in its dtype and in fp32 where that is another."""
-    size, width = len(weight_VD), hidden_ND.element_size()
-    return chunk_rows(*hidden_ND.shape, size) * size * (width + (4 if width < 4 else 0))
+    """Return the bytes of a chunk of logits, and of its fp32 copy where the dtype is narrower."""
+    (n, d), size, width = hidden_ND.shape, len(weight_VD), hidden_ND.element_size()
+    return chunk_rows(n, d, size) * size * (width + (4 if width < 4 else 0))
 
 
 def _rounded(size: int) -> int:

@@ -1,12 +1,13 @@
-"""The target encoder: an EMA of the online encoder's effective weights, no gradient.
+"""The target encoder (EMA teacher, momentum encoder): an average of the online encoder's weights.
 
-Effective means merged: W + s B A for an adapted linear, the weight itself where all is trained.
-Weights that are not trained are shared with the online encoder; trained token rows are averaged;
-the head, the predictor and the mask vector have no average. `smbfast.model.averages` holds the two
-forms of an average of adapted linears: merged, exact but a second copy of every adapted matrix,
-and tracked, of low rank over the shared base.
+It averages effective weights, without gradients: W + s B A for a linear with a LoRA adapter, the
+weight itself where all is trained. Weights that are not trained are shared with the online encoder.
+Trained token rows are averaged; the head, the predictor and the mask vector have no average.
+`smbfast.model.averages` has two forms for adapted linears: merged, which is exact but a second copy
+of each adapted matrix, and tracked, which is of low rank beside the shared base.
 
-Legend: B rows, T positions (of a padded row, or tokens of a pack), D width, R trained token rows.
+Legend: B padded sequences, T positions (of a padded sequence, or tokens of a pack), D width,
+R trained token rows.
 """
 
 from collections.abc import Callable
@@ -22,77 +23,81 @@ from torch.func import functional_call
 
 from smbfast.model.averages import Merged, Source, Tracked, held_rank, refuse_others
 from smbfast.model.backbone import PatientEncoder, decode
+from smbfast.model.decoder import HfModule
 from smbfast.settings import ObjectiveSettings
 
 Form = Literal["auto", "merged", "tracked"]
 ROWS = "token_rows"
-NARROW = 0.2  # products that tracked columns add, as a share of those they are added to
+NARROW = 0.2  # largest share of FLOPs that tracked columns may add to a forward: our choice
 
 
 @dataclass(frozen=True)
 class TargetForm:
-    """How a target averages adapted linears."""
+    """How a target encoder averages adapted linears."""
 
     name: Form = "auto"
     rank: int = 4  # of a tracked target, as a multiple of the adapter's
-    every: int = 4  # updates between the truncations of a tracked target
+    every: int = 4  # updates between two truncations of a tracked target
 
     @classmethod
     def of(cls, objective: ObjectiveSettings) -> "TargetForm":
-        """As the settings have it."""
+        """Read the form from the settings."""
         return cls(objective.target_form, objective.tracked_rank, objective.tracked_every)
 
     def resolved(self, encoder: PatientEncoder) -> "TargetForm":
-        """What `auto` is for this encoder: tracked with LoRA, merged for a narrow model in fp32.
+        """Return this form with `auto` decided: tracked with LoRA, merged for a narrow fp32 model.
 
-        A tracked target adds its columns to the products with every adapted [N, K]: 5 % at
-        Qwen3-8B, 40 % at width 512. Where that is more than `NARROW` and weights are fp32, so that
-        a merged average is exact in the forward too, a second copy costs less (our choice).
+        The columns of a tracked target add FLOPs to every adapted product [N, K]: 5 % for Qwen3-8B,
+        40 % at width 512. Where they add more than `NARROW` and weights are fp32, so that a merged
+        average is exact in the forward as well, a second copy of the weights costs less than that
+        (our choice).
 
         Raises:
-            ValueError: tracked without LoRA.
+            ValueError: if the form is tracked and the encoder has no LoRA adapter.
         """
         if self.name == "tracked" and not encoder.is_lora:
-            raise ValueError("a tracked target needs LoRA: a weight trained whole is merged")
+            raise ValueError(
+                "a tracked target needs LoRA; without it, objective.target_form must be auto or merged"
+            )
         if self.name != "auto":
             return self
         return replace(self, name="merged" if self._merges(encoder) else "tracked")
 
     def columns(self, n: int, k: int, r: int) -> int:
-        """Columns that a tracked average of an adapter [n, r] [r, k] holds."""
+        """Return the number of columns that the average of an adapter [n, r] [r, k] has."""
         return held_rank(n, k, r, self.rank) + self.every * r
 
     def _merges(self, encoder: PatientEncoder) -> bool:
         adapted = [s for s in _sources(encoder) if s.b is not None]
         if adapted and not all(s.weight.element_size() >= 4 for s in adapted):
             return False
-        shapes = [(*s.weight.shape, s.b.shape[1]) for s in adapted]
+        shapes = [(*s.weight.shape, s.factors[0].shape[1]) for s in adapted]
         added = sum(self.columns(n, k, r) * (n + k) for n, k, r in shapes)
         return added >= NARROW * sum(n * k for n, k, _ in shapes)
 
 
 @dataclass(frozen=True)
 class JepaStates:
-    """What the JEPA loss compares, and what diagnostics look at."""
+    """The states that the JEPA loss compares and that diagnostics read, at the masked tokens."""
 
     prediction_MD: Tensor
-    online_MD: Tensor  # online hidden state at the masked positions
-    target_MD: Tensor  # target hidden state there, before T
-    previous_MD: Tensor  # target hidden state at the last visible token before each
+    online_MD: Tensor  # online hidden state, before the predictor
+    target_MD: Tensor  # target hidden state, before the layer norm of the loss
+    previous_MD: Tensor  # target hidden state of the last unmasked token before each
 
 
 class TargetEncoder:
-    """Averages of the decoder's weights, and the forward that reads them."""
+    """The averages of the decoder's weights, and the forward that uses them."""
 
     @torch.no_grad()
     def __init__(self, encoder: PatientEncoder, form: TargetForm | None = None) -> None:
-        """A target that equals the online encoder.
+        """Start at the weights of the online encoder.
 
         Args:
-            form: None is `TargetForm()`, which is resolved for this encoder.
+            form: resolved for this encoder; None for `TargetForm()`.
 
         Raises:
-            ValueError: tracked without LoRA.
+            ValueError: if the form is tracked and the encoder has no LoRA adapter.
         """
         form = (form or TargetForm()).resolved(encoder)
         self.encoder = encoder
@@ -111,10 +116,10 @@ class TargetEncoder:
 
     @classmethod
     def of_state(cls, encoder: PatientEncoder, state: dict[str, Tensor]) -> "TargetEncoder":
-        """The target encoder that a checkpoint keeps, in the form that it was kept in.
+        """Restore a target encoder from a checkpoint's tensors, in the form they were saved in.
 
         Raises:
-            ValueError: names or shapes are not those of this encoder.
+            ValueError: if names or shapes are not those of this encoder.
         """
         settings = state.get("tracked.settings")
         if settings is None:
@@ -126,32 +131,32 @@ class TargetEncoder:
 
     @torch.no_grad()
     def update(self, tau: float) -> None:
-        """W̄ <- τ W̄ + (1 - τ) (W + s B A); once per optimizer step, after it."""
+        """Set W̄ to τ W̄ + (1 - τ) (W + s B A); call it once after each optimizer step."""
         for part in self.parts:
             part.update(tau)
         self.updates += 1
 
     @torch.no_grad()
     def hidden(self, ids_BT: Tensor) -> Tensor:
-        """Last hidden states after the final norm, [B, T, D], of unmasked rows."""
+        """Return hidden states after the final norm, [B, T, D], of unmasked padded sequences."""
         encoder = self.encoder
         weights = self._weights()
-        rows_nD = weights.pop(ROWS, None)
+        rows_RD = weights.pop(ROWS, None)
         if not encoder.is_lora:
             table = weights[_embedding_name(encoder)]
             embedded_BTD = torch.nn.functional.embedding(ids_BT, table)
         else:
-            embedded_BTD = encoder.embed_packed(ids_BT, rows_nD)
-        return self._lent(weights, partial(decode, encoder.decoder), embedded_BTD)
+            embedded_BTD = encoder.embed_packed(ids_BT, rows_RD)
+        return self._run_with(weights, partial(decode, encoder.decoder), embedded_BTD)
 
     @torch.no_grad()
     def packed(
         self, ids_T: Tensor, position_T: Tensor, segments: Segments, *, norm: bool = True
     ) -> Tensor:
-        """Last hidden states [T, D] of unmasked tokens in one row, after the final norm.
+        """Return hidden states [T, D] of a pack of unmasked trunks.
 
         Args:
-            norm: False: before it, for `final_norm`.
+            norm: whether to apply the final norm; if not, apply `final_norm` where it is needed.
         """
         encoder = self.encoder
         weights = self._weights()
@@ -162,19 +167,21 @@ class TargetEncoder:
         else:
             embedded_TD = encoder.embed_packed(ids_T, rows_RD)
         run = partial(encoder.packed_decoder, position_T=position_T, segments=segments, norm=norm)
-        return self._lent(weights, run, embedded_TD)
+        return self._run_with(weights, run, embedded_TD)
 
     def final_norm(self) -> tuple[Tensor, float]:
-        """Weight [D] and eps of the final RMSNorm, for those rows that `packed` is needed at."""
+        """Return weight [D] and eps of the final RMSNorm, to normalize single rows of `packed`."""
         norm = self.encoder.decoder.norm
-        own = self.encoder.is_lora  # LoRA shares the norms
-        weight_D = norm.weight if own else self._weights()["norm.weight"]
+        is_shared = self.encoder.is_lora  # LoRA does not train the norms
+        weight_D = norm.weight if is_shared else self._weights()["norm.weight"]
         return weight_D.detach(), norm.variance_epsilon
 
     @torch.no_grad()
     def measures(self) -> dict[str, float]:
-        """`distance`, ‖online - target‖ / ‖target‖ over the weights that are averaged; of a
-        tracked target also what its truncations cost."""
+        """Return `distance`, which is ‖online - target‖ / ‖target‖ over all averaged weights.
+
+        A tracked target adds what its truncations cost (`smbfast.model.averages.Tracked`).
+        """
         gap, norm = torch.stack([part.gap() for part in self.parts]).sum(0).tolist()
         measures = {"distance": (gap / max(norm, 1e-30)) ** 0.5}
         for part in self.parts:
@@ -183,18 +190,18 @@ class TargetEncoder:
 
     @torch.no_grad()
     def exact(self) -> dict[str, Tensor]:
-        """The averaged effective weights by name under the decoder, at full width."""
+        """Return the averaged effective weights in full precision by their name in the decoder."""
         return {n: w for part in self.parts for n, w in part.exact()}
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
+        """Return the tensors to save in a checkpoint."""
         return {n: w for part in self.parts for n, w in part.state().items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restore `state`; names and shapes must be those of this encoder.
+        """Restore the result of `state`.
 
         Raises:
-            ValueError: they are not.
+            ValueError: if names or shapes are not those of this encoder.
         """
         shares = [{n: w for n, w in state.items() if part.owns(n)} for part in self.parts]
         refuse_others({}, {n: w for n, w in state.items() if not any(n in s for s in shares)})
@@ -204,19 +211,20 @@ class TargetEncoder:
     def _weights(self) -> dict[str, Tensor]:
         return {n: w for part in self.parts for n, w in part.weights().items()}
 
-    def _lent(
+    def _run_with(
         self, weights: dict[str, Tensor], run: Callable[[Tensor], Tensor], embedded: Tensor
     ) -> Tensor:
-        """`run` on a decoder whose parameters are the averages."""
+        """Call `run` while `weights` stand in for the decoder's parameters."""
         encoder = self.encoder
-        inside = encoder.is_lora and self.form == "merged"  # the averages hold the adapters
-        with encoder.lm.disable_adapter() if inside else nullcontext():
+        lm: HfModule = encoder.lm
+        merged = encoder.is_lora and self.form == "merged"  # the averages include the adapters
+        with lm.disable_adapter() if merged else nullcontext():
             named = {f"decoder.{n}": w for n, w in weights.items()}
             return functional_call(_Decoder(encoder.decoder, run), named, embedded)
 
 
 class _Decoder(torch.nn.Module):
-    """A decoder as a module whose input is its embeddings."""
+    """Makes `run` the forward of a module that owns the decoder, as `functional_call` needs."""
 
     def __init__(self, decoder: torch.nn.Module, run: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -227,12 +235,13 @@ class _Decoder(torch.nn.Module):
 
 
 def target_bytes(encoder: PatientEncoder, form: TargetForm) -> int:
-    """Memory of the averages that such a target would hold."""
+    """Return the bytes that the averages of a target of this form take."""
     total, tracked = 0, form.resolved(encoder).name == "tracked"
     for source in _sources(encoder):
         weight = source.weight
         if source.b is not None and tracked:
-            (n, r), k = source.b.shape, source.a.shape[1]
+            b, a = source.factors
+            (n, r), k = b.shape, a.shape[1]
             total += 4 * (n + k) * form.columns(n, k, r)
         else:
             total += max(4, weight.element_size()) * weight.numel()
@@ -240,10 +249,11 @@ def target_bytes(encoder: PatientEncoder, form: TargetForm) -> int:
 
 
 def _sources(encoder: PatientEncoder) -> list[Source]:
-    """Every weight that is averaged; the trained token rows last."""
+    """List every weight that is averaged, the trained token rows last."""
     if not encoder.is_lora:
         trained = encoder.decoder.named_parameters()
         return [Source(n, p) for n, p in trained if p.requires_grad]
+    layers: dict[str, HfModule] = dict(encoder.lora_layers())
     sources = [
         Source(
             f"{name}.base_layer.weight",
@@ -252,7 +262,7 @@ def _sources(encoder: PatientEncoder) -> list[Source]:
             layer.lora_A["default"].weight,
             layer.scaling["default"],
         )
-        for name, layer in encoder.lora_layers().items()
+        for name, layer in layers.items()
     ]
     rows = encoder.trained_rows()
     return [*sources, Source(ROWS, rows[1])] if rows else sources

@@ -26,7 +26,7 @@ from smbfast.batch import pack_segments
 from smbfast.data.labels import find_tasks, read_labels, with_splits
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import NodeText, SharedWindow, distinct_nodes, node_texts, shared_windows
-from smbfast.data.packing import plan_rows
+from smbfast.data.packing import plan_micro_batches
 from smbfast.data.prepared import serializer_of
 from smbfast.data.tokens import TextEncoder
 from smbfast.model.backbone import PatientEncoder
@@ -141,7 +141,7 @@ def _rows(windows: Iterator[SharedWindow], tokens: int) -> Iterator[list[SharedW
     """Yield the windows of each forward, planned among few enough at a time to bound memory."""
     while group := _next_windows(windows, _PLANNED * tokens):
         size_W = np.array([len(window) for window in group])
-        for row in plan_rows(size_W, size_W, tokens):
+        for row in plan_micro_batches(size_W, size_W, tokens):
             yield [group[w] for w in row]
 
 

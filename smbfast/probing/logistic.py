@@ -75,4 +75,5 @@ def probe_binary(
             by = "tuning log loss: tuning has one class only" if one_class else "tuning AUROC"
             best = BinaryProbe(probability_N, penalty, by, converged)
             best_score = score
+    assert best is not None
     return best

@@ -8,10 +8,12 @@ vectorised.
 Shape suffixes: N label rows, B draws, P patients, G groups of equal score, E rows with an event.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+
+Name = TypeVar("Name", bound=Hashable)  # what a metric is called by
 
 Metric = Callable[[np.ndarray], np.ndarray]
 """Weights int [B, N] -> the metric of each draw, float64 [B]; nan where it is not defined."""
@@ -41,13 +43,13 @@ def patient_weights(subject_N: np.ndarray, draws: range, seed: int) -> np.ndarra
 
 
 def resampled(
-    metrics: dict[str, Metric], subject_N: np.ndarray, draws: int, seed: int
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    metrics: dict[Name, Metric], subject_N: np.ndarray, draws: int, seed: int
+) -> tuple[dict[Name, float], dict[Name, np.ndarray]]:
     """Return each metric on all rows, and in each of `draws` draws (the same for all metrics)."""
     whole_1N = np.ones((1, len(subject_N)), np.int32)
     values = {name: float(metric(whole_1N)[0]) for name, metric in metrics.items()}
     size = max(1, _CELLS // max(1, len(subject_N)))
-    drawn: dict[str, list[np.ndarray]] = {name: [np.empty(0)] for name in metrics}
+    drawn: dict[Name, list[np.ndarray]] = {name: [np.empty(0)] for name in metrics}
     for start in range(0, draws, size):
         weight_BN = patient_weights(subject_N, range(start, min(start + size, draws)), seed)
         for name, metric in metrics.items():

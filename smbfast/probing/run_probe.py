@@ -91,7 +91,8 @@ def run_probe(config: ProbeCommandSettings, say: Callable[[str], None] = print) 
     }
     for labels, result in zip(matched_tasks, measured, strict=True):
         if labels.kind == "binary" and result.score_N is not None:
-            _write_predictions(out / "predictions" / f"{labels.task}.parquet", labels, result)
+            file = out / "predictions" / f"{labels.task}.parquet"
+            _write_predictions(file, labels, result.score_N)
     with committed_file(out / "probe.json") as staging:
         staging.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     say(table(record))
@@ -140,13 +141,13 @@ def _oracle(data: Path, labels: Labels) -> dict[str, np.ndarray]:
     return full
 
 
-def _write_predictions(path: Path, labels: Labels, result: Measured) -> None:
+def _write_predictions(path: Path, labels: Labels, probability_N: np.ndarray) -> None:
     held_N = labels.split_N == "held_out"
-    probability_H = result.score_N[held_N]
+    probability_H = probability_N[held_N]
     columns = [
         pa.array(labels.subject_N[held_N]),
         pa.array(labels.time_N[held_N]).cast(pa.timestamp("us")),
-        pa.array(labels.value_N[held_N]),
+        pa.array(labels.binary_N[held_N]),
         pa.array(probability_H >= 0.5),
         pa.array(probability_H),
     ]

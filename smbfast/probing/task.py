@@ -88,8 +88,8 @@ def _not_measurable(labels: Labels) -> str | None:
     if empty:
         return f"no row with an embedding in {', '.join(empty)}"
     if labels.kind == "binary":
-        return logistic.not_measurable(labels.value_N, labels.split_N)
-    return survival.not_measurable(labels.duration_N, labels.event_N, labels.split_N)
+        return logistic.not_measurable(labels.binary_N, labels.split_N)
+    return survival.not_measurable(*labels.survival_N, labels.split_N)
 
 
 def _fit(
@@ -101,13 +101,12 @@ def _fit(
     if labels.kind == "binary":
         # each penalty is worth a line only where one takes minutes
         tell = progress if feature_NF.size > _LARGE else lambda _: None
-        fit = logistic.probe_binary(feature_NF, labels.value_N, labels.split_N, tell)
+        fit = logistic.probe_binary(feature_NF, labels.binary_N, labels.split_N, tell)
         chosen = {"C": fit.penalty, "by": fit.chosen_by, "converged": fit.converged}
         return fit.probability_N, chosen
     cox = survival.probe_survival(
         feature_NF,
-        labels.duration_N,
-        labels.event_N,
+        *labels.survival_N,
         labels.split_N,
         wanted=protocol.cox_components,
         seed=protocol.seed,
@@ -152,11 +151,11 @@ def _judge(
 def _metrics(held: Labels, score_H: np.ndarray) -> dict[str, resample.Metric]:
     if held.kind == "binary":
         return {
-            "auroc": resample.auroc(score_H, held.value_N),
-            "auprc": resample.auprc(score_H, held.value_N),
-            "brier": resample.brier(score_H, held.value_N),
+            "auroc": resample.auroc(score_H, held.binary_N),
+            "auprc": resample.auprc(score_H, held.binary_N),
+            "brier": resample.brier(score_H, held.binary_N),
         }
-    return {"c_index": resample.c_index(score_H, held.duration_N, held.event_N)}
+    return {"c_index": resample.c_index(score_H, *held.survival_N)}
 
 
 def _as_record(interval: resample.Interval) -> dict[str, float | None]:

@@ -11,6 +11,8 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 from xml.etree import ElementTree
 
 import matplotlib
@@ -39,7 +41,7 @@ BLUE, ORANGE, GREEN, PURPLE, GREY, INK = (
     "#8a8f98",
     "#1f2430",
 )
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "smbfast",
     "font.family": "DejaVu Sans",
@@ -96,9 +98,9 @@ def losses(phases: list[Phase]) -> str | None:
         ("sft", "Next-token loss (SFT)", "cross-entropy (nats / token)"),
         ("jepa", "Latent prediction loss (JEPA)", "mean squared error"),
     ):
-        shown = _with(phases, lambda phase, key=key: _known(phase.steps + phase.evals, key))
+        shown = [phase for phase in phases if _known(phase.steps + phase.evals, key)]
         if shown:
-            panels.append(lambda ax, s=shown, k=key, t=title, u=unit: _loss_panel(ax, s, k, t, u))
+            panels.append(partial(_loss_panel, phases=shown, key=key, title=title, unit=unit))
     return _draw("loss", panels, "Loss by optimizer step")
 
 
@@ -297,7 +299,7 @@ def _finite(records: list[Record], value_N: np.ndarray) -> tuple[np.ndarray, np.
     return column(records, "step")[finite_N], value_N[finite_N]
 
 
-def _plot(ax: Axes, step_N: np.ndarray, value_N: np.ndarray, **style: object) -> None:
+def _plot(ax: Axes, step_N: np.ndarray, value_N: np.ndarray, **style: Any) -> None:
     if len(step_N) > _POINTS:
         shown = np.unique(np.linspace(0, len(step_N) - 1, _POINTS).astype(int))
         step_N, value_N = step_N[shown], value_N[shown]

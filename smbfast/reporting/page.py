@@ -168,8 +168,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         known_N = known_N[known_N == known_N]
         facts.append((label, form.format(known_N[-1]) if len(known_N) else ""))
     speed_N = column(steps, "tokens_per_s")
-    speed_N = sorted(speed_N[speed_N == speed_N])
-    facts.append(("tokens / s, median", f"{speed_N[len(speed_N) // 2]:,.0f}" if speed_N else ""))
+    speeds = sorted(speed_N[speed_N == speed_N])
+    facts.append(("tokens / s, median", f"{speeds[len(speeds) // 2]:,.0f}" if speeds else ""))
     if run.status.get("command"):
         facts.append(("to go on", str(run.status["command"])))
     return [(label, value) for label, value in facts if value]

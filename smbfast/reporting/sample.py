@@ -60,7 +60,7 @@ def sample_of(prepared: Prepared, settings: TrainSettings) -> dict:
 
 
 def _texts(prepared: Prepared, ids: np.ndarray) -> list[str]:
-    return [prepared.tokenizer.decode([int(i)]) for i in ids]
+    return [str(prepared.tokenizer.decode([int(i)])) for i in ids]
 
 
 def _spans(window: Timeline) -> list[tuple[int, int]]:

@@ -1,8 +1,8 @@
-"""Checkpoints one can resume from, and the final folder that PEFT and transformers load.
+"""Checkpoints to resume a run from, and the final folder that PEFT and transformers load.
 
-safetensors and JSON only: nothing is ever unpickled. A checkpoint is a committed folder
-`step-000123/`; a damaged one is passed over for the next older, saying so. The loader's whole state
-is the step; draws are seeded by identity, so there is no random state to keep.
+Everything is safetensors or JSON, and nothing is ever unpickled. A checkpoint is a committed folder
+`step-000123/`. A damaged one is skipped with a message, and the next older one is used. The step is
+the loader's only state, and draws are seeded by identity, so a checkpoint holds no random state.
 """
 
 import json
@@ -12,19 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from smbfast.base.files import committed_folder, verify_folder
 from smbfast.model.backbone import PatientEncoder, load_adapter, load_lm, merged
+from smbfast.model.decoder import HfModule
 from smbfast.model.target import TargetEncoder
 from smbfast.run.optim import trained
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `latest` found: its record and where it stands."""
+    """A checkpoint that verified: its folder and the content of its `record.json`."""
 
     folder: Path
     record: dict
@@ -39,10 +41,15 @@ def save(
     record: dict,
     keep: int,
 ) -> Path:
-    """Write `checkpoints/step-NNNNNN` (steps done) and drop all but the newest `keep`.
+    """Write `checkpoints/step-NNNNNN` and delete all but the newest `keep` checkpoints.
+
+    Args:
+        step: the number of steps done.
+        record: written to `record.json`, with the step and the optimizer's counts.
+        keep: at least 1.
 
     Raises:
-        ValueError: a tensor is not finite. Nothing is written, older checkpoints stay.
+        ValueError: if a tensor is not finite. Then nothing is written and older checkpoints stay.
     """
     folder = run / "checkpoints" / f"step-{step:06d}"
     tensors = {f"model.{n}": p.detach() for n, p in trained(encoder).items()}
@@ -66,17 +73,17 @@ def save(
 
 
 def latest(run: Path, *, set_aside: bool = True) -> Checkpoint | None:
-    """The newest checkpoint that verifies.
+    """Return the newest checkpoint that verifies, or None.
 
-    A damaged one is named on stderr and, with `set_aside`, renamed to `damaged-step-...`, so that
-    it never counts among the newest that are to stay.
+    A damaged one is named on stderr. With `set_aside` it is also renamed to `damaged-step-...`, so
+    that it does not count among the checkpoints to keep.
     """
     for folder in reversed(_folders(run)):
         try:
             verify_folder(folder)
             return Checkpoint(folder, json.loads((folder / "record.json").read_text()))
         except ValueError as error:
-            print(f"smbfast: passing over a checkpoint: {error}", file=sys.stderr)
+            print(f"smbfast: skipping a damaged checkpoint: {error}", file=sys.stderr)
             if set_aside:
                 aside = folder.with_name(f"damaged-{folder.name}")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -87,10 +94,10 @@ def latest(run: Path, *, set_aside: bool = True) -> Checkpoint | None:
 def load(
     checkpoint: Checkpoint, encoder: PatientEncoder, optimizer: torch.optim.Optimizer
 ) -> TargetEncoder | None:
-    """Restore encoder and optimizer in place, and the target encoder if there was one.
+    """Restore encoder and optimizer in place; return the target encoder if one was saved.
 
     Raises:
-        ValueError: names or shapes are not those of this model.
+        ValueError: if names or shapes are not those of this model.
     """
     tensors = load_file(checkpoint.folder / "state.safetensors")
     restore(encoder, _part(tensors, "model."), checkpoint.folder)
@@ -112,17 +119,20 @@ def load(
 
 
 def restore(encoder: PatientEncoder, state: dict[str, Tensor], source: Path) -> None:
-    """Copy trained parameters into the encoder.
+    """Copy saved trained parameters into the encoder.
+
+    Args:
+        source: the folder that messages name.
 
     Raises:
-        ValueError: names or shapes are not those of this model.
+        ValueError: if names or shapes are not those of this model.
     """
     parameters = trained(encoder)
     if set(parameters) != set(state):
         raise ValueError(
             f"{source} must hold the {len(parameters)} trained tensors of this model; it holds "
             f"{len(set(state) & set(parameters))} of them and {len(set(state) - set(parameters))} "
-            "others: it is of another model"
+            "others, so it is of another model"
         )
     for name, parameter in parameters.items():
         if parameter.shape != state[name].shape:
@@ -142,17 +152,21 @@ def save_final(
     tokenizer: PreTrainedTokenizerBase,
     record: dict,
 ) -> None:
-    """A folder that `AutoTokenizer` and PEFT (or, trained whole, transformers) load by themselves.
+    """Write a folder that `AutoTokenizer` and PEFT load (transformers, if all weights are trained).
 
-    Beside the adapter or model: `predictor.safetensors` (predictor and mask vector), `smbfast.json`
-    and `target.safetensors`, the averages by their names under the decoder. Merged, `<name>` is the
-    averaged weight; where it is bf16, `<name>.remainder` makes it fp32 again
-    (`smbkernels.ema.join`). Tracked, the averaged weight of a linear is the base weight plus
-    lora_alpha / r `<linear>.u` `<linear>.v`. `token_rows` are the trained rows of the embedding.
+    Beside the adapter or model it holds `predictor.safetensors` (predictor and mask vector),
+    `smbfast.json` (`record`) and `target.safetensors`: the averages by their names in the decoder.
+    In merged form, `<name>` is the averaged weight; where it is bf16, `<name>.remainder` restores
+    fp32 (`smbkernels.ema.join`). In tracked form, the averaged weight of a linear is the base
+    weight plus lora_alpha / r `<linear>.u` `<linear>.v`. `token_rows` holds the average of the
+    trained rows of the embedding.
+
+    Raises:
+        ValueError: if a trained tensor is not finite. Then nothing is written.
     """
     _refuse_non_finite({f"model.{n}": p for n, p in trained(encoder).items()})
     with committed_folder(folder, replace=True) as staging:
-        encoder.lm.save_pretrained(staging)
+        encoder.lm.save_pretrained(str(staging))
         tokenizer.save_pretrained(staging)
         extra = {f"predictor.{n}": p for n, p in encoder.predictor.state_dict().items()}
         extra["mask_vector"] = encoder.mask_vector.detach()
@@ -165,7 +179,9 @@ def save_final(
 def _refuse_non_finite(tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} must be finite to be saved; it is not, nothing was written")
+            raise ValueError(
+                f"{name} must be finite to be saved; it is not, so nothing was written"
+            )
 
 
 def _optimizer_state(
@@ -194,7 +210,7 @@ def _folders(run: Path) -> list[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """By rename first, so that a crash never leaves a checkpoint with half its files."""
+    """Rename before deleting, so that a crash never leaves a checkpoint with half its files."""
     trash = folder.with_name(folder.name + ".trash")
     folder.rename(trash)
     shutil.rmtree(trash)
@@ -203,23 +219,23 @@ def _remove(folder: Path) -> None:
 def restore_final(
     folder: Path, device: torch.device
 ) -> tuple[PatientEncoder, TargetEncoder | None, dict]:
-    """The encoder of a final folder, its target encoder if it had one, and its record.
+    """Load the encoder of a final folder, its target encoder or None, and its record.
 
     Raises:
-        ValueError: not such a folder, damaged, or of a backbone that cannot be found.
+        ValueError: if it is no final folder, is damaged, or its backbone cannot be found.
     """
     folder = Path(folder)
     if not (folder / "smbfast.json").is_file():
         raise ValueError(f"{folder} must be the `final` folder of a run; it has no smbfast.json")
     manifest = verify_folder(folder)
     record = json.loads((folder / "smbfast.json").read_text())
-    if record["trains"] == "lora":
-        lm = load_lm(record["backbone"], getattr(torch, record["dtype"]))
-        if record["vocabulary"] > lm.get_input_embeddings().num_embeddings:
-            lm.resize_token_embeddings(record["vocabulary"], mean_resizing=False)
-        lm = load_adapter(lm, str(folder), trainable=True)
-    else:
-        lm = load_lm(str(folder), getattr(torch, record["dtype"]))
+    is_lora, dtype = record["trains"] == "lora", getattr(torch, record["dtype"])
+    base = load_lm(record["backbone"] if is_lora else str(folder), dtype)
+    lm: PreTrainedModel | PeftModel = base
+    if is_lora:
+        if record["vocabulary"] > base.get_input_embeddings().num_embeddings:
+            base.resize_token_embeddings(record["vocabulary"], mean_resizing=False)
+        lm = load_adapter(base, str(folder), trainable=True)
     encoder = PatientEncoder(lm, record["predictor_layers"]).to(device)
     extra = load_file(folder / "predictor.safetensors")
     encoder.predictor.load_state_dict(_part(extra, "predictor."))
@@ -233,7 +249,7 @@ def restore_final(
 
 @torch.no_grad()
 def export_merged(final: Path, folder: Path, device: torch.device) -> str:
-    """Write a final folder as a plain Hugging Face model; say how far its logits are from it."""
+    """Write a final folder as a plain Hugging Face model; return a line about its logits."""
     encoder, _, _ = restore_final(final, device)
     tokenizer = AutoTokenizer.from_pretrained(final, local_files_only=True)
     ids = torch.arange(64, device=device)[None] % len(tokenizer)
@@ -242,6 +258,7 @@ def export_merged(final: Path, folder: Path, device: torch.device) -> str:
     with committed_folder(folder, replace=True) as staging:
         lm.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-    plain = load_lm(str(folder), lm.dtype).to(device)
+    plain: HfModule = load_lm(str(folder), lm.dtype)
+    plain = plain.to(device)
     gap = (plain(input_ids=ids).logits.float() - logits).abs().max().item()
     return f"exported {folder}: largest difference of a logit to the trained model {gap:.1e}"

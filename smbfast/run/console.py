@@ -1,4 +1,4 @@
-"""What a person reads: the header of a run, warnings on the way, the card at its end."""
+"""What a run prints for people: its header, warnings, and the summary at its end."""
 
 import sys
 from pathlib import Path
@@ -10,6 +10,7 @@ from rich.text import Text
 from smbfast.base.progress import duration
 from smbfast.base.runtime import GIB, few, git_state, versions
 from smbfast.model.backbone import parameter_counts
+from smbfast.model.decoder import HfModule
 from smbfast.model.target import target_bytes
 from smbfast.reporting.runlog import GOOD_RATIO, HALF
 from smbfast.run.open_run import OpenRun
@@ -17,13 +18,14 @@ from smbfast.run.optim import total_steps
 
 
 def header(run: OpenRun) -> dict:
-    """Print the start header; return it as the first record of `metrics.jsonl`."""
+    """Print the header of a run, and return it as the first record of `metrics.jsonl`."""
     package_versions, data = versions(), _data_record(run)
     trained, total = parameter_counts(run.encoder)
     backbone = run.settings.model.path or "Qwen3 from scratch"
     how = "trained whole"
     if run.encoder.is_lora:
-        how = f"LoRA r{run.encoder.lm.peft_config['default'].r}"
+        lm: HfModule = run.encoder.lm
+        how = f"LoRA r{lm.peft_config['default'].r}"
     first = run.progress.step
     _card(
         [
@@ -58,7 +60,7 @@ def header(run: OpenRun) -> dict:
 
 
 def _data_record(run: OpenRun) -> dict:
-    """What the data came to, and what of it was left out."""
+    """Return the counts of the data: what is trained on, and what was left out."""
     counts, per_split = run.prepared.counts, run.prepared.record["counts"]
     unmapped = sum(run.prepared.record["unmapped"].values()) / max(counts["events"], 1)
     return {
@@ -119,7 +121,7 @@ def _step_rows(run: OpenRun, trained: int) -> list[tuple[str, str]]:
 
 
 def warn(health: dict, entry: dict) -> None:
-    """Say so when the target collapses or the predictor learns nothing, with what to try."""
+    """Warn if the target collapses or the predictor learns nothing, and say what to try."""
     if health.get("target_rank") is None:
         return
     if health["ratio"] > 1 and health["ratio"] >= entry.get("ratio", 0):
@@ -140,11 +142,11 @@ def _warning(text: str) -> None:
 
 
 def end_card(opened: OpenRun, training: float, health: dict) -> None:
-    """What came out, and the next commands.
+    """Print the results of a run and the commands that can follow.
 
     Args:
-        training: seconds spent training, by all processes.
-        health: of the last evaluation.
+        training: seconds spent training, by all processes of this run.
+        health: measures of the last evaluation.
     """
     run, settings, best = opened.folder, opened.settings, opened.progress.best
     rows = [("trained", f"{total_steps(settings)} steps in {duration(training)}")]
@@ -177,12 +179,12 @@ def end_card(opened: OpenRun, training: float, health: dict) -> None:
 
 
 def already_done(run: Path) -> None:
-    """A finished run says so."""
+    """Say that a run is finished already."""
     print(f"{run} is finished: {run}/report.html. Name another --run.dir for a new run.")
 
 
 def _card(rows: list[tuple[str, str]]) -> None:
-    """Rows of a name and a text; long ones are not wrapped, so that commands can be copied."""
+    """Print a name and a text per line, not wrapped, so that commands can be copied."""
     console = Console(highlight=False, emoji=False)
     for name, text in rows:
         console.print(

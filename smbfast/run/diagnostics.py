@@ -1,8 +1,8 @@
-"""Is the target collapsing, and is the predictor better than knowing nothing? Numbers for the log.
+"""Diagnostics of JEPA: whether the target collapses, and whether the predictor beats trivial ones.
 
-All in fp32 on the masked positions given, on the normalised targets that the loss sees.
+They are computed in fp32 at the given masked tokens, on the normalized targets that the loss reads.
 
-Legend: M masked positions, D width.
+Legend: M masked tokens, D width.
 """
 
 import torch
@@ -11,19 +11,20 @@ from torch import Tensor
 
 from smbfast.model.target import JepaStates
 
-RANK_ROWS = 4096  # rows that a rank is computed from: our choice
+RANK_ROWS = 4096  # tokens that a rank is computed from, at most: our choice
 
 
 @torch.no_grad()
 def diagnose(states: JepaStates, *, normalize: bool) -> dict[str, float]:
-    """Loss, trivial predictors and the spread of the target.
+    """Return the loss, the losses of trivial predictors, and the spread of the target.
 
-    - `jepa`: the loss; `trivial_mean`: the loss of the mean target of these positions, the best
-      constant; `trivial_copy`: that of copying the target state of the last visible token;
-      `ratio`: jepa over the better of the two.
-    - `target_std`, `target_std_p5`: standard deviation per dimension over positions, its mean and
-      5th percentile. `target_rank`, `online_rank`: effective rank, exp of the entropy of the
-      normalised singular values after centring (RankMe, arXiv 2210.02885).
+    - `jepa` is the loss. `trivial_mean` is the loss of predicting the mean target of these tokens,
+      the best constant. `trivial_copy` is the loss of copying the target's state of the last
+      unmasked token. `ratio` is `jepa` over the smaller of the two.
+    - `target_std` and `target_std_p5` are the mean and the 5th percentile over dimensions of the
+      standard deviation over tokens.
+    - `target_rank` and `online_rank` are effective ranks: exp of the entropy of the normalized
+      singular values after centring (RankMe, arXiv 2210.02885).
     """
     target_MD = normalized_target(states.target_MD.float(), normalize=normalize)
     previous_MD = normalized_target(states.previous_MD.float(), normalize=normalize)
@@ -45,7 +46,7 @@ def diagnose(states: JepaStates, *, normalize: bool) -> dict[str, float]:
 
 
 def effective_rank(rows_MD: Tensor) -> float:
-    """exp(entropy of the singular values, normalised to sum 1) of the centred rows."""
+    """Return exp(entropy) of the centred rows' singular values, normalized to sum 1."""
     if len(rows_MD) > RANK_ROWS:
         rows_MD = rows_MD[torch.linspace(0, len(rows_MD) - 1, RANK_ROWS).long()]
     centred = (rows_MD - rows_MD.mean(0)).double()

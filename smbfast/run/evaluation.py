@@ -1,10 +1,10 @@
-"""What a run measures: fixed tuning positions on the way, embeddings and probes at the end.
+"""What a run measures: losses on fixed tuning windows during training, and probes at its end.
 
-Legend: M masked positions, D width.
+Legend: M masked tokens, D width.
 """
 
 import json
-from pathlib import Path
+from functools import partial
 
 import torch
 
@@ -12,7 +12,7 @@ from smbfast import objective, reference
 from smbfast.base.files import write_text
 from smbfast.base.runtime import few
 from smbfast.batch import PackedBatch
-from smbfast.data.loader import FIXED, make_rows
+from smbfast.data.loader import FIXED, make_micro_batches
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import distinct_nodes, node_texts
 from smbfast.model.backbone import PatientEncoder, make_encoder
@@ -28,16 +28,24 @@ from smbfast.settings import PhaseSettings, ProbeCommandSettings, TrainSettings
 
 
 def fixed_batches(run: OpenRun) -> dict[bool, list[PackedBatch]]:
-    """The same tuning windows, cuts and masks at every evaluation.
+    """Return the tuning windows, cuts and masks that every evaluation uses.
 
-    By whether there is a target encoder: with it, the batches have masked branches.
+    The key True has the micro-batches with masked branches, for phases with a target encoder; the
+    key False has those without branches.
     """
     settings, tuning = run.settings, run.tuning
     count = min(settings.eval.windows, len(tuning))
     chosen = [tuning[i] for i in torch.linspace(0, len(tuning) - 1, count).long().tolist()]
-    draws = (chosen, settings.objective, settings.run.seed, FIXED)
-    layout = {"tokens": run.micro_tokens, "ratio": run.shape.attention_ratio}
-    return {jepa: make_rows(*draws, jepa=jepa, **layout) for jepa in (False, True)}
+    pack = partial(
+        make_micro_batches,
+        chosen,
+        settings.objective,
+        settings.run.seed,
+        FIXED,
+        tokens=run.micro_tokens,
+        ratio=run.shape.attention_ratio,
+    )
+    return {jepa: pack(jepa=jepa) for jepa in (False, True)}
 
 
 @torch.no_grad()
@@ -48,21 +56,21 @@ def evaluate(
     settings: TrainSettings,
     phase: PhaseSettings,
 ) -> dict:
-    """Losses on the fixed positions, and the health of the target if there is one.
+    """Return the losses on the fixed batches and, with a target, its diagnostics and distance.
 
-    `loss` is that of the phase, by which its best step is chosen.
+    `loss` is the weighted sum of the phase, by which the best step of the phase is chosen.
     """
     device = encoder.mask_vector.device
     batches = fixed[target is not None]
-    labels = sum(b.num_labels for b in batches)
+    num_labels = sum(b.num_labels for b in batches)
     path = objective if settings.objective.path == "shared" else reference
     measured = [path.measure(encoder, target, b.to(device)) for b in batches]
-    sft = sum(float(total) for total, _ in measured) / max(labels, 1)
+    sft = sum(float(total) for total, _ in measured) / max(num_labels, 1)
     values: dict = {"sft": sft, "jepa": None}
-    parts = [states for _, states in measured if states is not None]
-    if parts:
+    states_of = [states for _, states in measured if states is not None]
+    if target is not None and states_of:
         names = JepaStates.__dataclass_fields__
-        states = JepaStates(**{n: torch.cat([getattr(p, n) for p in parts]) for n in names})
+        states = JepaStates(**{n: torch.cat([getattr(s, n) for s in states_of]) for n in names})
         normalize = settings.objective.target_norm == "layer"
         values |= diagnose(states, normalize=normalize) | target.measures()
     values["loss"] = phase.w_sft * sft + phase.w_jepa * (values["jepa"] or 0.0)
@@ -78,10 +86,13 @@ def evaluate_step(
     entry: dict,
     log: MetricsLog,
 ) -> dict:
-    """Evaluate after step `step`, log it, warn, and write the model if it is the phase's best.
+    """Evaluate after `step` steps, log it, warn, and save the model if it is the phase's best.
 
     Args:
-        entry: the measures when the phase began, which warnings compare with.
+        entry: the measures when the phase began, with which warnings compare.
+
+    Returns:
+        The measures, as from `evaluate`.
     """
     health = evaluate(run.encoder, target, fixed, run.settings, phase)
     log.write("eval", step=step, phase=phase.name, **health)
@@ -94,14 +105,14 @@ def evaluate_step(
 
 
 def probe_run(run: OpenRun, target: TargetEncoder | None) -> None:
-    """Embed with the trained and the untrained encoder, and probe."""
+    """Embed decision nodes with the trained and the untrained encoder, and probe both."""
     settings, probe, prepared = run.settings, run.settings.probe, run.prepared
     if settings.data.path is None:
         sample = sample_of(prepared, settings)
         write_text(run.folder / "sample.json", json.dumps(sample))
     if not run.tasks:
         return
-    dataset = MedsDataset.open(Path(run.data.path))
+    dataset = MedsDataset.open(run.data.folder)
     nodes = distinct_nodes([labels for _, labels in run.tasks])
     serializer = prepared.serializer(dataset)
     untrained = make_encoder(

@@ -1,4 +1,4 @@
-"""A run's folder: which run it holds, how that stands, and the data it trains on."""
+"""The folder of a run: which run it holds, the status of that run, and its data."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from smbfast.data.preparing import check_prepared, prepare
 from smbfast.settings import DataSettings, TrainSettings
 from smbfast.simulation.dataset import simulate
 
-# what may differ between a run and its resumption: none of it changes a weight but by rounding
+# settings that may differ when a run resumes, as they change weights only by rounding, if at all
 FREE_KEYS = (
     "data.workers",
     "kernels",
@@ -33,10 +33,10 @@ FREE_KEYS = (
 
 
 def earlier(run: Path, settings: TrainSettings) -> str:
-    """What the run folder holds of this very run: "new" (nothing), "resumed" or "done".
+    """Return how far this run is in the folder: "new" (not begun), "resumed" or "done".
 
     Raises:
-        ValueError: the folder holds another run, or any run with `run.resume=never`.
+        ValueError: if the folder holds another run, or any run with `run.resume=never`.
     """
     config = run / "config.toml"
     if not config.is_file():
@@ -45,7 +45,7 @@ def earlier(run: Path, settings: TrainSettings) -> str:
         raise ValueError(
             f"{run} already holds a run and run.resume is never; name another --run.dir"
         )
-    # a setting that did not exist yet when the run began had its default
+    # a setting that did not exist when the run began counts as its default
     known = TrainSettings.model_construct().model_dump(mode="json", exclude={"phases"})
     then = _flat(known) | _flat(read_toml(config))
     now = _flat(settings.model_dump(mode="json"))
@@ -74,10 +74,10 @@ def _flat(values: object, prefix: str = "") -> dict[str, object]:
 
 
 def prepared_data(settings: TrainSettings, run: Path) -> tuple[DataSettings, Prepared]:
-    """The data settings with paths filled in, and the token shards."""
+    """Return the data settings with paths filled in, and the token shards; make what is missing."""
     data = settings.data
     if data.path is None:
-        # named by what it is: another number of patients is another cohort
+        # the name says which cohort it is, so other settings never reuse it
         cohort = run / f"cohort-{settings.cohort.patients}-{settings.cohort.seed}"
         if not cohort.is_dir():
             simulate(cohort, settings.cohort.patients, settings.cohort.seed)
@@ -91,12 +91,15 @@ def prepared_data(settings: TrainSettings, run: Path) -> tuple[DataSettings, Pre
 
 
 def read_tasks(settings: TrainSettings, data: DataSettings) -> list[tuple[Path, Labels]]:
-    """The tasks to probe, read and checked before anything is trained.
+    """Read and check the tasks to probe, before anything is trained.
+
+    Args:
+        data: from `prepared_data`, with its path filled in.
 
     Raises:
-        ValueError: a task that is not there, or labels that cannot be used.
+        ValueError: if a task does not exist, or its labels cannot be used.
     """
-    names, root = settings.probe.labels, Path(data.path)
+    names, root = settings.probe.labels, data.folder
     if names is None and settings.data.path is None:
         names = sorted(p.name for p in (root / "labels").iterdir() if p.is_dir())
     if not names:
@@ -112,21 +115,23 @@ def check_windows(windows: WindowSet, tuning: WindowSet, path: str | None) -> No
     """Raise a ValueError unless both splits have windows."""
     for split, window_set in (("train", windows), ("tuning", tuning)):
         if not len(window_set):
-            raise ValueError(f"{path}: split `{split}` must have subjects with timed events; none")
+            raise ValueError(
+                f"{path}: split `{split}` must have subjects with timed events; it has none"
+            )
 
 
 def write_status(run: Path, state: str, step: int, command: str) -> None:
-    """`status.json`: running, preempted, failed or done; and how to go on."""
+    """Write `status.json`: running, preempted, failed or done, and the command to continue."""
     content = {"state": state, "step": step, "command": command}
     write_text(run / "status.json", json.dumps(content, indent=1))
 
 
 def write_end(settings: TrainSettings, state: str) -> None:
-    """A run that had begun and broke says so in its status, with the command that goes on."""
+    """Set the status of a run that had begun and ended early to `state`."""
     try:
         status = settings.folder / "status.json"
         content = json.loads(status.read_text())
         if content["state"] == "running":
             write_text(status, json.dumps({**content, "state": state}, indent=1))
     except (OSError, ValueError, KeyError):
-        return  # no run had begun, or its folder cannot be written: the error itself is printed
+        return  # no run had begun, or its folder is not writable; the caller prints the error

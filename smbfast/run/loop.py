@@ -1,22 +1,19 @@
-"""The training loop: SFT, then JEPA, then embeddings at decision nodes, probes and a report.
+"""The training loop: the phases (SFT, then JEPA), then embeddings, probes and a report.
 
-`train` is one flat function, read from top to bottom. What it stands on: `open_run` (all
-that comes before the first step), `loader` (a step is a pure function of seed and number),
-`objective` (one forward for both losses; `reference` says what they are), `step` (forward,
-backward, update), `evaluation` and `checkpoint`.
+`train` is one flat function, to be read from top to bottom. It builds on `open_run` (all that
+comes before the first step), `loader` (a step is a pure function of seed and number), `objective`
+(one forward for both losses, specified by `reference`), `step` (forward, backward, update),
+`evaluation` and `checkpoint`.
 
-Between two lines of the log nothing waits for the device: counts are made with the batch, losses
-stay where they are, and a step whose gradient is not finite is skipped by the optimizer's own
-kernel. One exception is not ours to mend: on a GPU the truncation of a tracked target waits, every
+Between two lines of the log, the CPU never waits for the GPU: the loader counts tokens on the CPU,
+losses stay on the GPU, and the optimizer's own kernel skips a step whose gradient is not finite.
+There is one exception, inside a library: the truncation of a tracked target waits, every
 `tracked_every` steps.
 """
 
 import torch
 
-from smbfast.base.runtime import (
-    matmul_rate,
-    stop_on_signals,
-)
+from smbfast.base.runtime import matmul_rate, stop_on_signals
 from smbfast.data.loader import prefetched
 from smbfast.model.flops import step_flops
 from smbfast.model.target import TargetEncoder
@@ -35,11 +32,12 @@ from smbfast.settings import TrainSettings
 def train(settings: TrainSettings, command: str) -> str:
     """Run all phases of `settings`, from the start or from the newest checkpoint.
 
-    Returns "done", or "preempted" when a signal asked to stop (everything is saved then).
+    Returns:
+        "done", or "preempted" when a signal asked to stop; then everything is saved.
 
     Raises:
-        ValueError: bad data, a model that does not load, a run folder that is of another run.
-        RunFailed: the gradient was not finite several steps in a row.
+        ValueError: if data are bad, a model does not load, or the folder belongs to another run.
+        RunFailed: if the gradient was not finite in several steps in a row.
     """
     run = OpenRun.open(settings)
     encoder, target, first = run.encoder, run.take_target(), run.progress.step
@@ -49,7 +47,7 @@ def train(settings: TrainSettings, command: str) -> str:
     meter = Meter(total, first, matmul_rate(run.device, layer_dtype(encoder)))
     log = open_log(run)
     health: dict = {}
-    entry: dict = {}  # the health when the phase began
+    entry: dict = {}  # measures of the evaluation when the phase began
     write_status(run.folder, "running", first, command)
     with stop_on_signals() as stop:
         for batch in meter.waits(prefetched(run.steps_to_do(), pin=run.device.type == "cuda")):
@@ -59,24 +57,24 @@ def train(settings: TrainSettings, command: str) -> str:
                 target = None
             elif target is None:
                 target = TargetEncoder(encoder, run.target_form)
-            if at.begins:
+            if at.begins_phase:
                 health = entry = evaluate(encoder, target, fixed, settings, phase)
                 log.write("eval", step=step, phase=phase.name, **health)
             refuse_empty(batch, phase)
-            if checks_itself(settings) and (at.begins or step == first):
+            if checks_itself(settings) and (at.begins_phase or step == first):
                 gaps = self_check(encoder, target, run.windows, settings, step, phase)
                 log.write("self_check", step=step, phase=phase.name, **gaps)
 
             lr = learning_rate(settings, at)
             scales = LossScales.of(phase.w_sft, phase.w_jepa, batch.num_labels, batch.num_masked)
-            summed = forward_backward(losses, encoder, target, batch.micro, scales)
+            summed = forward_backward(losses, encoder, target, batch.micro_batches, scales)
             grad_norm = updater.step(lr, target, tau(settings, step))
-            # FLOPs of the shared forward: what the reference computes beyond it is no use
-            meter.add(batch, sum(step_flops(run.shape, m).total for m in batch.micro))
+            # FLOPs of the shared forward; what the reference path computes beyond them is waste
+            meter.add(batch, sum(step_flops(run.shape, m).total for m in batch.micro_batches))
 
-            # a signal may come at any moment: whether one came is read once
+            # a signal may come at any moment, so the flag is read only once per step
             due = due_after(settings, at, step + 1, first, bool(stop))
-            if due.anything:  # here the device is waited for
+            if due.anything:  # only here the CPU waits for the device
                 skipped = updater.report_skips(step + 1, phase.name)
             if due.log:
                 norm = None if skipped else float(grad_norm)

@@ -20,7 +20,10 @@ from smbfast.run.step import StepLosses
 
 
 class MetricsLog:
-    """Appends records; `offset` goes into a checkpoint, and a resumed run cuts the file there."""
+    """Appends records to `metrics.jsonl` and TensorBoard.
+
+    A checkpoint saves `offset`, and a resumed run truncates the file there.
+    """
 
     def __init__(self, run: Path, offset: int = 0, step: int = 0) -> None:
         self._path = run / "metrics.jsonl"
@@ -30,12 +33,12 @@ class MetricsLog:
 
     @property
     def offset(self) -> int:
-        """Bytes written so far."""
+        """The number of bytes written so far."""
         self._file.flush()
         return self._path.stat().st_size
 
     def write(self, kind: str, **values: object) -> None:
-        """One line, and its numbers as TensorBoard scalars."""
+        """Write one line; numbers of steps and evaluations also become TensorBoard scalars."""
         self._file.write(json.dumps({"kind": kind, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
@@ -43,23 +46,29 @@ class MetricsLog:
                 self._board.add_scalar(f"{kind}/{name}", value, values.get("step"))
 
     def close(self) -> None:
-        """Flush everything."""
+        """Flush and close both."""
         self._file.close()
         self._board.close()
 
 
 class Meter:
-    """How fast a run is, the share of time waiting for data, and the time left."""
+    """Measures how fast a run is, how long it waits for data, and the time left."""
 
     def __init__(self, total_steps: int, step: int, ceiling: float) -> None:
-        """Args: `ceiling`, the FLOP/s of a large matrix product on this device."""
+        """Start to measure.
+
+        Args:
+            total_steps: steps of the run.
+            step: steps done before.
+            ceiling: FLOP/s of a large matrix product on this device.
+        """
         self._total, self._first, self._begin = total_steps, step, time.monotonic()
         self._ceiling, self._mark = ceiling, self._begin
         self._tokens = self._masked = self._flops = 0
         self._waited = 0.0
 
     def waits(self, steps: Iterable[Step]) -> Iterator[Step]:
-        """The steps themselves; what the loop waits for each of them is counted."""
+        """Yield the steps, and add up the time that the loop waits for each."""
         steps = iter(steps)
         while True:
             asked = time.monotonic()
@@ -70,14 +79,17 @@ class Meter:
             yield step
 
     def add(self, step: Step, flops: int) -> None:
-        """Count a step."""
+        """Count a step that was done, with the FLOPs of its matrix products."""
         self._tokens += step.num_tokens
         self._masked += step.num_masked
         self._flops += flops
 
     def read(self, step: int) -> dict[str, float]:
-        """Since the last reading: `tokens_per_s` (of trunks, each once), `masked_per_s`, `matmul`
-        (FLOPs of the matrix products over the ceiling's), `wait`; and `eta` in seconds."""
+        """Return the speed since the last call, and `eta`, the seconds left after `step` steps.
+
+        `tokens_per_s` counts trunks, each once. `matmul` is the share of the ceiling that matrix
+        products reach, and `wait` is the share of time spent waiting for data.
+        """
         now = time.monotonic()
         spent = max(now - self._mark, 1e-9)
         pace = (now - self._begin) / max(step - self._first, 1)
@@ -93,10 +105,10 @@ class Meter:
 
 
 def open_log(run: OpenRun) -> MetricsLog:
-    """The log of a run, with its header printed; a new run's configuration is written."""
+    """Open the log of a run and print the header; a new run also writes `config.toml`."""
     progress = run.progress
     log = MetricsLog(run.folder, progress.metrics_offset, progress.step)
-    if not progress.step:  # from here on the folder is this run's: what could be mended was
+    if not progress.step:  # from here on, the folder belongs to this run
         write_text(run.folder / "config.toml", to_toml(run.settings))
     header = console.header(run)
     if not progress.step:
@@ -115,13 +127,13 @@ def log_step(
     grad_norm: float | None,
     pace: dict[str, float],
 ) -> None:
-    """Log and print an optimizer step: losses are means over the whole step, without weights.
+    """Log and print an optimizer step, with its unweighted mean losses.
 
     Args:
-        summed: weighted losses of the step; reading them waits for the device.
-        health: of the last evaluation.
-        grad_norm: None: the step was skipped.
-        pace: what the meter read.
+        summed: the weighted losses of the step; reading them waits for the device.
+        health: measures of the last evaluation.
+        grad_norm: None if the step was skipped.
+        pace: from `Meter.read`.
     """
     phase = place(run.settings, step.index).phase
     record = {
@@ -142,7 +154,7 @@ def log_step(
 
 
 def step_line(record: dict, total: int, health: dict | None) -> str:
-    """One plain line: it ends up in job logs."""
+    """Return a step as one plain line, which suits the log of a job."""
     parts = [f"step {record['step']}/{total}", f"{record['phase']:<9}"]
     parts.append(f"sft {_number(record['sft'])}  jepa {_number(record['jepa'])}")
     norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"

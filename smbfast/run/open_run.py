@@ -1,7 +1,7 @@
-"""What a run is opened with: data, windows, model, optimizer, checkpoint, micro-batch.
+"""Opens a run: data, windows, model, optimizer, newest checkpoint, and the size of micro-batches.
 
-Training and its preflight open a run by the same call, so that what the second predicts is what
-the first does, of a new run and of one that goes on.
+Training and its preflight open a run by the same call, so the preflight predicts what training
+does, for a new run and for one that resumes.
 """
 
 import time
@@ -26,59 +26,59 @@ from smbfast.run.optim import make_optimizer, place, total_steps
 from smbfast.run.startup import micro_tokens
 from smbfast.settings import DataSettings, TrainSettings
 
-Report = Callable[[str, str], None]  # name of a part of the run, and what is to be said of it
+Report = Callable[[str, str], None]  # called with the name of a stage and a text about it
 
 
 @dataclass
 class Progress:
-    """How far a run is: what a checkpoint records beside its tensors."""
+    """How far a run is; a checkpoint records this beside its tensors."""
 
-    step: int = 0  # steps done
-    metrics_offset: int = 0  # bytes of metrics.jsonl that belong to them
-    best: dict[str, dict] = field(default_factory=dict)  # by phase: loss and step
-    seconds: float = 0.0  # spent training
-    micro_tokens: int | None = None  # tokens of a micro-batch, as the run began with
+    step: int = 0  # number of steps done
+    metrics_offset: int = 0  # bytes of metrics.jsonl that were written by then
+    best: dict[str, dict] = field(default_factory=dict)  # per phase: loss and step
+    seconds: float = 0.0  # time spent training
+    micro_tokens: int | None = None  # tokens of a micro-batch, chosen when the run began
 
     @classmethod
     def of(cls, record: dict) -> "Progress":
-        """From a checkpoint's record; what an older one lacks has its default."""
+        """Read it from a checkpoint's record; a key that an older record lacks has its default."""
         return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
 
 
 @dataclass
 class OpenRun:
-    """A run that is ready for its next step."""
+    """A run that is ready for its next step: everything that `train` works on."""
 
     settings: TrainSettings
     device: torch.device
-    data: DataSettings  # with the path of the simulated cohort filled in
+    data: DataSettings  # with its path filled in if the cohort is simulated
     prepared: Prepared
     windows: WindowSet
     tuning: WindowSet
-    tasks: list[tuple[Path, Labels]]  # probed at the end; read before, so that a typo costs nothing
+    tasks: list[tuple[Path, Labels]]  # probed at the end, but read now to find mistakes early
     encoder: PatientEncoder
     optimizer: torch.optim.Optimizer
-    target: TargetEncoder | None  # of the checkpoint, if it has one; see `take_target`
+    target: TargetEncoder | None  # from the checkpoint, if it has one; see `take_target`
     progress: Progress
     micro_tokens: int  # online tokens of a micro-batch
-    predicted_peak: int  # bytes; 0: not predicted
-    bytes_before: int  # held by the process before there was a model
-    began: float  # time.monotonic() when it was opened
+    predicted_peak: int  # bytes, or 0 if it is not predicted
+    bytes_before: int  # memory of the process before the model was made
+    start_time: float  # time.monotonic() when the run was opened
 
     @classmethod
     def open(
         cls, settings: TrainSettings, *, set_aside: bool = True, report: Report | None = None
     ) -> "OpenRun":
-        """Prepare the data, make the model, and go on from the newest checkpoint if there is one.
+        """Prepare the data, make the model, and load the newest checkpoint if there is one.
 
         Args:
-            set_aside: move damaged checkpoints aside; otherwise they are only passed over.
-            report: called after each part.
+            set_aside: whether to rename damaged checkpoints; otherwise they are only skipped.
+            report: called after each stage.
 
         Raises:
-            ValueError: bad data, a model that does not load, a checkpoint of another model.
+            ValueError: if data are bad, or the model or a checkpoint does not load.
         """
-        began, device = time.monotonic(), choose_device(settings.run.device)
+        start_time, device = time.monotonic(), choose_device(settings.run.device)
         folder = settings.folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         report = report or (lambda _name, _text: None)
@@ -120,32 +120,32 @@ class OpenRun:
             micro_tokens=tokens,
             predicted_peak=peak,
             bytes_before=bytes_before,
-            began=began,
+            start_time=start_time,
         )
 
     def take_target(self) -> TargetEncoder | None:
-        """The checkpoint's target encoder, for the caller alone: freed when it lets go of it."""
+        """Hand over the checkpoint's target encoder, so that the caller alone decides its life."""
         target, self.target = self.target, None
         return target
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
+        """The folder of the run."""
         return self.settings.folder
 
     @cached_property
     def target_form(self) -> TargetForm:
-        """The form of its target encoder: merged or tracked."""
+        """The form of the target encoder: merged or tracked."""
         return TargetForm.of(self.settings.objective).resolved(self.encoder)
 
     @cached_property
     def shape(self) -> ModelShape:
-        """What the FLOPs of a step follow from."""
+        """The sizes from which the FLOPs of a step follow."""
         form = self.target_form
         return ModelShape.of(self.encoder, tracked=form if form.name == "tracked" else None)
 
     def make_step(self, index: int) -> Step:
-        """The micro-batches of optimizer step `index` (from 0, over all phases)."""
+        """Draw and pack optimizer step `index` (from 0, over all phases)."""
         phase = place(self.settings, index).phase
         return make_step(
             self.windows,
@@ -160,16 +160,16 @@ class OpenRun:
         )
 
     def steps_to_do(self) -> Iterator[Callable[[], Step]]:
-        """What makes each step that is left, in order."""
+        """Yield a function for each step that is left, in order, which makes that step."""
         for index in range(self.progress.step, total_steps(self.settings)):
             yield partial(self.make_step, index)
 
     def seconds(self) -> float:
-        """Spent on this run, by earlier processes and by this one."""
-        return self.progress.seconds + time.monotonic() - self.began
+        """Return the seconds spent on this run, by earlier processes and by this one."""
+        return self.progress.seconds + time.monotonic() - self.start_time
 
     def save(self, target: TargetEncoder | None, step: int, offset: int, command: str) -> None:
-        """Write a checkpoint after step `step`, with `offset` bytes of metrics.jsonl."""
+        """Write a checkpoint after `step` steps, when metrics.jsonl has `offset` bytes."""
         record = {
             "metrics_offset": offset,
             "best": self.progress.best,
@@ -182,13 +182,13 @@ class OpenRun:
         write_status(self.folder, "running", step, command)
 
     def save_model(self, folder: Path, target: TargetEncoder | None, step: int) -> None:
-        """Write the model after step `step` as transformers and PEFT load it."""
+        """Write the model after `step` steps, in the format that transformers and PEFT load."""
         record, tokenizer = _model_record(self, step), self.prepared.tokenizer
         checkpoint.save_final(folder, self.encoder, target, tokenizer, record)
 
 
 def _model_record(run: OpenRun, step: int) -> dict:
-    """What loading the model needs to know beside its tensors."""
+    """Return what loading the model needs beside its tensors."""
     settings, prepared = run.settings, run.prepared
     return {
         "trains": settings.trains,
@@ -208,7 +208,7 @@ def _model_record(run: OpenRun, step: int) -> dict:
 
 
 def _lasting(path: str | None) -> str | None:
-    """A local folder by its absolute path, so that it is found from anywhere."""
+    """Return a local folder as an absolute path, which is valid in any working directory."""
     return str(Path(path).resolve()) if path and Path(path).is_dir() else path
 
 

@@ -1,4 +1,4 @@
-"""AdamW over the trained parameters, and the schedules of a run as functions of the step."""
+"""AdamW over the trained parameters, and the schedules of a run as pure functions of the step."""
 
 import math
 from dataclasses import dataclass
@@ -14,30 +14,30 @@ DEFAULT_LR = {"lora": 2e-4, "all": 1e-3}  # our choice
 
 @dataclass(frozen=True)
 class Place:
-    """Where a step lies: its phase, and the step within it (from 0)."""
+    """The position of a step in the schedule."""
 
     phase: PhaseSettings
-    index: int
-    step: int
+    phase_index: int  # number of the phase, from 0
+    phase_step: int  # number of the step in its phase, from 0
 
     @property
-    def begins(self) -> bool:
+    def begins_phase(self) -> bool:
         """Whether this is the first step of the phase."""
-        return self.step == 0
+        return self.phase_step == 0
 
 
 def place(settings: TrainSettings, step: int) -> Place:
-    """The phase of step `step` (from 0, over all phases)."""
+    """Return the place of step `step` (from 0, over all phases)."""
     for index, phase in enumerate(settings.phases):
         if step < phase.steps:
             return Place(phase, index, step)
         step -= phase.steps
-    raise AssertionError("a step beyond the last phase")
+    raise AssertionError("the step is beyond the last phase")
 
 
 @dataclass(frozen=True)
 class Due:
-    """What is to be done after a step."""
+    """What to do after a step."""
 
     log: bool
     evaluate: bool
@@ -46,17 +46,18 @@ class Due:
 
     @property
     def anything(self) -> bool:
-        """Whether the device is waited for after this step."""
+        """Whether there is something to do that waits for the device."""
         return self.log or self.evaluate or self.save
 
 
 def due_after(settings: TrainSettings, at: Place, done: int, first: int, stop: bool) -> Due:
-    """What is due once `done` steps are done, in a process that began after step `first`.
+    """Return what to do once `done` steps are done, in a process that began after `first` steps.
 
     Args:
-        stop: a signal has asked to stop.
+        at: the place of the step that was just done.
+        stop: whether a signal asked to stop.
     """
-    run, last = settings.run, at.step + 1 == at.phase.steps
+    run, last = settings.run, at.phase_step + 1 == at.phase.steps
     return Due(
         log=done % run.log_every == 0 or last or done == first + 1,
         evaluate=done % settings.eval.every == 0 or last,
@@ -66,23 +67,23 @@ def due_after(settings: TrainSettings, at: Place, done: int, first: int, stop: b
 
 
 def total_steps(settings: TrainSettings) -> int:
-    """Optimizer steps of all phases."""
+    """Return the number of optimizer steps of all phases."""
     return sum(p.steps for p in settings.phases)
 
 
 def learning_rate(settings: TrainSettings, at: Place) -> float:
-    """Linear warm-up, then a cosine to `min_lr` of the peak at the end of the phase."""
+    """Return the learning rate: linear warm-up, then a cosine to `min_lr` of the phase's peak."""
     peak = at.phase.lr or DEFAULT_LR[settings.trains]
     warmup = min(at.phase.warmup, at.phase.steps - 1)
-    if at.step < warmup:
-        return peak * (at.step + 1) / warmup
-    done = (at.step - warmup) / max(at.phase.steps - 1 - warmup, 1)
+    if at.phase_step < warmup:
+        return peak * (at.phase_step + 1) / warmup
+    done = (at.phase_step - warmup) / max(at.phase.steps - 1 - warmup, 1)
     low = settings.optim.min_lr
     return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def tau(settings: TrainSettings, step: int) -> float:
-    """The EMA decay at a step: fixed, or linear to `tau_end` over the run."""
+    """Return the EMA decay at a step: constant, or linear to `tau_end` over the run."""
     start, end = settings.objective.tau, settings.objective.tau_end
     if end is None:
         return start
@@ -90,11 +91,13 @@ def tau(settings: TrainSettings, step: int) -> float:
 
 
 def make_optimizer(encoder: PatientEncoder, optim: OptimSettings) -> torch.optim.AdamW:
-    """AdamW; weight decay only on matrices that are trained whole.
+    """Return AdamW with weight decay only on matrices that are trained whole.
 
-    Fused: one pass over all parameters, and a step that `found_inf` marks is skipped on the device.
+    It is fused: one pass over all parameters, which skips a step on the device when `found_inf`
+    is set.
     """
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in encoder.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -109,5 +112,5 @@ def make_optimizer(encoder: PatientEncoder, optim: OptimSettings) -> torch.optim
 
 
 def trained(encoder: nn.Module) -> dict[str, nn.Parameter]:
-    """Trained parameters by name, in the order the optimizer's state is kept in."""
+    """Return trained parameters by name, in the order of the optimizer's saved state."""
     return {n: p for n, p in encoder.named_parameters() if p.requires_grad}

@@ -1,8 +1,8 @@
-"""The preflight of a run: what training would meet, met before it, in a minute or so.
+"""The preflight of a run: finds in about a minute what would stop training later.
 
-The stages of a run in their order, each with what it found and how long it took. Nothing of a run
-is written but the simulated cohort and the token shards, which training finds and uses; an existing
-run's checkpoints are not touched.
+It goes through the stages of a run in order, and prints the result and the duration of each. It
+writes only the simulated cohort and the token shards, which training then uses. The checkpoints of
+an existing run stay as they are.
 """
 
 import tempfile
@@ -16,12 +16,7 @@ import torch
 from torch import Tensor
 
 from smbfast.base.progress import duration
-from smbfast.base.runtime import (
-    GIB,
-    choose_device,
-    held_memory,
-    reset_peak_memory,
-)
+from smbfast.base.runtime import GIB, choose_device, held_memory, reset_peak_memory
 from smbfast.batch import PackedBatch
 from smbfast.data.loader import Step
 from smbfast.model.backbone import PatientEncoder
@@ -34,54 +29,54 @@ from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import trained
 from smbfast.run.startup import checks_itself, losses_of, self_check
 from smbfast.run.step import LossScales, Updater, forward_backward
-from smbfast.settings import (
-    PhaseSettings,
-    TrainSettings,
-)
+from smbfast.settings import PhaseSettings, TrainSettings
 
-LOOK = 64  # steps of a phase whose packs are looked at, the first epoch at most
-TIMED = 8  # micro-batches of a step that are timed
-ALLOWED = {"cuda": 0.10, "cpu": 0.20}  # share of the measured memory that a prediction may be off
-SMALL = 512 << 20  # bytes: below, what libraries take at their first use decides on a CPU
+LOOK = 64  # steps per phase whose packs are inspected, at most the first epoch
+TIMED = 8  # micro-batches per phase that are timed
+ALLOWED = {
+    "cuda": 0.10,
+    "cpu": 0.20,
+}  # allowed error of the prediction, relative to the measurement
+SMALL = 512 << 20  # bytes: on a CPU, what libraries allocate at first use hides smaller peaks
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A phase: its first step, and what was seen of its packs."""
+class PhasePlan:
+    """A phase with its first step, and a summary of its micro-batches."""
 
     phase: PhaseSettings
     first: int  # number of its first step
-    step: Step
-    worst: PackedBatch
-    tokens: float  # online tokens of a step, on average
+    step: Step  # that step
+    largest: PackedBatch  # the micro-batch with the most online tokens
+    mean_tokens: float  # online tokens per step
 
     @property
     def scales(self) -> LossScales:
-        """Of the losses of its first step."""
+        """The loss scales of its first step."""
         return LossScales.of(
             self.phase.w_sft, self.phase.w_jepa, self.step.num_labels, self.step.num_masked
         )
 
 
 def check(settings: TrainSettings) -> None:
-    """Go through the stages, printing.
+    """Go through the stages of a run and print each.
 
     Raises:
-        ValueError: something would keep the run from starting or from going on.
+        ValueError: if something would keep the run from starting or from finishing.
     """
     device, state = choose_device(settings.run.device), earlier(settings.folder, settings)
     print(f"checking {settings.preset} on {device}; {settings.folder} is {state}", flush=True)
     stages = _Stages()
     run = OpenRun.open(settings, set_aside=False, report=stages.done)
     plans = list(_plans(run))
-    plan = max(plans, key=lambda p: p.worst.segments.tokens)
-    segments = plan.worst.segments
-    num_segments = len(plan.worst.rows)
+    plan = max(plans, key=lambda p: p.largest.segments.tokens)
+    segments = plan.largest.segments
+    num_segments = len(plan.largest.segment_tuples)
     stages.done("plan", f"largest pack {segments.tokens:,} tokens, {num_segments} segments")
     losses, target = losses_of(settings), run.take_target()
     if target is None and any(p.phase.w_jepa > 0 for p in plans):
         target = TargetEncoder(run.encoder, run.target_form)
-    stages.done("worst pack", _worst_pack(run, target, plan, losses))
+    stages.done("worst pack", _largest_pack(run, target, plan, losses))
     if checks_itself(settings):
         gaps = self_check(run.encoder, target, run.windows, settings, plan.first, plan.phase)
         pairs = ", ".join(f"{name} {value:.1e}" for name, value in gaps.items())
@@ -93,7 +88,7 @@ def check(settings: TrainSettings) -> None:
 
 
 class _Stages:
-    """Prints a line for each stage: what it came to, and the seconds it took."""
+    """Prints a line for each stage: its result, and the seconds it took."""
 
     def __init__(self) -> None:
         self._start = time.monotonic()
@@ -104,45 +99,47 @@ class _Stages:
         self._start = now
 
 
-def _plans(run: OpenRun) -> Iterator[Plan]:
+def _plans(run: OpenRun) -> Iterator[PhasePlan]:
     settings, first = run.settings, 0
     epoch = -(-len(run.windows) // settings.optim.batch)
     for phase in settings.phases:
         look = min(LOOK, epoch, phase.steps)
-        opening, worst, tokens = None, None, 0
+        first_step, largest, tokens = None, None, 0
         for index in range(first, first + look):
             step = run.make_step(index)
-            opening = opening or step
-            tokens += sum(m.segments.tokens for m in step.micro)
-            for micro in step.micro:
-                if worst is None or micro.segments.tokens > worst.segments.tokens:
-                    worst = micro
-        if opening is None or worst is None or not (phase.w_sft > 0 or opening.num_masked):
+            first_step = first_step or step
+            tokens += sum(m.segments.tokens for m in step.micro_batches)
+            for micro in step.micro_batches:
+                if largest is None or micro.segments.tokens > largest.segments.tokens:
+                    largest = micro
+        if not (first_step and largest and (phase.w_sft > 0 or first_step.num_masked)):
             raise ValueError(
                 f"phase `{phase.name}` has a step with nothing to predict: raise data.window or "
                 "optim.batch, or lower objective.min_future"
             )
-        yield Plan(phase, first, opening, worst, tokens / look)
+        yield PhasePlan(phase, first, first_step, largest, tokens / look)
         first += phase.steps
 
 
-def _worst_pack(run: OpenRun, target: TargetEncoder | None, plan: Plan, losses: Losses) -> str:
-    """Run it forward, backward and through the optimizer, whose learning rate is 0 here."""
+def _largest_pack(
+    run: OpenRun, target: TargetEncoder | None, plan: PhasePlan, losses: Losses
+) -> str:
+    """Run the largest pack through a whole step with learning rate 0; return time and memory."""
     device, updater = run.device, Updater(run.optimizer, run.settings.optim.clip)
     predicted = predict_peak(
         run.encoder,
-        plan.worst,
+        plan.largest,
         partial(losses, **plan.scales._asdict()),
         target=run.target_form if target else None,
         accumulates=False,
     ).total
-    smallest = min(plan.step.micro, key=lambda m: m.segments.tokens)
+    smallest = min(plan.step.micro_batches, key=lambda m: m.segments.tokens)
     forward_backward(losses, run.encoder, target, [smallest], plan.scales)
     updater.step(lr=0.0)
-    tokens = plan.worst.segments.tokens
+    tokens = plan.largest.segments.tokens
     resettable, start = reset_peak_memory(device), time.monotonic()
     try:
-        forward_backward(losses, run.encoder, target, [plan.worst], plan.scales)
+        forward_backward(losses, run.encoder, target, [plan.largest], plan.scales)
     except torch.OutOfMemoryError:
         raise ValueError(
             f"the largest pack, {tokens:,} tokens, does not fit in memory: lower "
@@ -155,7 +152,7 @@ def _worst_pack(run: OpenRun, target: TargetEncoder | None, plan: Plan, losses: 
         raise ValueError("the gradient of the largest pack must be finite; it is not")
     text = f"{tokens:,} tokens in {seconds:.2f} s; predicted {predicted / GIB:.2f} GiB"
     if not resettable:
-        return f"{text}, the peak cannot be measured here"
+        return f"{text}; the peak cannot be measured on this system"
     measured = peak - run.bytes_before
     return f"{text}, measured {measured / GIB:.2f} ({_verdict(predicted, measured, device)})"
 
@@ -163,24 +160,26 @@ def _worst_pack(run: OpenRun, target: TargetEncoder | None, plan: Plan, losses: 
 def _verdict(predicted: int, measured: int, device: torch.device) -> str:
     allowed, error = ALLOWED[device.type], predicted / max(measured, 1) - 1
     if device.type == "cpu" and measured < SMALL:
-        return "too small to tell from the process"
+        return "too small to compare"
     verdict = "within" if abs(error) <= allowed else "NOT within"
     return f"{error:+.0%}: {verdict} {allowed:.0%}"
 
 
-def _times(run: OpenRun, target: TargetEncoder | None, plans: list[Plan], losses: Losses) -> str:
-    """Measured on the first packs of each phase's first step; of the run an estimate."""
+def _times(
+    run: OpenRun, target: TargetEncoder | None, plans: list[PhasePlan], losses: Losses
+) -> str:
+    """Time the first micro-batches of each phase, and return estimates for steps and the run."""
     texts, whole = [], 0.0
     for plan in plans:
         phase = plan.phase
-        micros = [m.to(run.device) for m in plan.step.micro[:TIMED]]
+        micros = [m.to(run.device) for m in plan.step.micro_batches[:TIMED]]
         start = _synchronized(run.device)
         forward_backward(
             losses, run.encoder, target if phase.w_jepa > 0 else None, micros, plan.scales
         )
         seconds = _synchronized(run.device) - start
         run.encoder.zero_grad(set_to_none=True)
-        step = seconds * plan.tokens / sum(m.segments.tokens for m in micros)
+        step = seconds * plan.mean_tokens / sum(m.segments.tokens for m in micros)
         whole += step * phase.steps
         texts.append(
             f"{phase.name} {step:.2f} s a step, {duration(step * phase.steps)} for {phase.steps}"
@@ -189,7 +188,7 @@ def _times(run: OpenRun, target: TargetEncoder | None, plans: list[Plan], losses
 
 
 def _round_trip(run: OpenRun, target: TargetEncoder | None) -> str:
-    """Save, verify, overwrite what was saved, load, compare."""
+    """Save a checkpoint, verify it, erase the state, load it again, and compare."""
     encoder, optimizer = run.encoder, run.optimizer
     before = _state(encoder, target, optimizer)
     with tempfile.TemporaryDirectory(prefix="check-", dir=run.folder) as folder:
@@ -207,8 +206,8 @@ def _round_trip(run: OpenRun, target: TargetEncoder | None) -> str:
     changed = [n for n in before.keys() | after.keys() if not _same(before.get(n), after.get(n))]
     if changed:
         raise ValueError(
-            f"a checkpoint must give back what was saved; {len(changed)} of {len(before)} tensors "
-            f"differ, such as {min(changed)}"
+            f"loading a checkpoint must restore what was saved; {len(changed)} of {len(before)} "
+            f"tensors differ, such as {min(changed)}"
         )
     return f"{len(before)} tensors, {size / GIB:.2f} GiB, the same bit for bit after loading"
 
@@ -230,7 +229,7 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _synchronized(device: torch.device) -> float:
-    """The time, once the device has done what it was given."""
+    """Wait until the device has finished its work, and return the time in seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.monotonic()

@@ -1,5 +1,6 @@
-"""Before the first step: how many tokens a forward may have, and whether the shared forward
-computes what the reference does.
+"""Two things before the first step: the size of micro-batches, and the self-check.
+
+The self-check compares the shared forward with the reference on the run's own model and data.
 """
 
 import math
@@ -27,16 +28,17 @@ from smbfast.objective import Losses
 from smbfast.run.step import LossScales, backward
 from smbfast.settings import PhaseSettings, TrainSettings
 
-MOST_ON_CPU = 4096  # tokens: as far as what a CPU needs was compared with its prediction
-SLICE = 1024  # tokens of the windows that are compared: our choice
+MOST_ON_CPU = 4096  # tokens: the prediction of a CPU's memory was compared up to here
+SLICE = 1024  # tokens of the windows that the self-check compares: our choice
 _MISMATCH = "the shared forward and the reference differ on this model"
-# relative, of the losses, of all gradients together, of any one. Right models were within 3e-7 and
-# 2e-6 in fp32; in bf16, 24 of 4 layers, within 9e-4 and 8e-2 for any one, which grows with depth
+# Largest relative difference of the losses, of all gradients together, and of any single gradient.
+# Correct models differed by at most 3e-7 (losses) and 2e-6 (a gradient) in fp32. In bf16, 24 models
+# of 4 layers differed by at most 9e-4 and 8e-2, and the latter grows with depth.
 TOLERANCE = {torch.float32: (1e-4, 1e-3, 5e-3), torch.bfloat16: (2e-2, 1e-1, 5e-1)}
 
 
 def losses_of(settings: TrainSettings) -> Losses:
-    """The objective on the path that the settings name."""
+    """Return the loss function of the path that the settings choose."""
     normalize = settings.objective.target_norm == "layer"
     if settings.objective.path == "reference":
         return partial(reference.losses, normalize=normalize)
@@ -44,33 +46,37 @@ def losses_of(settings: TrainSettings) -> Losses:
 
 
 def checks_itself(settings: TrainSettings) -> bool:
-    """Whether `self_check` is made before each phase: there is a shared forward to check."""
+    """Whether `self_check` runs before each phase, which needs the shared path."""
     return settings.objective.self_check and settings.objective.path == "shared"
 
 
 def refuse_empty(step: Step, phase: PhaseSettings) -> None:
-    """Raise a ValueError for a step that has nothing to predict."""
+    """Raise a ValueError if a step has nothing to predict."""
     if phase.w_sft == 0 and step.num_masked == 0:
         raise ValueError(
-            f"step {step.index + 1} has no masked position and phase `{phase.name}` no SFT: "
-            "raise data.window or optim.batch, or lower objective.min_future"
+            f"step {step.index + 1} has nothing to predict: no masked token, and phase "
+            f"`{phase.name}` has no SFT loss; raise data.window or optim.batch, or lower objective.min_future"
         )
 
 
 def micro_tokens(
-    settings: TrainSettings, encoder: PatientEncoder, before: int | None = None
+    settings: TrainSettings, encoder: PatientEncoder, earlier: int | None = None
 ) -> tuple[int, int]:
-    """Tokens of a forward, and the peak memory in bytes that is predicted for a step.
+    """Return the tokens of a micro-batch, and the predicted peak memory of a step in bytes.
 
-    The tokens are those of the settings, or those that this run had `before`, or as many as fit;
-    on the reference path, which takes any backbone, a fixed number, and nothing is predicted (0).
+    The tokens are those of the settings; with `auto`, those of an earlier process of this run, or
+    as many as fit. The reference path takes any backbone, so there `auto` is a fixed number and the
+    peak is not predicted (0).
+
+    Args:
+        earlier: the tokens that the checkpoint of this run records.
 
     Raises:
-        ValueError: not even the largest window fits.
+        ValueError: if not even the largest window fits.
     """
     chosen = settings.optim.micro_tokens
-    if chosen == "auto" and before:
-        chosen = before
+    if chosen == "auto" and earlier:
+        chosen = earlier
     if settings.objective.path == "reference":
         return (MOST_ON_CPU if chosen == "auto" else chosen), 0
     device = encoder.mask_vector.device
@@ -89,7 +95,7 @@ def micro_tokens(
 
     window = settings.data.window
     future = min(round((1 - form.context[0]) * window), form.horizon or window)
-    largest = window + jepa * form.cuts * future  # has a row of its own if it must
+    largest = window + jepa * form.cuts * future  # forms a micro-batch alone if it must
     if chosen != "auto":
         return chosen, needs(max(chosen, largest)) + held
     most = MOST_ON_CPU if device.type == "cpu" else MOST
@@ -105,14 +111,16 @@ def self_check(
     step: int,
     phase: PhaseSettings,
 ) -> dict[str, float]:
-    """Compare losses and every gradient of the shared forward with the reference's.
+    """Compare losses and every gradient of the shared forward with those of the reference.
 
-    On the shortest windows of the step that have something to predict, up to `SLICE` tokens (one
-    at least). Returns the relative differences, nothing where nothing is predicted; the encoder has
-    no gradients afterwards.
+    It uses the shortest windows of the step that have something to predict, at least one and up to
+    `SLICE` tokens. The encoder has no gradients afterwards.
+
+    Returns:
+        The relative differences; empty where nothing is predicted.
 
     Raises:
-        ValueError: they are larger than rounding explains.
+        ValueError: if they are larger than rounding explains (`TOLERANCE`).
     """
     batch = _slice(windows, settings, step, phase).to(encoder.mask_vector.device)
     if not (batch.num_labels or batch.num_masked):
@@ -126,8 +134,8 @@ def self_check(
         gradients = {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
         results.append((values, gradients))
         encoder.zero_grad(set_to_none=True)
-    (expected, true), (values, own) = results
-    differences = _differences(values, expected, own, true)
+    (expected, expected_grads), (values, grads) = results
+    differences = _differences(values, expected, grads, expected_grads)
     allowed = TOLERANCE.get(layer_dtype(encoder), TOLERANCE[torch.float32])
     gaps = (differences.loss, differences.gradients, differences.gradient)
     if not all(gap <= most for gap, most in zip(gaps, allowed, strict=True)):  # NaN fails
@@ -136,46 +144,47 @@ def self_check(
             f"{_MISMATCH}: losses by {texts[0]}, all gradients by {texts[1]}, the gradient of "
             f"{differences.worst} by {texts[2]}. Try --kernels=torch to find the kernel, "
             "--objective.path=reference to train without the shared forward, or "
-            "--objective.self_check=false to go on all the same"
+            "--objective.self_check=false to train anyway"
         )
     return dict(zip(("loss", "gradients", "gradient"), gaps, strict=True))
 
 
 class _Differences(NamedTuple):
-    """Relative: of the losses, of all gradients together, of the worst single one, and its name."""
+    """Relative differences of the shared forward from the reference."""
 
-    loss: float
-    gradients: float
-    gradient: float
-    worst: str
+    loss: float  # the larger of both losses
+    gradients: float  # of all gradients together
+    gradient: float  # of the worst single gradient
+    worst: str  # name of its parameter
 
 
 def _differences(
     values: Sequence[Tensor | None],
     expected: Sequence[Tensor | None],
-    own: dict[str, Tensor],
-    true: dict[str, Tensor],
+    grads: dict[str, Tensor],
+    expected_grads: dict[str, Tensor],
 ) -> _Differences:
-    """Of losses and gradients from the reference's."""
+    """Compare losses and gradients with those of the reference."""
     if [v is None for v in values] != [v is None for v in expected]:
-        raise ValueError(f"{_MISMATCH}: only one of them has a loss of each kind")
-    if true.keys() != own.keys():
-        names = ", ".join(sorted(true.keys() ^ own.keys())[:3])
+        raise ValueError(f"{_MISMATCH}: they do not have the same losses")
+    if expected_grads.keys() != grads.keys():
+        names = ", ".join(sorted(expected_grads.keys() ^ grads.keys())[:3])
         raise ValueError(f"{_MISMATCH}: only one of them has a gradient of {names}")
-    pairs = [(v.item(), e.item()) for v, e in zip(values, expected, strict=True) if v is not None]
+    present = [(v, e) for v, e in zip(values, expected, strict=True) if v is not None]
+    pairs = [(v.item(), e.item()) for v, e in present if e is not None]
     loss = float(torch.tensor([abs(v - e) / max(abs(e), 1e-12) for v, e in pairs] or [0.0]).max())
-    size = {n: float(g.norm()) for n, g in true.items()}
-    gap = {n: float((own[n] - g).norm()) for n, g in true.items()}
+    size = {n: float(g.norm()) for n, g in expected_grads.items()}
+    gap = {n: float((grads[n] - g).norm()) for n, g in expected_grads.items()}
     norm = math.hypot(*size.values())
-    # a gradient that hardly counts may be all rounding
-    relative = {n: gap[n] / max(size[n] + 1e-3 * norm, 1e-30) for n in true}
+    # the summand allows a very small gradient to be mostly rounding
+    relative = {n: gap[n] / max(size[n] + 1e-3 * norm, 1e-30) for n in size}
     worst = max(relative, key=lambda n: math.inf if math.isnan(relative[n]) else relative[n])
     total = math.hypot(*gap.values()) / max(norm, 1e-30)
     return _Differences(loss, total, relative[worst], worst)
 
 
 def layer_dtype(encoder: PatientEncoder) -> torch.dtype:
-    """The dtype that the layers compute in."""
+    """Return the dtype that the layers compute in."""
     return next(encoder.decoder.parameters()).dtype
 
 
@@ -185,12 +194,12 @@ def _slice(
     seed, form = settings.run.seed, settings.objective
     order = step_windows(len(windows), settings.optim.batch, seed, step)
     sft, jepa = phase.w_sft > 0, phase.w_jepa > 0
-    ones = [
+    singles = [
         (window, make_batch([window], form, seed, step, sft=sft, jepa=jepa))
         for window in sorted((windows[i] for i in order), key=len)
     ]
-    # without a cut anywhere there is still SFT to compare
-    ones = [o for o in ones if o[1].num_masked] or [o for o in ones if o[1].num_labels]
-    ends = np.cumsum([one.segments.tokens for _, one in ones])
-    chosen = [window for window, _ in ones[: int(np.searchsorted(ends, SLICE)) + 1]]
+    # if no window has a cut, there is still SFT to compare
+    usable = [s for s in singles if s[1].num_masked] or [s for s in singles if s[1].num_labels]
+    ends = np.cumsum([batch.segments.tokens for _, batch in usable])
+    chosen = [window for window, _ in usable[: int(np.searchsorted(ends, SLICE)) + 1]]
     return make_batch(chosen, form, seed, step, sft=sft, jepa=jepa)

@@ -1,16 +1,15 @@
-"""One optimizer step: scaled losses, backward, the finite guard, clipping, AdamW, the EMA target.
+"""One optimizer step: scaled losses, backward, finite guard, clipping, AdamW, EMA of the target.
 
-Training, its preflight, the self-check, the benchmarks and the tests of the loop call what stands
-here. Nothing in it waits for a GPU but `Updater.report_skips`.
+Training, its preflight, the self-check, the benchmarks and the tests of the loop call these
+functions. Only `Updater.report_skips` waits for a GPU.
 
-A step divides each summed loss by the count of the whole step before the backward (gradient
-accumulation), so that the gradient is that of one large batch however the step is cut into
-micro-batches.
+Gradient accumulation: each summed loss is divided by the count of the whole step before the
+backward, so the gradient is that of one large batch, however the step is cut into micro-batches.
 """
 
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,26 +24,26 @@ PATIENCE = 3  # steps in a row with a gradient that is not finite before a run g
 
 
 class LossScales(NamedTuple):
-    """What the summed losses of a micro-batch are multiplied by: weight / count of the step."""
+    """The factors of the summed losses of a micro-batch: weight / count in the whole step."""
 
     sft_scale: float
     jepa_scale: float
 
     @classmethod
-    def of(cls, w_sft: float, w_jepa: float, labels: int, masked: int) -> "LossScales":
-        """From the weights of a phase, and the labelled tokens and masked positions of a step."""
-        return cls(w_sft / max(labels, 1), w_jepa / max(masked, 1))
+    def of(cls, w_sft: float, w_jepa: float, num_labels: int, num_masked: int) -> "LossScales":
+        """Compute them from the weights of a phase and the counts of a step."""
+        return cls(w_sft / max(num_labels, 1), w_jepa / max(num_masked, 1))
 
 
 class StepLosses(NamedTuple):
-    """Scaled losses of a step, summed over its micro-batches: scalars on the device, detached."""
+    """Scaled losses of a step, summed over its micro-batches: detached scalars on the device."""
 
     sft: Tensor
     jepa: Tensor
 
 
 def backward(losses: Sequence[Tensor | None]) -> None:
-    """Add the gradients of those losses that there are."""
+    """Run the backward of those losses that are not None, in one pass; gradients accumulate."""
     present = [loss for loss in losses if loss is not None]
     if present:
         torch.autograd.backward(present)
@@ -57,11 +56,12 @@ def forward_backward(
     micro_batches: Sequence[PackedBatch],
     scales: LossScales,
 ) -> StepLosses:
-    """Forward and backward of all micro-batches of a step; gradients add up in the encoder.
+    """Run all micro-batches of a step forward and backward; gradients accumulate in the encoder.
 
     Args:
-        losses: `smbfast.objective.losses` or `smbfast.reference.losses`, with what they need bound.
-        target: not needed where `scales.jepa_scale` is 0.
+        losses: `smbfast.objective.losses` or `smbfast.reference.losses`, with their options bound.
+        target: may be None where `scales.jepa_scale` is 0.
+        micro_batches: on any device.
     """
     device = encoder.mask_vector.device
     sft = jepa = torch.zeros((), device=device)
@@ -74,15 +74,21 @@ def forward_backward(
 
 
 class Updater:
-    """What follows the backward: clip, guard against gradients that are not finite, AdamW, EMA.
+    """The part of a step after the backward: clipping, finite guard, AdamW, EMA of the target.
 
-    A step whose gradient norm is not finite is skipped by the optimizer's own kernel: no weight and
-    no moment moves, and the target's average takes the unchanged weights once more.
+    The optimizer's own kernel skips a step whose gradient norm is not finite. Then weights and
+    moments stay, and the target's average moves towards the unchanged weights once more.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, clip: float) -> None:
-        """For a fused AdamW, which reads `found_inf` on the device; `clip`: largest norm."""
-        self.optimizer, self.clip = optimizer, clip
+        """Take over an optimizer.
+
+        Args:
+            optimizer: a fused AdamW, which reads `found_inf` on the device.
+            clip: the largest norm that all gradients together may have.
+        """
+        self.optimizer: Any = optimizer  # torch does not declare `found_inf`
+        self.clip = clip
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         zero = torch.zeros((), device=self._parameters[0].device)
         self._in_a_row = self._longest = self._total = zero
@@ -90,11 +96,11 @@ class Updater:
     def step(
         self, lr: float | None = None, target: TargetEncoder | None = None, tau: float = 1.0
     ) -> Tensor:
-        """Take the step that the gradients ask for, and clear them.
+        """Take a step with the accumulated gradients, and clear them.
 
         Args:
-            lr: learning rate of all groups; None: as they are.
-            target: moved towards the new weights, with decay `tau`.
+            lr: the learning rate of all groups; None leaves them as they are.
+            target: moved towards the new weights, with EMA decay `tau`.
 
         Returns:
             The norm of all gradients before clipping, a scalar on the device.
@@ -115,17 +121,17 @@ class Updater:
         return grad_norm
 
     def report_skips(self, step: int, phase: str) -> bool:
-        """Print how many steps were skipped since the last call; here a GPU is waited for.
+        """Print how many steps were skipped since the last call; this waits for a GPU.
 
         Args:
-            step: steps done, for the message.
+            step: number of steps done, for the message.
             phase: name of the phase, for the message.
 
         Returns:
             Whether the latest step was skipped.
 
         Raises:
-            RunFailed: `PATIENCE` steps in a row were skipped.
+            RunFailed: if `PATIENCE` steps in a row were skipped.
         """
         counts = torch.stack([self._total, self._longest, self._in_a_row]).tolist()
         total, longest, in_a_row = map(int, counts)

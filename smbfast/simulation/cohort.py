@@ -332,12 +332,14 @@ def _draw_visits(
     for number, lab in enumerate(LABS):
         value = lab.mean_Z[living_BT[at]] + lab.sd * ndtri(np.maximum(value_u[number][at], 1e-300))
         value = np.maximum(np.round(value / lab.step) * lab.step, lab.least)
-        lab_BTL[*at, number] = np.where(measured_u[number][at] < lab.measured, value, np.nan)
+        lab_BTL[at[0], at[1], number] = np.where(
+            measured_u[number][at] < lab.measured, value, np.nan
+        )
     stage_BT = np.zeros((BLOCK, MONTHS), np.int64)
     stage_BT[at] = _pick(np.cumsum(STAGE_CODE_ZS, axis=1)[living_BT[at]], stage_u[at])
     code_BTC = np.zeros((BLOCK, MONTHS, len(YES_NO)), bool)
     for number, code in enumerate(YES_NO):
-        code_BTC[*at, number] = code_u[number][at] < code.chance_Z[living_BT[at]]
+        code_BTC[at[0], at[1], number] = code_u[number][at] < code.chance_Z[living_BT[at]]
     return lab_BTL, stage_BT, code_BTC
 
 

@@ -81,7 +81,7 @@ def trunks_of(batch: PackedBatch) -> dict[bytes, dict[int, tuple[list[int], list
     found: dict[bytes, dict[int, tuple[list[int], list[int]]]] = {}
     ids_T, masked = batch.ids_T.numpy(), batch.masked_M.numpy()
     trunk_at: dict[int, bytes] = {}
-    for a, length, trunk_start, prefix in batch.rows:
+    for a, length, trunk_start, prefix in batch.segment_tuples:
         b = a + length
         if prefix == 0:
             trunk_at[a] = ids_T[a:b].tobytes()
@@ -135,10 +135,10 @@ def test_micro_batches_order_and_neighbours_change_no_draw(windows: WindowSet, u
 
     def step(tokens: int, index: int = 5) -> dict:
         made = make_step(windows, chosen, index, batch=8, tokens=tokens, seed=1, jepa=True)
-        assert made.num_masked == sum(b.num_masked for b in made.micro) > 0
-        assert made.num_tokens == sum(b.num_trunk_tokens for b in made.micro)
-        assert made.num_labels == sum(b.num_labels for b in made.micro) > 0
-        return {k: v for b in made.micro for k, v in trunks_of(b).items()}
+        assert made.num_masked == sum(b.num_masked for b in made.micro_batches) > 0
+        assert made.num_tokens == sum(b.num_trunk_tokens for b in made.micro_batches)
+        assert made.num_labels == sum(b.num_labels for b in made.micro_batches) > 0
+        return {k: v for b in made.micro_batches for k, v in trunks_of(b).items()}
 
     whole = step(100_000)
     assert whole == step(1000) == step(1) == step(100_000)
@@ -276,10 +276,10 @@ def test_labels_of_the_future_alone(jepa: bool) -> None:
 
 def test_without_jepa_there_are_trunks_alone(windows: WindowSet) -> None:
     made = make_step(windows, objective(), 0, batch=4, tokens=600, seed=0, jepa=False)
-    for batch in made.micro:
+    for batch in made.micro_batches:
         batch.check()
-        assert batch.num_masked == 0 and not any(prefix for *_, prefix in batch.rows)
-    assert made.num_tokens == sum(len(b.ids_T) for b in made.micro)
+        assert batch.num_masked == 0 and not any(prefix for *_, prefix in batch.segment_tuples)
+    assert made.num_tokens == sum(len(b.ids_T) for b in made.micro_batches)
 
 
 def test_check_finds_a_masked_identity_and_a_wrong_target() -> None:

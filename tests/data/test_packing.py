@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smbfast.data.packing import online_cost, plan_rows
+from smbfast.data.packing import online_cost, plan_micro_batches
 
 CAPACITY = 32_768
 RATIO = 7.4e-5  # of a visible pair to a token in the linears: Qwen3-8B with LoRA
@@ -49,7 +49,7 @@ def check(rows: list[np.ndarray], tokens_W: np.ndarray, capacity: int) -> None:
 def test_every_window_once_and_within_capacity(chosen, capacity, ranks):
     tokens_W = np.array([t for t, _ in chosen], np.int64)
     cost_W = tokens_W + np.array([c for _, c in chosen]) / 4
-    rows = plan_rows(tokens_W, cost_W, capacity, ranks)
+    rows = plan_micro_batches(tokens_W, cost_W, capacity, ranks)
     check(rows, tokens_W, capacity)
     assert all((np.diff(row) > 0).all() for row in rows)
 
@@ -58,7 +58,7 @@ def test_every_window_once_and_within_capacity(chosen, capacity, ranks):
 def test_no_more_rows_than_first_fit_needs(sizes, capacity):
     """Up to 15 tokens and 8 windows, where that holds without an exception (all were tried)."""
     tokens_W = np.array(sizes, np.int64)
-    assert len(plan_rows(tokens_W, tokens_W * 1.0, capacity)) <= first_fit(sizes, capacity)
+    assert len(plan_micro_batches(tokens_W, tokens_W * 1.0, capacity)) <= first_fit(sizes, capacity)
 
 
 @given(chosen=windows, capacity=st.integers(1, 50), ranks=st.integers(1, 3), data=st.data())
@@ -68,7 +68,7 @@ def test_the_order_of_windows_does_not_matter(chosen, capacity, ranks, data):
     for given_order in (chosen, shuffled):
         tokens_W = np.array([t for t, _ in given_order], np.int64)
         cost_W = tokens_W + np.array([c for _, c in given_order]) / 4
-        rows = plan_rows(tokens_W, cost_W, capacity, ranks)
+        rows = plan_micro_batches(tokens_W, cost_W, capacity, ranks)
         plans.append([sorted(given_order[w] for w in row) for row in rows])
     assert sorted(plans[0]) == sorted(plans[1])
 
@@ -76,7 +76,7 @@ def test_the_order_of_windows_does_not_matter(chosen, capacity, ranks, data):
 @pytest.mark.parametrize("seed", range(8))
 def test_rows_are_full(seed):
     tokens_W, cost_W = drawn(seed)
-    rows = plan_rows(tokens_W, cost_W, CAPACITY)
+    rows = plan_micro_batches(tokens_W, cost_W, CAPACITY)
     check(rows, tokens_W, CAPACITY)
     assert tokens_W.sum() / (len(rows) * CAPACITY) >= 0.99
 
@@ -85,7 +85,10 @@ def test_rows_are_full(seed):
 def test_ranks_have_equal_work(seed):
     """Rows are rounded up to a multiple of the ranks: fuller ones would leave ranks waiting."""
     tokens_W, cost_W = drawn(seed)
-    rows, fewest = plan_rows(tokens_W, cost_W, CAPACITY, 8), plan_rows(tokens_W, cost_W, CAPACITY)
+    rows, fewest = (
+        plan_micro_batches(tokens_W, cost_W, CAPACITY, 8),
+        plan_micro_batches(tokens_W, cost_W, CAPACITY),
+    )
     check(rows, tokens_W, CAPACITY)
     assert len(rows) == -(-len(fewest) // 8) * 8
     cost_R = np.array([cost_W[row].sum() for row in rows])
@@ -97,7 +100,7 @@ def test_ranks_have_equal_work(seed):
 
 def test_rows_are_levelled_where_there_is_slack():
     tokens_W, cost_W = drawn(1, count=64)
-    rows = plan_rows(tokens_W, cost_W, 2 * CAPACITY)
+    rows = plan_micro_batches(tokens_W, cost_W, 2 * CAPACITY)
     cost_R = np.array([cost_W[row].sum() for row in rows])
     assert len(rows) == first_fit(tokens_W.tolist(), 2 * CAPACITY) > 2
     assert cost_R.max() < 1.02 * cost_R.mean()
@@ -106,18 +109,18 @@ def test_rows_are_levelled_where_there_is_slack():
 
 def test_a_window_above_capacity_has_a_row_of_its_own():
     tokens_W = np.array([3, 100, 4, 3])
-    rows = plan_rows(tokens_W, tokens_W * 1.0, 10)
+    rows = plan_micro_batches(tokens_W, tokens_W * 1.0, 10)
     assert [row.tolist() for row in rows] == [[1], [0, 2, 3]]
 
 
 def test_what_is_levelled_is_the_cost():
     """One of four windows of like length costs as much as the rest together: it is alone."""
-    rows = plan_rows(np.array([4, 4, 4, 4]), np.array([8.0, 24, 8, 8]), 12)
+    rows = plan_micro_batches(np.array([4, 4, 4, 4]), np.array([8.0, 24, 8, 8]), 12)
     assert sorted(row.tolist() for row in rows) == [[0, 2, 3], [1]]
 
 
 def test_ranks_take_turns_with_the_costliest_row():
-    rows = plan_rows(np.array([2, 2, 2, 2]), np.array([10.0, 5, 4, 1]), 1, ranks=2)
+    rows = plan_micro_batches(np.array([2, 2, 2, 2]), np.array([10.0, 5, 4, 1]), 1, ranks=2)
     assert [row.tolist() for row in rows] == [[0], [1], [3], [2]]
 
 
@@ -127,4 +130,4 @@ def test_ranks_take_turns_with_the_costliest_row():
 )
 def test_bad_plans_are_refused(tokens, costs, told):
     with pytest.raises(ValueError, match=told):
-        plan_rows(np.array(tokens), np.array(costs), 10)
+        plan_micro_batches(np.array(tokens), np.array(costs), 10)
