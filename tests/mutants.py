@@ -95,8 +95,8 @@ OBJECTIVE = [
         "jepa-mean-over-labels",
         "the JEPA loss is divided by the number of labels",
         "smbfast/run/step.py",
-        "w_jepa / max(masked, 1)",
-        "w_jepa / max(labels, 1)",
+        "/ max(num_masked, 1)",
+        "/ max(num_labels, 1)",
         THREE_STEPS,
     ),
     mutant(
@@ -167,11 +167,11 @@ LOADER = [
         THREE_STEPS,
     ),
     mutant(
-        "row-over-capacity",
-        "a row of windows holds more tokens than it may",
+        "micro-batch-over-capacity",
+        "a micro-batch holds more tokens than it may",
         "smbfast/data/packing.py",
-        "room_R >= tokens",
-        "room_R > 0",
+        "room_M >= tokens",
+        "room_M > 0",
         "tests/data/test_packing.py::test_rows_are_full[0]",
     ),
     mutant(
@@ -319,8 +319,8 @@ UPDATE = [
         "warm-up-off-by-one",
         "the first step of a phase has a learning rate of 0",
         "smbfast/run/optim.py",
-        "peak * (at.step + 1) / warmup",
-        "peak * at.step / warmup",
+        "(at.phase_step + 1) / warmup",
+        "at.phase_step / warmup",
         "tests/test_optim.py::test_warm_up_and_cosine_by_hand",
     ),
     mutant(
