@@ -70,7 +70,7 @@ def tokens(prepared: Prepared, window: Timeline, masked_T: np.ndarray) -> list[s
 def segments(batch: PackedBatch) -> list[str]:
     """The table that attention reads, and the positions of each segment."""
     lines = ["segment    start  length  trunk_start  prefix  positions"]
-    for start, length, trunk_start, prefix in batch.rows:
+    for start, length, trunk_start, prefix in batch.segment_tuples:
         kind = "branch" if prefix else "trunk"
         first, last = (int(batch.position_T[row]) for row in (start, start + length - 1))
         lines.append(

@@ -113,7 +113,7 @@ LOADER = [
     mutant(
         "mask-count-floored",
         "the number of masked tokens is cut off, not rounded",
-        "smbfast/data/loader.py",
+        "smbfast/data/masking.py",
         "max(1, round(objective.mask_ratio",
         "max(1, int(objective.mask_ratio",
         MASKS,
@@ -129,7 +129,7 @@ LOADER = [
     mutant(
         "future-too-long",
         "a future goes one token beyond the horizon",
-        "smbfast/data/loader.py",
+        "smbfast/data/masking.py",
         "cut + (objective.horizon",
         "cut + 1 + (objective.horizon",
         MASKS,
@@ -137,7 +137,7 @@ LOADER = [
     mutant(
         "mask-of-every-step",
         "a window has the same masks whenever it has the same cut",
-        "smbfast/data/loader.py",
+        "smbfast/data/masking.py",
         'generator(seed, "mask", step,',
         'generator(seed, "mask", 0,',
         "tests/data/test_loader.py::test_cuts_are_uniform_and_masks_differ_between_cuts",
@@ -145,7 +145,7 @@ LOADER = [
     mutant(
         "cut-of-every-step",
         "a window is cut at the same place in every epoch",
-        "smbfast/data/loader.py",
+        "smbfast/data/masking.py",
         'generator(seed, "cut", step,',
         'generator(seed, "cut", 0,',
         "tests/data/test_loader.py::test_cuts_are_uniform_and_masks_differ_between_cuts",

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from smbfast import objective, reference
-from smbfast.data.loader import cut_points, future_end, make_batch, masked_tokens
+from smbfast.data.loader import make_batch
+from smbfast.data.masking import cut_points, future_end, masked_tokens
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.run.optim import make_optimizer
 from smbfast.run.step import LossScales, Updater, forward_backward

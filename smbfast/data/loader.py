@@ -1,10 +1,10 @@
-"""The data loader: draws the windows of each step, their cuts and masks, and packs micro-batches.
+"""The data loader: draws the windows of each step and packs them into micro-batches.
 
-Every draw is seeded by its identity (seed, step, subject, window, cut), and the windows of a step
-are a pure function of (seed, step). So the step number is the loader's only state, and neither the
-number of workers, nor the size of micro-batches, nor a restart changes a cut or a mask.
+The windows of a step are a pure function of (seed, step), and so are their cuts and masks
+(`smbfast.data.masking`). So the step number is the loader's only state, and neither the number of
+workers, nor the size of micro-batches, nor a restart changes what a step trains on.
 
-Legend: W windows, T tokens, L lines, B buckets.
+Legend: W windows, T tokens.
 """
 
 from collections import deque
@@ -17,14 +17,12 @@ from itertools import islice
 import numpy as np
 
 from smbfast.batch import PackedBatch, Timeline, pack_segments
+from smbfast.data.masking import cut_points, future_end, generator, masked_tokens
 from smbfast.data.packing import online_cost, plan_micro_batches
-from smbfast.data.sections import SECTIONS
 from smbfast.data.shards import Shard
 from smbfast.data.timelines import window_of, window_spans
 from smbfast.settings import ObjectiveSettings
 
-_NEVER_MASKED = SECTIONS.index("demographics")
-_DRAW = {"order": 0, "cut": 1, "mask": 2}
 FIXED = -1  # stands for the step in draws that never change (tuning positions, a sample)
 
 
@@ -125,9 +123,8 @@ def make_step(
         ratio: the cost of a visible pair over that of a token (`smbfast.data.packing`).
     """
     chosen = [windows[i] for i in step_windows(len(windows), batch, seed, step)]
-    chosen.sort(
-        key=lambda w: (w.subject, w.first_bucket)
-    )  # so that ties in cost do not depend on the draw
+    # so that ties in cost do not depend on the draw
+    chosen.sort(key=lambda w: (w.subject, w.first_bucket))
     micro_batches = make_micro_batches(
         chosen, objective, seed, step, tokens=tokens, sft=sft, jepa=jepa, ratio=ratio
     )
@@ -271,66 +268,6 @@ def _packed(
 def _predicts(cuts: list[int], objective: ObjectiveSettings, *, sft: bool) -> bool:
     """Whether anything is predicted of a window; without a cut, only SFT on all tokens is."""
     return bool(cuts) or (sft and objective.sft_labels == "all")
-
-
-def cut_points(window: Timeline, objective: ObjectiveSettings, seed: int, step: int) -> list[int]:
-    """Draw up to `objective.cuts` distinct bucket ends among the allowed ones, ascending."""
-    ends = window.bucket_end_B[:-1].astype(np.int64)
-    low, high = (share * len(window) for share in objective.context)
-    ends = ends[(ends >= low) & (ends <= high) & (len(window) - ends >= objective.min_future)]
-    # the future must have a line that can be masked
-    starts = window.line_start_L[window.line_section_L != _NEVER_MASKED]
-    stops = np.minimum(len(window), ends + (objective.horizon or len(window)))
-    allowed = ends[np.searchsorted(starts, stops) > np.searchsorted(starts, ends)]
-    if not len(allowed):
-        return []
-    random = generator(seed, "cut", step, window.subject, window.first_bucket)
-    return sorted(random.choice(allowed, min(objective.cuts, len(allowed)), replace=False).tolist())
-
-
-def future_end(window: Timeline, cut: int, objective: ObjectiveSettings) -> int:
-    """Return the token after the future of a cut, which ends at the window's end or horizon."""
-    return min(len(window), cut + (objective.horizon or len(window)))
-
-
-def masked_tokens(
-    window: Timeline, cut: int, objective: ObjectiveSettings, seed: int, step: int, k: int
-) -> np.ndarray:
-    """Draw the masked tokens of the k-th cut, as ascending positions in the window.
-
-    Only tokens of lines are eligible: no headers, tags or demographics. Of n eligible tokens,
-    exactly max(1, round(ratio * n)) are masked. Units (tokens, spans or lines) are drawn without
-    replacement until that count is reached, and the last unit is cut short.
-    """
-    spans = _line_spans(window, cut, future_end(window, cut, objective))
-    eligible = np.concatenate(spans)
-    count = max(1, round(objective.mask_ratio * len(eligible)))
-    random = generator(seed, "mask", step, k, window.subject, window.first_bucket)
-    if objective.mask_unit == "token":
-        units = random.permutation(eligible)
-        return np.sort(units[:count])
-    if objective.mask_unit == "span":
-        edges = np.flatnonzero(random.random(len(eligible) - 1) < 1 / objective.span) + 1
-        spans = np.split(eligible, edges)
-    order = random.permutation(len(spans))
-    return np.sort(np.concatenate([spans[i] for i in order])[:count])
-
-
-def generator(seed: int, kind: str, *identity: int) -> np.random.Generator:
-    """Return a generator that depends only on what is drawn, not on which process draws or when."""
-    words = [int(i) & 0xFFFFFFFFFFFFFFFF for i in (seed, _DRAW[kind], *identity)]
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
-
-
-def _line_spans(window: Timeline, cut: int, end: int) -> list[np.ndarray]:
-    keep = (window.line_start_L >= cut) & (window.line_start_L < end)
-    keep &= window.line_section_L != _NEVER_MASKED
-    return [
-        np.arange(a, min(b, end))
-        for a, b in zip(
-            window.line_start_L[keep].tolist(), window.line_end_L[keep].tolist(), strict=True
-        )
-    ]
 
 
 def _labels(window: Timeline, objective: ObjectiveSettings, cuts: list[int]) -> np.ndarray:

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 
 from smbfast.batch import Timeline
-from smbfast.data.loader import FIXED, WindowSet, cut_points, masked_tokens
+from smbfast.data.loader import FIXED, WindowSet
+from smbfast.data.masking import cut_points, masked_tokens
 from smbfast.data.prepared import Prepared
 from smbfast.settings import TrainSettings
 

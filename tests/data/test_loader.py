@@ -15,17 +15,8 @@ from hypothesis import strategies as st
 
 from smbfast.base.files import committed_folder
 from smbfast.batch import PackedBatch, Timeline
-from smbfast.data.loader import (
-    WindowSet,
-    cut_points,
-    future_end,
-    generator,
-    make_batch,
-    make_step,
-    masked_tokens,
-    prefetched,
-    step_windows,
-)
+from smbfast.data.loader import WindowSet, make_batch, make_step, prefetched, step_windows
+from smbfast.data.masking import cut_points, future_end, generator, masked_tokens
 from smbfast.data.sections import SECTIONS
 from smbfast.data.shards import Shard, ShardWriter
 from smbfast.settings import ObjectiveSettings
