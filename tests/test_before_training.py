@@ -5,9 +5,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 import smbfast.run.startup as startup
+from smbfast.base.config import to_toml
 from smbfast.base.runtime import matmul_rate
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.flops import ModelShape
+from smbfast.run.folder import earlier
 from smbfast.run.metrics import Meter
 from smbfast.run.startup import layer_dtype, micro_tokens, self_check
 from smbfast.settings import PhaseSettings, load
@@ -43,6 +45,24 @@ def test_a_resumed_run_keeps_its_rows_however_little_is_free(monkeypatch):
     assert micro_tokens(load("tiny", []), tiny_encoder(), 1536)[0] == 1536
     with pytest.raises(ValueError, match=r"optim\.micro_tokens"):
         micro_tokens(load("tiny", []), tiny_encoder())
+
+
+def test_a_folder_that_holds_a_run_of_other_settings_is_refused(tmp_path):
+    before = load("tiny", [])
+    assert earlier(tmp_path, before) == "new"
+    (tmp_path / "config.toml").write_text(to_toml(before))
+    for more in (
+        [],
+        ["--run.keep=9"],
+        ["--optim.micro_tokens=512"],
+        ["--objective.path=reference"],
+    ):
+        assert earlier(tmp_path, load("tiny", more)) == "resumed"
+    for name in ("run.seed", "optim.batch", "objective.span", "phases.1.steps", "data.window"):
+        with pytest.raises(ValueError, match=rf"take back\n  {name}: \d+ -> 99$"):
+            earlier(tmp_path, load("tiny", [f"--{name}=99"]))
+    with pytest.raises(ValueError, match=r"run\.resume is never"):
+        earlier(tmp_path, load("tiny", ["--run.resume=never"]))
 
 
 def test_the_largest_window_counts_the_horizon_of_its_branches(monkeypatch):

@@ -7,13 +7,14 @@ training runs. A gradient is compared as a whole: the norm of the difference ove
 from functools import cache, partial
 from itertools import chain, permutations, product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smbfast import objective, reference
-from smbfast.batch import PackedBatch, Timeline
+from smbfast.batch import PackedBatch, Timeline, pack_segments
 from smbfast.data.loader import make_batch, make_micro_batches, make_step
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder, TargetForm
@@ -176,6 +177,24 @@ def test_measured_losses_and_states_are_the_same(case, dtype):
     assert apart(sft, true_sft) < TOLERANCE[dtype]
     for name, expected in vars(true).items():
         assert apart(getattr(states, name), expected) < TOLERANCE[dtype], name
+
+
+def test_what_precedes_a_masked_first_token_is_the_context():
+    """A cut lies before a bucket's header, which is never masked; a batch may hold any branch."""
+    ids_T = WINDOWS[0].ids_T
+    future = ids_T[9:14].copy()
+    future[[0, 1, 3]] = 0
+    batch = pack_segments(
+        [ids_T], [[(9, future)]], masked=[[np.array([0, 1, 3])]], next_tokens=[ids_T]
+    )
+    encoder, target = pairs("llama", CASES[0])[FP64]
+    with torch.no_grad():
+        _, states = objective.measure(encoder, target, batch)
+        _, true = reference.measure(encoder, target, batch)
+        hidden_UD = target.hidden(batch.target_ids_U[None])[0]
+    assert apart(states.previous_MD, hidden_UD[[8, 8, 11]]) < TOLERANCE[FP64]
+    for name, expected in vars(true).items():
+        assert apart(getattr(states, name), expected) < TOLERANCE[FP64], name
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "full"])

@@ -3,7 +3,7 @@
 The text of a subject begins with `<demographics>` (static events and birth). Then each bucket has a
 `[date]` header and its sections in a fixed order, with one line per code: `description: v1, v2`. A
 code without a value shows how often it occurred (` x3`). The format follows the public tools of the
-paper's authors (`notes` in README); `%.4g` instead of `%.2f` and the count are our choice.
+paper's authors; `%.4g` instead of `%.2f` and the count are our choice.
 
 The token ids are those of the whole text: a line is cut into pieces only where the tokenizer
 provably does not merge across the cut (`TextEncoder.piecewise`).

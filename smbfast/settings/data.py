@@ -85,9 +85,11 @@ class DataSettings(Settings):
         0,
         ge=0,
         description="Number of processes that turn MEDS files into token shards before training, "
-        "one file per process at a time; 0 means one process for each CPU core. Use fewer if "
-        "memory runs out. Datasets of up to two million events are always prepared in one process. "
-        "The result does not depend on it, and loading during training has nothing to do with it.",
+        "one file per process at a time; 0 means one for each CPU core of the machine, and never "
+        "more than there are files. Set it where a job may use only part of the cores, or if "
+        "memory runs out. Datasets of up to two million events are always prepared in one "
+        "process. The result does not depend on it, and loading during training has nothing to do "
+        "with it.",
     )
 
     @property

@@ -35,10 +35,11 @@ class ModelSettings(Settings):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Number format of a pretrained backbone's frozen weights under LoRA; adapters "
-        "and predictor are float32. `auto` is bfloat16 on a GPU and float32 on a CPU; bfloat16 "
-        "needs half the memory for the backbone. With model.train=all the backbone is loaded in "
-        "this format and then converted to float32, so set float32 there to lose no digits. A "
+        description="Number format of a pretrained backbone's frozen weights under LoRA, and of "
+        "its computation; adapters and predictor are float32. `auto` is bfloat16 on a GPU and "
+        "float32 on a CPU; bfloat16 needs half the memory for the backbone. Choose float32 to "
+        "rule out rounding, if the memory allows it. With model.train=all the backbone is loaded "
+        "in this format and then converted to float32, so set float32 there to lose no digits. A "
         "model made from scratch is always float32.",
     )
     recompute: Literal["none", "mlp", "full"] = Field(
@@ -87,8 +88,8 @@ class LoraSettings(Settings):
     """Low-rank adapters (LoRA) on a frozen backbone, as PEFT makes them.
 
     Each adapted weight matrix W acts as W + alpha / r * B A, where only the two narrow matrices A
-    and B are trained. These settings are used only when model.train is lora and no existing adapter
-    is given as model.adapter.
+    and B are trained. These settings are used only when LoRA is trained, which is the default with
+    model.path, and no existing adapter is given as model.adapter; otherwise they are ignored.
     """
 
     r: int = Field(
@@ -237,28 +238,31 @@ class ObjectiveSettings(Settings):
     target_form: Literal["auto", "merged", "tracked"] = Field(
         "auto",
         description="How the EMA teacher stores the average of LoRA-adapted weights. `merged` "
-        "holds the average of each whole matrix, exact in float32; this needs memory for a second "
-        "set of these matrices. `tracked` holds a low-rank average of the adapters and uses the "
-        "frozen backbone's own matrices; its small error is logged as target_error at each "
-        "evaluation. `auto` is tracked with LoRA, but merged for a float32 model so narrow that "
-        "the low-rank columns would add 20 % or more to the teacher's matrix products. With "
-        "model.train=all the teacher is always merged, and tracked is refused.",
+        "holds the average of each whole matrix in float32, 4 bytes an element; over a bfloat16 "
+        "backbone that is twice the memory of those matrices, and the teacher computes with the "
+        "average rounded to bfloat16. `tracked` holds a low-rank average of the adapters and uses "
+        "the frozen backbone's own matrices; an upper bound of its relative error is written to "
+        "metrics.jsonl as target_error at each evaluation. `auto` is tracked with LoRA, but "
+        "merged for a float32 model so narrow that the low-rank columns would add 20 % or more to "
+        "the teacher's matrix products. With model.train=all the teacher is always merged, and "
+        "tracked is refused.",
     )
     tracked_rank: int = Field(
         4,
         ge=1,
         description="Rank of the EMA teacher's low-rank average, as a multiple of the adapters' "
         "rank: 4 with lora.r of 16 is rank 64, and never more than the matrix has. A larger rank "
-        "has a smaller error (target_error in the log) and needs more memory and time. It has an "
-        "effect only when objective.target_form is tracked.",
+        "has a smaller error (target_error in metrics.jsonl) and needs more memory and time. It "
+        "is used where the teacher is tracked, which `auto` normally chooses with LoRA; a very "
+        "large value can make `auto` choose merged for a float32 model.",
     )
     tracked_every: int = Field(
         4,
         ge=1,
         description="Each optimizer step adds columns to the EMA teacher's low-rank average; after "
         "this many steps the average is truncated back to its rank. The program waits for a GPU "
-        "there, so a larger number saves time and takes more memory. It has an effect only when "
-        "objective.target_form is tracked.",
+        "there, so a larger number saves time and takes more memory. It is used where the teacher "
+        "is tracked, which `auto` normally chooses with LoRA.",
     )
     predictor_layers: int = Field(
         2,

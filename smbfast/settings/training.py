@@ -17,13 +17,14 @@ class PhaseSettings(Settings):
     The loss of a phase is w_sft * SFT + w_jepa * JEPA. SFT is the mean over all predicted tokens of
     the step, JEPA the mean over all its masked positions. The usual curriculum is SFT alone, then
     JEPA with a small weight of SFT. A phase begins with the last weights and the optimizer's state
-    of the phase before it. A phase with JEPA that follows one without starts its EMA teacher as a
-    copy of the online encoder; through consecutive phases with JEPA the same teacher goes on.
+    of the phase before it. The first phase with JEPA, and any that follows one without,
+    starts its EMA teacher as a copy of the online encoder; through consecutive phases with JEPA the
+    same teacher goes on.
 
     On the command line a key of a phase is changed by the phase's number, counted from 0:
-    --phases.0.steps=500 sets the steps of the first phase. To add or remove phases, write a TOML
-    file with the line base = "default" and one [[phases]] table for each; these tables replace
-    those of the preset.
+    --phases.0.steps=500 sets the steps of the first phase. To add or remove phases, choose another
+    preset, or write a TOML file with the line base = "default" and one [[phases]] table for each;
+    these tables replace those of the preset.
     """
 
     name: str = Field(
@@ -119,9 +120,10 @@ class OptimSettings(Settings):
         0.1,
         ge=0,
         le=1,
-        description="Learning rate at the end of each phase, as a share of the phase's peak (not a "
-        "rate itself). After the warm-up the rate falls to it along a cosine. At 1 it stays at the "
-        "peak; at 0 it falls to zero. All phases have the same share.",
+        description="Learning rate at the last step of each phase, as a share of the phase's peak "
+        "(not a rate itself). After the warm-up the rate falls to it along a cosine. At 1 it "
+        "stays at the peak; at 0 it falls to zero. All phases have the same share; a phase not "
+        "longer than its warm-up ends at its peak.",
     )
 
     @field_validator("micro_tokens")
@@ -181,8 +183,9 @@ class ProbeSettings(Settings):
         "online",
         description="Which encoder gives the embeddings that are probed: `online`, the one in "
         "training, or `target`, the EMA teacher, whose weights are a moving average of the online "
-        "encoder's. Both are taken as they are after the last step; the saved model always holds "
-        "the online encoder. `target` is refused unless the last phase has JEPA.",
+        "encoder's. Both are taken as they are after the last step. The folder `final` holds the "
+        "online encoder and, if the last phase has JEPA, the teacher beside it, whatever is "
+        "chosen here. `target` is refused unless the last phase has JEPA.",
     )
     pool: Literal["last", "mean"] = Field(
         "last",
@@ -215,14 +218,16 @@ class RunSettings(Settings):
     dir: str | None = Field(
         None,
         description="Folder of the run, with checkpoints, logs, the final model and the report; "
-        "`none` means runs/<preset>. A folder that holds a run with other settings is refused.",
+        "`none` means runs/<preset>. A folder that holds a run with other settings is refused; "
+        "settings that do not change the weights, such as run.log_every or probe.pool, may "
+        "differ. They do not make a finished run probe again.",
     )
     seed: int = Field(
         0,
         ge=0,
         description="Random seed of the run: of new weights, the order of windows, cuts, masks "
         "and the probes' resamples. Each draw follows from the seed, the step and the "
-        "patient, so that micro-batches, workers and restarts do not change it. Use other seeds to "
+        "patient, so that micro-batches and restarts do not change it. Use other seeds to "
         "see how much of a result is chance.",
     )
     device: str = Field(
@@ -240,10 +245,11 @@ class RunSettings(Settings):
         10,
         ge=1,
         description="Number of optimizer steps from one line of the log to the next, on the "
-        "console and in metrics.jsonl. A line shows losses, learning rate and gradient norm of its "
-        "own step, and speed and memory since the last line; the first step and the end of a phase "
-        "have one in any case. The program waits for a GPU at each line, so very frequent lines "
-        "slow training down. The result does not depend on it.",
+        "console and in metrics.jsonl. A line shows losses, learning rate and gradient norm of "
+        "its own step, the speed since the last line, and the peak of memory since the program "
+        "started; the first step and the end of a phase have one in any case. Evaluations are "
+        "lines of their own in metrics.jsonl. The program waits for a GPU at each line, so very "
+        "frequent lines slow training down. The result does not depend on it.",
     )
     save_every: int = Field(
         50,

@@ -232,6 +232,8 @@ def test_cuts_are_uniform_and_masks_differ_between_cuts() -> None:
     cut = int(points[0])
     masks = [masked_tokens(window, cut, chosen, 0, 0, k).tolist() for k in range(2)]
     assert masks[0] != masks[1]
+    # a window that comes again, cut where it was, is masked anew
+    assert masked_tokens(window, cut, chosen, 0, 1, 0).tolist() != masks[0]
     later = replace(window, first_bucket=3)
     assert masked_tokens(later, cut, chosen, 0, 0, 0).tolist() != masks[0]
 

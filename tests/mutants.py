@@ -1,0 +1,566 @@
+"""python tests/mutants.py: does each of these small mistakes still fail the test that names it?
+
+A mutant is one change of one file that makes the program wrong. For each, the tracked files are
+copied to a temporary folder, the change is made there, and its tests alone are run. A mutant is
+caught where one of them fails; where they pass, it has survived. Before that, all tests that are
+named run once without a change. Exit code 1 if a mutant survived or cannot be made.
+
+    python tests/mutants.py --list
+    python tests/mutants.py --only=mask-count-floored --only=clip-dropped
+    python tests/mutants.py --jobs=2
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 600  # seconds after which tests are stopped: they have hung, and caught nothing
+# where the suite runs in several processes, one is enough for a test
+ALONE = ["-n", "0"] if find_spec("xdist") else []
+TESTS_FAILED = 1  # exit code of pytest; others say that no test could be run
+EQUIVALENCE = "tests/test_equivalence.py::test_adapters_alone[1.0-none]"
+MEASURED = (
+    "tests/test_equivalence.py::test_measured_losses_and_states_are_the_same[lora-merged-tied-fp64]"
+)
+THREE_STEPS = (
+    "tests/test_second_oracle.py::test_three_steps_are_those_of_transformers_and_peft"
+    "[qwen3-whole-merged-tied-shared]"
+)
+MASKS = "tests/data/test_loader.py::test_masks_cuts_and_batches"
+ATTENTION = "tests/ops/test_timeline_attention.py::test_sdpa_in_fp64_is_exact"
+MOMENT = "tests/data/test_prefix_law.py::test_a_node_sees_its_own_moment_and_nothing_later"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file, and the tests that must fail."""
+
+    name: str
+    breaks: str  # what becomes wrong, for a reader
+    file: str
+    old: str  # occurs once in the file
+    new: str
+    tests: tuple[str, ...]
+
+
+def mutant(name: str, breaks: str, file: str, old: str, new: str, *tests: str) -> Mutant:
+    """A mutant of the list."""
+    return Mutant(name, breaks, file, old, new, tests)
+
+
+OBJECTIVE = [
+    mutant(
+        "prediction-scaled",
+        "the fast path predicts 1 % too much",
+        "smbfast/objective.py",
+        "return encoder.predictor(",
+        "return 1.01 * encoder.predictor(",
+        EQUIVALENCE,
+    ),
+    mutant(
+        "last-visible-off-by-one",
+        "the trivial prediction copies the token after the last that is visible",
+        "smbfast/objective.py",
+        "return batch.target_M - (",
+        "return batch.target_M + 1 - (",
+        MEASURED,
+    ),
+    mutant(
+        "masked-token-as-context",
+        "before a masked first token of a future, the trivial prediction copies that token itself",
+        "smbfast/objective.py",
+        "p - 1) for",
+        "p) for",
+        "tests/test_equivalence.py::test_what_precedes_a_masked_first_token_is_the_context",
+    ),
+    mutant(
+        "target-without-final-norm",
+        "predictions are compared with states before the final norm",
+        "smbfast/objective.py",
+        "norm_weight_D, norm_eps = target.final_norm()",
+        "norm_weight_D, norm_eps = None, target.final_norm()[1]",
+        EQUIVALENCE,
+    ),
+    mutant(
+        "jepa-mean-over-labels",
+        "the JEPA loss is divided by the number of labels",
+        "smbfast/run/step.py",
+        "w_jepa / max(masked, 1)",
+        "w_jepa / max(labels, 1)",
+        THREE_STEPS,
+    ),
+    mutant(
+        "backward-of-sft-alone",
+        "the JEPA loss is reported and not trained",
+        "smbfast/run/step.py",
+        "torch.autograd.backward(present)",
+        "torch.autograd.backward(present[:1])",
+        THREE_STEPS,
+    ),
+]
+
+LOADER = [
+    mutant(
+        "mask-count-floored",
+        "the number of masked tokens is cut off, not rounded",
+        "smbfast/data/loader.py",
+        "max(1, round(objective.mask_ratio",
+        "max(1, int(objective.mask_ratio",
+        MASKS,
+    ),
+    mutant(
+        "label-after-repeated-demographics",
+        "the first token after repeated demographics is not predicted",
+        "smbfast/data/loader.py",
+        "labels[: max(window.header - 1, 0)]",
+        "labels[: window.header]",
+        "tests/data/test_loader.py::test_labels[5]",
+    ),
+    mutant(
+        "future-too-long",
+        "a future goes one token beyond the horizon",
+        "smbfast/data/loader.py",
+        "cut + (objective.horizon",
+        "cut + 1 + (objective.horizon",
+        MASKS,
+    ),
+    mutant(
+        "mask-of-every-step",
+        "a window has the same masks whenever it has the same cut",
+        "smbfast/data/loader.py",
+        'generator(seed, "mask", step,',
+        'generator(seed, "mask", 0,',
+        "tests/data/test_loader.py::test_cuts_are_uniform_and_masks_differ_between_cuts",
+    ),
+    mutant(
+        "cut-of-every-step",
+        "a window is cut at the same place in every epoch",
+        "smbfast/data/loader.py",
+        'generator(seed, "cut", step,',
+        'generator(seed, "cut", 0,',
+        "tests/data/test_loader.py::test_cuts_are_uniform_and_masks_differ_between_cuts",
+    ),
+    mutant(
+        "target-row-off-by-one",
+        "a masked token is compared with the state of the token before it",
+        "smbfast/batch.py",
+        "target_rows.append(target_start + prefix + mask)",
+        "target_rows.append(target_start + prefix + mask - 1)",
+        THREE_STEPS,
+    ),
+    mutant(
+        "target-read-one-short",
+        "the target encoder does not read the last masked token",
+        "smbfast/batch.py",
+        "prefix + int(mask[-1]) + 1)",
+        "prefix + int(mask[-1]))",
+        THREE_STEPS,
+    ),
+    mutant(
+        "row-over-capacity",
+        "a row of windows holds more tokens than it may",
+        "smbfast/data/packing.py",
+        "room_R >= tokens",
+        "room_R > 0",
+        "tests/data/test_packing.py::test_rows_are_full[0]",
+    ),
+    mutant(
+        "shortest-rule-wins",
+        "a code is in the section of the shortest rule that fits",
+        "smbfast/data/sections.py",
+        "sorted(ends, reverse=True)",
+        "sorted(ends)",
+        "tests/data/test_sections.py::test_the_longest_match_up_to_a_boundary_wins",
+    ),
+]
+
+LEAKS = [
+    mutant(
+        "node-sees-the-next-moment",
+        "a decision node sees events one microsecond after it",
+        "smbfast/data/nodes.py",
+        'node_time, side="right"',
+        'node_time + 1, side="right"',
+        MOMENT,
+    ),
+    mutant(
+        "node-sees-its-whole-bucket",
+        "the bucket of a decision node counts as complete",
+        "smbfast/data/nodes.py",
+        "np.searchsorted(timeline.bucket_time_B, key)",
+        'np.searchsorted(timeline.bucket_time_B, key, side="right")',
+        MOMENT,
+    ),
+    mutant(
+        "count-sees-the-future",
+        "code counts of a decision node hold the event after it",
+        "smbfast/probing/counts.py",
+        'time_K[node_J], side="right"',
+        'time_K[node_J] + 1, side="right"',
+        "tests/probing/test_counts.py::test_no_event_after_the_prediction_time_is_seen",
+    ),
+    mutant(
+        "rows-resampled",
+        "the bootstrap draws label rows, not patients",
+        "smbfast/probing/resample.py",
+        "np.unique(subject_N, return_inverse=True)",
+        "np.unique(np.arange(len(subject_N)), return_inverse=True)",
+        "tests/probing/test_resample.py::test_all_rows_of_a_patient_move_together",
+    ),
+]
+
+DECODER = [
+    mutant(
+        "query-norm-skipped",
+        "Qwen3 without the norm of its queries",
+        "smbfast/model/decoder.py",
+        "rms_norm(attention.q_norm, q_THC, in_place=True)",
+        "1.0 * q_THC",
+        EQUIVALENCE,
+    ),
+    mutant(
+        "positions-of-the-row",
+        "RoPE counts along the packed row, not along each branch",
+        "smbfast/model/decoder.py",
+        "position_T[None])",
+        "position_T.new_ones(len(position_T)).cumsum(0)[None])",
+        EQUIVALENCE,
+    ),
+    mutant(
+        "mlp-residual-dropped",
+        "a layer returns its MLP alone",
+        "smbfast/model/decoder.py",
+        "return hidden_TD + _mlp(",
+        "return _mlp(",
+        EQUIVALENCE,
+    ),
+    mutant(
+        "adapted-linear-without-bias",
+        "a linear with an adapter loses its bias",
+        "smbfast/model/decoder.py",
+        "bias=[_base(m).bias for m in adapted] if biased else None",
+        "bias=None",
+        "tests/test_shared_step.py::test_linears_with_bias[lora-merged-tied-targets0]",
+    ),
+]
+
+TARGET = [
+    mutant(
+        "tau-complement",
+        "the target follows with 1 - tau in the place of tau",
+        "smbfast/model/averages.py",
+        "_move(self._average, self.sources, tau,",
+        "_move(self._average, self.sources, 1 - tau,",
+        "tests/test_target.py::test_tau_of_zero_is_the_online_encoder_and_of_one_changes_nothing"
+        "[merged]",
+    ),
+    mutant(
+        "token-rows-not-averaged",
+        "the target reads the online encoder's trained token rows",
+        "smbfast/model/target.py",
+        "[*sources, Source(ROWS, rows[1])] if rows else sources",
+        "sources",
+        "tests/test_objective.py::test_the_target_covers_every_trained_weight_of_the_trunk",
+    ),
+    mutant(
+        "tracked-rank-one-less",
+        "a tracked average keeps one column less than asked",
+        "smbfast/model/averages.py",
+        "min(rank * r, n, k)",
+        "min(rank * r, n, k) - 1",
+        "tests/test_target.py::test_memory_is_foretold",
+    ),
+    mutant(
+        "new-adapter-not-weighted",
+        "a tracked average takes the online adapter in whole",
+        "kernels/smbkernels/tracked_ema.py",
+        "mul_(1 - tau)",
+        "mul_(1)",
+        "tests/ops/test_tracked_ema.py::test_append_is_the_average[0.9]",
+    ),
+    mutant(
+        "target-not-updated",
+        "the target stays where it began",
+        "smbfast/run/step.py",
+        "target.update(tau)",
+        "target.update(1.0)",
+        THREE_STEPS,
+    ),
+]
+
+UPDATE = [
+    mutant(
+        "clip-dropped",
+        "gradients are never clipped",
+        "smbfast/run/step.py",
+        "clip_grad_norm_(self._parameters, self.clip)",
+        'clip_grad_norm_(self._parameters, float("inf"))',
+        THREE_STEPS,
+    ),
+    mutant(
+        "bad-gradient-not-skipped",
+        "a gradient that is not finite goes into the weights",
+        "smbfast/run/step.py",
+        "self.optimizer.found_inf = skipped",
+        "self.optimizer.found_inf = 0 * skipped",
+        "tests/test_step.py::test_a_gradient_that_is_not_finite_moves_no_weight_and_no_moment[nan]",
+    ),
+    mutant(
+        "warm-up-off-by-one",
+        "the first step of a phase has a learning rate of 0",
+        "smbfast/run/optim.py",
+        "peak * (at.step + 1) / warmup",
+        "peak * at.step / warmup",
+        "tests/test_optim.py::test_warm_up_and_cosine_by_hand",
+    ),
+    mutant(
+        "weight-decay-on-adapters",
+        "LoRA's factors are decayed",
+        "smbfast/run/optim.py",
+        '"lora_" not in name and ',
+        "",
+        "tests/test_optim.py::test_weight_decay_spares_lora_norms_biases_and_the_mask_vector[True]",
+    ),
+]
+
+RESUMING = [
+    mutant(
+        "second-moments-forgotten",
+        "a resumed AdamW begins with second moments of zero",
+        "smbfast/run/checkpoint.py",
+        '"exp_avg_sq": tensors',
+        '"exp_avg_sq": 0 * tensors',
+        "tests/test_checkpoint.py::test_a_loaded_checkpoint_takes_the_next_step_that_was_saved[merged]",
+    ),
+    mutant(
+        "digest-not-compared",
+        "a damaged file of the right size is trusted",
+        "smbfast/base/files.py",
+        "_sha256(file) != digest",
+        "not digest",
+        "tests/test_checkpoint.py::test_one_damaged_bit_is_passed_over[state.safetensors]",
+    ),
+    mutant(
+        "micro-batch-of-today",
+        "a resumed run, and its preflight, take the micro-batch that would fit today",
+        "smbfast/run/open_run.py",
+        ", progress.micro_tokens)",
+        ")",
+        "tests/test_check.py::test_a_resumed_run_is_predicted_with_its_own_micro_batches",
+    ),
+    mutant(
+        "changed-setting-accepted",
+        "a run goes on with other settings",
+        "smbfast/run/folder.py",
+        "if then.get(k) != now.get(k)",
+        "if k not in then",
+        "tests/test_before_training.py"
+        "::test_a_folder_that_holds_a_run_of_other_settings_is_refused",
+    ),
+]
+
+KERNELS = [
+    mutant(
+        "branch-sees-a-token-more",
+        "a branch sees the first token of the future that it predicts",
+        "kernels/smbkernels/attention/sdpa.py",
+        "seen = [x.narrow(2, trunk_start, prefix)",
+        "seen = [x.narrow(2, trunk_start, prefix + 1)",
+        ATTENTION,
+    ),
+    mutant(
+        "last-branch-alone-counts",
+        "a trunk's keys get the gradient of one branch only",
+        "kernels/smbkernels/attention/sdpa.py",
+        "prefix).add_(dk.squeeze(1))",
+        "prefix).copy_(dk.squeeze(1))",
+        ATTENTION,
+    ),
+    mutant(
+        "lora-gradient-without-scale",
+        "gradients of LoRA's input and A lack alpha / r",
+        "kernels/smbkernels/lora/fused.py",
+        "b[i].to(dtype), beta=0, alpha=scale[i])",
+        "b[i].to(dtype), beta=0)",
+        "tests/ops/test_lora_linear.py::test_fused_backward_by_finite_differences",
+    ),
+    mutant(
+        "last-chunk-forgotten",
+        "the head's gradient lacks the last chunk of rows",
+        "kernels/smbkernels/cross_entropy/chunked.py",
+        "if needs_weight:",
+        "if needs_weight and chunk.stop < N:",
+        "tests/ops/test_linear_cross_entropy.py::test_strided_inputs",
+    ),
+    mutant(
+        "layer-norm-eps",
+        "targets are normed with an eps of 1e-6",
+        "kernels/smbkernels/jepa_mse/op.py",
+        "LAYER_NORM_EPS = 1e-5",
+        "LAYER_NORM_EPS = 1e-6",
+        "tests/ops/test_references.py::test_masked_jepa_mse[rows2-True]",
+    ),
+    mutant(
+        "layer-norm-eps-in-cpp",
+        "on a CPU targets are normed with an eps of 1e-6",
+        "csrc/masked_jepa_mse.cpp",
+        "LAYER_NORM_EPS = 1e-5",
+        "LAYER_NORM_EPS = 1e-6",
+        "tests/ops/test_cpp_kernels.py::test_statistics_of_a_long_row_far_from_zero",
+    ),
+    mutant(
+        "halves-to-even-in-cpp",
+        "high halves of averages round a tie to even: the remainder overflows",
+        "csrc/ema_update.cpp",
+        "(kept + 0x8000u) >> 16",
+        "(kept + 0x7FFFu + ((kept >> 16) & 1u)) >> 16",
+        "tests/ops/test_ema_update.py::test_an_exact_tie_rounds_up[cpp]",
+    ),
+    mutant(
+        "halves-to-even-in-triton",
+        "high halves of averages round a tie to even: the remainder overflows",
+        "kernels/smbkernels/ema/triton.py",
+        "(bits_NK + 0x8000) >> 16",
+        "(bits_NK + 0x7FFF + ((bits_NK >> 16) & 1)) >> 16",
+        "tests/ops/test_ema_update.py::test_an_exact_tie_rounds_up[triton]",
+    ),
+    mutant(
+        "explicit-choice-falls-back",
+        "a backend that was asked for and cannot run gives way to the reference",
+        "kernels/smbkernels/operation.py",
+        "            if reason:\n",
+        "            if reason:\n                return self.reference(*args, **kwargs)\n"
+        "            if reason:\n",
+        "tests/ops/test_registry.py::test_an_explicit_choice_never_falls_back",
+    ),
+]
+
+MUTANTS = [
+    *OBJECTIVE,
+    *LOADER,
+    *LEAKS,
+    *DECODER,
+    *TARGET,
+    *UPDATE,
+    *RESUMING,
+    *KERNELS,
+]
+
+
+def copy_tracked(folder: Path) -> None:
+    """Copy the files that git tracks, as they are now."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z"]
+    names = subprocess.run(command, capture_output=True, check=True).stdout.decode().split("\0")
+    for name in filter(None, names):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+
+
+def run_tests(tree: Path, tests: list[str], cache: Path | None = None) -> tuple[int, str]:
+    """Run tests of a copied tree; pytest's exit code (-1: stopped after `LIMIT`) and its output.
+
+    Args:
+        cache: where C++ is built, None: where it always is. The folder of a build is named by a
+            digest of the sources, so no mutant can be taken for another; but none should stay.
+    """
+    # compiled bytecode is known by the size and second of its source, which a mutant may share
+    more = {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'kernels'}", "PYTHONDONTWRITEBYTECODE": "1"}
+    more |= {"XDG_CACHE_HOME": str(cache)} if cache else {}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", *ALONE, "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(
+            [*command, *tests],
+            cwd=tree,
+            env={"OMP_NUM_THREADS": "1", **os.environ, **more},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=LIMIT,
+        )
+    except subprocess.TimeoutExpired:
+        return -1, f"stopped after {LIMIT} s"
+    return done.returncode, done.stdout
+
+
+def try_mutant(mutant: Mutant, tree: Path) -> str:
+    """Make the change, run its tests, take it back: "caught", or what happened in its place."""
+    file = tree / mutant.file
+    text = file.read_text(encoding="utf-8")
+    if text.count(mutant.old) != 1:
+        return f"NOT MADE: its old text occurs {text.count(mutant.old)} times"
+    file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            compiled = Path(cache) if mutant.file.startswith("csrc/") else None
+            code, output = run_tests(tree, list(mutant.tests), compiled)
+    finally:
+        file.write_text(text, encoding="utf-8")
+    if code == TESTS_FAILED:
+        return "caught"
+    if code == 0:
+        return "SURVIVED"
+    return f"NOT RUN: exit code {code} of pytest\n{output}"
+
+
+def check_unmutated(mutants: list[Mutant], tree: Path) -> None:
+    """Run all named tests without a change; exit if one fails or is skipped."""
+    began = time.monotonic()
+    tests = sorted({test for mutant in mutants for test in mutant.tests})
+    code, output = run_tests(tree, tests)
+    last = output.strip().splitlines()[-1]
+    if code or "skipped" in last:
+        raise SystemExit(f"{output}\nwithout a mutant, all tests must pass and none be skipped")
+    print(f"without a mutant: {last} ({time.monotonic() - began:.0f} s with imports)", flush=True)
+
+
+def main() -> None:
+    """Try mutants, say of each whether it was caught."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
+    parser.add_argument("--only", action="append", metavar="NAME", help="this mutant; repeatable")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at a time")
+    words = parser.parse_args()
+    unknown = set(words.only or ()) - {m.name for m in MUTANTS}
+    if unknown:
+        parser.error(f"--only must name a mutant (see --list), got {', '.join(sorted(unknown))}")
+    mutants = [m for m in MUTANTS if not words.only or m.name in words.only]
+    if words.list:
+        for m in mutants:
+            print(f"{m.name}: {m.breaks}\n  {m.file}\n  " + "\n  ".join(m.tests))
+        return
+    with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
+        trees: Queue[Path] = Queue()
+        for number in range(max(1, words.jobs)):
+            tree = Path(temporary) / str(number)
+            copy_tracked(tree)
+            trees.put(tree)
+        check_unmutated(mutants, tree)
+
+        def tried(mutant: Mutant) -> bool:
+            tree, began = trees.get(), time.monotonic()
+            try:
+                outcome = try_mutant(mutant, tree)
+            finally:
+                trees.put(tree)
+            print(f"{mutant.name}: {outcome} ({time.monotonic() - began:.1f} s)", flush=True)
+            return outcome == "caught"
+
+        with ThreadPoolExecutor(max(1, words.jobs)) as pool:
+            caught = list(pool.map(tried, mutants))
+    print(f"{sum(caught)} of {len(mutants)} mutants caught")
+    raise SystemExit(0 if all(caught) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The list of mutants does not rot: each can be made, and names tests that exist.
+
+That each is caught is what `python tests/mutants.py` says, which runs outside pytest.
+"""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests import mutants
+from tests.mutants import MUTANTS, ROOT, Mutant
+
+TESTS = sorted({test for mutant in MUTANTS for test in mutant.tests})
+each = pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+
+
+@each
+def test_its_old_text_occurs_once_and_what_it_makes_can_be_read(mutant: Mutant) -> None:
+    text = (ROOT / mutant.file).read_text(encoding="utf-8")
+    assert text.count(mutant.old) == 1
+    changed = text.replace(mutant.old, mutant.new)
+    assert changed != text
+    if mutant.file.endswith(".py"):
+        compile(changed, mutant.file, "exec")
+
+
+@each
+def test_its_tests_are_functions_of_their_files(mutant: Mutant) -> None:
+    assert mutant.tests
+    for test in mutant.tests:
+        file, _, name = test.partition("::")
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        assert name.partition("[")[0] in functions, test
+
+
+@pytest.mark.slow
+def test_every_test_that_is_named_is_collected() -> None:
+    """With its parameters, which the functions of a file do not show."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *mutants.ALONE, *TESTS]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert set(TESTS) <= set(shown.stdout.splitlines())
+
+
+def test_the_list_is_long_enough_and_its_names_differ() -> None:
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 20
+
+
+def test_a_mutant_is_caught_survives_or_is_not_made(tmp_path, monkeypatch) -> None:
+    """And its file is put back, whatever its tests say."""
+    file = tmp_path / "sum.py"
+    file.write_text("total = 1 + 1\n")
+    one = Mutant("one", "", "sum.py", "1 + 1", "1 - 1", ("test_sum.py",))
+    for code, outcome in ((1, "caught"), (0, "SURVIVED"), (4, "NOT RUN: exit code 4 of pytest\n")):
+        seen = []
+
+        def run_tests(tree, tests, cache, seen=seen, code=code):
+            seen.append(((tree / "sum.py").read_text(), tests, cache))
+            return code, ""
+
+        monkeypatch.setattr(mutants, "run_tests", run_tests)
+        assert mutants.try_mutant(one, tmp_path) == outcome
+        assert seen == [("total = 1 - 1\n", ["test_sum.py"], None)]
+        assert file.read_text() == "total = 1 + 1\n"
+    file.write_text("total = 2\n")
+    assert mutants.try_mutant(one, tmp_path) == "NOT MADE: its old text occurs 0 times"
