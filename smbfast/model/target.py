@@ -57,8 +57,7 @@ class TargetForm:
         """
         if self.name == "tracked" and not encoder.is_lora:
             raise ValueError(
-                "a tracked target needs LoRA; without it, objective.target_form must be auto or "
-                "merged"
+                "a tracked target needs LoRA; without it, objective.target_form must be merged"
             )
         if self.name != "auto":
             return self

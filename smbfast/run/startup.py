@@ -55,8 +55,8 @@ def refuse_empty(step: Step, phase: PhaseSettings) -> None:
     if phase.w_sft == 0 and step.num_masked == 0:
         raise ValueError(
             f"step {step.index + 1} has nothing to predict: no masked token, and phase "
-            f"`{phase.name}` has no SFT loss; raise data.window or optim.batch, or lower "
-            "objective.min_future"
+            f"`{phase.name}` has no SFT loss; raise data.window or optim.batch, "
+            "or lower objective.min_future"
         )
 
 
