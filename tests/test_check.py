@@ -7,6 +7,8 @@ import smbfast.check as entry
 from smbfast import checkpoint, train
 from smbfast.simulate import simulate
 
+pytestmark = pytest.mark.slow
+
 SHORT = ["--probe.labels=[]", "--data.window=96", "--run.threads=1"]
 STAGES = ["data", "model", "kernels", "memory", "plan", "worst pack", "self-check", "time"]
 
