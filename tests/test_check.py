@@ -8,6 +8,8 @@ from smbfast import train
 from smbfast.run import checkpoint, preflight
 from smbfast.simulation.dataset import simulate
 
+pytestmark = pytest.mark.slow
+
 SHORT = ["--probe.labels=[]", "--data.window=96", "--run.threads=1"]
 STAGES = ["data", "model", "kernels", "memory", "plan", "worst pack", "self-check", "time"]
 

@@ -11,6 +11,8 @@ from smbfast import embed, train
 from tests.factory import split_rows, tiny_run, write_meds
 from tests.refusal import CANARY, nothing_half_written, refused
 
+pytestmark = pytest.mark.slow
+
 
 def copied(trained: Path, tmp_path: Path) -> Path:
     run = shutil.copytree(trained, tmp_path / "run")

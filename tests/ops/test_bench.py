@@ -150,6 +150,7 @@ def run(monkeypatch, capsys, tests: str, *arguments: str) -> tuple[str, int]:
     return capsys.readouterr().out, status
 
 
+@pytest.mark.slow
 def test_a_run_prints_times_and_speed_ups(monkeypatch, capsys, tmp_path):
     a_case(monkeypatch, cpp=slow, triton="no CUDA device")
     monkeypatch.setattr(records, "RESULTS", tmp_path)
@@ -175,6 +176,7 @@ def test_a_run_prints_times_and_speed_ups(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("tests", ["red", "none", "skipped"])
+@pytest.mark.slow
 def test_no_speed_up_is_printed_without_green_tests(monkeypatch, capsys, tests):
     a_case(monkeypatch, cpp=slow)
     printed, status = run(monkeypatch, capsys, tests)
@@ -182,12 +184,14 @@ def test_no_speed_up_is_printed_without_green_tests(monkeypatch, capsys, tests):
     assert status == (1 if tests == "red" else 0)
 
 
+@pytest.mark.slow
 def test_the_gate_can_be_left_out(monkeypatch, capsys):
     a_case(monkeypatch, cpp=slow)
     printed, status = run(monkeypatch, capsys, "green", "--no-gate")
     assert "tests skipped (--no-gate)" in printed and "x eager" not in printed and status == 0
 
 
+@pytest.mark.slow
 def test_what_is_wrong_or_fails_gets_no_speed_up_and_ends_red(monkeypatch, capsys):
     a_case(monkeypatch, cpp=wrong, triton=broken)
     printed, status = run(monkeypatch, capsys, "green")
@@ -201,6 +205,7 @@ def test_what_is_wrong_or_fails_gets_no_speed_up_and_ends_red(monkeypatch, capsy
 @pytest.mark.parametrize(
     "body, state", [("assert True", "green"), ("assert False", "red"), (None, "none")]
 )
+@pytest.mark.slow
 def test_the_gate_runs_the_tests_of_the_operation(monkeypatch, tmp_path, body, state):
     folder = tmp_path / "tests" / "ops"
     folder.mkdir(parents=True)
