@@ -3,6 +3,11 @@
 M masked positions, D width, T rows of the target; N out, K in features, R rank.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from smbkernels import ema_update_, masked_jepa_mse
@@ -13,6 +18,7 @@ from tests.oracle import assert_no_worse
 
 pytestmark = pytest.mark.numeric
 
+ROOT = Path(__file__).resolve().parents[2]
 F32, BF16 = torch.float32, torch.bfloat16
 TAU, SCALE = 0.97, 0.3
 
@@ -128,7 +134,8 @@ def test_a_loss_does_not_depend_on_the_number_of_threads(threads, norm):
         assert torch.equal(loss, found[0][0]) and torch.equal(grad_MD, found[0][1])
 
 
-def test_the_memory_of_a_large_gradient_is_used_again_when_it_is_free():
+def use_memory_again() -> None:
+    """A block that became free is used for the next gradient, if none that is larger became free."""
     target_TD = torch.randn(2, 4096)
 
     def gradient(rows):
@@ -152,6 +159,19 @@ def test_the_memory_of_a_large_gradient_is_used_again_when_it_is_free():
     # the larger of two free blocks stays
     del third, part, second
     assert gradient(160).data_ptr() % 2**21 == 0
+
+
+def test_the_memory_of_a_large_gradient_is_used_again_when_it_is_free():
+    """In a process of its own: a larger block that another test left would be held instead."""
+    code = "from tests.ops.test_cpp_kernels import use_memory_again; use_memory_again()"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("normalize", [True, False], ids=["layer_norm", "identity"])
