@@ -135,7 +135,7 @@ def test_a_loss_does_not_depend_on_the_number_of_threads(threads, norm):
 
 
 def use_memory_again() -> None:
-    """A block that became free is used for the next gradient, if none that is larger became free."""
+    """A block that became free holds the next gradient, unless a larger one became free."""
     target_TD = torch.randn(2, 4096)
 
     def gradient(rows):
