@@ -379,6 +379,14 @@ KERNELS = [
         ATTENTION,
     ),
     mutant(
+        "cpp-branch-sees-a-token-more",
+        "on a CPU a branch sees the first token of the future that it predicts",
+        "csrc/timeline_attention.cpp",
+        "body(family.segments[0].offset + j, s.prefix - j, false)",
+        "body(family.segments[0].offset + j, s.prefix + 1 - j, false)",
+        "tests/ops/test_timeline_attention_cpp.py::test_values_and_gradients",
+    ),
+    mutant(
         "last-branch-alone-counts",
         "a trunk's keys get the gradient of one branch only",
         "kernels/smbkernels/attention/sdpa.py",

@@ -332,9 +332,9 @@ def test_the_log_sum_exp_has_no_gradient():
         assert out.requires_grad and not lse.requires_grad
 
 
-def test_the_cpu_chooses_sdpa():
+def test_the_cpu_chooses_sdpa_where_cpp_does_not_fit():
     packed = segments(MIXED)
-    given = inputs(packed.tokens)
+    given = inputs(packed.tokens, dtype=torch.float64)
     for a, b in zip(
         outcome(timeline_attention, given, packed), outcome(on_cpu, given, packed), strict=True
     ):

@@ -6,7 +6,8 @@
 | `op` | the reference, and the custom operation that a backend becomes |
 | `triton`, `kernels` | the backend on a GPU: what it launches, and its Triton kernels |
 | `varlen`, `engines` | the backend over flash-attn, or over the varlen attention of torch |
-| `sdpa` | the backend on a CPU |
+| `cpp` | the backend on a CPU, in C++ |
+| `sdpa` | on a CPU by torch alone: fp64, fp16, and where there is no compiler |
 """
 
 from smbkernels.attention.op import attention_flops, timeline_attention

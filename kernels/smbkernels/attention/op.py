@@ -39,6 +39,12 @@ def _fits_triton(query_THC: Tensor, *_args: Any, **_kwargs: Any) -> str | None:
     return None
 
 
+def _fits_cpp(query_THC: Tensor, *_args: Any, **_kwargs: Any) -> str | None:
+    if query_THC.dtype not in (torch.float32, torch.bfloat16):
+        return f"dtype must be fp32 or bf16, got {query_THC.dtype}"
+    return None
+
+
 def _fits_varlen(query_THC: Tensor, *_args: Any, **_kwargs: Any) -> str | None:
     if query_THC.dtype not in (torch.float16, torch.bfloat16):
         return f"dtype must be bf16 or fp16, got {query_THC.dtype}"
@@ -50,6 +56,7 @@ def _fits_varlen(query_THC: Tensor, *_args: Any, **_kwargs: Any) -> str | None:
 @op(
     Backend("triton", "attention.triton", ("cuda",), _fits_triton),
     Backend("varlen", "attention.varlen", ("cuda",), _fits_varlen),
+    Backend("cpp", "attention.cpp", ("cpu",), _fits_cpp),
     Backend("sdpa", "attention.sdpa", ("cpu",)),
     flops=_flops,
 )

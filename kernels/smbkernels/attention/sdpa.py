@@ -1,4 +1,6 @@
-"""Timeline attention on a CPU: one or two dense parts per segment, no mask of all tokens.
+"""Timeline attention on a CPU by torch alone: one or two dense parts per segment, no dense mask.
+
+It computes what the C++ backend does not: fp64, fp16, and everything where there is no compiler.
 
 A segment sees its own rows causally, and a branch the prefix of its trunk without a mask. Each part
 goes through torch's flash attention for CPUs, in blocks; the two of a branch are merged by their
