@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -81,6 +81,7 @@ class Compiled:
     triton: str
     problems: list[str]  # of the lists of builds
     reports: list[dict[str, Any]]
+    unchanged: list[str] = field(default_factory=list)  # rows whose builds were left out
 
 
 def compile_all(
@@ -89,12 +90,15 @@ def compile_all(
     triton: str | None = None,
     only: str = "",
     processes: int = 2,
+    changed: bool = False,
 ) -> Compiled:
     """Compile and read, in processes that do not interpret and keep nothing.
 
     Args:
         modules: with a function `builds`; None: those that `smbkernels` ships.
         triton: a folder that holds another version of the package.
+        changed: leave out builds for sm_80 and sm_100 whose row was made from the same source and
+            settings by the same version: the compiler would give the same figures.
 
     Raises:
         RuntimeError: the process failed, with the end of what it said.
@@ -106,7 +110,7 @@ def compile_all(
         env = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
         env |= {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": cache}
         command = [sys.executable, "-m", "bench.cubin", f"--processes={processes}"]
-        command += [f"--only={only}", *(modules or [])]
+        command += [f"--only={only}", *([f"--rows={TABLE}"] if changed else []), *(modules or [])]
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"compilation ahead of time failed: {done.stderr.strip()[-1500:]}")
@@ -127,9 +131,8 @@ def _build_of(row: str) -> str:
 
 def row_of(report: dict[str, Any]) -> dict[str, Any]:
     """The figures of a report that become its row."""
-    return {key: report[key] for key in (*AT_MOST, *AT_LEAST)} | {
-        "matrix": sorted(report["matrix"])
-    }
+    figures = {key: report[key] for key in (*AT_MOST, *AT_LEAST)}
+    return figures | {"matrix": sorted(report["matrix"]), "source": report["source"]}
 
 
 def broken_rules(report: dict[str, Any]) -> list[str]:
@@ -169,7 +172,7 @@ def failures(compiled: Compiled, table: Table) -> list[str]:
         return problems + [
             f"{row_name(r)}: {broken}" for r in compiled.reports for broken in broken_rules(r)
         ]
-    names = {row_name(report) for report in compiled.reports}
+    names = {row_name(report) for report in compiled.reports} | set(compiled.unchanged)
     problems += [f"{name}: a row without a build" for name in sorted(rows.keys() - names)]
     for report in compiled.reports:
         name = row_name(report)

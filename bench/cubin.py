@@ -6,7 +6,9 @@ interpreted, and which is settled when it is decorated. Prints one JSON object.
 
 import argparse
 import collections
+import hashlib
 import importlib
+import inspect
 import json
 import multiprocessing
 import re
@@ -21,6 +23,7 @@ from typing import Any
 from smbkernels.registry import OPS
 
 ARCHS = (80, 90, 100)
+ALWAYS = 90  # compiled although its row was made from the same source
 # `/*0a10*/  @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;`
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
@@ -53,6 +56,20 @@ def collect(modules: list[str]) -> tuple[dict[str, Any], list[str]]:
     for kernel in sorted(kernels - built, key=lambda k: k.__name__):
         problems.append(f"{kernel.__module__.rpartition('.')[2]}: no build of {kernel.__name__}")
     return builds, problems
+
+
+def source_of(build: Any) -> str:
+    """A short hash of what a build is compiled from: its settings, and its kernel's source files.
+
+    These are the file of the kernel and those of the functions on Triton that it can name.
+    """
+    settings = {k: str(v) for k, v in vars(build).items() if k not in ("kernel", "archs")}
+    named = [build.kernel, *build.kernel.fn.__globals__.values()]
+    functions = [x.fn for x in named if inspect.isfunction(getattr(x, "fn", None))]
+    files = {inspect.getfile(function) for function in functions}
+    texts = sorted(Path(f).read_text(encoding="utf-8") for f in files)
+    parts = [texts, build.kernel.__name__, settings]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def read_usage(text: str) -> dict[str, int]:
@@ -147,6 +164,7 @@ def _report(job: tuple[str, int]) -> dict[str, Any]:
         "arch": arch,
         "expects_wide_loads": build.wide_loads,
         "expects_tensor_cores": build.tensor_cores,
+        "source": source_of(build),
     }
     try:
         return {**about, **compile_and_read(build, arch)}
@@ -159,6 +177,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("modules", nargs="*", help="default: all that smbkernels ships")
     parser.add_argument("--only", default="", help="builds whose name holds this")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        help="a table of budgets; what has a row of the same source is left out",
+    )
     settings = parser.parse_args(argv)
     import triton
 
@@ -167,11 +190,22 @@ def main(argv: list[str] | None = None) -> None:
     # matrix kernels take longest: first, so that no process is left alone with one
     order = sorted(builds, key=lambda name: not builds[name].tensor_cores)
     jobs = [(n, a) for n in order if settings.only in n for a in builds[n].archs]
+    table = json.loads(settings.rows.read_text(encoding="utf-8")) if settings.rows else {}
+    rows = table.get(triton.__version__, {})
+    source = {n: source_of(builds[n]) for n in order}
+    unchanged = [
+        (n, a)
+        for n, a in jobs
+        if a != ALWAYS and rows.get(f"{n} sm_{a}", {}).get("source") == source[n]
+    ]
+    jobs = [job for job in jobs if job not in set(unchanged)]
     context = multiprocessing.get_context("fork")  # the imports above are paid for once
     with ProcessPoolExecutor(settings.processes, mp_context=context) as pool:
         reports = list(pool.map(_report, jobs))
     reports.sort(key=lambda r: (r["build"], r["arch"]))
-    json.dump({"triton": triton.__version__, "problems": problems, "reports": reports}, sys.stdout)
+    result = {"triton": triton.__version__, "problems": problems, "reports": reports}
+    result["unchanged"] = [f"{n} sm_{a}" for n, a in unchanged]
+    json.dump(result, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ No GPU is needed: the compiler and the disassembler stand in the Triton wheel.
 """
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from smbkernels.registry import OPS
@@ -15,7 +17,7 @@ SAMPLES = "tests.ops.sample_builds"
 
 @pytest.fixture(scope="module")
 def shipped() -> aot.Compiled:
-    return aot.compile_all()
+    return aot.compile_all(changed=True)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,7 @@ def test_no_budget_is_exceeded(shipped):
 @pytest.mark.slow
 def test_every_operation_on_triton_has_builds(shipped):
     built = {report["build"].split("/")[0] for report in shipped.reports}
+    assert {report["arch"] for report in shipped.reports} >= {cubin.ALWAYS}
     on_triton = [op for op, entry in OPS.items() if any(b.name == "triton" for b in entry.backends)]
     assert on_triton and {op.rstrip("_") for op in on_triton} <= built
 
@@ -80,6 +83,7 @@ REPORT = {
     "wide_stores": 4,
     "narrow_stores": 0,
     "matrix": {"HGMMA": 16},
+    "source": "0123456789ab",
     "seconds": 0.5,
 }
 
@@ -161,6 +165,37 @@ def test_writing_keeps_other_versions_and_drops_rows_without_builds():
     assert len(aot.updated(compiled, table, only="op/")["3.9.0"]) == 1
     assert json.loads(aot.as_text(written)) == written
     assert failures(REPORT, written) == []
+
+
+def test_the_source_of_a_build_is_its_file_and_its_settings(tmp_path, monkeypatch):
+    from tests.ops import sample_builds
+
+    one, other, *_ = sample_builds.builds()
+    before = cubin.source_of(one)
+    assert before == cubin.source_of(one) and before != cubin.source_of(other)
+    assert before != cubin.source_of(replace(one, num_warps=one.num_warps * 2))
+    assert before == cubin.source_of(replace(one, archs=(90,)))
+    edited = tmp_path / "sample_builds.py"
+    edited.write_text(Path(sample_builds.__file__).read_text() + "# edited")
+    monkeypatch.setattr(cubin.inspect, "getfile", lambda _function: str(edited))
+    assert before != cubin.source_of(one)
+
+
+def test_a_row_of_the_same_source_is_not_compiled_again_but_for_one_chip(monkeypatch, tmp_path):
+    whole = aot.compile_all([SAMPLES], only="good")
+    table = aot.updated(whole, {})
+    monkeypatch.setattr(aot, "TABLE", tmp_path / "budgets.json")
+    aot.TABLE.write_text(aot.as_text(table))
+    again = aot.compile_all([SAMPLES], only="good", changed=True)
+    assert [r["arch"] for r in again.reports] == [cubin.ALWAYS]
+    assert sorted(again.unchanged) == [
+        f"{build} sm_{arch}" for build in {r["build"] for r in whole.reports} for arch in (100, 80)
+    ]
+    assert aot.failures(again, table) == []
+    for row in table[whole.triton].values():
+        row["source"] = "another"
+    aot.TABLE.write_text(aot.as_text(table))
+    assert len(aot.compile_all([SAMPLES], only="good", changed=True).reports) == len(cubin.ARCHS)
 
 
 def test_reading_the_disassembly():
