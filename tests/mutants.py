@@ -371,6 +371,39 @@ RESUMING = [
 
 KERNELS = [
     mutant(
+        "far-call-alone-is-differentiated",
+        "the prefix call's backward starts from its own output instead of the merged one",
+        "kernels/smbkernels/attention/two_calls.py",
+        "part_of(lse_HT, rows, 1))",
+        "part_of(lse_HT, rows, 1).clone())",
+        "tests/ops/test_flash.py::test_two_calls_are_exact",
+    ),
+    mutant(
+        "prefixes-in-place-shifted",
+        "of prefixes that are read in place, the last key is missed and the next begins early",
+        "kernels/smbkernels/attention/two_calls.py",
+        "with_gaps.append((num, _size(f.key)))",
+        "with_gaps.append((num, _size(f.key) - 1))",
+        "tests/ops/test_flash.py::test_two_calls_are_exact",
+    ),
+    mutant(
+        "prefix-gradient-of-the-last-branch",
+        "keys that several branches see get the gradient of the last one alone",
+        "kernels/smbkernels/attention/two_calls.py",
+        "part_of(total_TNC, rows).add_(part)",
+        "part_of(total_TNC, rows).copy_(part)",
+        "tests/ops/test_flash.py::test_two_calls_are_exact",
+        "tests/ops/test_cudnn.py::test_dense_calls_are_exact",
+    ),
+    mutant(
+        "runs-of-other-lengths",
+        "segments of two lengths are one dense call",
+        "kernels/smbkernels/attention/cudnn.py",
+        "if runs and runs[-1][1] == r[LENGTH]:",
+        "if runs and runs[-1][1] >= r[LENGTH]:",
+        "tests/ops/test_cudnn.py::test_dense_calls_are_exact",
+    ),
+    mutant(
         "branch-sees-a-token-more",
         "a branch sees the first token of the future that it predicts",
         "kernels/smbkernels/attention/sdpa.py",

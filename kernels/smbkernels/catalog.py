@@ -8,7 +8,7 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "linear_cross_entropy": ("chunked",),
     "lora_linear": ("fused", "triton"),
     "masked_jepa_mse": ("triton", "cpp"),
-    "timeline_attention": ("triton", "varlen", "cpp", "sdpa"),
+    "timeline_attention": ("triton", "varlen", "flash", "cudnn", "cpp", "sdpa"),
 }
 
 

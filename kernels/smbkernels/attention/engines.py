@@ -173,6 +173,20 @@ def _lacks(function: Callable, positions: int, options: tuple[str, ...]) -> str 
     return f"argument {', '.join(more)} is not known here" if more else None
 
 
+def differs(operation: Any, by_position: tuple[str, ...], *options: str) -> str | None:
+    """Why an operation of torch cannot be called with these arguments in this order, or None."""
+    arguments = {a.name: not a.has_default_value() for a in operation.default._schema.arguments}
+    names = list(arguments)
+    first, rest = tuple(names[: len(by_position)]), names[len(by_position) :]
+    if first != by_position:
+        return f"arguments must be {', '.join(by_position)}, got {', '.join(first)}"
+    absent = [n for n in options if n not in rest]
+    if absent:
+        return f"no argument {', '.join(absent)}"
+    more = [n for n in rest if arguments[n] and n not in options]
+    return f"argument {', '.join(more)} is not known here" if more else None
+
+
 def _parameters(function: Callable) -> dict[str, bool]:
     """Arguments of a function or of a custom operation, and whether each must be given."""
     overload = getattr(function, "default", None)

@@ -53,9 +53,18 @@ def _fits_varlen(query_THC: Tensor, *_args: Any, **_kwargs: Any) -> str | None:
     return None
 
 
+def _fits_cudnn(query_THC: Tensor, *_args: Any, **_kwargs: Any) -> str | None:
+    if query_THC.shape[-1] > 128:
+        return f"head dim must be a multiple of 8 up to 128, got {query_THC.shape[-1]}"
+    return _fits_varlen(query_THC)
+
+
 @op(
     Backend("triton", "attention.triton", ("cuda",), _fits_triton),
     Backend("varlen", "attention.varlen", ("cuda",), _fits_varlen),
+    # only on request, until a GPU has shown that they pay; their backwards add up by atomics
+    Backend("flash", "attention.flash", (), _fits_varlen),
+    Backend("cudnn", "attention.cudnn", (), _fits_cudnn),
     Backend("cpp", "attention.cpp", ("cpu",), _fits_cpp),
     Backend("sdpa", "attention.sdpa", ("cpu",)),
     flops=_flops,
