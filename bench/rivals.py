@@ -4,11 +4,14 @@ None of it is ours; each is checked against the reference like an implementation
 compute less on purpose.
 """
 
+import functools
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from smbkernels.attention import Segments
+from smbkernels.attention import Segments, flash, varlen
+from smbkernels.attention.engines import Engine
 from torch import Tensor
 
 BY_SEGMENT = "SDPA by segment"
@@ -48,10 +51,12 @@ def averages(*, halves: bool) -> dict[str, Callable | str]:
 
 
 def attentions(segments: Segments, device: str) -> dict[str, Callable | str]:
-    """Eager attention without a mask over all tokens, and FlexAttention on a GPU."""
+    """Eager attention without a mask over all tokens, and on a GPU what has a kernel for it."""
     rivals: dict[str, Callable | str] = {BY_SEGMENT: _by_segment(segments, device)}
     if device == "cuda":
         rivals["FlexAttention"] = _flex(segments, device)
+        rivals["MagiAttention"] = magi(segments, device)
+        rivals["flash, prefixes copied"] = flash.missing(device) or copied()
     return rivals
 
 
@@ -118,6 +123,50 @@ def _flex(segments: Segments, device: str) -> Callable:
         return out[0].transpose(0, 1), None
 
     return attention
+
+
+def magi(segments: Segments, device: str) -> Callable | str:
+    """MagiAttention's kernel over slices of queries and keys; those of a query add by atomics."""
+    try:
+        from magi_attention.api import flex_flash_attn_func as slices
+    except ImportError as error:
+        return f"not installed: {error}"
+    full, causal = 0, 1
+    queries, keys, kinds = [], [], []
+    for start, length, trunk, prefix in (row[:4] for row in segments.table_S6.tolist()):
+        own = [start, start + length]
+        seen = [(own, causal), ([trunk, trunk + prefix], full)]
+        for rows, kind in seen[: 2 if prefix else 1]:
+            queries.append(own)
+            keys.append(rows)
+            kinds.append(kind)
+    q_2N, k_2N, kind_N = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in (queries, keys, kinds)
+    )
+
+    def attention(query_THC, key_TGC, value_TGC, segments, *, scale=None):
+        scale = query_THC.shape[-1] ** -0.5 if scale is None else scale
+        slice_of = {"q_ranges": q_2N, "k_ranges": k_2N, "attn_type_map": kind_N}
+        tensors = (query_THC, key_TGC, value_TGC)
+        return slices(*tensors, **slice_of, softmax_scale=scale)[0], None
+
+    return attention
+
+
+@functools.cache  # an operation is registered once
+def copied() -> Callable:
+    """Trunks, then branches behind copies of their prefixes; gradients add by atomics."""
+
+    def engine() -> Engine:
+        one = cast(Engine, flash.engine())
+        # causal, and aligned bottom right where there are more keys than queries
+        return Engine(
+            one.name,
+            lambda *given: one.forward(*given[:-1], True, given[-1]),
+            lambda *given: one.backward(*given[:-1], True, given[-1]),
+        )
+
+    return varlen.decomposed("copied_prefixes", engine)
 
 
 def base_alone(x_TK, weight, b, a, *, scale, bias=None) -> list[Tensor]:

@@ -1,18 +1,27 @@
 """The microbenchmarks: what they count, what they refuse to claim, and that they run."""
 
 import json
+import sys
 import time
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from smbkernels.attention import visible
+from smbkernels.attention.engines import Engine
 from smbkernels.registry import OPS
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench.__main__ as entry
 from bench import cases, measure, records, rivals, timing, tracked
+from tests.ops import varlen_engine
 
 F32, BF16 = torch.float32, torch.bfloat16
+BOTTOM_RIGHT = Engine(
+    "causal, aligned bottom right",
+    lambda *given: varlen_engine.forward(*given[:-2], given[-1]),
+    lambda *given: varlen_engine.backward(*given[:-2], given[-1]),
+)
 BEST = timing.Ceiling(bandwidth=1e10, patterns={"copy": 1e10}, matmul=1e11)
 
 
@@ -87,6 +96,37 @@ def test_flex_attention_is_given_the_same_mask():
     row = torch.arange(segments.tokens)
     mask_TT = rivals.mask_of(segments, "cpu")(0, 0, row[:, None], row[None, :])
     assert torch.equal(mask_TT, visible(segments))
+
+
+def test_magi_attention_is_given_slices_that_make_the_same_mask(monkeypatch):
+    inputs = attention()
+    expected = inputs.outcome(OPS["timeline_attention"].reference)
+
+    def slices(query, key, value, *, q_ranges, k_ranges, attn_type_map, softmax_scale):
+        mask_TT = torch.zeros(len(query), len(query), dtype=torch.bool)
+        ranges = zip(*(x.tolist() for x in (q_ranges, k_ranges, attn_type_map)), strict=True)
+        for (q, q_end), (k, k_end), kind in ranges:
+            part = torch.ones(q_end - q, k_end - k, dtype=torch.bool)
+            mask_TT[q:q_end, k:k_end] |= part.tril() if kind else part
+        heads = (x.transpose(0, 1) for x in (query, key, value))
+        options = {"attn_mask": mask_TT, "scale": softmax_scale, "enable_gqa": True}
+        out = torch.nn.functional.scaled_dot_product_attention(*heads, **options)
+        return out.transpose(0, 1), None
+
+    monkeypatch.setitem(sys.modules, "magi_attention", ModuleType("magi_attention"))
+    api = SimpleNamespace(flex_flash_attn_func=slices)
+    monkeypatch.setitem(sys.modules, "magi_attention.api", api)
+    rival = rivals.magi(inputs.args[3], "cpu")
+    assert measure.difference(inputs.outcome(rival), expected) <= inputs.tol
+    monkeypatch.setitem(sys.modules, "magi_attention.api", None)
+    assert rivals.magi(inputs.args[3], "cpu").startswith("not installed: ")
+
+
+def test_flash_attention_on_copied_prefixes_computes_the_same(monkeypatch):
+    monkeypatch.setattr(rivals.flash, "engine", lambda: BOTTOM_RIGHT)
+    inputs = attention()
+    expected = inputs.outcome(OPS["timeline_attention"].reference)
+    assert measure.difference(inputs.outcome(rivals.copied()), expected) <= inputs.tol
 
 
 def test_a_reference_that_would_hold_all_scores_is_not_run(monkeypatch):
