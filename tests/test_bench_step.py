@@ -1,13 +1,18 @@
 """The benchmark of a whole step: who may be timed, what is counted, what is printed."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from smbkernels import timeline_attention
 from smbkernels.attention import attention_flops
 from smbkernels.attention.segments import PREFIX
+from torch._dynamo.utils import counters
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench.step.__main__ as entry
@@ -15,29 +20,63 @@ from bench import records
 from bench.measure import difference
 from bench.step import measure as step_measure
 from bench.step import report as step_report
-from bench.step.measure import OURS, Parts, Result, measure, variants
+from bench.step.attention import by_calls, calls_of, varlen_attn, varlen_formulas
+from bench.step.catalog import BF16, OURS, RIVALS, variants
+from bench.step.measure import Parts, Result, measure
+from bench.step.plain import Plain
 from bench.step.rivals import Packed, Padded
-from bench.step.variants import PARTS, Smbfast
-from bench.step.workloads import TINY, Workload, on_cuda, padded_fill, window, workloads
+from bench.step.variants import PARTS, Smbfast, untimed
+from bench.step.workloads import (
+    TINY,
+    Workload,
+    node_batches,
+    on_cuda,
+    padded_fill,
+    window,
+    workloads,
+)
 from bench.timing import Ceiling
+from smbfast.model.flops import ModelShape, head_flops, target_flops
 
 BEST = Ceiling(bandwidth=1e10, patterns={"copy": 1e10}, matmul=1e11)
 SMALL = Workload("small", TINY, (128, 64), (0.25, 0.75), 1, cuts=2, horizon=32)
+ALIKE = Workload("alike", TINY, (96, 96), (0.5, 0.5), 2)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")
 def test_every_variant_reproduces_the_reference():
     makes = variants(SMALL, "cpu", ablate=True)
-    del makes["B2"]  # as B1, but compiled
+    for name in [n for n in makes if n == "B2" or "compiled" in n]:
+        del makes[name]  # as another, but compiled
     results = {r.variant: r for r in measure(SMALL, "cpu", makes, 0)}
     assert "B3" in results and "FlexAttention" in results.pop("B3").reason
     assert "scores" in results.pop(f"{OURS} torch timeline_attention").reason
-    assert {"B0", "B0c", "B1", "B1c", "B3'", OURS} <= set(results) and len(results) == 13
+    for name in ("E1", "E1 bf16", "E1 + oneDNN"):
+        assert "several lengths" in results.pop(name).reason
+    assert set(RIVALS) & set(results) == {"B0", "B0c", "B1", "B1c", "B3'", "B3' + oneDNN"}
+    assert {OURS, BF16} <= set(results) and len(results) == 15
+    assert not results.pop(BF16).reason
     for r in results.values():
         assert len(r.errors) == 5 and not r.reason, (r.variant, r.reason)
         assert max(r.errors.values()) < 5e-6, (r.variant, r.errors)
         assert r.flops > 0 and r.held_mib > 0
+
+
+def test_the_plain_rival_and_bf16_reproduce_the_reference():
+    """Windows of one length: the others have a test of their own. In fp32 as exact as ours."""
+    makes = variants(ALIKE, "cpu", ablate=False)
+    names = ("E1", "E1 + oneDNN", "E1 bf16", OURS, BF16)
+    results = {r.variant: r for r in measure(ALIKE, "cpu", {n: makes[n] for n in names}, 0)}
+    for name, r in results.items():
+        half = name.endswith("bf16")
+        assert not r.reason and len(r.errors) == 5, (name, r.reason)
+        assert r.dtype == (torch.bfloat16 if half else torch.float32)
+        assert r.tolerance == step_measure.TOLERANCE[r.dtype]
+        assert max(r.errors.values()) < (0.1 if half else 5e-6), (name, r.errors)
+        # bf16 has 8 bits: what is computed in it is not as near as that
+        assert (max(r.errors.values()) > 1e-4) == half, (name, r.errors)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -50,10 +89,11 @@ def test_flex_attention_sees_what_the_decomposition_sees():
         ready()
         with torch.no_grad():
             (one,) = variant.passes[0]
-            embedded_TD = variant.encoder.embed(one.ids_T, one.masked_T)
+            embedded_1TD = variant.encoder.embed(one.ids_T[None], one.masked_T[None])
             rest = (one.position_T, one.segments)
-            hidden.append(variant.hidden(variant.encoder.decoder, embedded_TD, *rest))
-    assert variant.masks and one.segments.host_S6[:, PREFIX].any()
+            hidden.append(variant.hidden(variant.encoder.decoder, embedded_1TD, *rest))
+    (blocks,) = variant.parts.values()
+    assert isinstance(blocks, BlockMask) and one.segments.host_S6[:, PREFIX].any()
     assert difference(hidden[:1], hidden[1:]) < 1e-5
 
 
@@ -70,8 +110,7 @@ class Unmasked(Packed):
 
     def take(self, workload: Workload) -> None:
         super().take(workload)
-        none = torch.zeros_like
-        self.passes = [[replace(p, masked_T=none(p.masked_T)) for p in two] for two in self.passes]
+        self.passes = [[replace(p, masked_T=None) for p in two] for two in self.passes]
 
 
 class LastLabelLost(Padded):
@@ -182,11 +221,10 @@ def test_a_quick_run_writes_table_records_and_plot(tmp_path, monkeypatch, capsys
     assert "B3       not measured: FlexAttention has no backward on a CPU" in out
     assert "no target is judged" in out and "% of the step" in out
     lines = [json.loads(x) for x in (tmp_path / "step.jsonl").read_text().splitlines()]
-    assert [(x["workload"], x["variant"]) for x in lines] == [
-        *(("W1", "B1"), ("W1", "B3"), ("W1", OURS)),
-        *(("E8", "B1"), ("E8", OURS)),
-    ]
-    b1, b3, ours = lines[:3]
+    by_name = {(x["workload"], x["variant"]): x for x in lines}
+    assert set(by_name) == {("W1", "B1"), ("W1", "B3"), ("W1", OURS), ("E8", "B1"), ("E8", OURS)}
+    assert len(lines) == 5
+    b1, b3, ours = (by_name["W1", name] for name in ("B1", "B3", OURS))
     assert b3["not_measured"] and "ms_p50" not in b3
     assert b1["ours_is_faster_by"] == pytest.approx(b1["ms_p50"] / ours["ms_p50"])
     assert ours["tokens_per_s"] == pytest.approx(256e3 / ours["ms_p50"])
@@ -194,6 +232,202 @@ def test_a_quick_run_writes_table_records_and_plot(tmp_path, monkeypatch, capsys
     assert sum(ours["ms_parts"].values()) > 0.5 * ours["ms_p50"]
     drawn = (tmp_path / "step.svg").read_text()
     assert "backward" in drawn and "W1: 2 x 128 tokens" in drawn and ">B4<" in drawn
+
+
+class Dies(Packed):
+    """Takes its first steps, and fails in a later one: of the rounds, the second."""
+
+    def step(self, part=untimed) -> None:
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps > 2:
+            raise self.error
+        super().step(part)
+
+    error: BaseException = torch.OutOfMemoryError("not so much")
+
+
+class Breaks(Dies):
+    error = RuntimeError("unspecified launch failure")
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_variant_that_fails_in_a_round_loses_no_other(pairs):
+    makes = {"B1": Dies, "B2": Breaks, "E1": Plain, OURS: Smbfast}
+    reported: list[str] = []
+    measured = measure(
+        ALIKE, "cpu", makes, 3, pairs=pairs, done=lambda r, ours: reported.append(r.variant)
+    )
+    results = {r.variant: r for r in measured}
+    assert results["B1"].reason == "not enough memory, after 1 rounds"
+    assert results["B2"].reason.startswith("failed: RuntimeError: unspecified launch failure")
+    assert results["B2"].bad and not results["B1"].bad
+    assert not results["B1"].times and not results["B2"].times
+    assert len(results["E1"].times) == len(results["E1"].ours) == 3
+    assert len(results[OURS].times) == (9 if pairs else 3) and not results[OURS].bad
+    assert sorted(reported) == sorted(makes)
+
+
+def test_without_a_reference_all_are_marked_and_nothing_is_raised(monkeypatch):
+    def refused(*_args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(step_measure, "Reference", refused)
+    advanced: list[int] = []
+    results = measure(ALIKE, "cpu", {"E1": Plain, OURS: Smbfast}, 1, advanced.append)
+    for r in results:
+        assert r.bad and "no reference: OutOfMemoryError: CUDA out of memory" in r.reason
+    assert sum(advanced) == ALIKE.num_tokens * 2 * (1 + 1)
+
+
+def test_at_most_two_variants_are_in_memory():
+    alive: list[int] = []
+    held = weakref.WeakSet()
+
+    def counting(make):
+        def made(encoder):
+            variant = make(encoder)
+            held.add(variant)
+            gc.collect()
+            alive.append(len(held))
+            return variant
+
+        return made
+
+    makes = {name: counting(Plain) for name in ("E1", "B1", "B2")} | {OURS: counting(Smbfast)}
+    measure(ALIKE, "cpu", makes, 1, pairs=True)
+    assert alive == [1, 2, 2, 2]
+    alive.clear()
+    measure(ALIKE, "cpu", makes, 1)
+    assert alive == [1, 2, 3, 4]
+
+
+def test_a_result_is_saved_before_the_next_is_measured(tmp_path, monkeypatch):
+    """What ends the process, here the user, finds the pairs before it in the file."""
+
+    def interrupted(encoder):
+        raise KeyboardInterrupt
+
+    makes = {"E1": Plain, "B1": interrupted, OURS: Smbfast}
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    monkeypatch.setattr(entry, "ceiling", lambda *_: BEST)
+    monkeypatch.setattr(entry, "variants", lambda *_, **__: makes)
+    with pytest.raises(KeyboardInterrupt):
+        entry.main(["--quick", "--only=W1", "--pairs", "--save"])
+    lines = [json.loads(x) for x in (tmp_path / "step.jsonl").read_text().splitlines()]
+    assert {x["variant"]: x["rounds"] for x in lines} == {OURS: 2, "E1": 2}
+    assert all(x["ours_is_faster_by"] > 0 and x["dtype"] == "float32" for x in lines)
+
+
+def test_a_share_above_the_ceiling_fails_the_run(monkeypatch):
+    """A share of the ceiling above 1 is a mistake in counting, however fast the machine is."""
+    monkeypatch.setattr(entry, "ceiling", lambda *_: replace(BEST, matmul=1.0))
+    monkeypatch.setattr(entry, "variants", lambda *_, **__: {OURS: Smbfast})
+    with pytest.raises(SystemExit, match=r"W1 B4 reaches \d+ % of the matmul ceiling"):
+        entry.main(["--quick", "--only=W1"])
+
+
+def test_flops_of_nodes_are_those_of_one_forward():
+    workload = workloads("cpu", quick=True)["E8"]
+    encoder = workload.size.encoder("cpu")
+    shape = ModelShape.of(encoder)
+    makes = variants(workload, "cpu", ablate=False)
+    results = {r.variant: r for r in measure(workload, "cpu", makes, 0)}
+    for name, shared in (("B1", False), ("E1", False), (OURS, True)):
+        total = 0
+        for batch, _ in node_batches(workload, shared=shared):
+            tokens, pairs = batch.segments.tokens, batch.segments.pairs
+            total += target_flops(shape, tokens, pairs).total  # a forward of the merged linears
+            total += sum(2 * tokens * x.rank * (x.n + x.k) for x in shape.linears)
+        assert results[name].flops == total, name
+
+
+def test_without_a_mask_the_first_linears_get_no_gradient_of_their_input():
+    """The products of the pass for SFT are those of the closed form, whose masked form has more."""
+    variant = Packed(ALIKE.size.encoder("cpu"))
+    variant.take(ALIKE)
+    shape = ModelShape.of(variant.encoder)
+    variant.passes = [[sft] for sft, _ in variant.passes]
+    counts = {}
+    for masked in (False, True):
+        one = variant.passes[0][0]
+        if masked:
+            one = replace(one, masked_T=torch.zeros_like(one.ids_T, dtype=torch.bool))
+        variant.passes = [[one]]
+        (batch,) = variant.batches
+        others = target_flops(shape, len(batch.target_ids_U), batch.target_segments.pairs)
+        others += head_flops(shape, batch.num_labels)
+        with FlopCounterMode(display=False, custom_mapping=step_measure.causal_formulas()) as c:
+            variant.accumulate(untimed)
+        counts[masked] = c.get_total_flops() - others.total
+    tokens = len(one.ids_T)
+    first = [x for x in shape.linears if x.reads_embedding]
+    saved = sum(2 * tokens * (x.n * x.k + x.rank * x.k) for x in first)
+    assert counts[True] - counts[False] == saved > 0
+
+
+def varlen_on_a_cpu(query, key, value, cu_q, cu_k, max_q, max_k, *, scale):
+    """What `varlen_attn` computes, sequence by sequence."""
+    outputs = []
+    spans = zip(cu_q.tolist(), cu_q.tolist()[1:], cu_k.tolist(), cu_k.tolist()[1:], strict=False)
+    for q0, q1, k0, k1 in spans:
+        assert 0 < q1 - q0 <= max_q and 0 < k1 - k0 <= max_k
+        seen = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0))
+        heads = (x.transpose(0, 1) for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        out = F.scaled_dot_product_attention(*heads, attn_mask=seen, scale=scale, enable_gqa=True)
+        outputs.append(out.transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def test_attention_of_rivals_on_a_gpu_sees_what_ours_sees():
+    """In fp64, so that only the order of sums differs: 1e-12 is thousands of its roundings."""
+    (batch,) = replace(SMALL, micro=2).batches()
+    T = batch.segments.tokens
+    tensors = [torch.randn(T, h, 16, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
+    grad = torch.randn(T, 4, 16, dtype=torch.float64)
+    calls = calls_of(batch.segments, "cpu")
+    assert [call.keys is None for call in calls] == [True, False]
+    outcomes = []
+    for out in (
+        by_calls(*tensors, calls, 0.3, varlen_on_a_cpu),
+        timeline_attention.reference(*tensors, batch.segments, scale=0.3)[0],
+    ):
+        outcomes.append([out.detach(), *torch.autograd.grad(out, tensors, grad)])
+    assert difference(*outcomes) < 1e-12
+
+
+def test_attention_of_rivals_is_torchs_own_as_it_is():
+    """Not ours, which asks for the same bits every time, and counted by the pairs that it sees."""
+    assert varlen_attn().func is torch.nn.attention.varlen.varlen_attn
+    (batch,) = replace(SMALL, micro=2).batches()
+    q = torch.empty(batch.segments.tokens, 4, 16)
+    formulas, total = varlen_formulas(), 0
+    for call in calls_of(batch.segments, "cpu"):
+        tensors = (q[: call.num_queries], q, q, call.cu_q, call.cu_k, call.max_q, call.max_k)
+        total += formulas[torch.ops.torch_attn._varlen_attn](*tensors)
+    assert total == attention_flops(batch.segments.pairs, 4, 16)
+
+
+class Traced(Packed):
+    backend = "aot_eager"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared, graphs", [(True, 2), (False, 3)])
+def test_two_lengths_are_compiled_once(shared, graphs):
+    """The target's graph has no gradients; without a mask the first layer's input needs none.
+
+    Both windows have a cut at each length: a pack of a single segment is another graph.
+    """
+    torch._dynamo.reset()
+    counters.clear()
+    variant = Traced(TINY.encoder("cpu"), shared=shared, compiled=True)
+    variant.ready()
+    for lengths in ((96, 64), (160, 96)):
+        variant.take(replace(ALIKE, lengths=lengths))
+        variant.accumulate(untimed)
+        assert counters["stats"]["unique_graphs"] == graphs, lengths
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
 
 
 def test_peak_memory_is_printed(capsys):
@@ -211,7 +445,7 @@ def test_progress_ends_where_it_said_it_would():
     advanced: list[int] = []
     makes = {"B1": broken, "B3": "not here", OURS: Smbfast}
     measure(SMALL, "cpu", makes, 2, advanced.append)
-    assert step_measure.num_runnable(makes) == 2
+    assert step_measure.num_steps(makes, 2) == 2 * (1 + 2)
     assert sum(advanced) == SMALL.num_tokens * 2 * (1 + 2)
 
 

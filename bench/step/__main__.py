@@ -11,8 +11,9 @@ import torch
 from pydantic import Field, field_validator
 
 from bench import records
-from bench.step.measure import OURS, RIVALS, Make, Result, measure, memory, num_runnable, variants
-from bench.step.report import judged, plot, record, table
+from bench.step.catalog import BF16, NOT_ASKED_FOR, OURS, RIVALS, Make, variants
+from bench.step.measure import Result, measure, memory, num_steps
+from bench.step.report import Ceilings, fastest, judged, plot, record, table, too_fast
 from bench.step.workloads import Workload, workloads
 from bench.timing import Clock, Device, ceiling
 from smbfast.base.config import Settings, command_line
@@ -21,11 +22,6 @@ from smbfast.base.runtime import choose_device
 
 PROG = "python -m bench.step"
 Makes = dict[str, Make | str]  # by variant: what builds it, or why it is not run
-NOT_ASKED_FOR = {  # of a CPU
-    "B0c": "saves memory, not time: ask for it by --rivals",
-    "B1c": "saves memory, not time: ask for it by --rivals",
-    "B2": "compiles for minutes on a CPU: ask for it by --rivals",
-}
 
 
 class StepBench(Settings):
@@ -37,7 +33,9 @@ class StepBench(Settings):
     weights: at full size on a GPU, at reduced width on a CPU.
 
     Each variant first has to reproduce the losses, the gradients and the moved target of the
-    reference. One that does not is not timed, and the command then exits with status 1.
+    reference. One that does not is not timed, and the command then exits with status 1. So it does
+    where a variant fails, which ends no other variant, and where a step is above the ceiling of the
+    machine, which means that operations are counted wrongly.
     """
 
     epilog: ClassVar[str] = """Variants
@@ -49,19 +47,25 @@ class StepBench(Settings):
   B2        B1 with torch.compile
   B3        B2 with the prefix shared by FlexAttention; on a GPU only
   B3'       the prefix shared by two calls of attention, otherwise Hugging Face's code and PEFT's
-            linears
-  B4        smbfast
+            linears; "B3' compiled" is the same with torch.compile
+  E1        nothing but transformers and PEFT: windows of one length as a batch, causal SDPA, three
+            forwards; "E1 bf16" is the same under bf16 autocast, with frozen weights in bf16
+  B4        smbfast; "B4 bf16" is the same with frozen weights in bf16
+
+  "E1 + oneDNN", "B3' + oneDNN" and "B3' compiled + oneDNN" take their step under
+  torch.set_float32_matmul_precision("medium"). On a CPU without AMX that line sends fp32 products
+  to oneDNN and leaves them in fp32; on a CPU with AMX it would not, and they are not run.
 
 Examples
 
   See in seconds that it runs; these figures mean nothing:
     python -m bench.step --quick
 
-  Two workloads, ours against the packed rival:
-    python -m bench.step --only=W1,W2 --rivals=B1,B4
+  Two workloads, ours against what a user of transformers writes:
+    python -m bench.step --only=W1,W2 --rivals="E1,E1 + oneDNN,B4"
 
-  With torch.compile, which takes minutes on a CPU:
-    python -m bench.step --rivals="B0,B1,B2,B3',B4"
+  In pairs, each of which is complete and saved before the next begins:
+    python -m bench.step --only=W1,W2 --pairs --save
 
   Everything, appended to bench/results/step.jsonl and drawn in bench/results/step.svg:
     python -m bench.step --save"""
@@ -71,8 +75,9 @@ Examples
     )
     rivals: list[str] = Field(
         [],
-        description="Variants to measure. If the list is empty, these are B0, B1, B3' and B4 on a "
-        "CPU and all of them on a GPU.",
+        description="Variants to measure, by their full names; B4 brings the variants of `ablate` "
+        "with it. If the list is empty, these are on a CPU B0, B1, B3', B3' compiled, E1, E1 bf16, "
+        "B4 and B4 bf16, and on a GPU all.",
     )
     ablate: list[str] = Field(
         ["W2"],
@@ -89,6 +94,12 @@ Examples
         ge=0,
         description="Rounds of measuring; in each, every variant takes one step. 0 is 5 rounds on "
         "a CPU, 10 on a GPU, and 2 with `quick`.",
+    )
+    pairs: bool = Field(
+        False,
+        description="Measure ours and one rival in turns, then ours and the next: at most two "
+        "variants are in memory at a time, and a rival is compared with the rounds of ours beside "
+        "it. Otherwise all variants take turns. On a GPU it is always pairs.",
     )
     threads: int = Field(
         0,
@@ -108,8 +119,8 @@ Examples
     )
     save: bool = Field(
         False,
-        description="Append the results to bench/results/step.jsonl and draw "
-        "bench/results/step.svg.",
+        description="Append each result to bench/results/step.jsonl as soon as it is there, and "
+        "draw bench/results/step.svg at the end.",
     )
     plot: str | None = Field(
         None, description="File to draw the parts of the step in as well, as SVG or PNG."
@@ -118,7 +129,7 @@ Examples
     @field_validator("rivals")
     @classmethod
     def _known(cls, value: list[str]) -> list[str]:
-        known = (*RIVALS, OURS)
+        known = (*RIVALS, OURS, BF16)
         if unknown := [name for name in value if name not in known]:
             raise ValueError(f"must be among {', '.join(known)}; {', '.join(unknown)} is not")
         return value
@@ -137,19 +148,21 @@ def main(argv: list[str] | None = None) -> None:
     if settings.threads or settings.quick:
         torch.set_num_threads(settings.threads or 1)
     stamp = records.stamp("step", device)
-    results, lines = _measured(settings, device, plan, stamp)
+    results, best = _measured(settings, device, plan, stamp)
     if settings.quick:
         print("a quick run: its times mean nothing, and no target is judged")
     else:
         print("\n".join(["targets", *(f"  {line}" for line in judged(results))]))
+        print("\n".join(fastest(results)))
     if settings.save:
-        print(f"{len(lines)} records appended to {records.append('step', lines)}")
+        print(f"{len(results)} records appended to {records.RESULTS / 'step.jsonl'}")
     paths = [records.RESULTS / "step.svg"] if settings.save else []
     for path in [*paths, *([Path(settings.plot)] if settings.plot else [])]:
         title = f"A step on {_machine(stamp)}: its parts, and how much faster {OURS} is"
         plot(results, path, title)
         print(f"plot in {path}")
-    if bad := [f"{r.workload.name} {r.variant} {r.reason}" for r in results if r.bad]:
+    bad = [f"{r.workload.name} {r.variant} {r.reason}" for r in results if r.bad]
+    if bad := bad + too_fast(results, best):
         raise SystemExit("\n".join(bad))
 
 
@@ -169,43 +182,57 @@ def _planned(settings: StepBench, device: str) -> list[tuple[Workload, Makes]]:
     for name in settings.only or known:
         makes = variants(known[name], device, ablate=name in settings.ablate)
         if settings.rivals:
-            makes = {n: m for n, m in makes.items() if n.partition(" ")[0] in settings.rivals}
+            makes = {n: m for n, m in makes.items() if _asked_for(n, settings.rivals)}
         elif device == "cpu":
-            makes |= {n: reason for n, reason in NOT_ASKED_FOR.items() if n in makes}
+            makes |= {
+                n: reason
+                for n, reason in NOT_ASKED_FOR.items()
+                if not isinstance(makes.get(n, ""), str)  # what cannot run has a better reason
+            }
         plan.append((known[name], makes))
     return plan
 
 
+def _asked_for(name: str, rivals: list[str]) -> bool:
+    ablation = name not in (*RIVALS, OURS, BF16)
+    return name in rivals or (ablation and OURS in rivals)
+
+
 def _measured(
     settings: StepBench, device: str, plan: list[tuple[Workload, Makes]], stamp: dict
-) -> tuple[list[Result], list[dict]]:
-    """The results of all workloads, each printed once it is there, and their records."""
+) -> tuple[list[Result], Ceilings]:
+    """The results of all workloads, each printed once it is there, and what could be reached."""
     clock = Clock(device)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    best = ceiling(clock, dtype)
+    kinds = [torch.bfloat16] if device == "cuda" else [torch.float32]
+    if any(
+        not isinstance(make, str) and n.endswith("bf16") for _, m in plan for n, make in m.items()
+    ):
+        kinds = [torch.float32, torch.bfloat16]
+    best = {dtype: ceiling(clock, dtype) for dtype in kinds}
     print(
         f"{device}: {_machine(stamp)}, load {stamp['load']}; torch {stamp['versions']['torch']}; "
-        f"git {stamp['git']}; {best.matmul / 1e12:.3g} TFLOP/s (matmul)"
+        f"git {stamp['git']}; "
+        + ", ".join(f"{b.matmul / 1e12:.3g} TFLOP/s ({dtype} matmul)" for dtype, b in best.items())
     )
     rounds = settings.rounds or (2 if settings.quick else 10 if device == "cuda" else 5)
-    # each variant is compared once, and then takes a step in each round
-    num_tokens = sum(w.num_tokens * num_runnable(makes) * (1 + rounds) for w, makes in plan)
+    pairs = settings.pairs or device == "cuda"
+    num_tokens = sum(w.num_tokens * num_steps(makes, rounds, pairs=pairs) for w, makes in plan)
     progress = Progress(PROG, num_tokens, "tokens")
     results: list[Result] = []
-    lines: list[dict] = []
+
+    def done(r: Result, ours: Result | None) -> None:
+        if r.times and device == "cpu" and settings.memory and not settings.quick:
+            r.step_mib = memory(r.workload.name, r.variant, quick=False)
+        if settings.save:  # at once: what comes later may end the process
+            records.append("step", [stamp | record(r, best, ours)])
+
     for workload, makes in plan:
         if not settings.quick:  # what else runs on the machine comes and goes
-            best = best.raised(ceiling(clock, dtype))
-        measured = measure(workload, device, makes, rounds, progress.add)
-        if device == "cpu" and settings.memory and not settings.quick:
-            for r in measured:
-                if r.times:
-                    r.step_mib = memory(workload.name, r.variant, quick=False)
+            best |= {dtype: b.raised(ceiling(clock, dtype)) for dtype, b in best.items()}
+        measured = measure(workload, device, makes, rounds, progress.add, pairs=pairs, done=done)
         print(f"\n{table(measured, best)}\n", flush=True)
-        ours = next((r for r in measured if r.variant == OURS), None)
-        lines += [stamp | record(r, best, ours) for r in measured]
         results += measured
-    return results, lines
+    return results, best
 
 
 def _machine(stamp: dict) -> str:

@@ -24,21 +24,20 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure import difference
-from bench.step.nodes import Nodes, NodesReference
-from bench.step.rivals import Packed, Padded
-from bench.step.variants import Reference, Smbfast, Variant, twin, untimed
+from bench.step.attention import varlen_formulas
+from bench.step.catalog import OURS, Make, variants
+from bench.step.nodes import NodesReference
+from bench.step.variants import Reference, Variant, twin, untimed
 from bench.step.workloads import Workload, workloads
 from bench.timing import MIB, peak_mib
+from smbfast.model.backbone import PatientEncoder
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = "B4"
-RIVALS = ("B0", "B0c", "B1", "B1c", "B2", "B3", "B3'")
-CHECKED_TOKENS = 4096  # longer windows are compared at this length: the reference keeps much
+CHECKED_TOKENS = 1024  # longer windows are compared at this length: the reference holds much
 # relative, in the Frobenius norm: of losses and hidden states, and of gradients (of all adapters
 # together, and of all else)
 TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 1e-1)}
-PLAIN_OPS = ("lora_linear", "linear_cross_entropy", "masked_jepa_mse")
-Make = Callable[..., Variant]
+MEMORY_TIMEOUT = 1800  # seconds of a process that measures memory
 Advance = Callable[[int], None]  # counts tokens of trunks as done
 
 
@@ -56,6 +55,8 @@ class Result:
     times: list[dict[str, float]] = field(default_factory=list)  # ms of each part, by round
     held_mib: float = 0.0  # weights, averages and moments
     step_mib: float | None = None  # what a step takes above them at its peak
+    dtype: torch.dtype = torch.float32  # of its products
+    ours: list[dict[str, float]] = field(default_factory=list)  # times of ours in the same rounds
 
     def quantile(self, q: float, part: str | None = None) -> float:
         """Milliseconds of a step, or of a part of it, over rounds."""
@@ -76,6 +77,9 @@ class Result:
             for name, error in self.errors.items()
             if not error <= (gradient if "gradients" in name else loss)
         )
+
+
+Done = Callable[[Result, Result | None], None]
 
 
 class Parts:
@@ -118,37 +122,18 @@ class Parts:
         return spent
 
 
-def variants(workload: Workload, device: str, *, ablate: bool) -> dict[str, Make | str]:
-    """Everything that can compute a workload, or why it cannot here."""
-    gpu = device == "cuda"
-    if workload.nodes:
-        return {"B1": partial(Nodes, shared=False), OURS: partial(Nodes, shared=True)}
-    flex = partial(Packed, shared=True, compiled=True, flex=True)
-    makes: dict[str, Make | str] = {
-        "B0": Padded,
-        "B0c": partial(Padded, checkpoint=True),
-        "B1": Packed,
-        "B1c": partial(Packed, checkpoint=True),
-        "B2": partial(Packed, compiled=True),
-        "B3": flex if gpu else "FlexAttention has no backward on a CPU",
-        "B3'": partial(Packed, shared=True, compiled=gpu),
-        OURS: Smbfast,
-    }
-    if ablate:
-        makes[f"{OURS} merged target"] = partial(Smbfast, form="merged")
-        for what in ("mlp", "full"):
-            makes[f"{OURS} recompute {what}"] = partial(Smbfast, recompute=what)
-        for op in PLAIN_OPS:
-            makes[f"{OURS} torch {op}"] = partial(Smbfast, plain=(op,))
-        merged = partial(Smbfast, form="merged", plain=("ema_update_",))
-        makes[f"{OURS} merged target, torch ema_update_"] = merged
-        makes[f"{OURS} torch timeline_attention"] = "its reference holds the scores of all pairs"
-    return makes
+def groups(names: list[str], pairs: bool) -> list[list[str]]:
+    """Which variants take turns: all, or with `pairs` ours and one rival after the other."""
+    if not pairs:
+        return [names] if names else []
+    ours, rivals = [n for n in names if n == OURS], [n for n in names if n != OURS]
+    return [[*ours, name] for name in rivals] or [ours]
 
 
-def num_runnable(makes: dict[str, Make | str]) -> int:
-    """Variants that are built and compared; the others are the reason why not."""
-    return sum(not isinstance(make, str) for make in makes.values())
+def num_steps(makes: dict[str, Make | str], rounds: int, *, pairs: bool = False) -> int:
+    """Comparisons and steps of a workload; what is not built has none."""
+    names = [name for name, make in makes.items() if not isinstance(make, str)]
+    return len(names) + rounds * sum(len(group) for group in groups(names, pairs))
 
 
 def measure(
@@ -157,68 +142,178 @@ def measure(
     makes: dict[str, Make | str],
     rounds: int,
     advance: Advance = lambda num_tokens: None,
+    *,
+    pairs: bool = False,
+    done: Done = lambda result, ours: None,
 ) -> list[Result]:
-    """All variants of a workload. What is wrong is not timed.
+    """All variants of a workload. What is wrong is not timed; what fails ends no other variant.
 
     Args:
-        advance: is called with the workload's tokens for each variant that was compared, and with
-            those of all of them after each round.
+        advance: is called with the tokens of each of `num_steps`, in the order of the work.
+        pairs: at most two variants are in memory at a time, ours and a rival.
+        done: is called once for each variant, as soon as there is nothing more to measure of it,
+            or of ours beside the first rival; with the result of ours, if there is one.
     """
     registry.load(device)  # with the formulas that count what they compute
-    encoder = workload.size.encoder(device)
-    tolerance = TOLERANCE[encoder.head_VD.dtype]
-    reference = (NodesReference if workload.nodes else Reference)(twin(encoder))
-    expected = outcome(reference, workload)
-    del reference
-    results, ready, teacher = [], {}, None
+    fp32 = TOLERANCE[torch.float32]
+    results = {name: Result(workload, name, fp32) for name in makes}
+    session = _Session(workload, device, makes, results, rounds, advance)
+    names = []
     for name, make in makes.items():
-        result = Result(workload, name, tolerance)
-        results.append(result)
         if isinstance(make, str):
-            result.reason = make
-            continue
-        lent = {"teacher": teacher} if name in RIVALS and not workload.nodes else {}
+            results[name].reason = make
+            done(results[name], None)
+        else:
+            names.append(name)
+    reported: set[str] = set()
+    for group in groups(names, pairs):
+        session.run(group)
+        for name in group:
+            if name not in reported:
+                done(results[name], results.get(OURS))
+        reported.update(group)
+        session.free(keep=OURS if pairs else "")
+    session.free()
+    return list(results.values())
+
+
+class _Session:
+    """The variants of a workload that are in memory, and what is measured of them."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        device: str,
+        makes: dict[str, Make | str],
+        results: dict[str, Result],
+        rounds: int,
+        advance: Advance,
+    ) -> None:
+        self.workload, self.device, self.makes, self.results = workload, device, makes, results
+        self.rounds, self.advance = rounds, advance
+        self.ready: dict[str, Variant] = {}
+        self.tried: set[str] = set()
+        self.encoder: PatientEncoder | None = None
+        self.expected: dict[str, Tensor] = {}
+        self.no_reference = ""  # why there is none
+
+    def run(self, group: list[str]) -> None:
+        """Compare, count and warm up what is new in a group, then all its rounds."""
+        for name in group:
+            if name not in self.tried:
+                self.tried.add(name)
+                self._prepare(name)
+                self.advance(self.workload.num_tokens)
+        ours = self.results.get(OURS)
+        before = len(ours.times) if ours else 0
+        order, draw = list(group), random.Random(0)
+        for _ in range(self.rounds):
+            draw.shuffle(order)
+            for name in order:
+                if name in self.ready:
+                    self._step(name)
+            self.advance(self.workload.num_tokens * len(group))
+        for name in group:
+            result = self.results[name]
+            if ours and name != OURS:
+                result.ours = ours.times[before:]
+            if name in self.ready and not result.held_mib:
+                self._weigh(name)
+
+    def free(self, *, keep: str = "") -> None:
+        """Give back what all variants but one hold."""
+        for name in [n for n in self.ready if n != keep]:
+            del self.ready[name]
+        torch._dynamo.reset()  # compiled layers hold their weights
+        self._collect()
+
+    def _collect(self) -> None:
+        """Also what a variant that failed has left behind."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def _prepare(self, name: str) -> None:
+        self._collect()
+        result = self.results[name]
+        with self._guarded(name):
+            self._compare_with()
+            variant = self.makes[name](twin(self.encoder))  # type: ignore[operator]
+            result.dtype, result.tolerance = variant.dtype, TOLERANCE[variant.dtype]
+            with variant.arithmetic():
+                _prepare(variant, self.workload, result, self.expected)
+            if result.wrong:
+                result.reason = f"wrong: {result.wrong}"
+            else:
+                self.ready[name] = variant
+
+    def _compare_with(self) -> None:
+        """The encoder of the workload, and what every variant has to reproduce; computed once.
+
+        Raises:
+            RuntimeError: there is no reference here, now or when it was first asked for.
+        """
+        if self.no_reference:
+            raise RuntimeError(self.no_reference)
+        if self.expected:
+            return
         try:
-            variant = make(twin(encoder), **lent)
-            teacher = variant.teacher if lent else teacher
-            _prepare(variant, workload, result, expected)
-            ready[name] = variant
-        except torch.OutOfMemoryError:
-            result.reason = "not enough memory"
-        except Exception as error:  # what one rival cannot do must not end the run of all others
-            first = str(error).strip().partition("\n")[0]
-            result.reason = f"failed: {type(error).__name__}: {first[:160]}"
-        if result.wrong:
-            ready.pop(name, None)
-            result.reason = f"wrong: {result.wrong}"
-        advance(workload.num_tokens)
-    order, draw = list(ready), random.Random(0)
-    by_name = {r.variant: r for r in results}
-    for _ in range(rounds):
-        draw.shuffle(order)
-        for name in order:
+            self.encoder = self.workload.size.encoder(self.device)
+            kind = NodesReference if self.workload.nodes else Reference
+            checked = self.workload.slice(CHECKED_TOKENS, micro=1)  # the reference holds much
+            self.expected = outcome(kind(twin(self.encoder)), checked)
+        except Exception as error:
+            self.no_reference = f"no reference: {_first_line(error)}"
+            raise RuntimeError(self.no_reference) from None
+        finally:
+            self._collect()
+
+    def _step(self, name: str) -> None:
+        with self._guarded(name), self.ready[name].arithmetic():
             gc.collect()
-            parts = Parts(device)
-            ready[name].step(parts)
-            by_name[name].times.append(parts.read())
-        advance(workload.num_tokens * num_runnable(makes))
-    for name, variant in ready.items():
-        by_name[name].held_mib = variant.held() / MIB
-        if device == "cuda":
-            by_name[name].step_mib = peak_mib(variant.step, device)
-    torch._dynamo.reset()
-    return results
+            parts = Parts(self.device)
+            self.ready[name].step(parts)
+            self.results[name].times.append(parts.read())
+
+    def _weigh(self, name: str) -> None:
+        result, variant = self.results[name], self.ready[name]
+        with self._guarded(name), variant.arithmetic():
+            result.held_mib = variant.held() / MIB
+            if self.device == "cuda":
+                result.step_mib = peak_mib(variant.step, self.device)
+
+    @contextmanager
+    def _guarded(self, name: str) -> Iterator[None]:
+        """What a variant cannot do becomes its reason: it must not end the run of all others."""
+        try:
+            yield
+            return
+        except torch.OutOfMemoryError:
+            # of a rival this is a result; ours has to fit
+            reason = "failed: not enough memory" if name == OURS else "not enough memory"
+        except Exception as error:
+            reason = f"failed: {_first_line(error)}"
+        result = self.results[name]
+        if result.times:
+            reason += f", after {len(result.times)} rounds"
+        result.reason, result.times = reason, []
+        self.ready.pop(name, None)
+
+
+def _first_line(error: Exception) -> str:
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first[:160]}"
 
 
 def outcome(variant: Variant, workload: Workload) -> dict[str, Tensor]:
-    """Of a slice of the workload, with a target that the online encoder has moved away from."""
+    """Of a small workload, with a target that the online encoder has moved away from."""
     variant.update(0.0)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in variant.encoder.named_parameters():
             if "lora_" in name:
                 parameter.add_(torch.randn_like(parameter), alpha=0.01)
-    variant.take(workload.slice(CHECKED_TOKENS))
+    variant.take(workload)
     return variant.outcome()
 
 
@@ -232,8 +327,8 @@ def counted(variant: Variant) -> int:
 
 
 def causal_formulas() -> dict[Any, Callable[..., int]]:
-    """Formulas of SDPA that count what a causal call sees; torch's count all pairs, or nothing."""
-    formulas: dict[Any, Any] = {}
+    """Formulas of attention that count what a causal call sees; torch's count all, or nothing."""
+    formulas: dict[Any, Any] = varlen_formulas()
     for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention"):
         for end in ("", "_backward"):
             packet = getattr(torch.ops.aten, f"_scaled_dot_product_{kind}{end}")
@@ -247,7 +342,12 @@ def memory(workload: str, variant: str, *, quick: bool) -> float | None:
     """MiB that a step takes above what is held, in a process of its own, on a CPU."""
     command = [sys.executable, "-m", "bench.step.measure", workload, variant]
     command.append("quick" if quick else "cpu")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=MEMORY_TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        return None
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 
@@ -259,7 +359,7 @@ def _prepare(
     result.flops = counted(variant)  # before compilation, which hides products from the counter
     variant.ready()
     began = time.perf_counter()
-    computed = outcome(variant, workload)
+    computed = outcome(variant, workload.slice(CHECKED_TOKENS, micro=workload.micro))
     result.errors = {name: difference([computed[name]], [expected[name]]) for name in expected}
     if result.wrong:
         return
@@ -280,10 +380,11 @@ def main(argv: list[str]) -> None:
     name, variant, kind = argv
     workload = workloads("cpu", quick=kind == "quick")[name]
     made = variants(workload, "cpu", ablate=True)[variant](workload.size.encoder("cpu"))
-    made.take(workload)
-    made.ready()
-    made.step()
-    print(json.dumps(peak_mib(made.step, "cpu")))
+    with made.arithmetic():
+        made.take(workload)
+        made.ready()
+        made.step()
+        print(json.dumps(peak_mib(made.step, "cpu")))
 
 
 if __name__ == "__main__":

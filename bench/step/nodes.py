@@ -1,9 +1,10 @@
 """Embeddings of several decision nodes of a window: from one forward, or from one forward each.
 
     B1    a sequence of its own for each node, packed
+    E1    a forward of its own for each node, in transformers' and PEFT's code
     B4    complete buckets once, the tails of the nodes as branches
 
-Both go through `encoder.packed`, without gradients.
+B1 and B4 go through `encoder.packed`; all without gradients.
 """
 
 import torch
@@ -36,7 +37,8 @@ class Nodes(Variant):
             )
 
     def accumulate(self, part: Part) -> tuple[Tensor, Tensor]:
-        return self.states(part), self.states(part)
+        states = self.states(part)
+        return states, states
 
     def outcome(self) -> dict[str, Tensor]:
         return {"hidden states": self.states(untimed)}
@@ -49,6 +51,23 @@ class Nodes(Variant):
 
     def averages(self) -> list[Tensor]:
         return []
+
+
+class PlainNodes(Nodes):
+    """E1: the loop that a user writes."""
+
+    def __init__(self, encoder: PatientEncoder) -> None:
+        super().__init__(encoder, shared=False)
+
+    @torch.no_grad()
+    def states(self, part: Part) -> Tensor:
+        model, states = self.encoder.base.model, []
+        with part(ONLINE):
+            for batch, _ in self.packs:
+                for start, length, *_ in batch.segment_tuples:
+                    ids_1T = batch.ids_T[None, start : start + length]
+                    states.append(model(input_ids=ids_1T, use_cache=False)[0][0, -1])
+        return torch.stack(states)
 
 
 class NodesReference(Nodes):

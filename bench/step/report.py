@@ -1,11 +1,15 @@
 """What `bench.step` found, as tables, as records, as verdicts on targets, and as a plot."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.records import columns
-from bench.step.measure import OURS, Result
+from bench.step.catalog import BF16, OURS, RIVALS
+from bench.step.measure import Result
 from bench.step.variants import PARTS
 from bench.step.workloads import Workload, padded_fill
 from bench.timing import Ceiling
@@ -24,9 +28,10 @@ COLOURS = dict(
     zip(PARTS, ("#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#009E73", "#AA4499"), strict=True)
 )
 OTHER = "#8a8f98"
+Ceilings = dict[torch.dtype, Ceiling]  # by the dtype of the products
 
 
-def table(results: list[Result], best: Ceiling) -> str:
+def table(results: list[Result], best: Ceilings) -> str:
     """The variants of a workload: the step, then its parts."""
     workload = results[0].workload
     ours = next((r for r in results if r.variant == OURS and r.times), None)
@@ -57,7 +62,7 @@ def table(results: list[Result], best: Ceiling) -> str:
                 faster,
                 f"{workload.num_tokens / seconds:,.0f}",
                 f"{r.flops / 1e9:,.4g}",
-                f"{100 * r.flops / seconds / best.matmul:.0f}",
+                f"{100 * share(r, best):.0f}",
                 f"{r.held_mib:,.0f}",
                 "not measured" if r.step_mib is None else f"{r.step_mib:,.0f}",
                 f"{r.first_s:.1f}",
@@ -74,9 +79,40 @@ def table(results: list[Result], best: Ceiling) -> str:
     return text if len(parts) == 1 else f"{text}\n{columns(parts, '  ')}"
 
 
+def share(r: Result, best: Ceilings) -> float:
+    """Of the ceiling: the products of a step over those of large matrices in the same time."""
+    return r.flops / (r.quantile(0.5) / 1e3) / best[r.dtype].matmul
+
+
+def too_fast(results: list[Result], best: Ceilings) -> list[str]:
+    """What cannot be: a step above the ceiling has products counted twice, or a wrong ceiling."""
+    return [
+        f"{r.workload.name} {r.variant} reaches {100 * share(r, best):.0f} % of the matmul ceiling:"
+        " its operations or the ceiling are wrong"
+        for r in results
+        if r.times and share(r, best) > 1
+    ]
+
+
 def speed_up(ours: Result, rival: Result) -> float:
-    """Of medians."""
-    return rival.quantile(0.5) / ours.quantile(0.5)
+    """Of medians; those of ours in the same rounds, where they were measured in pairs."""
+    beside = replace(ours, times=rival.ours) if rival.ours else ours
+    return rival.quantile(0.5) / beside.quantile(0.5)
+
+
+def fastest(results: list[Result]) -> list[str]:
+    """For each workload and dtype, ours against the fastest rival."""
+    lines = []
+    for ours in (r for r in results if r.variant in (OURS, BF16) and r.times):
+        same = [r for r in results if r.workload is ours.workload and r.dtype == ours.dtype]
+        rivals = [r for r in same if r.variant in RIVALS and r.times]
+        if rivals:
+            best = min(rivals, key=lambda r: r.quantile(0.5))
+            lines.append(
+                f"{ours.workload.name}: {ours.variant} is {speed_up(ours, best):.2f} x as fast as "
+                f"{best.variant}, the fastest rival in {_name(ours.dtype)}"
+            )
+    return lines
 
 
 def judged(results: list[Result]) -> list[str]:
@@ -99,7 +135,7 @@ def judged(results: list[Result]) -> list[str]:
     return lines
 
 
-def record(r: Result, best: Ceiling, ours: Result | None) -> dict[str, Any]:
+def record(r: Result, best: Ceilings, ours: Result | None) -> dict[str, Any]:
     """A result for the JSONL file, without the part that is common to a run."""
     w = r.workload
     about: dict[str, Any] = {
@@ -110,6 +146,7 @@ def record(r: Result, best: Ceiling, ours: Result | None) -> dict[str, Any]:
         "micro_batch": w.micro,
         "padded_fill": padded_fill(w.lengths),
         "variant": r.variant,
+        "dtype": _name(r.dtype),
         "errors": r.errors,
         "tolerance": {"losses": r.tolerance[0], "gradients": r.tolerance[1]},
     }
@@ -125,8 +162,8 @@ def record(r: Result, best: Ceiling, ours: Result | None) -> dict[str, Any]:
         "tokens_per_s": w.num_tokens / seconds,
         "flops": r.flops,
         "tflop_per_s": r.flops / seconds / 1e12,
-        "measured_tflop_per_s": best.matmul / 1e12,
-        "matmul_share": r.flops / seconds / best.matmul,
+        "measured_tflop_per_s": best[r.dtype].matmul / 1e12,
+        "matmul_share": share(r, best),
         "held_mib": r.held_mib,
         "step_mib": r.step_mib,
         "ours_is_faster_by": speed_up(ours, r) if ours and ours.times else None,
@@ -144,7 +181,7 @@ def plot(results: list[Result], path: Path, title: str) -> None:
     panels: dict[str, list[Result]] = {}
     for r in (r for r in results if r.times):
         name = r.workload.name
-        if r.variant == OURS or " " not in r.variant:
+        if r.variant in (*RIVALS, OURS, BF16):
             panels.setdefault(name, []).append(r)
         else:  # ours, changed: beside ours, in a panel of their own
             own = panels.setdefault(f"{name}, {OURS} changed", [])
@@ -202,6 +239,10 @@ def _panel(axis: Any, name: str, results: list[Result]) -> None:
     axis.set_xlabel("seconds", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(f"{name}: {workload.description.split(' (scaled')[0]}", loc="left", fontsize=8.5)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _ms(value: float) -> str:

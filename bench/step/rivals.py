@@ -7,16 +7,16 @@
     B2    B1 with torch.compile of every layer
     B3    B2 with the prefix shared, by FlexAttention
     B3'   the prefix shared by the two-call decomposition, otherwise Hugging Face's code and PEFT's
-          linears; compiled on a GPU
+          linears; with torch.compile of every layer it is B3' compiled
 
 All compute logits at labelled rows alone, and use the fused AdamW that ours does. On a GPU they run
-under autocast with adapters in fp32, as Hugging Face's trainer does.
+under autocast with adapters in fp32, as Hugging Face's trainer does. E1 is in `bench.step.plain`.
 
 Legend: B sequences of a padded batch, T tokens, U tokens of the target, D width, V vocabulary, N
 labelled rows, M masked rows. A row is the place of one token.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,44 +24,47 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.helpers import disable_input_dtype_casting
-from smbkernels.attention import Segments, sdpa, varlen
+from smbkernels.attention import Segments
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface
 
 from bench.rivals import mask_of
+from bench.step.attention import by_calls, by_segment, calls_of
 from bench.step.teacher import Teacher
-from bench.step.variants import BACKWARD, LOSSES, ONLINE, TARGET, Part, Variant, twin
+from bench.step.variants import BACKWARD, LOSSES, ONLINE, TARGET, Part, Variant, halved
 from bench.step.workloads import PADDED_SEQUENCES, Workload
 from smbfast.batch import PackedBatch, pack_segments
 from smbfast.model.backbone import PatientEncoder, padded
 
 VARLEN, FLEX = "bench_varlen", "bench_flex"
-ENGINES = {"cpu": sdpa.timeline_attention, "cuda": varlen.timeline_attention}
 
 
 class HuggingFace(Variant):
     """What rivals share.
 
     Args:
-        teacher: the weights of a target to use, where several variants would not fit in memory.
         foreach: the averages of a layer move in one call.
         checkpoint: transformers' gradient checkpointing.
+        bf16: on a CPU, frozen weights in bf16 and autocast, which a GPU has anyway.
+        precision: see `Variant`.
     """
 
     def __init__(
         self,
         encoder: PatientEncoder,
-        teacher: Teacher | None = None,
         *,
         foreach: bool,
-        checkpoint: bool,
+        checkpoint: bool = False,
+        bf16: bool = False,
+        precision: str | None = None,
     ) -> None:
-        super().__init__(encoder)
-        self.teacher = teacher or Teacher(encoder)
-        self.target = twin(self.teacher.lm)
+        super().__init__(halved(encoder) if bf16 else encoder, precision=precision)
+        self.teacher = Teacher(self.encoder)
+        self.target = self.teacher.lm
         self.foreach = foreach
         self.gpu = self.parameters[0].is_cuda
+        self.autocast = self.gpu or bf16
         self.layers = list(encoder.lora_layers().values())
         if checkpoint:
             encoder.base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -77,10 +80,10 @@ class HuggingFace(Variant):
     def forward(self, part: Part, name: str) -> Iterator[None]:
         """A timed part that computes forward."""
         with part(name):
-            if not self.gpu:
+            if not self.autocast:
                 yield
                 return
-            with torch.autocast("cuda", torch.bfloat16):
+            with torch.autocast("cuda" if self.gpu else "cpu", torch.bfloat16):
                 with disable_input_dtype_casting(self.encoder.lm):
                     yield
 
@@ -109,14 +112,8 @@ class PaddedBatch:
 class Padded(HuggingFace):
     """B0: what one writes first."""
 
-    def __init__(
-        self,
-        encoder: PatientEncoder,
-        teacher: Teacher | None = None,
-        *,
-        checkpoint: bool = False,
-    ) -> None:
-        super().__init__(encoder, teacher, foreach=False, checkpoint=checkpoint)
+    def __init__(self, encoder: PatientEncoder, *, checkpoint: bool = False) -> None:
+        super().__init__(encoder, foreach=False, checkpoint=checkpoint)
 
     def take(self, workload: Workload) -> None:
         super().take(workload)
@@ -140,7 +137,7 @@ class Padded(HuggingFace):
             seen += batch.target_segments.tokens
         self.trunks, self.branches, self.targets = (
             [
-                _padded_batch(items[i : i + PADDED_SEQUENCES])
+                padded_batch(items[i : i + PADDED_SEQUENCES])
                 for i in range(0, len(items), PADDED_SEQUENCES)
             ]
             for items in (trunks, branches, targets)
@@ -178,14 +175,14 @@ class Padded(HuggingFace):
         return sft, jepa
 
 
-def _varlen(module, query, key, value, attention_mask, *, segments, scaling, **_):
+def _varlen(module, query, key, value, attention_mask, *, parts, scaling, **_):
     heads = (x[0].transpose(0, 1) for x in (query, key, value))
-    out_THC, _ = ENGINES[query.device.type](*heads, segments, scale=scaling)
-    return out_THC[None], None
+    attend = by_segment if isinstance(parts, Segments) else by_calls
+    return attend(*heads, parts, scaling)[None], None
 
 
-def _flex(module, query, key, value, attention_mask, *, blocks, scaling, **_):
-    out = flex_attention(query, key, value, block_mask=blocks, scale=scaling, enable_gqa=True)
+def _flex(module, query, key, value, attention_mask, *, parts, scaling, **_):
+    out = flex_attention(query, key, value, block_mask=parts, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2), None
 
 
@@ -200,7 +197,9 @@ class Pass:
     ids_T: Tensor
     position_T: Tensor
     segments: Segments
-    masked_T: Tensor
+    masked_T: (
+        Tensor | None
+    )  # None: nothing is, and the first linears need no gradient of their input
     labelled_N: Tensor
     label_N: Tensor
     masked_M: Tensor
@@ -216,20 +215,22 @@ class Packed(HuggingFace):
         flex: attention by FlexAttention, once it is `ready`.
     """
 
+    backend = "inductor"
+
     def __init__(
         self,
         encoder: PatientEncoder,
-        teacher: Teacher | None = None,
         *,
         shared: bool = False,
         compiled: bool = False,
         flex: bool = False,
         checkpoint: bool = False,
+        precision: str | None = None,
     ) -> None:
-        super().__init__(encoder, teacher, foreach=True, checkpoint=checkpoint)
+        super().__init__(encoder, foreach=True, checkpoint=checkpoint, precision=precision)
         self.shared, self.compiled, self.flex = shared, compiled, flex
         self.models = (encoder.base, self.target)
-        self.masks: dict[int, Callable] | None = None  # by the id of their segments
+        self.parts: dict[int, Any] = {}  # of each batch, by the id of its segments: for attention
         self._attend_by(VARLEN)
         if self.gpu:  # its RoPE takes the place of that of every Qwen3 in the process
             from liger_kernel import transformers as liger
@@ -240,42 +241,44 @@ class Packed(HuggingFace):
 
     def ready(self) -> None:
         if self.flex:
-            self.masks = {}
             self._attend_by(FLEX)
         if self.compiled:
-            # for every shape of a workload, with gradients or without, the first or one more: more
-            # than torch's limit of 8, beyond which it would run as it is written
+            # a graph with gradients and one without, and again where there is but one segment or
+            # the first layer's input needs no gradient: beyond torch's limit of 8 for all variants
+            # of a process, a layer would run as it is written
             torch._dynamo.config.recompile_limit = 64
             for lm in self.models:
                 for layer in lm.base_model.layers:
-                    layer.compile(dynamic=False)
+                    # the number of tokens is no part of a graph: batches differ in it
+                    layer.compile(dynamic=True, backend=self.backend)
 
     def _attend_by(self, name: str) -> None:
+        self.parts = {}
         for lm in self.models:
             lm.base_model.config._attn_implementation = name
 
     def take(self, workload: Workload) -> None:
         super().take(workload)
         self.passes = [_shared(b) if self.shared else _two(b) for b in self.batches]
-        if self.masks is not None:
-            self.masks = {}  # those of other segments, which may have had the same id
+        self.parts = {}  # those of other segments, which may have had the same id
 
     def accumulate(self, part: Part) -> tuple[Tensor, Tensor]:
         sft = jepa = 0.0
         for batch, passes in zip(self.batches, self.passes, strict=True):
             with self.forward(part, TARGET), torch.no_grad():
-                embedded_UD = self.target.get_input_embeddings()(batch.target_ids_U)
+                embedded_1UD = self.target.get_input_embeddings()(batch.target_ids_U[None])
                 target_UD = self.hidden(
                     self.target.base_model,
-                    embedded_UD,
+                    embedded_1UD,
                     batch.target_position_U,
                     batch.target_segments,
                 )
             for one in passes:
                 with self.forward(part, ONLINE):
-                    embedded_TD = self.encoder.embed(one.ids_T, one.masked_T)
+                    masked_1T = None if one.masked_T is None else one.masked_T[None]
+                    embedded_1TD = self.encoder.embed(one.ids_T[None], masked_1T)
                     hidden_TD = self.hidden(
-                        self.encoder.decoder, embedded_TD, one.position_T, one.segments
+                        self.encoder.decoder, embedded_1TD, one.position_T, one.segments
                     )
                 loss = 0.0
                 with self.forward(part, LOSSES):
@@ -302,21 +305,29 @@ class Packed(HuggingFace):
         return self.liger_loss(self.encoder.head_VD, hidden_ND, label_N)
 
     def hidden(
-        self, decoder: nn.Module, embedded_TD: Tensor, position_T: Tensor, segments: Segments
+        self, decoder: nn.Module, embedded_1TD: Tensor, position_T: Tensor, segments: Segments
     ) -> Tensor:
-        """Hidden states [T, D] of packed tokens, after the final norm, in Hugging Face's code."""
-        seen: dict[str, Any] = {"segments": segments}
-        if self.masks is not None:
-            device = embedded_TD.device
-            if id(segments) not in self.masks:
-                self.masks[id(segments)] = mask_of(segments, str(device))
-            visible = self.masks[id(segments)]
-            size = (None, None, segments.tokens, segments.tokens)
-            seen = {"blocks": create_block_mask(visible, *size, device=device, _compile=self.gpu)}
+        """Hidden states [T, D] of packed tokens, after the final norm, in Hugging Face's code.
+
+        Args:
+            embedded_1TD: no view of another tensor, which would be compiled once more.
+        """
+        if id(segments) not in self.parts:
+            self.parts[id(segments)] = self._parts(segments, embedded_1TD.device)
         out = decoder(
-            inputs_embeds=embedded_TD[None], position_ids=position_T[None], use_cache=False, **seen
+            inputs_embeds=embedded_1TD,
+            position_ids=position_T[None],
+            use_cache=False,
+            parts=self.parts[id(segments)],
         )
         return out.last_hidden_state[0]
+
+    def _parts(self, segments: Segments, device: torch.device) -> Any:
+        """What attention reads of a batch, once for all layers and steps."""
+        if self.encoder.base.config._attn_implementation == FLEX:
+            visible, size = mask_of(segments, str(device)), (segments.tokens, segments.tokens)
+            return create_block_mask(visible, None, None, *size, device=device, _compile=self.gpu)
+        return calls_of(segments, device) if self.gpu else segments
 
 
 def _shared(batch: PackedBatch) -> list[Pass]:
@@ -335,11 +346,10 @@ def _two(batch: PackedBatch) -> list[Pass]:
             masks.append(torch.cat([masked_T[p] for p in parts]))
     trunks = [batch.ids_T[s : s + n] for s, n, _, prefix in batch.segment_tuples if not prefix]
     none = batch.label_N[:0]
-    unmasked_T = masked_T[: sum(len(t) for t in trunks)]
     masked_T = torch.cat(masks)
     masked_M = masked_T.nonzero()[:, 0]
     return [
-        Pass(*_packed(trunks), unmasked_T, batch.labelled_N, batch.label_N, none, none),
+        Pass(*_packed(trunks), None, batch.labelled_N, batch.label_N, none, none),
         Pass(*_packed(sequences), masked_T, none, none, masked_M, batch.target_M),
     ]
 
@@ -357,7 +367,7 @@ def masked_of(batch: PackedBatch) -> Tensor:
     return masked_T
 
 
-def _padded_batch(items: list[tuple[Tensor, Tensor, Tensor]]) -> PaddedBatch:
+def padded_batch(items: list[tuple[Tensor, Tensor, Tensor]]) -> PaddedBatch:
     """Of sequences of ids, which are masked, and what is read of each (-1: nothing)."""
     ids_BT, masked_BT, read_BT = (
         padded(list(sequences), fill)

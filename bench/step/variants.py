@@ -4,8 +4,8 @@ Legend: see `bench.step.rivals`.
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -44,11 +44,28 @@ def twin(module: Model, *, share: Callable[[str], bool] = lambda name: True) -> 
     return copy.deepcopy(module, frozen)
 
 
-class Variant:
-    """A training step, on an encoder of its own."""
+def halved(encoder: PatientEncoder) -> PatientEncoder:
+    """The encoder, its frozen weights now in bf16 as on a GPU; what is trained stays as it is."""
+    done: dict[int, nn.Parameter] = {}  # a head may be the embeddings
+    for module in encoder.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            if not p.requires_grad:
+                half = done.setdefault(id(p), nn.Parameter(p.detach().bfloat16(), False))
+                setattr(module, name, half)
+    return encoder
 
-    def __init__(self, encoder: PatientEncoder) -> None:
+
+class Variant:
+    """A training step, on an encoder of its own.
+
+    Args:
+        precision: of fp32 products, as `torch.set_float32_matmul_precision` takes it; None leaves
+            it as it is. On a CPU without AMX "medium" sends them to oneDNN, still in fp32.
+    """
+
+    def __init__(self, encoder: PatientEncoder, *, precision: str | None = None) -> None:
         self.encoder = encoder
+        self.precision = precision
         self.parameters = [p for p in encoder.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.0, fused=True
@@ -62,6 +79,21 @@ class Variant:
         labels, masked = sum(b.num_labels for b in batches), sum(b.num_masked for b in batches)
         self.scales = LossScales.of(1.0, 1.0, labels, masked)
         self.batches = [b.to(device) for b in batches]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights: its products are computed in it."""
+        return self.encoder.head_VD.dtype
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """All that the variant computes, it computes in this context."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.precision or before)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def ready(self) -> None:
         """Compile what is to be compiled."""
@@ -114,6 +146,7 @@ class Smbfast(Variant):
         form: of the target.
         recompute: see `smbfast.model.decoder.PackedDecoder`.
         plain: operations that run on their references.
+        bf16: frozen weights in bf16 on a CPU too.
     """
 
     def __init__(
@@ -123,8 +156,9 @@ class Smbfast(Variant):
         form: Literal["auto", "merged", "tracked"] = "auto",
         recompute: Literal["none", "mlp", "full"] = "none",
         plain: tuple[str, ...] = (),
+        bf16: bool = False,
     ) -> None:
-        super().__init__(encoder)
+        super().__init__(halved(encoder) if bf16 else encoder)
         self.target = TargetEncoder(encoder, TargetForm(form))
         self.losses: Callable[..., Losses] = partial(objective.losses, recompute=recompute)
         self.plain = plain
@@ -159,8 +193,20 @@ class Smbfast(Variant):
 
 
 class Reference(Smbfast):
-    """The specification: what every variant has to compute. Never timed."""
+    """The specification: what every variant has to compute. Never timed.
+
+    One loss after the other: the forward of the second begins once what the first has stored is
+    free again, because transformers and PEFT store about 11 MB a token of Qwen3-8B (calculated).
+    """
 
     def __init__(self, encoder: PatientEncoder) -> None:
         super().__init__(encoder, form="merged")
         self.losses = reference.losses
+
+    def accumulate(self, part: Part) -> tuple[Tensor, Tensor]:
+        both, totals = self.scales, []
+        for scales in (both._replace(jepa_scale=0.0), both._replace(sft_scale=0.0)):
+            self.scales = scales
+            totals.append(super().accumulate(part))
+        self.scales = both
+        return totals[0][0], totals[1][1]

@@ -123,11 +123,11 @@ class Workload:
         groups = [windows[i : i + self.micro] for i in range(0, len(windows), self.micro)]
         return [make_batch(g, objective, 0, 0, jepa=True) for g in groups]
 
-    def slice(self, longest: int) -> "Workload":
+    def slice(self, longest: int, *, micro: int) -> "Workload":
         """Its two shortest windows, cut to `longest` tokens: to compare with the reference."""
         lengths = tuple(min(n, longest) for n in sorted(self.lengths)[:2])
         horizon = self.horizon and min(self.horizon, longest // 8)
-        changed = {"lengths": lengths, "horizon": horizon, "micro": 1}
+        changed = {"lengths": lengths, "horizon": horizon, "micro": micro}
         return Workload(**{**self.__dict__, **changed})
 
 
