@@ -12,7 +12,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = command_line(EmbedSettings, argv, prog="python -m smbfast.embed")
     with entry("smbfast.embed"):
         from smbfast.base.runtime import choose_device, few
-        from smbfast.probing.embedding import embed_labels, write_embeddings
+        from smbfast.probing.embedding import embed_labels
         from smbfast.run.checkpoint import restore_final
 
         device = choose_device(settings.device)
@@ -25,13 +25,13 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer=Path(settings.model),
             data=Path(settings.data),
             labels=settings.labels,
+            out=Path(settings.out),
             which=settings.encoder,
             path=settings.path,
             tokens=settings.tokens,
             pool=settings.pool,
         )
-        write_embeddings(embedded.table, Path(settings.out))
-    num_nodes = len(embedded.table)
+    num_nodes = embedded.counts["embedded"]
     print(f"embedded {num_nodes:,} nodes of {embedded.num_tasks} tasks: {settings.out}")
     print(", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in embedded.counts.items()))
 

@@ -1,14 +1,21 @@
 """Embeddings at decision nodes: what they may see, and what they are."""
 
+import threading
+import tracemalloc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 from smbkernels.attention import Segments
 from torch import Tensor
 
@@ -17,21 +24,60 @@ from smbfast import embed
 from smbfast.batch import Timeline
 from smbfast.data.labels import read_labels
 from smbfast.data.meds import MedsDataset
-from smbfast.data.nodes import NodeText, distinct_nodes, node_texts, shared_windows
+from smbfast.data.nodes import (
+    Nodes,
+    NodeText,
+    SharedWindow,
+    distinct_nodes,
+    node_texts,
+    shared_windows,
+)
 from smbfast.data.prepared import Prepared
-from smbfast.probing import embedding
+from smbfast.model.backbone import PatientEncoder, lora_config
+from smbfast.probing import embedding, embedding_file
+from smbfast.probing.embedding import Model, Packed, Row
+from smbfast.probing.embedding_file import EmbeddingFile
+from smbfast.run import evaluation
 from smbfast.run.checkpoint import restore_final
+from smbfast.settings import LoraSettings
 from smbfast.simulation.dataset import simulate
 from tests.ops.tolerance import rounding
-from tests.tiny import random_window
-from tests.two_paths import FP32, FP64, make_encoder, moved_target
+from tests.tiny import DELIMITERS, random_window, tiny_lm
+from tests.two_paths import FP32, FP64, make_encoder, move, moved_target
 
 CPU = torch.device("cpu")
 MANY = 1 << 20
 
 
-def text_of(window: Timeline, ids: np.ndarray, time: int) -> NodeText:
-    return NodeText(window.subject, time, "train", window.first_bucket, ids.astype(np.int32))
+def text_of(window: Timeline, ids: np.ndarray, time: int, index: int = 0) -> NodeText:
+    return NodeText(index, window.subject, time, window.first_bucket, ids.astype(np.int32))
+
+
+def listed(texts: list[NodeText]) -> tuple[Nodes, list[NodeText]]:
+    """The nodes of texts in order, and the texts with their places in it."""
+    keys = sorted((t.subject, t.time) for t in texts)
+    subject_K, time_K = np.array(keys, np.int64).reshape(-1, 2).T
+    places = {key: k for k, key in enumerate(keys)}
+    texts = [replace(t, index=places[t.subject, t.time]) for t in texts]
+    return Nodes(subject_K, time_K, np.full(len(keys), "train")), texts
+
+
+def tables(
+    folder: Path, packs: dict[str, Packed | Model], texts: list[NodeText], **more
+) -> dict[str, pa.Table]:
+    """What `embed_nodes` writes for each packed forward."""
+    nodes, texts = listed(texts)
+    models = {
+        folder / f"{name}.parquet": pack if isinstance(pack, Model) else Model(pack)
+        for name, pack in packs.items()
+    }
+    more = {"tokens": MANY, "pool": "last", **more}
+    embedding.embed_nodes(models, nodes, iter(texts), CPU, **more)
+    return {file.stem: pq.read_table(file) for file in models}
+
+
+def pooled(packed: Packed, windows: list[SharedWindow], pool: str) -> np.ndarray:
+    return embedding.pooled(packed, Row.of(windows), pool, CPU)
 
 
 def nodes_of(window: Timeline, places: list[tuple[int, int]]) -> list[NodeText]:
@@ -78,16 +124,16 @@ def test_nodes_of_one_forward_are_those_of_one_forward_each(kind, lora, which, p
         texts = [text for own in found for text in own]
         shared = list(shared_windows(iter(texts), tokens))
         assert [node for window in shared for node in window.nodes] == texts
-        got = embedding.pooled(chosen.packed, shared, pool, CPU)
+        got = pooled(chosen.packed, shared, pool)
         expected = one_each(chosen.hidden, texts, pool)
         assert np.abs(got - expected).max() <= tol * np.abs(expected).max()
-        plain = embedding.pooled(embedding.one_by_one(chosen.hidden), shared, pool, CPU)
+        plain = pooled(embedding.one_by_one(chosen.hidden), shared, pool)
         assert np.abs(plain - expected).max() <= tol * np.abs(expected).max()
 
     equal()
 
 
-def test_a_window_is_read_once():
+def test_a_window_is_read_once(tmp_path):
     """Five nodes of one window: the trunk and four tails, of which one needs no token."""
     window = random_window(1, buckets=6)
     texts = nodes_of(window, [(2, 3), (2, 0), (4, 2), (4, 5), (6, 3)])
@@ -97,7 +143,7 @@ def test_a_window_is_read_once():
         read.append(len(ids_T))
         return position_T[:, None].double()
 
-    table = embedding.embed_nodes(packed, iter(texts), CPU, total=5, tokens=MANY, pool="last")
+    table = tables(tmp_path, {"a": packed}, texts)["a"]
     assert read == [len(texts[-1].ids_T) + 3 + 2 + 5]
     assert [row[0] for row in table["embedding"].to_pylist()] == [len(t.ids_T) - 1 for t in texts]
 
@@ -112,7 +158,7 @@ def test_windows_without_a_common_token_have_trunks_of_their_own():
 
 
 @torch.no_grad()
-def test_windows_share_forwards_of_bounded_length():
+def test_windows_share_forwards_of_bounded_length(tmp_path):
     encoder = make_encoder()
     windows = [random_window(seed, buckets=4 + seed % 5) for seed in range(40)]
     texts = [t for w in windows for t in nodes_of(w, [(1, 2), (3, 0), (4, 4)])]
@@ -122,17 +168,17 @@ def test_windows_share_forwards_of_bounded_length():
         read.append(len(ids_T))
         return encoder.packed(ids_T, position_T, segments)
 
-    tables = [
-        embedding.embed_nodes(
-            packed, iter(texts), CPU, total=len(texts), tokens=tokens, pool="mean"
-        )
+    texts = texts[60:] + texts[:60]  # the order of the data is not that of the nodes
+    both = [
+        tables(tmp_path, {"a": packed}, texts, tokens=tokens, pool="mean")["a"]
         for tokens in (256, 64)
     ]
     assert max(read) <= 256 and max(read) > 64 and min(read) <= 64
-    assert tables[0]["prediction_time"].to_pylist() == tables[1]["prediction_time"].to_pylist()
-    keys = [(t.subject, t.time) for t in texts]
-    assert tables[0]["subject_id"].to_pylist() == [s for s, _ in keys] and keys == sorted(keys)
-    np.testing.assert_allclose(*(matrix(t) for t in tables), atol=1e-5)
+    keys = sorted((t.subject, t.time) for t in texts)
+    for table in both:
+        times = table["prediction_time"].cast("int64").to_pylist()
+        assert list(zip(table["subject_id"].to_pylist(), times, strict=True)) == keys
+    np.testing.assert_allclose(*(matrix(t) for t in both), atol=1e-5)
 
 
 @pytest.mark.parametrize("pool", ["last", "mean"])
@@ -149,22 +195,154 @@ def test_nothing_a_node_does_not_see_changes_a_bit_of_it(pool):
         texts = [*nodes_of(other, [(5, 2)]), seen, *nodes_of(later, [(5, 3), (6, 0)])]
         shared = list(shared_windows(iter(texts), MANY))
         assert [len(window.nodes) for window in shared] == [1, 3]
-        found.append(embedding.pooled(encoder.packed, shared, pool, CPU))
+        found.append(pooled(encoder.packed, shared, pool))
     np.testing.assert_array_equal(found[0][1], found[1][1])
     assert all((a != b).any() for k, (a, b) in enumerate(zip(*found, strict=True)) if k != 1)
 
 
-def test_states_that_are_not_finite_and_no_nodes_are_refused():
+def test_states_that_are_not_finite_and_no_nodes_are_refused(tmp_path):
     texts = nodes_of(random_window(1), [(2, 0)])
 
     def broken(ids_T: Tensor, position_T: Tensor, segments: Segments) -> Tensor:
         return torch.full((len(ids_T), 4), torch.nan)
 
-    more = {"total": 1, "tokens": MANY, "pool": "last"}
     with pytest.raises(ValueError, match="finite"):
-        embedding.embed_nodes(broken, iter(texts), CPU, **more)
+        tables(tmp_path, {"a": broken}, texts)
     with pytest.raises(ValueError, match="no decision node"):
-        embedding.embed_nodes(broken, iter([]), CPU, **more)
+        tables(tmp_path, {"a": broken}, [])
+    assert not list(tmp_path.iterdir())
+
+
+def states(ids_T: Tensor, position_T: Tensor, segments: Segments) -> Tensor:
+    return position_T[:, None].double()
+
+
+def test_texts_are_made_once_for_all_models_by_a_thread_ahead_of_them(tmp_path):
+    """The last text waits for the first forward, and that one for the last text."""
+    texts = [t for s in range(60) for t in nodes_of(random_window(s), [(1, 0), (4, 2)])]
+    nodes, texts = listed(texts)
+    makers, num_made = set(), 0
+    began, all_made = threading.Event(), threading.Event()
+
+    def lazily() -> Iterator[NodeText]:
+        nonlocal num_made
+        for num_made, text in enumerate(texts, start=1):
+            makers.add(threading.get_ident())
+            if num_made == len(texts):
+                assert began.wait(20)
+                all_made.set()
+            yield text
+
+    def waiting(*inputs) -> Tensor:
+        began.set()
+        assert all_made.wait(20)
+        return states(*inputs)
+
+    models = {tmp_path / "a": Model(waiting), tmp_path / "b": Model(states)}
+    with patch.object(embedding, "_PLANNED", 12):  # two groups, of 1,536 tokens at most
+        embedding.embed_nodes(models, nodes, lazily(), CPU, tokens=128, pool="last")
+    assert num_made == len(texts) and len(makers) == 1 and threading.get_ident() not in makers
+    assert pq.read_table(tmp_path / "a").equals(pq.read_table(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["text", "model", "end"])
+def test_an_error_or_interrupt_leaves_the_older_file_and_nothing_else(tmp_path, error, where):
+    texts = [t for s in range(8) for t in nodes_of(random_window(s), [(1, 0)])]
+    before = tables(tmp_path, {"a": states}, texts)["a"]
+    nodes, texts = listed(texts)
+
+    def broken(*inputs) -> Tensor:
+        raise error("in the model")
+
+    def cut() -> Iterator[NodeText]:
+        yield texts[0]
+        raise error("in a text")
+
+    def failing(file: EmbeddingFile) -> Iterator:
+        raise error("while writing")
+
+    read = cut() if where == "text" else iter(texts)
+    model = Model(broken if where == "model" else lambda *inputs: 2 * states(*inputs))
+    parts = failing if where == "end" else EmbeddingFile._parts
+    with patch.object(EmbeddingFile, "_parts", parts), pytest.raises(error):
+        embedding.embed_nodes(
+            {tmp_path / "a.parquet": model}, nodes, read, CPU, tokens=64, pool="last"
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
+    assert pq.read_table(tmp_path / "a.parquet").equals(before)
+
+
+def test_memory_does_not_grow_with_the_number_of_nodes(tmp_path):
+    """Four times the nodes hold 12 MiB more embeddings and take less than 2 MiB more memory."""
+    width, ids = 4096, np.arange(3, 19, dtype=np.int32)
+
+    def wide(ids_T: Tensor, position_T: Tensor, segments: Segments) -> Tensor:
+        return torch.ones(1, width).expand(len(ids_T), -1)
+
+    def peak(count: int) -> int:
+        nodes = Nodes(np.arange(count), np.zeros(count, np.int64), np.full(count, "train"))
+        texts = (NodeText(k, k, 0, 0, ids) for k in range(count))
+        tracemalloc.start()
+        one = {tmp_path / "a": Model(wide)}
+        embedding.embed_nodes(one, nodes, texts, CPU, tokens=64, pool="last")
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert pq.read_metadata(tmp_path / "a").num_rows == count
+        return held
+
+    with patch.object(embedding_file, "_PART", 1 << 20):
+        peak(256)  # what is made once in a process
+        fewer, more = peak(256), peak(1024)
+    assert fewer > 1 << 20 and more < fewer + (2 << 20)
+
+
+def test_nodes_without_a_text_have_no_row_in_any_part(tmp_path):
+    nodes, texts = listed([t for s in range(9) for t in nodes_of(random_window(s), [(1, 0)])])
+    with patch.object(embedding_file, "_PART", 8):  # two rows of one number
+        embedding.embed_nodes(
+            {tmp_path / "a": Model(states)}, nodes, iter(texts[5:7]), CPU, tokens=64, pool="last"
+        )
+    assert pq.read_table(tmp_path / "a")["subject_id"].to_pylist() == [5, 6]
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("path", ["shared", "reference"])
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_the_untrained_encoder_is_that_of_a_second_load(tie, path, dtype, tmp_path):
+    """Bit for bit: a new adapter adds zeros, and new rows begin as those of the backbone."""
+    windows = [random_window(seed, buckets=6) for seed in range(4)]  # with delimiters
+    shared = list(shared_windows(iter([t for w in windows for t in nodes_of(w, [(2, 3)])]), MANY))
+
+    def made(moved: bool) -> PatientEncoder:
+        lm = tiny_lm("qwen3", tie=tie).to(dtype)
+        lm = get_peft_model(lm, lora_config(lm, LoraSettings(r=4, alpha=8), DELIMITERS))
+        encoder = PatientEncoder(lm, 2)
+        if moved:
+            move(encoder, 0, 0.2)
+        return encoder
+
+    def embedded(model: Model) -> np.ndarray:
+        with torch.no_grad(), model.scope():
+            return pooled(model.packed, shared, "mean")
+
+    trained, again = made(moved=True), made(moved=False)
+    before = embedded(Model(embedding.packed_of(trained, None, "online", path)))
+    own = embedded(embedding.untrained(trained, path))
+    second = embedded(Model(embedding.packed_of(again, None, "online", path)))
+    np.testing.assert_array_equal(own, second)
+    # and the trained encoder is not changed by it, nor equal to it
+    after = embedded(Model(embedding.packed_of(trained, None, "online", path)))
+    np.testing.assert_array_equal(before, after)
+    assert (np.abs(before - own).max(1) > 1e-2).all()
+
+
+def test_a_lora_run_loads_no_second_backbone():
+    settings = SimpleNamespace(objective=SimpleNamespace(path="shared"))
+    with patch.object(evaluation, "make_encoder", side_effect=AssertionError):
+        encoder = make_encoder(lora=True)
+        own = evaluation._untrained(SimpleNamespace(encoder=encoder, settings=settings))
+    assert own.packed == encoder.packed
 
 
 @pytest.fixture(scope="module")

@@ -32,9 +32,9 @@ class Nodes:
 class NodeText:
     """The tokens that one node is embedded from."""
 
+    index: int  # in `Nodes`
     subject: int
     time: int
-    split: str
     first_bucket: int  # of its timeline, with which its window begins
     ids_T: np.ndarray
 
@@ -107,7 +107,7 @@ def node_texts(
                     counts["tokens_lost"] += lost
                     counts["embedded"] += 1
                     time = int(nodes.time_K[k])
-                    yield NodeText(subject, time, split, cut.first_bucket, cut.ids_T)
+                    yield NodeText(int(k), subject, time, cut.first_bucket, cut.ids_T)
     counts["unknown_subjects"] = len(nodes.subject_K) - known
 
 

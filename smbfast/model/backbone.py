@@ -137,7 +137,7 @@ class PatientEncoder(nn.Module):
         """
         table = _embeddings(self.base)
         adapter = getattr(table, "token_adapter", None)
-        if adapter is None:
+        if adapter is None or (row_RD is None and table.disable_adapters):
             return table(ids_T)
         embedded_TD = F.embedding(ids_T, adapter.base_layer.weight)
         slot_T = self._trained_tokens(adapter, ids_T.device)[1][ids_T]

@@ -1,49 +1,85 @@
-"""Embeds decision nodes of MEDS labels with a model.
+"""Embeds decision nodes of MEDS labels with one model or several.
 
 All nodes of a window are embedded by one forward: the complete buckets are the trunk, and what a
-node does not share with the others is a branch (`smbfast.data.nodes`).
+node does not share with the others is a branch (`smbfast.data.nodes`). A thread makes the texts and
+packs them while the device computes. They are made once, however many models read them.
 
 Legend: K nodes, W windows, S branches, T tokens, D width, P sums of consecutive states, E ends of
 prefixes of a trunk.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from smbkernels.attention import Segments
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from smbfast.base.files import committed_file
 from smbfast.base.progress import Progress
-from smbfast.batch import pack_segments
+from smbfast.batch import PackedBatch, pack_segments
 from smbfast.data.labels import find_tasks, read_labels, with_splits
 from smbfast.data.meds import MedsDataset
-from smbfast.data.nodes import NodeText, SharedWindow, distinct_nodes, node_texts, shared_windows
+from smbfast.data.nodes import (
+    Nodes,
+    NodeText,
+    SharedWindow,
+    distinct_nodes,
+    node_texts,
+    shared_windows,
+)
 from smbfast.data.packing import plan_micro_batches
 from smbfast.data.prepared import serializer_of
 from smbfast.data.tokens import TextEncoder
 from smbfast.model.backbone import PatientEncoder
+from smbfast.model.decoder import HfModule
 from smbfast.model.target import TargetEncoder
+from smbfast.probing.embedding_file import embedding_file
 
 Pool = Literal["last", "mean"]
 Packed = Callable[[Tensor, Tensor, Segments], Tensor]  # ids [T], positions [T] -> states [T, D]
 _PLANNED = 32  # forwards planned together: what fills them well, and fits in memory
+_MOST_ON_CPU = 1024  # tokens of a forward of several windows: more of them leave the cache
+
+
+@dataclass(frozen=True)
+class Model:
+    """A packed forward, and the context that it runs in."""
+
+    packed: Packed
+    scope: Callable[[], AbstractContextManager] = nullcontext
+
+
+@dataclass(frozen=True)
+class Row:
+    """The windows of one forward, packed."""
+
+    windows: list[SharedWindow]
+    batch: PackedBatch
+
+    @classmethod
+    def of(cls, windows: list[SharedWindow]) -> "Row":
+        """Pack windows."""
+        batch = pack_segments([w.trunk_T for w in windows], [w.branches for w in windows])
+        return cls(windows, batch)
+
+    @property
+    def nodes(self) -> list[NodeText]:
+        """The nodes of all windows."""
+        return [node for window in self.windows for node in window.nodes]
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Embeddings of the nodes of tasks (see `embed_nodes`), and the counts of `node_texts`."""
+    """What `embed_labels` did, with the counts of `smbfast.data.nodes.node_texts`."""
 
-    table: pa.Table
     num_tasks: int
-    counts: dict[str, int]  # of `smbfast.data.nodes.node_texts`
+    counts: dict[str, int]
 
 
 def embed_labels(
@@ -55,6 +91,7 @@ def embed_labels(
     tokenizer: Path,
     data: Path,
     labels: list[str],
+    out: Path,
     which: Literal["online", "target"],
     path: Literal["shared", "reference"],
     tokens: int,
@@ -66,9 +103,10 @@ def embed_labels(
         encoder, target, record: a finished run, as `smbfast.run.checkpoint.restore_final` gives it.
         tokenizer: the folder with the tokenizer of the model.
         labels: task folders, or names under `data`/labels.
+        out: the parquet file to write.
         which: the encoder that embeds.
         path: see `packed_of`.
-        tokens: tokens of one forward.
+        tokens: see `embed_nodes`.
         pool: last token or mean; none: as the run was probed.
 
     Raises:
@@ -82,67 +120,72 @@ def embed_labels(
     folders = find_tasks(labels, dataset.path)
     nodes = distinct_nodes([with_splits(read_labels(folder), dataset) for folder in folders])
     counts: dict[str, int] = {}
-    table = embed_nodes(
-        packed_of(encoder, target, which, path),
+    embed_nodes(
+        {out: Model(packed_of(encoder, target, which, path))},
+        nodes,
         node_texts(dataset, serializer, nodes, record["window"], counts),
         device,
-        total=len(nodes.subject_K),
         tokens=tokens,
         pool=pool or record["pool"],
     )
-    return Embedded(table, len(folders), counts)
+    return Embedded(len(folders), counts)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def embed_nodes(
-    packed: Packed,
+    models: dict[Path, Model],
+    nodes: Nodes,
     texts: Iterator[NodeText],
     device: torch.device,
     *,
-    total: int,
     tokens: int,
     pool: Pool,
-) -> pa.Table:
-    """Return the embeddings of all nodes, with rows in the order of (subject, time).
+) -> None:
+    """Write the embeddings of `nodes` by each model, with rows in the order of (subject, time).
 
     Nodes of one window share its trunk. Windows of many patients share a forward of at most
-    `tokens` tokens (a longer window has a forward of its own).
+    `tokens` tokens, on a CPU of at most 1,024; a longer window has a forward of its own.
+
+    Args:
+        models: by the parquet file that each writes.
+        texts: those of `nodes` that can be embedded, in any order.
 
     Raises:
-        ValueError: there is no node, or the model gives states that are not finite.
+        ValueError: there is no node, or a model gives states that are not finite. Then nothing is
+            written.
     """
-    nodes: list[NodeText] = []
-    parts: list[np.ndarray] = []
-    progress = Progress("smbfast.embed", total, "nodes")
-    for windows in _rows(shared_windows(texts, tokens), tokens):
-        parts.append(pooled(packed, windows, pool, device).astype(np.float32))
-        nodes += [node for window in windows for node in window.nodes]
-        progress.add(sum(len(window.nodes) for window in windows))
-    if not nodes:
-        raise ValueError("no decision node of the labels has a subject with events in the data")
-    subject_K = np.array([node.subject for node in nodes], np.int64)
-    time_K = np.array([node.time for node in nodes], np.int64)
-    order = np.lexsort((time_K, subject_K))
-    stacked_KD = np.concatenate(parts)[order]
-    if not np.isfinite(stacked_KD).all():
-        raise ValueError("embeddings must be finite; this model gives NaN or infinite states")
-    values = pa.FixedSizeListArray.from_arrays(pa.array(stacked_KD.ravel()), stacked_KD.shape[1])
-    return pa.table(
-        {
-            "subject_id": pa.array(subject_K[order]),
-            "prediction_time": pa.array(time_K[order].astype("datetime64[us]")),
-            "split": pa.array([nodes[k].split for k in order], pa.string()),
-            "embedding": values,
-        }
-    )
+    progress = Progress("smbfast.embed", len(models) * len(nodes.subject_K), "embeddings")
+    most = min(tokens, _MOST_ON_CPU) if device.type == "cpu" else tokens
+    groups = _groups(shared_windows(texts, tokens), most)
+    with ExitStack() as stack:
+        files = {p: stack.enter_context(embedding_file(p, nodes)) for p in models}
+        for group in _ahead(groups):
+            for path, model in models.items():
+                with model.scope():
+                    for row in group:
+                        own = row.nodes
+                        values_KD = pooled(model.packed, row, pool, device)
+                        files[path].put([node.index for node in own], values_KD)
+                        progress.add(len(own))
+        for file in files.values():
+            file.write()
 
 
-def _rows(windows: Iterator[SharedWindow], tokens: int) -> Iterator[list[SharedWindow]]:
-    """Yield the windows of each forward, planned among few enough at a time to bound memory."""
+def _groups(windows: Iterator[SharedWindow], tokens: int) -> Iterator[list[Row]]:
+    """Yield packed forwards, planned among few enough windows at a time to bound memory."""
     while group := _next_windows(windows, _PLANNED * tokens):
         size_W = np.array([len(window) for window in group])
-        for row in plan_micro_batches(size_W, size_W, tokens):
-            yield [group[w] for w in row]
+        plan = plan_micro_batches(size_W, size_W, tokens)
+        yield [Row.of([group[w] for w in row]) for row in plan]
+
+
+def _ahead(groups: Iterator[list[Row]]) -> Iterator[list[Row]]:
+    """Yield groups, each made by a thread while the one before it is embedded."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, groups, None)
+        while (group := coming.result()) is not None:
+            coming = thread.submit(next, groups, None)
+            yield group
 
 
 def _next_windows(windows: Iterator[SharedWindow], tokens: int) -> list[SharedWindow]:
@@ -153,13 +196,11 @@ def _next_windows(windows: Iterator[SharedWindow], tokens: int) -> list[SharedWi
     return group
 
 
-def pooled(
-    packed: Packed, windows: list[SharedWindow], pool: Pool, device: torch.device
-) -> np.ndarray:
-    """Return the embeddings of the nodes of `windows`, fp64 [K, D], from one forward."""
-    batch = pack_segments([w.trunk_T for w in windows], [w.branches for w in windows]).to(device)
+def pooled(packed: Packed, row: Row, pool: Pool, device: torch.device) -> np.ndarray:
+    """Return the embeddings of the nodes of a row, fp64 [K, D], from one forward."""
+    batch = row.batch.to(device)
     hidden_TD = packed(batch.ids_T, batch.position_T, batch.segments)
-    return _last(hidden_TD, windows) if pool == "last" else _mean(hidden_TD, windows)
+    return _last(hidden_TD, row.windows) if pool == "last" else _mean(hidden_TD, row.windows)
 
 
 def _last(hidden_TD: Tensor, windows: list[SharedWindow]) -> np.ndarray:
@@ -202,12 +243,6 @@ def _mean(hidden_TD: Tensor, windows: list[SharedWindow]) -> np.ndarray:
     return np.stack(mean_K)
 
 
-def write_embeddings(table: pa.Table, path: Path) -> None:
-    """Write parquet with page checksums, private to the user and atomically."""
-    with committed_file(path, private=True) as staging:
-        pq.write_table(table, staging, write_page_checksum=True)
-
-
 def packed_of(
     encoder: PatientEncoder,
     target: TargetEncoder | None,
@@ -223,6 +258,15 @@ def packed_of(
     if chosen is None:
         raise ValueError("encoder=target needs a run with a JEPA phase; this one had none")
     return chosen.packed if path == "shared" else one_by_one(chosen.hidden)
+
+
+def untrained(encoder: PatientEncoder, path: Literal["shared", "reference"]) -> Model:
+    """Return the backbone of a LoRA encoder as it was before training.
+
+    The adapter is disabled, and with it the rows of token embeddings that are trained beside it.
+    """
+    lm: HfModule = encoder.lm
+    return Model(packed_of(encoder, None, "online", path), lm.disable_adapter)
 
 
 def one_by_one(hidden: Callable[[Tensor], Tensor]) -> Packed:

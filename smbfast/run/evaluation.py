@@ -17,7 +17,7 @@ from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import distinct_nodes, node_texts
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.target import JepaStates, TargetEncoder
-from smbfast.probing.embedding import embed_nodes, packed_of, write_embeddings
+from smbfast.probing.embedding import Model, embed_nodes, packed_of, untrained
 from smbfast.probing.run_probe import run_probe
 from smbfast.reporting.sample import sample_of
 from smbfast.run import console
@@ -114,31 +114,21 @@ def probe_run(run: OpenRun, target: TargetEncoder | None) -> None:
         return
     dataset = MedsDataset.open(run.data.folder)
     nodes = distinct_nodes([labels for _, labels in run.tasks])
-    serializer = prepared.serializer(dataset)
-    untrained = make_encoder(
-        settings.model_copy(update={"model": settings.model.model_copy(update={"adapter": None})}),
-        prepared.tokenizer,
+    probed = packed_of(run.encoder, target, probe.encoder, settings.objective.path)
+    models = {probe.encoder: Model(probed), "untrained": _untrained(run)}
+    files = {name: run.folder / "embeddings" / f"{name}.parquet" for name in models}
+    counts: dict[str, int] = {}
+    embed_nodes(
+        {files[name]: model for name, model in models.items()},
+        nodes,
+        node_texts(dataset, prepared.serializer(dataset), nodes, run.data.window, counts),
         run.device,
-        prepared.record["new_tokens"],
+        tokens=probe.tokens,
+        pool=probe.pool,
     )
-    files, path = {}, settings.objective.path
-    for name, packed in (
-        (probe.encoder, packed_of(run.encoder, target, probe.encoder, path)),
-        ("untrained", packed_of(untrained, None, "online", path)),
-    ):
-        counts: dict[str, int] = {}
-        texts = node_texts(dataset, serializer, nodes, run.data.window, counts)
-        table = embed_nodes(
-            packed,
-            texts,
-            run.device,
-            total=len(nodes.subject_K),
-            tokens=probe.tokens,
-            pool=probe.pool,
-        )
-        files[name] = run.folder / "embeddings" / f"{name}.parquet"
-        write_embeddings(table, files[name])
-        text = ", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in counts.items())
+    del models  # an untrained model of its own is needed no longer
+    text = ", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in counts.items())
+    for name in files:
         print(f"embeddings/{name}.parquet: {text}")
     run_probe(
         ProbeCommandSettings(
@@ -151,3 +141,13 @@ def probe_run(run: OpenRun, target: TargetEncoder | None) -> None:
             seed=settings.run.seed,
         )
     )
+
+
+def _untrained(run: OpenRun) -> Model:
+    """Return the encoder as it was before training; without LoRA it is made a second time."""
+    path = run.settings.objective.path
+    if run.encoder.is_lora:
+        return untrained(run.encoder, path)
+    tokenizer, new_tokens = run.prepared.tokenizer, run.prepared.record["new_tokens"]
+    again = make_encoder(run.settings, tokenizer, run.device, new_tokens)
+    return Model(packed_of(again, None, "online", path))

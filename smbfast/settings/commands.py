@@ -34,7 +34,8 @@ class EmbedSettings(Settings):
     )
     out: str = Field(
         description="Parquet file to write. It is readable by you alone and appears only when it "
-        "is complete; an older file of this name is replaced."
+        "is complete; an older file of this name is replaced. Until then its folder needs room for "
+        "the embeddings twice, because memory does not hold them."
     )
     encoder: Literal["online", "target"] = Field(
         "online",
@@ -51,7 +52,9 @@ class EmbedSettings(Settings):
         16384,
         ge=64,
         description="Largest number of tokens in one forward, with the nodes of many windows "
-        "packed together. Lower it if memory runs out; the embeddings change by rounding at most.",
+        "packed together; on a CPU never more than 1,024, which stay in its cache. A longer window "
+        "has a forward of its own. Lower it if memory runs out; the embeddings change by rounding "
+        "at most.",
     )
     path: Literal["shared", "reference"] = Field(
         "shared",

@@ -197,8 +197,9 @@ class ProbeSettings(Settings):
         16384,
         ge=64,
         description="Largest number of tokens in one forward when embeddings are computed, with "
-        "the nodes of many windows packed together. Lower it if memory runs out at the end of a "
-        "run; it has no effect on training or, beyond rounding, on the embeddings.",
+        "the nodes of many windows packed together; on a CPU never more than 1,024, which stay in "
+        "its cache. Lower it if memory runs out at the end of a run; it has no effect on training "
+        "or, beyond rounding, on the embeddings.",
     )
     bootstraps: int = Field(
         1000,

@@ -1,0 +1,93 @@
+"""Writes embeddings that come in any order as parquet in the order of their nodes.
+
+Each embedding goes to its place in an unnamed file, which the system removes however the process
+ends. At the end that file is copied to parquet a part at a time. So memory does not grow with the
+number of nodes, and the parquet file appears whole or not at all.
+
+Legend: K nodes, M nodes of a call, D width.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from smbfast.base.files import committed_file
+from smbfast.data.nodes import Nodes
+
+_PART = 1 << 24  # bytes of embeddings that are copied at once: a row group
+
+
+class EmbeddingFile:
+    """Embeddings on their way into a parquet file."""
+
+    def __init__(self, path: Path, nodes: Nodes, unnamed: BinaryIO) -> None:
+        self.path, self._nodes, self._unnamed = path, nodes, unnamed
+        self._written_K = np.zeros(len(nodes.subject_K), bool)
+        self._width = 0
+
+    def put(self, index_M: list[int], values_MD: np.ndarray) -> None:
+        """Store the embeddings of the nodes `index_M`.
+
+        Raises:
+            ValueError: if one is not finite.
+        """
+        if not np.isfinite(values_MD).all():
+            raise ValueError("embeddings must be finite; this model gives NaN or infinite states")
+        rows_MD = np.ascontiguousarray(values_MD, np.float32)
+        self._width = rows_MD.shape[1]
+        for index, row_D in zip(index_M, rows_MD, strict=True):
+            os.pwrite(self._unnamed.fileno(), row_D.data, index * row_D.nbytes)
+        self._written_K[index_M] = True
+
+    def write(self) -> None:
+        """Write all nodes that have an embedding, with page checksums and private to the user.
+
+        Raises:
+            ValueError: if no node has one.
+        """
+        if not self._written_K.any():
+            raise ValueError("no decision node of the labels has a subject with events in the data")
+        with committed_file(self.path, private=True) as staging:
+            vector = pa.list_(pa.float32(), self._width)
+            columns = {"subject_id": pa.int64(), "prediction_time": pa.timestamp("us")}
+            schema = pa.schema({**columns, "split": pa.string(), "embedding": vector})
+            with pq.ParquetWriter(staging, schema, write_page_checksum=True) as writer:
+                for columns_M in self._parts():
+                    writer.write_table(pa.table(columns_M, schema))
+
+    def _parts(self) -> Iterator[list[pa.Array]]:
+        """Yield the columns of successive nodes that have an embedding."""
+        nodes, nbytes = self._nodes, 4 * self._width
+        size = max(_PART // nbytes, 1)
+        for first in range(0, len(self._written_K), size):
+            index_M = first + np.flatnonzero(self._written_K[first : first + size])
+            if not len(index_M):
+                continue
+            held = os.pread(self._unnamed.fileno(), size * nbytes, first * nbytes)
+            values_MD = np.frombuffer(held, np.float32).reshape(-1, self._width)[index_M - first]
+            yield [
+                pa.array(nodes.subject_K[index_M]),
+                pa.array(nodes.time_K[index_M].astype("datetime64[us]")),
+                pa.array(nodes.split_K[index_M].tolist(), pa.string()),
+                pa.FixedSizeListArray.from_arrays(pa.array(values_MD.ravel()), self._width),
+            ]
+
+
+@contextmanager
+def embedding_file(path: Path, nodes: Nodes) -> Iterator[EmbeddingFile]:
+    """Yield a file to fill with embeddings of `nodes`, which are in order; `write` ends it.
+
+    Raises:
+        OSError: if the folder of `path` cannot be written, before anything is computed for it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent) as unnamed:
+        yield EmbeddingFile(path, nodes, unnamed)
