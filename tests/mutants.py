@@ -252,6 +252,14 @@ DECODER = [
         "bias=None",
         "tests/test_shared_step.py::test_linears_with_bias[lora-merged-tied-targets0]",
     ),
+    mutant(
+        "untrained-with-trained-rows",
+        "the untrained encoder reads the token rows that LoRA has trained",
+        "smbfast/model/backbone.py",
+        "if adapter is None or (row_RD is None and table.disable_adapters):",
+        "if adapter is None:",
+        "tests/test_embed.py::test_the_untrained_encoder_is_that_of_a_second_load",
+    ),
 ]
 
 TARGET = [

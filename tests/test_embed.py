@@ -33,6 +33,7 @@ from smbfast.data.nodes import (
     shared_windows,
 )
 from smbfast.data.prepared import Prepared
+from smbfast.model import decoder
 from smbfast.model.backbone import PatientEncoder, lora_config
 from smbfast.probing import embedding, embedding_file
 from smbfast.probing.embedding import Model, Packed, Row
@@ -42,8 +43,10 @@ from smbfast.run.checkpoint import restore_final
 from smbfast.settings import LoraSettings
 from smbfast.simulation.dataset import simulate
 from tests.ops.tolerance import rounding
+from tests.test_shared_step import batch_of
 from tests.tiny import DELIMITERS, random_window, tiny_lm
-from tests.two_paths import FP32, FP64, make_encoder, move, moved_target
+from tests.two_paths import FP32, FP64, make_encoder, move, moved_target, twin
+from tests.two_paths import run as train_once
 
 CPU = torch.device("cpu")
 MANY = 1 << 20
@@ -139,13 +142,41 @@ def test_a_window_is_read_once(tmp_path):
     texts = nodes_of(window, [(2, 3), (2, 0), (4, 2), (4, 5), (6, 3)])
     read = []
 
-    def packed(ids_T: Tensor, position_T: Tensor, segments: Segments) -> Tensor:
+    def packed(ids_T: Tensor, *more, **rows) -> Tensor:
         read.append(len(ids_T))
-        return position_T[:, None].double()
+        return states(ids_T, *more, **rows)
 
     table = tables(tmp_path, {"a": packed}, texts)["a"]
     assert read == [len(texts[-1].ids_T) + 3 + 2 + 5]
     assert [row[0] for row in table["embedding"].to_pylist()] == [len(t.ids_T) - 1 for t in texts]
+
+
+@torch.no_grad()
+def test_the_last_layer_computes_only_the_rows_that_are_wanted():
+    encoder = make_encoder()
+    row = Row.of(list(shared_windows(iter(nodes_of(random_window(1), [(2, 3), (4, 2)])), MANY)))
+    lengths = []
+    real = decoder._mlp
+
+    def counted(mlp, x_TD):
+        lengths.append(len(x_TD))
+        return real(mlp, x_TD)
+
+    with patch.object(decoder, "_mlp", counted):
+        for pool in ("last", "mean"):
+            embedding.pooled(encoder.packed, row, pool, CPU)
+    T = len(row.batch.ids_T)
+    assert lengths == [T, 2, T, T]
+
+
+def test_an_encoder_that_has_embedded_can_be_trained(tmp_path):
+    """What it caches while it embeds takes part in a backward later."""
+    encoder, batch = make_encoder(), batch_of()
+    expected = train_once("shared", twin(encoder), None, [batch], jepa=0.0)
+    tables(tmp_path, {"a": encoder.packed}, nodes_of(random_window(1), [(2, 3)]))
+    losses, gradients = train_once("shared", encoder, None, [batch], jepa=0.0)
+    assert losses == expected[0]
+    assert all(torch.equal(gradients[n], g) for n, g in expected[1].items())
 
 
 def test_windows_without_a_common_token_have_trunks_of_their_own():
@@ -164,9 +195,9 @@ def test_windows_share_forwards_of_bounded_length(tmp_path):
     texts = [t for w in windows for t in nodes_of(w, [(1, 2), (3, 0), (4, 4)])]
     read = []
 
-    def packed(ids_T: Tensor, position_T: Tensor, segments: Segments) -> Tensor:
+    def packed(ids_T: Tensor, *more, **rows) -> Tensor:
         read.append(len(ids_T))
-        return encoder.packed(ids_T, position_T, segments)
+        return encoder.packed(ids_T, *more, **rows)
 
     texts = texts[60:] + texts[:60]  # the order of the data is not that of the nodes
     both = [
@@ -203,8 +234,8 @@ def test_nothing_a_node_does_not_see_changes_a_bit_of_it(pool):
 def test_states_that_are_not_finite_and_no_nodes_are_refused(tmp_path):
     texts = nodes_of(random_window(1), [(2, 0)])
 
-    def broken(ids_T: Tensor, position_T: Tensor, segments: Segments) -> Tensor:
-        return torch.full((len(ids_T), 4), torch.nan)
+    def broken(*inputs, rows: Tensor) -> Tensor:
+        return torch.full((len(rows), 4), torch.nan)
 
     with pytest.raises(ValueError, match="finite"):
         tables(tmp_path, {"a": broken}, texts)
@@ -213,8 +244,8 @@ def test_states_that_are_not_finite_and_no_nodes_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def states(ids_T: Tensor, position_T: Tensor, segments: Segments) -> Tensor:
-    return position_T[:, None].double()
+def states(ids_T: Tensor, position_T: Tensor, segments: Segments, *, rows: Tensor) -> Tensor:
+    return position_T[rows, None].double()
 
 
 def test_texts_are_made_once_for_all_models_by_a_thread_ahead_of_them(tmp_path):
@@ -233,10 +264,10 @@ def test_texts_are_made_once_for_all_models_by_a_thread_ahead_of_them(tmp_path):
                 all_made.set()
             yield text
 
-    def waiting(*inputs) -> Tensor:
+    def waiting(*inputs, **rows) -> Tensor:
         began.set()
         assert all_made.wait(20)
-        return states(*inputs)
+        return states(*inputs, **rows)
 
     models = {tmp_path / "a": Model(waiting), tmp_path / "b": Model(states)}
     with patch.object(embedding, "_PLANNED", 12):  # two groups, of 1,536 tokens at most
@@ -252,7 +283,7 @@ def test_an_error_or_interrupt_leaves_the_older_file_and_nothing_else(tmp_path, 
     before = tables(tmp_path, {"a": states}, texts)["a"]
     nodes, texts = listed(texts)
 
-    def broken(*inputs) -> Tensor:
+    def broken(*inputs, **rows) -> Tensor:
         raise error("in the model")
 
     def cut() -> Iterator[NodeText]:
@@ -263,7 +294,9 @@ def test_an_error_or_interrupt_leaves_the_older_file_and_nothing_else(tmp_path, 
         raise error("while writing")
 
     read = cut() if where == "text" else iter(texts)
-    model = Model(broken if where == "model" else lambda *inputs: 2 * states(*inputs))
+    model = Model(
+        broken if where == "model" else lambda *inputs, **rows: 2 * states(*inputs, **rows)
+    )
     parts = failing if where == "end" else EmbeddingFile._parts
     with patch.object(EmbeddingFile, "_parts", parts), pytest.raises(error):
         embedding.embed_nodes(
@@ -277,8 +310,8 @@ def test_memory_does_not_grow_with_the_number_of_nodes(tmp_path):
     """Four times the nodes hold 12 MiB more embeddings and take less than 2 MiB more memory."""
     width, ids = 4096, np.arange(3, 19, dtype=np.int32)
 
-    def wide(ids_T: Tensor, position_T: Tensor, segments: Segments) -> Tensor:
-        return torch.ones(1, width).expand(len(ids_T), -1)
+    def wide(*inputs, rows: Tensor) -> Tensor:
+        return torch.ones(1, width).expand(len(rows), -1)
 
     def peak(count: int) -> int:
         nodes = Nodes(np.arange(count), np.zeros(count, np.int64), np.full(count, "train"))

@@ -7,6 +7,7 @@ Legend: B padded sequences, T positions (of a padded sequence, or tokens of a pa
 V vocabulary, M masked tokens, R rows of the token embedding that are trained beside LoRA.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,12 +110,14 @@ class PatientEncoder(nn.Module):
         segments: Segments,
         masked_M: Tensor | None = None,
         *,
+        rows: Tensor | None = None,
         recompute: Recompute = "none",
     ) -> Tensor:
         """Return hidden states after the final norm, [T, D], of a pack of trunks and branches.
 
         Args:
             masked_M: rows of T that read the mask vector.
+            rows: those of T whose states are wanted, int64; None for all.
             recompute: activation checkpointing; see `smbfast.model.decoder.PackedDecoder`.
 
         Raises:
@@ -124,7 +127,8 @@ class PatientEncoder(nn.Module):
         if masked_M is not None and len(masked_M):
             vector_MD = self.mask_vector.to(embedded_TD.dtype).expand(len(masked_M), -1)
             embedded_TD = embedded_TD.index_copy(0, masked_M, vector_MD)
-        return self.packed_decoder(embedded_TD, position_T, segments, recompute=recompute)
+        run = partial(self.packed_decoder, recompute=recompute, rows_R=rows)
+        return run(embedded_TD, position_T, segments)
 
     def embed_packed(self, ids_T: Tensor, row_RD: Tensor | None = None) -> Tensor:
         """Return input embeddings [..., D] of ids [...].

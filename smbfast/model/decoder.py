@@ -7,8 +7,8 @@ weights in their place. Only the sequence of calls is ours: attention is
 `smbkernels.lora_linear`, and on a GPU the norms, RoPE and SwiGLU are Liger's. The reference path
 runs transformers' own forward of the same modules.
 
-Legend: T tokens, H heads, G key and value heads, C head dim, D width, F width of the MLP, K input
-width of a linear.
+Legend: T tokens, R tokens whose states are wanted, H heads, G key and value heads, C head dim,
+D width, F width of the MLP, K input width of a linear.
 """
 
 from collections.abc import Callable
@@ -63,8 +63,9 @@ class PackedDecoder:
         *,
         norm: bool = True,
         recompute: Recompute = "none",
+        rows_R: Tensor | None = None,
     ) -> Tensor:
-        """Return hidden states [T, D] after the last layer.
+        """Return hidden states [T, D] after the last layer, or those of `rows_R`, [R, D].
 
         Args:
             embedded_TD: input embeddings.
@@ -74,13 +75,17 @@ class PackedDecoder:
             recompute: activation checkpointing. "none" stores all activations; "mlp" computes the
                 inner activations of the MLPs again in the backward; "full" stores only the input
                 of each layer.
+            rows_R: tokens whose states are wanted. The last layer computes nothing for the others
+                after its attention.
         """
         hidden_TD = embedded_TD
         # transformers' own forward checks position ids to build a mask, and waits for the GPU there
         cos_1TC, sin_1TC = self.decoder.rotary_emb(hidden_TD[None], position_T[None])
         rotary = cos_1TC[0], sin_1TC[0]
-        for layer in self.decoder.layers:
-            inputs = (layer, hidden_TD, rotary, segments, recompute)
+        layers = self.decoder.layers
+        for layer in layers:
+            wanted_R = rows_R if layer is layers[-1] else None
+            inputs = (layer, hidden_TD, rotary, segments, recompute, wanted_R)
             hidden_TD = (
                 _recomputed(run_layer, *inputs) if recompute == "full" else run_layer(*inputs)
             )
@@ -93,15 +98,17 @@ def run_layer(
     rotary: tuple[Tensor, Tensor],
     segments: Segments,
     recompute: Recompute = "none",
+    rows_R: Tensor | None = None,
 ) -> Tensor:
-    """Run one decoder layer of any of `FAMILIES`, [T, D] to [T, D].
+    """Run one decoder layer of any of `FAMILIES`, [T, D] to [T, D], or [R, D] of `rows_R` alone.
 
     Args:
         rotary: cosines and sines of the positions for RoPE, [T, C] each.
         recompute: "mlp" computes the MLP's inner activations again in the backward.
     """
     normed_TD = rms_norm(layer.input_layernorm, hidden_TD, in_place=True)
-    hidden_TD = hidden_TD + _attention(layer.self_attn, normed_TD, rotary, segments)
+    attended_TD = _attention(layer.self_attn, normed_TD, rotary, segments, rows_R)
+    hidden_TD = (hidden_TD if rows_R is None else hidden_TD[rows_R]) + attended_TD
     normed_TD = rms_norm(layer.post_attention_layernorm, hidden_TD, in_place=True)
     if recompute == "mlp":
         return hidden_TD + _recomputed(_mlp, layer.mlp, normed_TD)
@@ -109,7 +116,11 @@ def run_layer(
 
 
 def _attention(
-    attention: HfModule, x_TD: Tensor, rotary: tuple[Tensor, Tensor], segments: Segments
+    attention: HfModule,
+    x_TD: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    segments: Segments,
+    rows_R: Tensor | None,
 ) -> Tensor:
     C = attention.head_dim
     projected = _linears(x_TD, attention.q_proj, attention.k_proj, attention.v_proj)
@@ -122,6 +133,7 @@ def _attention(
     if width > C:  # padded with zeros, which change neither scores nor output
         q_THC, k_TGC, v_TGC = (F.pad(x, (0, width - C)) for x in (q_THC, k_TGC, v_TGC))
     out_THC, _ = timeline_attention(q_THC, k_TGC, v_TGC, segments, scale=attention.scaling)
+    out_THC = out_THC if rows_R is None else out_THC[rows_R]
     return _linears(out_THC[..., :C].flatten(1), attention.o_proj)[0]
 
 

@@ -151,11 +151,18 @@ class TargetEncoder:
 
     @torch.no_grad()
     def packed(
-        self, ids_T: Tensor, position_T: Tensor, segments: Segments, *, norm: bool = True
+        self,
+        ids_T: Tensor,
+        position_T: Tensor,
+        segments: Segments,
+        *,
+        rows: Tensor | None = None,
+        norm: bool = True,
     ) -> Tensor:
         """Return hidden states [T, D] of a pack of unmasked trunks.
 
         Args:
+            rows: those of T whose states are wanted, int64; None for all.
             norm: whether to apply the final norm; if not, apply `final_norm` where it is needed.
         """
         encoder = self.encoder
@@ -166,7 +173,13 @@ class TargetEncoder:
             embedded_TD = torch.nn.functional.embedding(ids_T, table)
         else:
             embedded_TD = encoder.embed_packed(ids_T, rows_RD)
-        run = partial(encoder.packed_decoder, position_T=position_T, segments=segments, norm=norm)
+        run = partial(
+            encoder.packed_decoder,
+            position_T=position_T,
+            segments=segments,
+            norm=norm,
+            rows_R=rows,
+        )
         return self._run_with(weights, run, embedded_TD)
 
     def final_norm(self) -> tuple[Tensor, float]:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -42,9 +42,23 @@ from smbfast.model.target import TargetEncoder
 from smbfast.probing.embedding_file import embedding_file
 
 Pool = Literal["last", "mean"]
-Packed = Callable[[Tensor, Tensor, Segments], Tensor]  # ids [T], positions [T] -> states [T, D]
+
 _PLANNED = 32  # forwards planned together: what fills them well, and fits in memory
 _MOST_ON_CPU = 1024  # tokens of a forward of several windows: more of them leave the cache
+
+
+class Packed(Protocol):
+    """The forward of a pack: ids [T] and positions [T] to the states of `rows`, or of all T."""
+
+    def __call__(
+        self,
+        ids_T: Tensor,
+        position_T: Tensor,
+        segments: Segments,
+        /,
+        *,
+        rows: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -199,21 +213,21 @@ def _next_windows(windows: Iterator[SharedWindow], tokens: int) -> list[SharedWi
 def pooled(packed: Packed, row: Row, pool: Pool, device: torch.device) -> np.ndarray:
     """Return the embeddings of the nodes of a row, fp64 [K, D], from one forward."""
     batch = row.batch.to(device)
-    hidden_TD = packed(batch.ids_T, batch.position_T, batch.segments)
-    return _last(hidden_TD, row.windows) if pool == "last" else _mean(hidden_TD, row.windows)
+    last_K = torch.tensor(_last(row.windows)).to(device) if pool == "last" else None
+    states = packed(batch.ids_T, batch.position_T, batch.segments, rows=last_K)
+    return _mean(states, row.windows) if last_K is None else states.cpu().double().numpy()
 
 
-def _last(hidden_TD: Tensor, windows: list[SharedWindow]) -> np.ndarray:
-    """Return the state at each node's last token, on its trunk or at the end of its branch."""
+def _last(windows: list[SharedWindow]) -> list[int]:
+    """Return the row of each node's last token, on its trunk or at the end of its branch."""
     start, own_start = 0, sum(len(w.trunk_T) for w in windows)  # branches lie behind all trunks
-    row_K = []
+    row_K: list[int] = []
     for window in windows:
         own_end = own_start + np.cumsum([0, *(len(ids) for _, ids in window.branches)])
         for prefix, branch in zip(window.prefix_K, window.branch_K, strict=True):
             row_K.append((start + prefix if branch < 0 else own_end[branch + 1]) - 1)
         start, own_start = start + len(window.trunk_T), own_end[-1]
-    rows = torch.tensor(row_K, device=hidden_TD.device)
-    return hidden_TD[rows].cpu().double().numpy()
+    return row_K
 
 
 def _mean(hidden_TD: Tensor, windows: list[SharedWindow]) -> np.ndarray:
@@ -277,11 +291,13 @@ def one_by_one(hidden: Callable[[Tensor], Tensor]) -> Packed:
         hidden: ids [B, T] to hidden states [B, T, D].
     """
 
-    def packed(ids_T: Tensor, position_T: Tensor, segments: Segments) -> Tensor:
+    def packed(
+        ids_T: Tensor, position_T: Tensor, segments: Segments, *, rows: Tensor | None = None
+    ) -> Tensor:
         states = []
         for start, length, trunk, prefix in segments.host_S6[:, :4].tolist():
             seen_T = torch.cat([ids_T[trunk : trunk + prefix], ids_T[start : start + length]])
             states.append(hidden(seen_T[None])[0, prefix:])
-        return torch.cat(states)
+        return torch.cat(states) if rows is None else torch.cat(states)[rows]
 
     return packed
