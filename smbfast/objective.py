@@ -16,6 +16,7 @@ import torch
 from smbkernels import linear_cross_entropy, masked_jepa_mse
 from torch import Tensor
 
+from smbfast.base.parts import is_part, part
 from smbfast.batch import PackedBatch
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.decoder import Recompute
@@ -71,15 +72,16 @@ def losses(
     if has_jepa:
         assert target is not None
         norm_weight_D, norm_eps = target.final_norm()
-        jepa = masked_jepa_mse(
-            predict(encoder, hidden_TD.index_select(0, batch.masked_M)),
-            target_UD,
-            batch.target_M,
-            norm_weight_D,
-            normalize=normalize,
-            norm_eps=norm_eps,
-            scale=jepa_scale,
-        )
+        with part("head"):
+            jepa = masked_jepa_mse(
+                predict(encoder, hidden_TD.index_select(0, batch.masked_M)),
+                target_UD,
+                batch.target_M,
+                norm_weight_D,
+                normalize=normalize,
+                norm_eps=norm_eps,
+                scale=jepa_scale,
+            )
     return sft, jepa
 
 
@@ -123,11 +125,13 @@ def _online(encoder: PatientEncoder, batch: PackedBatch, recompute: Recompute = 
     return encoder.packed(*pack, recompute=recompute)
 
 
+@is_part("target")
 def _target(target: TargetEncoder, batch: PackedBatch, *, norm: bool = True) -> Tensor:
     pack = (batch.target_ids_U, batch.target_position_U, batch.target_segments)
     return target.packed(*pack, norm=norm)
 
 
+@is_part("head")
 def _sft(encoder: PatientEncoder, hidden_TD: Tensor, batch: PackedBatch, scale: float) -> Tensor:
     hidden_ND = hidden_TD.index_select(0, batch.labelled_N)
     weight_VD, *trained_rows = encoder.head

@@ -17,6 +17,7 @@ it the preset `default` is used. In a file, a setting that is none is left out.
   --print            Print the settings of the run as TOML, and stop.
   --resume=never     Short for --run.resume=never.
   --export=merged    Short for --run.export=merged.
+  --profile=3        Short for --run.profile=3.
 
 Examples
 

@@ -21,6 +21,7 @@ from smbkernels.attention import Segments
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from smbfast.base.parts import is_part, part
 from smbfast.model.liger import rms_norm, rope, swiglu
 
 Recompute = Literal["none", "mlp", "full"]
@@ -115,6 +116,7 @@ def run_layer(
     return hidden_TD + _mlp(layer.mlp, normed_TD)
 
 
+@is_part("attention")
 def _attention(
     attention: HfModule,
     x_TD: Tensor,
@@ -123,7 +125,8 @@ def _attention(
     rows_R: Tensor | None,
 ) -> Tensor:
     C = attention.head_dim
-    projected = _linears(x_TD, attention.q_proj, attention.k_proj, attention.v_proj)
+    with part("qkv"):
+        projected = _linears(x_TD, attention.q_proj, attention.k_proj, attention.v_proj)
     q_THC, k_TGC, v_TGC = (y.unflatten(-1, (-1, C)) for y in projected)
     if hasattr(attention, "q_norm"):  # Qwen3
         q_THC = rms_norm(attention.q_norm, q_THC, in_place=True)
@@ -137,6 +140,7 @@ def _attention(
     return _linears(out_THC[..., :C].flatten(1), attention.o_proj)[0]
 
 
+@is_part("mlp")
 def _mlp(mlp: HfModule, x_TD: Tensor) -> Tensor:
     gate_TF, up_TF = _linears(x_TD, mlp.gate_proj, mlp.up_proj)
     return _linears(swiglu(mlp, gate_TF, up_TF), mlp.down_proj)[0]

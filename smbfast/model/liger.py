@@ -19,6 +19,8 @@ from smbkernels.registry import REFERENCE, everywhere
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb  # all families share it
 
+from smbfast.base.parts import is_part
+
 DEVICE = "cuda"
 DTYPES = (torch.bfloat16, torch.float32)
 log = logging.getLogger("smbfast")
@@ -32,6 +34,7 @@ class LigerFunctions(NamedTuple):
     swiglu: type[torch.autograd.Function]
 
 
+@is_part("norm")
 def rms_norm(module: Any, x: Tensor, *, in_place: bool = False) -> Tensor:
     """Apply an RMSNorm module to [..., D]; the mean square is fp32, the weight in the dtype of x.
 

@@ -10,6 +10,7 @@ import torch
 
 from smbfast import objective, reference
 from smbfast.base.files import write_text
+from smbfast.base.parts import is_part
 from smbfast.base.runtime import few
 from smbfast.batch import PackedBatch
 from smbfast.data.loader import FIXED, make_micro_batches
@@ -49,6 +50,7 @@ def fixed_batches(run: OpenRun) -> dict[bool, list[PackedBatch]]:
 
 
 @torch.no_grad()
+@is_part("evaluation")
 def evaluate(
     encoder: PatientEncoder,
     target: TargetEncoder | None,

@@ -28,6 +28,7 @@ FREE_KEYS = (
     "run.save_every",
     "run.keep",
     "run.threads",
+    "run.profile",
     "probe.",
 )
 

@@ -24,6 +24,7 @@ from smbfast.run.folder import write_status
 from smbfast.run.metrics import Meter, log_step, open_log
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import due_after, learning_rate, place, tau, total_steps
+from smbfast.run.profile import profiled
 from smbfast.run.startup import checks_itself, layer_dtype, losses_of, refuse_empty, self_check
 from smbfast.run.step import LossScales, Updater, forward_backward
 from smbfast.settings import TrainSettings
@@ -50,7 +51,8 @@ def train(settings: TrainSettings, command: str) -> str:
     entry: dict = {}  # measures of the evaluation when the phase began
     write_status(run.folder, "running", first, command)
     with stop_on_signals() as stop:
-        for batch in meter.waits(prefetched(run.steps_to_do(), pin=run.device.type == "cuda")):
+        ahead = prefetched(run.steps_to_do(), pin=run.device.type == "cuda")
+        for batch in profiled(meter.waits(ahead), run):
             step, at = batch.index, place(settings, batch.index)
             phase = at.phase
             if phase.w_jepa == 0:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from smbkernels import load as load_kernels
 
+from smbfast.base.parts import is_part
 from smbfast.base.runtime import GIB, choose_device, held_memory
 from smbfast.data.labels import Labels
 from smbfast.data.loader import Step, WindowSet, make_step
@@ -168,6 +169,7 @@ class OpenRun:
         """Return the seconds spent on this run, by earlier processes and by this one."""
         return self.progress.seconds + time.monotonic() - self.start_time
 
+    @is_part("checkpoint")
     def save(self, target: TargetEncoder | None, step: int, offset: int, command: str) -> None:
         """Write a checkpoint after `step` steps, when metrics.jsonl has `offset` bytes."""
         record = {

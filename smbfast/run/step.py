@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from smbfast.base.entry import RunFailed
+from smbfast.base.parts import part
 from smbfast.batch import PackedBatch
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder
@@ -108,16 +109,18 @@ class Updater:
         if lr is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.clip)
-        skipped = (~torch.isfinite(grad_norm)).float()
-        self.optimizer.found_inf = skipped
-        self._in_a_row = (self._in_a_row + 1) * skipped
-        self._longest = torch.maximum(self._longest, self._in_a_row)
-        self._total = self._total + skipped
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with part("optimizer"):
+            grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.clip)
+            skipped = (~torch.isfinite(grad_norm)).float()
+            self.optimizer.found_inf = skipped
+            self._in_a_row = (self._in_a_row + 1) * skipped
+            self._longest = torch.maximum(self._longest, self._in_a_row)
+            self._total = self._total + skipped
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         if target is not None:
-            target.update(tau)
+            with part("ema"):
+                target.update(tau)
         return grad_norm
 
     def report_skips(self, step: int, phase: str) -> bool:

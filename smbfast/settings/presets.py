@@ -22,7 +22,7 @@ def run_arguments(argv: list[str]) -> tuple[str, list[str]]:
     words = list(argv)
     named = words and "=" not in words[0] and not words[0].startswith("-")
     name = words.pop(0) if named else "default"
-    for short in ("export", "resume"):  # `--export merged`, `--export=merged`
+    for short in ("export", "profile", "resume"):  # `--export merged`, `--export=merged`
         words = [f"--run.{a[2:]}" if a.startswith(f"--{short}=") else a for a in words]
         if f"--{short}" in words[:-1]:
             at = words.index(f"--{short}")

@@ -266,6 +266,17 @@ class RunSettings(Settings):
         "deleted. With two or more, a run can go on from an older one if the newest is damaged. "
         "The best model of each phase and the final model are stored beside them.",
     )
+    profile: int = Field(
+        0,
+        ge=0,
+        description="Number of steps of each phase whose time is taken part by part: norms, "
+        "projections, attention, MLP, losses, target, optimizer, waiting for data. They are the "
+        "steps after the first that this process makes, which also allocates and compiles. The "
+        "folder profile/<phase> gets a table, profile.txt and profile.json, and trace.json.gz for "
+        "chrome://tracing; all hold names of operations and times, nothing of patients. The steps "
+        "are slower while it lasts, their results the same. With objective.path=reference most of "
+        "the time has no part. --profile=3 is short for it; 0 takes no profile.",
+    )
     export: Literal["none", "merged"] = Field(
         "none",
         description="`merged` also writes the folder `merged` at the end: a plain Hugging Face "
