@@ -297,6 +297,23 @@ TARGET = [
         "tests/ops/test_tracked_ema.py::test_append_is_the_average[0.9]",
     ),
     mutant(
+        "truncation-from-anywhere",
+        "block power iteration begins at noise, not at the columns of the last truncation",
+        "kernels/smbkernels/tracked_ema.py",
+        "start_MQR.scatter_(1, order_MR[:, None], 1.0)",
+        "start_MQR.scatter_(1, order_MR[:, None], 0.0)",
+        "tests/ops/test_tracked_ema.py::"
+        "test_block_power_is_what_it_says_and_its_bound_is_exact[12-1.0]",
+    ),
+    mutant(
+        "truncation-waits",
+        "the Cholesky factor of a truncation is checked, for which a GPU is waited for",
+        "kernels/smbkernels/tracked_ema.py",
+        "torch.linalg.cholesky_ex(matrix_MQQ + torch.diag_embed(added_MQ))[0]",
+        "torch.linalg.cholesky(matrix_MQQ + torch.diag_embed(added_MQ))",
+        "tests/test_shared_step.py::test_nothing_waits_for_the_device[lora-tracked-tied]",
+    ),
+    mutant(
         "target-not-updated",
         "the target stays where it began",
         "smbfast/run/step.py",

@@ -7,8 +7,6 @@ comes before the first step), `loader` (a step is a pure function of seed and nu
 
 Between two lines of the log, the CPU never waits for the GPU: the loader counts tokens on the CPU,
 losses stay on the GPU, and the optimizer's own kernel skips a step whose gradient is not finite.
-There is one exception, inside a library: the truncation of a tracked target waits, every
-`tracked_every` steps.
 """
 
 import torch

@@ -260,9 +260,9 @@ class ObjectiveSettings(Settings):
         4,
         ge=1,
         description="Each optimizer step adds columns to the EMA teacher's low-rank average; after "
-        "this many steps the average is truncated back to its rank. The program waits for a GPU "
-        "there, so a larger number saves time and takes more memory. It is used where the teacher "
-        "is tracked, which `auto` normally chooses with LoRA.",
+        "this many steps the average is truncated back to its rank. A larger number truncates less "
+        "often, and its columns take more memory and time in each forward. It is used where the "
+        "teacher is tracked, which `auto` normally chooses with LoRA.",
     )
     predictor_layers: int = Field(
         2,
