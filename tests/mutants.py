@@ -314,6 +314,15 @@ TARGET = [
         "tests/test_shared_step.py::test_nothing_waits_for_the_device[lora-tracked-tied]",
     ),
     mutant(
+        "lent-weights-not-put-back",
+        "after a forward of the target the online encoder has the target's weights",
+        "smbfast/model/target.py",
+        "parameters[key] = own",
+        "parameters[key] = parameters[key]",
+        "tests/test_target.py::test_every_module_has_its_own_parameters_again"
+        "[False-lora-tracked-tied]",
+    ),
+    mutant(
         "target-not-updated",
         "the target stays where it began",
         "smbfast/run/step.py",

@@ -1,15 +1,22 @@
 """The target encoder's two forms: one contract, what each stores, and how it goes on."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from smbkernels.ema import join
+from torch.func import functional_call
 
 import smbfast.model.averages as averages
+import smbfast.model.decoder as decoder_module
+from smbfast.batch import pack_segments
 from smbfast.model.averages import held_rank
-from smbfast.model.target import TargetEncoder, TargetForm, target_bytes
+from smbfast.model.target import ROWS, TargetEncoder, TargetForm, target_bytes
 from smbfast.settings import load
-from tests.tiny import DELIMITERS, tiny_encoder
+from tests.tiny import DELIMITERS, random_window, tiny_encoder
+from tests.two_paths import CASES, make_encoder, move, moved_target
 
 pytestmark = pytest.mark.numeric
 
@@ -70,6 +77,106 @@ def test_a_forward_leaves_the_online_encoder_as_it_was(form):
     torch.testing.assert_close(target.hidden(IDS), before, rtol=1e-4, atol=1e-5)
     assert torch.equal(encoder.hidden(IDS), online)
     assert [n for n, p in encoder.named_parameters() if p.requires_grad] == trained
+
+
+class Whole(torch.nn.Module):
+    """A module that owns the decoder and does `run`, as `functional_call` needs one."""
+
+    def __init__(self, decoder, run):
+        super().__init__()
+        self.decoder, self.run = decoder, run
+
+    def forward(self, embedded):
+        return self.run(embedded)
+
+
+def by_functional_call(target, batch, *, norm):
+    """The packed forward of a target with torch's own way to lend weights."""
+    encoder = target.encoder
+    weights = {n: w for part in target.parts for n, w in part.weights().items()}
+    rows = weights.pop(ROWS, None)
+    if encoder.is_lora:
+        embedded = encoder.embed_packed(batch.target_ids_U, rows)
+    else:
+        table = weights["embed_tokens.weight"]
+        embedded = torch.nn.functional.embedding(batch.target_ids_U, table)
+    pack = {"position_T": batch.target_position_U, "segments": batch.target_segments}
+    whole = Whole(encoder.decoder, partial(encoder.packed_decoder, **pack, norm=norm))
+    merged = encoder.is_lora and target.form == "merged"
+    with encoder.lm.disable_adapter() if merged else nullcontext():
+        return functional_call(whole, {f"decoder.{n}": w for n, w in weights.items()}, embedded)
+
+
+def pack_of_two():
+    trunks = [random_window(seed, buckets=3).ids_T for seed in (1, 2)]
+    branches = [[(len(t) - 4, t[-4:])] for t in trunks]
+    return pack_segments(trunks, branches, masked=[[torch.arange(4).numpy()]] * 2)
+
+
+def lent(target, batch, norm):
+    pack = (batch.target_ids_U, batch.target_position_U, batch.target_segments)
+    return target.packed(*pack, norm=norm)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_weights_are_lent_as_functional_call_does(case, norm):
+    """Bit for bit; also after an update and after a load, when what was lent has changed."""
+    encoder, batch = make_encoder(lora=case.lora, tie=case.tie), pack_of_two()
+    target = moved_target(encoder, case.form)
+    found = []
+    for change in ("none", "update", "load"):
+        if change == "update":
+            move(encoder, 9)
+            target.update(0.5)
+        if change == "load":
+            state = target.state().items()
+            target.load({n: 1.5 * w if w.is_floating_point() else w for n, w in state})
+        found.append(lent(target, batch, norm))
+        assert torch.equal(found[-1], by_functional_call(target, batch, norm=norm)), change
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+
+
+@torch.no_grad()
+def test_a_parameter_that_two_modules_share_is_lent_to_both():
+    encoder, batch = make_encoder(lora=False), pack_of_two()
+    first, second = (layer.mlp.up_proj for layer in encoder.decoder.layers)
+    second.weight = first.weight
+    target = moved_target(encoder)
+    assert torch.equal(lent(target, batch, True), by_functional_call(target, batch, norm=True))
+    assert second.weight is first.weight
+
+
+def failing(*_args):
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_module_has_its_own_parameters_again(case, fails, monkeypatch):
+    """The very objects in the same order, their flags and adapters, and no other attribute."""
+    encoder, batch = make_encoder(lora=case.lora, tie=case.tie), pack_of_two()
+    target = moved_target(encoder, case.form)
+
+    def seen():
+        modules = list(encoder.decoder.modules())
+        own = [[(k, id(p)) for k, p in m._parameters.items()] for m in modules]
+        flags = [(p.requires_grad, p.grad is None) for p in encoder.parameters()]
+        disabled = [getattr(m, "disable_adapters", None) for m in modules]
+        return own, flags, disabled, [sorted(vars(m)) for m in modules], list(encoder.state_dict())
+
+    with encoder.lm.disable_adapter() if case.lora else nullcontext():
+        encoder.hidden(IDS)  # transformers and PEFT note what they do for the first time
+    before = seen()
+    if fails:
+        monkeypatch.setattr(decoder_module, "swiglu", failing)
+        with pytest.raises(ZeroDivisionError):
+            lent(target, batch, True)
+    else:
+        lent(target, batch, True)
+        target.hidden(IDS)
+    assert seen() == before
 
 
 @pytest.mark.parametrize("form", FORMS)
