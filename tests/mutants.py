@@ -323,6 +323,14 @@ TARGET = [
         "[False-lora-tracked-tied]",
     ),
     mutant(
+        "head-gradient-beside-its-label",
+        "the kernel of the cross-entropy subtracts 1 in the column after the label's",
+        "kernels/smbkernels/cross_entropy/triton.py",
+        "tl.where(start + offs == label,",
+        "tl.where(start + offs == label + 1,",
+        "tests/ops/test_linear_cross_entropy_triton.py::test_a_label_in_any_column",
+    ),
+    mutant(
         "target-not-updated",
         "the target stays where it began",
         "smbfast/run/step.py",

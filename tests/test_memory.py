@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from torch._subclasses import FakeTensorMode
 
 from smbfast.model import memory
 from smbfast.model.backbone import PatientEncoder, lora_config
@@ -222,3 +223,15 @@ def test_a_container_may_have_less_than_the_machine(monkeypatch):
     # what was read from files is given back
     files["/sys/fs/cgroup/memory.stat"] = "active_file 9\ninactive_file 500\n"
     assert memory.free_memory(torch.device("cpu")) == 2500
+
+
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 512), ("cuda", 2048)])
+def test_a_chunk_of_logits_is_what_the_operation_makes(device, rows):
+    """Larger on a GPU; in bf16 it has an fp32 copy but where a kernel needs none."""
+    with FakeTensorMode():
+        hidden_ND = torch.empty(4096, 64, dtype=torch.bfloat16, device=device)
+        weight_VD = torch.empty(900_000, 64, dtype=torch.bfloat16, device=device)
+        assert memory._logits(hidden_ND, weight_VD, copied=True) == rows * 900_000 * 6
+        assert memory._logits(hidden_ND, weight_VD, copied=False) == rows * 900_000 * 2
+        wide_ND = hidden_ND.float()
+        assert memory._logits(wide_ND, weight_VD, copied=True) == rows * 900_000 * 4

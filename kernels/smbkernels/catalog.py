@@ -5,7 +5,7 @@ AUTO = "auto"
 # each operation's backends in the order in which a call without a choice tries them
 BACKENDS: dict[str, tuple[str, ...]] = {
     "ema_update_": ("triton", "cpp"),
-    "linear_cross_entropy": ("chunked",),
+    "linear_cross_entropy": ("triton", "chunked"),
     "lora_linear": ("fused", "triton"),
     "masked_jepa_mse": ("triton", "cpp"),
     "timeline_attention": ("triton", "varlen", "flash", "cudnn", "cpp", "sdpa"),

@@ -225,7 +225,9 @@ class _LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         added = self.hold(out)
         if func.namespace == "smb":
-            inside = _logits(*args[:2]) if "cross_entropy" in func.name() else added
+            head = "cross_entropy" in func.name()
+            copied = "chunked" in func.name()
+            inside = _logits(*args[:2], copied=copied) if head else added
             self.peak = max(self.peak, self.now + inside)
         return out
 
@@ -253,10 +255,11 @@ def _no_launch(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _logits(hidden_ND: Tensor, weight_VD: Tensor) -> int:
-    """Return the bytes of a chunk of logits, and of its fp32 copy where the dtype is narrower."""
+def _logits(hidden_ND: Tensor, weight_VD: Tensor, *, copied: bool) -> int:
+    """Return the bytes of a chunk of logits, and of its fp32 copy where it has one."""
     (n, d), size, width = hidden_ND.shape, len(weight_VD), hidden_ND.element_size()
-    return chunk_rows(n, d, size) * size * (width + (4 if width < 4 else 0))
+    rows = chunk_rows(n, d, size, hidden_ND.device.type)
+    return rows * size * (width + (4 if copied and width < 4 else 0))
 
 
 def _rounded(size: int) -> int:

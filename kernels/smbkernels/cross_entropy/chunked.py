@@ -6,10 +6,16 @@ wanted, and overwritten by the next. Nothing is read back to the host.
 C rows of a chunk; the rest as in the operation.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from smbkernels.cross_entropy.op import chunk_rows, one_pass, wide
+from smbkernels.cross_entropy.op import Launch, chunk_rows, one_pass, wide
+
+# (logits [C, V], which become their gradient; label [C, 1]; log-probability of the label [C, 1],
+# which is written; a buffer like the logits; whether the gradient is needed)
+Gradient = Callable[[Tensor, Tensor, Tensor, Tensor, bool], None]
 
 
 def missing(device: str) -> str | None:
@@ -17,59 +23,77 @@ def missing(device: str) -> str | None:
     return None
 
 
-def _launch(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    label_N: Tensor,
-    token_R: Tensor | None,
-    token_weight_RD: Tensor | None,
-    scale: float,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_tokens: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (N, D), V = hidden_ND.shape, weight_VD.shape[0]
-    dtype, sums = hidden_ND.dtype, wide(hidden_ND.dtype)
-    head_VD = weight_VD.to(dtype)
-    token_RD = None if token_weight_RD is None else token_weight_RD.to(dtype)
-    dhidden_ND = hidden_ND.new_empty((N, D) if needs_hidden else (0,))
-    dweight_VD = hidden_ND.new_zeros((V, D) if needs_weight else (0,), dtype=sums)
-    R = len(token_RD) if token_RD is not None else 0
-    dtoken_RD = hidden_ND.new_zeros((R, D) if needs_tokens else (0,), dtype=sums)
-    log_p_N1 = hidden_ND.new_empty((N, 1), dtype=sums)
+def in_chunks(gradient_: Gradient, *, widens: bool) -> Launch:
+    """The launch of `one_pass`, with this way from logits to their gradient.
 
-    C = chunk_rows(N, D, V)
-    logits_CV = hidden_ND.new_empty((C, V))
-    wide_CV = logits_CV if dtype == sums else logits_CV.new_empty((C, V), dtype=sums)
-    for start in range(0, N, max(C, 1)):
-        chunk = slice(start, min(start + C, N))
-        hidden_CD, label_C1 = hidden_ND[chunk], label_N[chunk, None]
-        dz_CV, log_p_CV = logits_CV[: len(hidden_CD)], wide_CV[: len(hidden_CD)]
-        torch.mm(hidden_CD, head_VD.t(), out=dz_CV)
-        if token_R is not None and token_RD is not None:
-            dz_CV.index_copy_(1, token_R, hidden_CD @ token_RD.t())
-        if dtype != sums:
-            log_p_CV.copy_(dz_CV)
-        torch.log_softmax(log_p_CV, 1, out=log_p_CV)
-        log_p_C1 = torch.gather(log_p_CV, 1, label_C1, out=log_p_N1[chunk])
-        if not (needs_hidden or needs_weight or needs_tokens):
-            continue
-        # `scale` comes with the products: it costs no pass here
-        torch.exp(log_p_CV, out=dz_CV)
-        dz_CV.scatter_(1, label_C1, log_p_C1.expm1().to(dtype))
-        if token_R is not None:
-            dz_CR = dz_CV.index_select(1, token_R)
-            dz_CV.index_fill_(1, token_R, 0)
-        if needs_hidden:
-            dhidden_ND[chunk].addmm_(dz_CV, head_VD, beta=0, alpha=scale)
-            if token_RD is not None:
-                dhidden_ND[chunk].addmm_(dz_CR, token_RD, alpha=scale)
-        if needs_tokens:
-            _add_product(dtoken_RD, dz_CR, hidden_CD, scale)
-        if needs_weight:
-            _add_product(dweight_VD, dz_CV, hidden_CD, scale)
-    dtoken_RD = dtoken_RD.to(dtype if token_weight_RD is None else token_weight_RD.dtype)
-    return log_p_N1.sum() * -scale, dhidden_ND, dweight_VD.to(weight_VD.dtype), dtoken_RD
+    Args:
+        widens: whether the buffer is one of its own, in fp32, where logits are narrower.
+    """
+
+    def launch(
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        label_N: Tensor,
+        token_R: Tensor | None,
+        token_weight_RD: Tensor | None,
+        scale: float,
+        needs_hidden: bool,
+        needs_weight: bool,
+        needs_tokens: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        (N, D), V = hidden_ND.shape, weight_VD.shape[0]
+        dtype, sums = hidden_ND.dtype, wide(hidden_ND.dtype)
+        head_VD, label_N1 = weight_VD.to(dtype), label_N.contiguous()[:, None]
+        token_RD = None if token_weight_RD is None else token_weight_RD.to(dtype)
+        R = len(token_RD) if token_RD is not None else 0
+        dhidden_ND = hidden_ND.new_empty((N, D) if needs_hidden else (0,))
+        dweight_VD = hidden_ND.new_zeros((V, D) if needs_weight else (0,), dtype=sums)
+        dtoken_RD = hidden_ND.new_zeros((R, D) if needs_tokens else (0,), dtype=sums)
+        log_p_N1 = hidden_ND.new_empty((N, 1), dtype=sums)
+        needs_grad = needs_hidden or needs_weight or needs_tokens
+
+        C = chunk_rows(N, D, V, hidden_ND.device.type)
+        logits_CV = hidden_ND.new_empty((C, V))
+        copies = widens and dtype != sums
+        buffer_CV = logits_CV.new_empty((C, V), dtype=sums) if copies else logits_CV
+        for start in range(0, N, max(C, 1)):
+            chunk = slice(start, min(start + C, N))
+            hidden_CD = hidden_ND[chunk]
+            dz_CV, spare_CV = logits_CV[: len(hidden_CD)], buffer_CV[: len(hidden_CD)]
+            torch.mm(hidden_CD, head_VD.t(), out=dz_CV)
+            if token_R is not None and token_RD is not None:
+                dz_CV.index_copy_(1, token_R, hidden_CD @ token_RD.t())
+            gradient_(dz_CV, label_N1[chunk], log_p_N1[chunk], spare_CV, needs_grad)
+            if not needs_grad:
+                continue
+            # `scale` comes with the products: it costs no pass here
+            if token_R is not None:
+                dz_CR = dz_CV.index_select(1, token_R)
+                dz_CV.index_fill_(1, token_R, 0)
+            if needs_hidden:
+                dhidden_ND[chunk].addmm_(dz_CV, head_VD, beta=0, alpha=scale)
+                if token_RD is not None:
+                    dhidden_ND[chunk].addmm_(dz_CR, token_RD, alpha=scale)
+            if needs_tokens:
+                _add_product(dtoken_RD, dz_CR, hidden_CD, scale)
+            if needs_weight:
+                _add_product(dweight_VD, dz_CV, hidden_CD, scale)
+        dtoken_RD = dtoken_RD.to(dtype if token_weight_RD is None else token_weight_RD.dtype)
+        return log_p_N1.sum() * -scale, dhidden_ND, dweight_VD.to(weight_VD.dtype), dtoken_RD
+
+    return launch
+
+
+def _gradient_(
+    logits_CV: Tensor, label_C1: Tensor, log_p_C1: Tensor, buffer_CV: Tensor, needs_grad: bool
+) -> None:
+    if buffer_CV.dtype != logits_CV.dtype:
+        buffer_CV.copy_(logits_CV)
+    torch.log_softmax(buffer_CV, 1, out=buffer_CV)
+    torch.gather(buffer_CV, 1, label_C1, out=log_p_C1)
+    if needs_grad:
+        torch.exp(buffer_CV, out=logits_CV)
+        logits_CV.scatter_(1, label_C1, log_p_C1.expm1().to(logits_CV.dtype))
 
 
 def _add_product(total_VD: Tensor, dz_CV: Tensor, hidden_CD: Tensor, scale: float) -> None:
@@ -83,4 +107,5 @@ def _add_product(total_VD: Tensor, dz_CV: Tensor, hidden_CD: Tensor, scale: floa
         total_VD.addmm_(dz_CV.t().to(total_VD.dtype), hidden_CD.to(total_VD.dtype), alpha=scale)
 
 
+_launch = in_chunks(_gradient_, widens=True)
 linear_cross_entropy = one_pass("chunked", _launch)

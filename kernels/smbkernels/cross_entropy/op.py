@@ -22,7 +22,9 @@ from torch.utils.flop_counter import register_flop_formula
 from smbkernels.autograd import autocast_dtype, scaled
 from smbkernels.operation import Backend, op
 
-LEAST, MOST = 512, 2048  # rows of a chunk: below, products wait for the head to be read
+# rows of a chunk: below, products wait for the head to be read, and on a GPU the gradient of the
+# hidden states has fewer tiles than there are multiprocessors
+LEAST, LEAST_ON_CUDA, MOST = 512, 2048, 2048
 
 
 def head_flops(
@@ -39,7 +41,18 @@ def _flops(
     return head_flops(N, D, weight_VD.shape[0], R, hidden=False, weight=False, tokens=False)
 
 
-@op(Backend("chunked", "cross_entropy.chunked", ("cuda", "cpu")), flops=_flops)
+def _fits_triton(hidden_ND: Tensor, *_args, **_kwargs) -> str | None:
+    """Softmax is computed in fp32 there."""
+    if hidden_ND.dtype not in (torch.float32, torch.bfloat16):
+        return f"hidden_ND must be fp32 or bf16, got {hidden_ND.dtype}"
+    return None
+
+
+@op(
+    Backend("triton", "cross_entropy.triton", ("cuda",), _fits_triton),
+    Backend("chunked", "cross_entropy.chunked", ("cuda", "cpu")),
+    flops=_flops,
+)
 def linear_cross_entropy(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -140,12 +153,16 @@ def one_pass(backend: str, launch: Launch) -> Callable[..., Tensor]:
     return linear_cross_entropy
 
 
-def chunk_rows(N: int, D: int, V: int) -> int:
+def chunk_rows(N: int, D: int, V: int, device: str = "cpu") -> int:
     """Rows of a chunk: its logits are about as large as the hidden states, N D / V (as Liger does).
 
     Within bounds, and N is cut evenly: no chunk of a row or two is left over.
+
+    Args:
+        device: kind of device.
     """
-    most = min(max(N * D // V, LEAST), MOST)
+    least = LEAST_ON_CUDA if device == "cuda" else LEAST
+    most = min(max(N * D // V, least), MOST)
     chunks = max(-(-N // most), 1)
     return -(-N // chunks)
 
