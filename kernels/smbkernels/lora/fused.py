@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from smbkernels.lora.op import Group, Needs, by_hand, wider
-from smbkernels.lora.products import chosen, input_gradient, outputs, parts, rows, stacked
+from smbkernels.lora.products import (
+    chosen,
+    input_gradient,
+    outputs,
+    parts,
+    rows,
+    stacked,
+    summed,
+)
 
 
 def missing(device: str) -> str | None:
@@ -41,9 +49,7 @@ def _backward(
         db.append(b[i].new_empty(b[i].shape if needs_b[i] else 0))
         if needs_b[i]:
             # [R, N] is the faster way round on a CPU
-            db_RN = dy[i].new_empty(b[i].shape[::-1])
-            db_RN.addmm_(low[i].t(), dy[i], beta=0, alpha=scale[i])
-            db[i].copy_(db_RN.t())
+            db[i].copy_(summed(low[i].t(), dy[i], scale[i], b[i].dtype).t())
     wanted = [i for i in range(n) if needs_x or needs_a[i]]
     if wanted:
         a_wanted = [a[i] for i in wanted]
@@ -54,7 +60,7 @@ def _backward(
             dx_TK = input_gradient(dy, dlow_TS, weight, a).view(*lead, weight[0].shape[1])
         if x_TK is not None and any(needs_a):
             columns_TS = chosen(dlow_TS, a_wanted, [needs_a[i] for i in wanted])
-            da_SK = (columns_TS.t() @ rows(x_TK)).to(wider(a))
+            da_SK = summed(columns_TS.t(), rows(x_TK), 1.0, wider(a)).to(wider(a))
     return [dx_TK, *db, da_SK]
 
 

@@ -82,3 +82,22 @@ def chosen(dlow_TS: Tensor, a: Sequence[Tensor], needs_a: Sequence[bool]) -> Ten
     if all(needs_a):
         return dlow_TS
     return torch.cat([d for d, n in zip(parts(dlow_TS, a), needs_a, strict=True) if n], 1)
+
+
+def summed(left_RT: Tensor, right_TN: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+    """alpha left right, a sum over tokens, for a gradient of this dtype.
+
+    On CUDA the sum of bf16 products stays in fp32 where the gradient is fp32: it is not rounded to
+    bf16 on its way. Elsewhere it comes in the dtype of the operands.
+    """
+    if _leaves_in_fp32(left_RT, dtype):
+        out_RN = torch.mm(left_RT, right_TN, out_dtype=dtype)
+        return out_RN if alpha == 1 else out_RN.mul_(alpha)
+    out_RN = left_RT.new_empty((left_RT.shape[0], right_TN.shape[1]))
+    return out_RN.addmm_(left_RT, right_TN, beta=0, alpha=alpha)
+
+
+def _leaves_in_fp32(operand: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a product of narrower operands can be written in fp32: CUDA alone has that."""
+    narrow = operand.dtype in (torch.bfloat16, torch.float16)
+    return narrow and dtype == torch.float32 and operand.device.type == "cuda"
