@@ -1,6 +1,7 @@
 """The machine a run is on: device, versions, memory, signals."""
 
 import importlib.metadata
+import os
 import platform
 import resource
 import signal
@@ -14,17 +15,20 @@ from pathlib import Path
 import torch
 
 GIB = 1 << 30
+# the first is today's name, the second that of earlier versions of torch, which is read too
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+EXPANDABLE = "expandable_segments:True"
 _PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "numpy", "pyarrow", "meds")
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device of that name; "auto" is the GPU if there is one.
+    """Return the device of that name; "auto" is the GPU if there is one, which is set up.
 
     Raises:
         ValueError: if the name is not valid, or there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -33,8 +37,27 @@ def choose_device(name: str) -> torch.device:
         if (device.index or 0) >= torch.cuda.device_count():
             count = torch.cuda.device_count()
             raise ValueError(f"run.device={name} must exist; torch finds {count} CUDA GPUs")
+        _set_up_cuda()
         torch.cuda.set_device(device)  # some kernels run on the current device
     return device
+
+
+def _set_up_cuda() -> None:
+    """Choose the allocator's segments and the sums of bf16 products; call it before CUDA starts.
+
+    The tokens of micro-batches differ, so that blocks of other sizes are asked for in each: with
+    expandable segments the holes between them are not lost. A setting in the environment is left as
+    it is. Long sums of bf16 products, such as the gradients of factors of low rank, are taken in
+    parts, and the parts are added in fp32, not rounded to bf16 first.
+    """
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        return
+    os.environ[ALLOCATOR_VARIABLES[0]] = EXPANDABLE
+    # a version of torch that reads the variable when it is imported has done so
+    set_now = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    if set_now is not None:
+        set_now(EXPANDABLE)
 
 
 def versions() -> dict[str, str]:
