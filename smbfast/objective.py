@@ -21,6 +21,7 @@ from smbfast.batch import PackedBatch
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.decoder import Recompute
 from smbfast.model.target import JepaStates, TargetEncoder
+from smbfast.model.tf32 import predictor_linear
 
 Losses = Callable[
     ..., tuple[Tensor | None, Tensor | None]
@@ -105,9 +106,16 @@ def measure(
 def predict(encoder: PatientEncoder, online_MD: Tensor) -> Tensor:
     """Apply the predictor g, [M, D] to [M, D].
 
-    The predictor of a bf16 encoder is fp32, so that predictions are compared in full precision.
+    The predictor of a bf16 encoder is fp32, so that predictions are compared in full precision; on
+    CUDA its products round their operands to TF32 then (`smbfast.model.tf32`).
     """
-    return encoder.predictor(online_MD.to(encoder.predictor.dtype))
+    predictor = encoder.predictor
+    linear = predictor_linear(online_MD, predictor.dtype)
+    value_MD = online_MD.to(predictor.dtype)
+    for module in predictor:
+        is_linear = isinstance(module, torch.nn.Linear)
+        value_MD = linear(value_MD, module.weight, module.bias) if is_linear else module(value_MD)
+    return value_MD
 
 
 def _last_visible(batch: PackedBatch) -> Tensor:

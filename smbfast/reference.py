@@ -21,6 +21,7 @@ from torch import Tensor
 from smbfast.batch import PackedBatch
 from smbfast.model.backbone import PatientEncoder, padded
 from smbfast.model.target import JepaStates, TargetEncoder
+from smbfast.model.tf32 import predictor_linear
 
 
 def losses(
@@ -85,13 +86,15 @@ def measure(
 def predict(encoder: PatientEncoder, online_MD: Tensor) -> Tensor:
     """Apply the predictor g, [M, D] to [M, D]: Linear and GELU, repeated, then Linear.
 
-    The predictor of a bf16 encoder is fp32, so that predictions are compared in full precision.
+    The predictor of a bf16 encoder is fp32, so that predictions are compared in full precision; on
+    CUDA its products round their operands to TF32 then (`smbfast.model.tf32`).
     """
     linears = [module for module in encoder.predictor if isinstance(module, torch.nn.Linear)]
+    product = predictor_linear(online_MD, linears[0].weight.dtype)
     value_MD = online_MD.to(linears[0].weight.dtype)
     for linear in linears[:-1]:
-        value_MD = F.gelu(F.linear(value_MD, linear.weight, linear.bias))
-    return F.linear(value_MD, linears[-1].weight, linears[-1].bias)
+        value_MD = F.gelu(product(value_MD, linear.weight, linear.bias))
+    return product(value_MD, linears[-1].weight, linears[-1].bias)
 
 
 def online_hidden(encoder: PatientEncoder, batch: PackedBatch) -> Tensor:

@@ -331,6 +331,14 @@ TARGET = [
         "tests/ops/test_linear_cross_entropy_triton.py::test_a_label_in_any_column",
     ),
     mutant(
+        "tf32-for-all-that-follows",
+        "the switch to TF32 stays on after the predictor",
+        "smbfast/model/tf32.py",
+        "matmul.allow_tf32, matmul.fp32_precision = before",
+        "pass",
+        "tests/test_tf32.py::test_the_switch_is_turned_back_after_an_error",
+    ),
+    mutant(
         "target-not-updated",
         "the target stays where it began",
         "smbfast/run/step.py",
