@@ -131,7 +131,7 @@ def _head(stamp: dict, best: Ceiling, nominal: tuple[float, float] | None) -> li
         f"{stamp['device']}: {stamp['device_name']}, {stamp['threads']} threads, load "
         f"{stamp['load']}; {', '.join(f'{k} {v}' for k, v in used.items())}; git {stamp['git']}",
         f"measured here: {best.bandwidth / 1e9:.4g} GB/s (the best of {patterns}), "
-        f"{best.matmul / 1e12:.4g} TFLOP/s (matmul)",
+        f"{best.matmul / 1e12:.4g} TFLOP/s ({best.library} matmul)",
     ]
     if nominal:
         lines.append(f"nominal: {nominal[0] / 1e9:.4g} GB/s, {nominal[1] / 1e12:.4g} TFLOP/s")

@@ -244,6 +244,22 @@ def lora_linear(
     )
 
 
+def linear(T: int, N: int, K: int, dtype: torch.dtype, device: str) -> Inputs:
+    x_TK = torch.randn(T, K, device=device, dtype=dtype, requires_grad=True)
+    weight_NK = (torch.randn(N, K, device=device, dtype=dtype) * K**-0.5).requires_grad_()
+    nbytes, flops = dtype.itemsize * (T * K + N * K + T * N), 2 * T * N * K
+    return Inputs(
+        (x_TK, weight_NK),
+        {},
+        # backward reads d y, and x and W again, and writes a gradient of each
+        {FORWARD: (nbytes, flops), BOTH: (3 * nbytes, 3 * flops)},
+        tol=1e-5 if dtype == torch.float32 else 1e-2,
+        leaves=[x_TK, weight_NK],
+        cotangents=[torch.randn(T, N, device=device, dtype=dtype)],
+        rivals=rivals.linears(device),
+    )
+
+
 def linear_cross_entropy(
     T: int, D: int, V: int, dtype: torch.dtype, device: str, *, trained: bool
 ) -> Inputs:
@@ -311,6 +327,7 @@ def on_cpu() -> list[Case]:
         shape = {"T": 128, "linears": len(shapes), "R": RANK}
         cases.append(Case("lora_linear", name, device, dtype, shape, make, quick, quick))
     cases += [_head_case(1024, 512, 8192, dtype, device, trained=t) for t in (False, True)]
+    cases += [_linear_case(2000, N, K, dtype, device) for N, K in ((256, 96), (1536, 512))]
     return cases
 
 
@@ -354,6 +371,8 @@ def on_cuda() -> list[Case]:
         cases.append(Case("lora_linear", name, device, dtype, shape, make, quick))
     for T, trained in ((4096, False), (8192, False), (8192, True)):
         cases.append(_head_case(T, HIDDEN, VOCABULARY, dtype, device, trained=trained))
+    cases.append(_linear_case(8192, HIDDEN, HIDDEN, dtype, device, quick=True))
+    cases.append(_linear_case(8192, MLP, HIDDEN, dtype, device))
     return cases
 
 
@@ -392,6 +411,15 @@ def _head_case(T: int, D: int, V: int, dtype: torch.dtype, device: str, *, train
     shape = {"T": T, "D": D, "V": V}
     quick = not trained and T != 4096
     return Case("linear_cross_entropy", name, device, dtype, shape, make, quick, compiled=quick)
+
+
+def _linear_case(
+    T: int, N: int, K: int, dtype: torch.dtype, device: str, *, quick: bool = False
+) -> Case:
+    make = partial(linear, T, N, K, dtype, device)
+    shape = {"T": T, "N": N, "K": K}
+    quick = quick or K == 96
+    return Case("linear", f"{T}x{K} to {N}", device, dtype, shape, make, quick, compiled=quick)
 
 
 def _linears() -> list[tuple[str, list[tuple[int, int]]]]:

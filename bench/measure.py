@@ -215,6 +215,7 @@ def as_record(case: Case, r: Result, best: Ceiling, tests: str, nominal: tuple |
         "floor_share": r.floor_ms / r.timing.p50,
         "measured_gb_per_s": best.bandwidth / 1e9,
         "measured_tflop_per_s": best.matmul / 1e12,
+        "measured_library": best.library,
         "peak_mib": r.peak_mib,
         "error": r.error,
         "tolerance": r.tol,

@@ -5,7 +5,8 @@ compute less on purpose.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 BY_SEGMENT = "SDPA by segment"
 ADDMM_LERP, FOREACH_LERP = "addmm + lerp_", "_foreach_lerp_"
 LIGER = "Liger fused"
+SWITCH = "float32_matmul_precision"
 
 
 def averages(*, halves: bool) -> dict[str, Callable | str]:
@@ -167,6 +169,41 @@ def copied() -> Callable:
         )
 
     return varlen.decomposed("copied_prefixes", engine)
+
+
+class _Switched(torch.autograd.Function):
+    """A linear inside the switch for the whole process, there and back."""
+
+    @staticmethod
+    def forward(ctx, x_TK, weight_NK):
+        ctx.save_for_backward(x_TK, weight_NK)
+        with _lower_precision():
+            return x_TK @ weight_NK.t()
+
+    @staticmethod
+    def backward(ctx, dy_TN):
+        x_TK, weight_NK = ctx.saved_tensors
+        with _lower_precision():
+            return dy_TN @ weight_NK, dy_TN.t() @ x_TK
+
+
+@contextmanager
+def _lower_precision() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def linears(device: str) -> dict[str, Callable | str]:
+    """torch's switch, which on a CPU without AMX means oneDNN in fp32."""
+    if device != "cpu":
+        return {SWITCH: f"it is measured on a CPU, tensors are on {device}"}
+    if torch.cpu._is_amx_tile_supported():
+        return {SWITCH: "with AMX it computes in bf16"}
+    return {SWITCH: lambda x_TK, weight_NK, bias_N=None: _Switched.apply(x_TK, weight_NK)}
 
 
 def base_alone(x_TK, weight, b, a, *, scale, bias=None) -> list[Tensor]:

@@ -50,11 +50,13 @@ class Ceiling:
     bandwidth: float  # bytes a second, the best of `patterns`
     patterns: dict[str, float]
     matmul: float  # floating-point operations a second, of the dtype asked for
+    library: str = ""  # that reached them
 
     def raised(self, other: "Ceiling") -> "Ceiling":
         """The better of two measurements: what else runs on the machine comes and goes."""
         patterns = {n: max(rate, other.patterns[n]) for n, rate in self.patterns.items()}
-        return Ceiling(max(patterns.values()), patterns, max(self.matmul, other.matmul))
+        best = max(self, other, key=lambda measured: measured.matmul)
+        return Ceiling(max(patterns.values()), patterns, best.matmul, best.library)
 
     def floor_ms(self, nbytes: int, flops: int) -> float:
         """No less is possible: the longer of moving the bytes and doing the arithmetic."""
@@ -225,7 +227,8 @@ def peak_mib(call: Call, device: str) -> float | None:
 def ceiling(clock: Clock, dtype: torch.dtype, *, seconds: float = 1.5) -> Ceiling:
     """Measure the best bandwidth of three access patterns, and the rate of a large matmul.
 
-    The rate is that of `smbfast.base.runtime.matmul_rate`, which a training run logs as `matmul`.
+    The rate is that of `smbfast.base.runtime.matmul_rate`, which a training run logs as `matmul`:
+    on a CPU of the faster of two libraries; records before it say none, and hold torch's own.
     Records whose `git` is 350b7de or 36594bb hold another figure: the 20 % quantile of products
     that took turns with the patterns, of 2048 x 2048 matrices on a CPU.
     """
@@ -243,4 +246,5 @@ def ceiling(clock: Clock, dtype: torch.dtype, *, seconds: float = 1.5) -> Ceilin
     times = clock.interleaved(calls, seconds=seconds)
     # the quick end: a floor is what the machine can do when nothing disturbs it
     patterns = {name: moved[name] / times[name].p20 * 1e3 for name in moved}
-    return Ceiling(max(patterns.values()), patterns, matmul_rate(torch.device(device), dtype))
+    rate = matmul_rate(torch.device(device), dtype)
+    return Ceiling(max(patterns.values()), patterns, rate.flops, rate.library)

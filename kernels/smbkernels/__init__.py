@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from smbkernels.ema import ema_update_
     from smbkernels.jepa_mse import masked_jepa_mse
     from smbkernels.lora import lora_linear
+    from smbkernels.matmul import linear
     from smbkernels.registry import load, use
 
 __all__ = [
     "Segments",
     "ema_update_",
+    "linear",
     "linear_cross_entropy",
     "load",
     "lora_linear",

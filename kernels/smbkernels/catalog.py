@@ -5,6 +5,7 @@ AUTO = "auto"
 # each operation's backends in the order in which a call without a choice tries them
 BACKENDS: dict[str, tuple[str, ...]] = {
     "ema_update_": ("triton", "cpp"),
+    "linear": ("onednn", "onednn_rows"),
     "linear_cross_entropy": ("triton", "chunked"),
     "lora_linear": ("fused", "triton"),
     "masked_jepa_mse": ("triton", "cpp"),

@@ -16,10 +16,12 @@ from smbkernels.cross_entropy import linear_cross_entropy
 from smbkernels.ema import ema_update_
 from smbkernels.jepa_mse import masked_jepa_mse
 from smbkernels.lora import lora_linear
+from smbkernels.matmul import linear
 from smbkernels.operation import FORCED, Op, report
 
 OPERATIONS: tuple[Op[..., Any], ...] = (
     ema_update_,
+    linear,
     linear_cross_entropy,
     lora_linear,
     masked_jepa_mse,

@@ -16,7 +16,7 @@ from typing import Any, Literal, NoReturn
 
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from smbkernels import lora_linear, timeline_attention
+from smbkernels import linear, lora_linear, timeline_attention
 from smbkernels.attention import Segments
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -131,7 +131,8 @@ def _attention(
     if hasattr(attention, "q_norm"):  # Qwen3
         q_THC = rms_norm(attention.q_norm, q_THC, in_place=True)
         k_TGC = rms_norm(attention.k_norm, k_TGC, in_place=True)
-    q_THC, k_TGC = rope(q_THC, k_TGC, *rotary)
+    # under autocast RoPE, which multiplies by fp32, gives fp32
+    q_THC, k_TGC = (x.to(v_TGC.dtype) for x in rope(q_THC, k_TGC, *rotary))
     width = next((w for w in KERNEL_WIDTHS if w >= C), C) if q_THC.is_cuda else C
     if width > C:  # padded with zeros, which change neither scores nor output
         q_THC, k_TGC, v_TGC = (F.pad(x, (0, width - C)) for x in (q_THC, k_TGC, v_TGC))
@@ -167,7 +168,7 @@ def _linears(x_TK: Tensor, *modules: HfModule) -> list[Tensor]:
     for module in modules:
         if module not in output_of:
             base = _base(module)
-            output_of[module] = F.linear(x_TK, base.weight, base.bias)
+            output_of[module] = linear(x_TK, base.weight, base.bias)
     return [output_of[m] for m in modules]
 
 

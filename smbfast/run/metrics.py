@@ -11,7 +11,7 @@ from tensorboardX import SummaryWriter
 from smbfast.base.config import to_toml
 from smbfast.base.files import write_text
 from smbfast.base.progress import duration
-from smbfast.base.runtime import peak_memory_gib
+from smbfast.base.runtime import MatmulRate, peak_memory_gib
 from smbfast.data.loader import Step
 from smbfast.run import console
 from smbfast.run.open_run import OpenRun
@@ -54,16 +54,16 @@ class MetricsLog:
 class Meter:
     """Measures how fast a run is, how long it waits for data, and the time left."""
 
-    def __init__(self, total_steps: int, step: int, ceiling: float) -> None:
+    def __init__(self, total_steps: int, step: int, ceiling: MatmulRate) -> None:
         """Start to measure.
 
         Args:
             total_steps: steps of the run.
             step: steps done before.
-            ceiling: FLOP/s of a large matrix product on this device.
+            ceiling: of a large matrix product on this device.
         """
         self._total, self._first, self._begin = total_steps, step, time.monotonic()
-        self._ceiling, self._mark = ceiling, self._begin
+        self._ceiling, self._mark = ceiling.flops, self._begin
         self._tokens = self._masked = self._flops = 0
         self._waited = 0.0
 

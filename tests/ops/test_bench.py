@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench.__main__ as entry
 from bench import cases, measure, records, rivals, timing, tracked
+from smbfast.base.runtime import MatmulRate
 from tests.ops import varlen_engine
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -81,6 +82,7 @@ def test_cases_have_names_of_their_own_and_cover_every_operation(device):
         (attention, "timeline_attention"),
         (lambda: averages(weight_dtype=F32, halves=False), "ema_update_"),
         (lambda: averages(weight_dtype=BF16, halves=False, adapter=False), "ema_update_"),
+        (lambda: cases.linear(6, 4, 8, F32, "cpu"), "linear"),
     ],
 )
 def test_rivals_compute_the_same(inputs, op):
@@ -309,9 +311,11 @@ def test_peak_memory_of_a_call():
 
 def test_the_ceiling_has_the_matmul_rate_that_training_logs(monkeypatch):
     monkeypatch.setattr(timing, "MIB", 1 << 10)
-    monkeypatch.setattr(timing, "matmul_rate", lambda device, dtype: (device.type, dtype))
+    monkeypatch.setattr(
+        timing, "matmul_rate", lambda device, dtype: MatmulRate((device.type, dtype), "oneDNN")
+    )
     best = timing.ceiling(timing.Clock("cpu"), F32, seconds=0.0)
-    assert best.matmul == ("cpu", F32)
+    assert (best.matmul, best.library) == (("cpu", F32), "oneDNN")
     assert best.bandwidth == max(best.patterns.values()) > 0
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from smbkernels import ema_update_, linear_cross_entropy, masked_jepa_mse
+from smbkernels import ema_update_, linear, linear_cross_entropy, masked_jepa_mse
 
 pytestmark = pytest.mark.numeric
 
@@ -34,6 +34,17 @@ def test_masked_jepa_mse_has_a_gradient_for_the_prediction_alone():
     )
     masked_jepa_mse(prediction_MD, target_TD, row_M).backward()
     assert target_TD.grad is None and prediction_MD.grad is not None
+
+
+def test_linear():
+    x_TK, weight_NK, bias_N = normal(3, 4), normal(2, 4), normal(2)
+    y_TN = linear(x_TK, weight_NK, bias_N)
+    for t in range(3):
+        for n in range(2):
+            expected = sum(float(x_TK[t, k] * weight_NK[n, k]) for k in range(4)) + bias_N[n]
+            assert float(y_TN[t, n]) == pytest.approx(float(expected), abs=1e-12)
+    leaves = [tensor.requires_grad_() for tensor in (x_TK, weight_NK, bias_N)]
+    assert torch.autograd.gradcheck(linear.reference, leaves)
 
 
 def test_linear_cross_entropy():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from smbkernels.cross_entropy.op import Launch, chunk_rows, one_pass, wide
+from smbkernels.matmul.products import forced, padded, times
 
 # (logits [C, V], which become their gradient; label [C, 1]; log-probability of the label [C, 1],
 # which is written; a buffer like the logits; whether the gradient is needed)
@@ -59,8 +60,11 @@ def in_chunks(gradient_: Gradient, *, widens: bool) -> Launch:
         for start in range(0, N, max(C, 1)):
             chunk = slice(start, min(start + C, N))
             hidden_CD = hidden_ND[chunk]
-            dz_CV, spare_CV = logits_CV[: len(hidden_CD)], buffer_CV[: len(hidden_CD)]
-            torch.mm(hidden_CD, head_VD.t(), out=dz_CV)
+            # gives back what may have been made for the last chunk
+            dz_PV = dz_CV = spare_CV = logits_CV[: len(hidden_CD)]
+            dz_PV = _logits(hidden_CD, head_VD, dz_PV)
+            dz_CV = dz_PV[: len(hidden_CD)]
+            spare_CV = buffer_CV[: len(hidden_CD)] if copies else dz_CV
             if token_R is not None and token_RD is not None:
                 dz_CV.index_copy_(1, token_R, hidden_CD @ token_RD.t())
             gradient_(dz_CV, label_N1[chunk], log_p_N1[chunk], spare_CV, needs_grad)
@@ -71,7 +75,7 @@ def in_chunks(gradient_: Gradient, *, widens: bool) -> Launch:
                 dz_CR = dz_CV.index_select(1, token_R)
                 dz_CV.index_fill_(1, token_R, 0)
             if needs_hidden:
-                dhidden_ND[chunk].addmm_(dz_CV, head_VD, beta=0, alpha=scale)
+                _times_head(dhidden_ND[chunk], dz_PV, head_VD, scale)
                 if token_RD is not None:
                     dhidden_ND[chunk].addmm_(dz_CR, token_RD, alpha=scale)
             if needs_tokens:
@@ -94,6 +98,21 @@ def _gradient_(
     if needs_grad:
         torch.exp(buffer_CV, out=logits_CV)
         logits_CV.scatter_(1, label_C1, log_p_C1.expm1().to(logits_CV.dtype))
+
+
+def _logits(hidden_CD: Tensor, head_VD: Tensor, out_CV: Tensor) -> Tensor:
+    """hidden head' in `out_CV`; by oneDNN a tensor of its own, with the rows that `padded` adds."""
+    if forced(hidden_CD):
+        return times(padded(hidden_CD), head_VD.t())
+    return torch.mm(hidden_CD, head_VD.t(), out=out_CV)
+
+
+def _times_head(out_CD: Tensor, dz_PV: Tensor, head_VD: Tensor, scale: float) -> None:
+    """out = scale dz head, of as many rows as `out_CD` has."""
+    if forced(dz_PV):
+        torch.mul(times(dz_PV, head_VD)[: len(out_CD)], scale, out=out_CD)
+    else:
+        out_CD.addmm_(dz_PV, head_VD, beta=0, alpha=scale)
 
 
 def _add_product(total_VD: Tensor, dz_CV: Tensor, hidden_CD: Tensor, scale: float) -> None:

@@ -16,10 +16,14 @@ from smbkernels.lora.products import (
     input_gradient,
     outputs,
     parts,
+    product,
+    product_into,
+    ready,
     rows,
     stacked,
     summed,
 )
+from smbkernels.matmul.products import cut
 
 
 def missing(device: str) -> str | None:
@@ -28,10 +32,10 @@ def missing(device: str) -> str | None:
 
 
 def _forward(x_TK: Tensor, group: Group) -> list[Tensor]:
-    lead = x_TK.shape[:-1]
-    x_TK = rows(x_TK)
-    low_TS = x_TK @ stacked(group.a, x_TK.dtype).t()
-    ys = outputs(x_TK, low_TS, group)
+    lead, T = x_TK.shape[:-1], x_TK.numel() // x_TK.shape[-1]
+    x_TK = ready(x_TK)
+    low_TS = product(x_TK, stacked(group.a, x_TK.dtype).t())
+    *ys, low_TS = (cut(y, T) for y in (*outputs(x_TK, low_TS, group), low_TS))
     return [*(ys if len(lead) == 1 else [y.view(*lead, y.shape[1]) for y in ys]), low_TS]
 
 
@@ -40,8 +44,8 @@ def _backward(
 ) -> list[Tensor]:
     weight, b, a, scale, _ = group
     needs_x, needs_b, needs_a = needs
-    lead = dy[0].shape[:-1]
-    dy = [rows(v) for v in dy]
+    lead, T = dy[0].shape[:-1], dy[0].numel() // dy[0].shape[-1]
+    dy = [ready(v) for v in dy]
     dtype, n = dy[0].dtype, len(dy)
     dx_TK, db, da_SK = dy[0].new_empty(0), [], dy[0].new_empty(0, dtype=wider(a))
     low = [] if low_TS is None else parts(low_TS, a)
@@ -49,17 +53,18 @@ def _backward(
         db.append(b[i].new_empty(b[i].shape if needs_b[i] else 0))
         if needs_b[i]:
             # [R, N] is the faster way round on a CPU
-            db[i].copy_(summed(low[i].t(), dy[i], scale[i], b[i].dtype).t())
+            db[i].copy_(summed(low[i].t(), dy[i][:T], scale[i], b[i].dtype).t())
     wanted = [i for i in range(n) if needs_x or needs_a[i]]
     if wanted:
         a_wanted = [a[i] for i in wanted]
         dlow_TS = dy[0].new_empty((dy[0].shape[0], sum(v.shape[0] for v in a_wanted)))
         for i, dlow_TR in zip(wanted, parts(dlow_TS, a_wanted), strict=True):
-            dlow_TR.addmm_(dy[i], b[i].to(dtype), beta=0, alpha=scale[i])
+            product_into(dlow_TR, dy[i], b[i].to(dtype), scale[i])
         if needs_x:
-            dx_TK = input_gradient(dy, dlow_TS, weight, a).view(*lead, weight[0].shape[1])
+            dx_TK = cut(input_gradient(dy, dlow_TS, weight, a), T)
+            dx_TK = dx_TK.view(*lead, weight[0].shape[1])
         if x_TK is not None and any(needs_a):
-            columns_TS = chosen(dlow_TS, a_wanted, [needs_a[i] for i in wanted])
+            columns_TS = chosen(dlow_TS[:T], a_wanted, [needs_a[i] for i in wanted])
             da_SK = summed(columns_TS.t(), rows(x_TK), 1.0, wider(a)).to(wider(a))
     return [dx_TK, *db, da_SK]
 

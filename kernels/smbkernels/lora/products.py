@@ -8,6 +8,9 @@ and read by the one that computes; the other way round the former reads and writ
 rounds a bf16 output once at full size, not twice. That order is chosen by counting, not measured.
 On a CPU the base product comes first, which was measured to be faster, most of all in bf16.
 
+Where `linear` is forced to oneDNN, it multiplies what is read row by row; x and dy are then padded
+once for all products of a group (`smbkernels.matmul.products`), and sums over rows stay torch's.
+
 T tokens, K in and N out features, R rank, S the sum of the ranks of a group.
 """
 
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 from smbkernels.lora.op import Group
+from smbkernels.matmul.products import added, forced, padded, times
 
 Product = tuple[Tensor, Tensor, float]  # left, right, alpha
 
@@ -28,6 +32,25 @@ def rows(x: Tensor) -> Tensor:
     if x.is_contiguous():
         return x
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def ready(x: Tensor) -> Tensor:
+    """`rows`, with further ones of zeros where the library that multiplies wants them."""
+    x = rows(x)
+    return padded(x) if forced(x) else x
+
+
+def product(left_TK: Tensor, right_KN: Tensor) -> Tensor:
+    """left right, by the library that `linear` is forced to."""
+    return times(left_TK, right_KN) if forced(left_TK) else left_TK @ right_KN
+
+
+def product_into(out_TN: Tensor, left_TK: Tensor, right_KN: Tensor, alpha: float) -> None:
+    """out = alpha left right."""
+    if forced(left_TK):
+        torch.mul(times(left_TK, right_KN), alpha, out=out_TN)
+    else:
+        out_TN.addmm_(left_TK, right_KN, beta=0, alpha=alpha)
 
 
 def stacked(a: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -46,7 +69,9 @@ def low_first(device: torch.device) -> bool:
 
 
 def total(low: Product, base: list[Product], bias: Tensor | None = None) -> Tensor:
-    """bias + the sum of alpha left @ right, in one buffer."""
+    """bias + the sum of alpha left @ right, in one buffer; alpha of a base is 1."""
+    if forced(low[0]):
+        return _total_by_onednn(low, base, bias)
     order = [low, *base] if low_first(low[0].device) else [*base, low]
     (left, right, alpha), *rest = order
     out = left.new_empty((left.shape[0], right.shape[1]))
@@ -57,6 +82,16 @@ def total(low: Product, base: list[Product], bias: Tensor | None = None) -> Tens
     for left, right, alpha in rest:
         out.addmm_(left, right, alpha=alpha)
     return out
+
+
+def _total_by_onednn(low: Product, base: list[Product], bias: Tensor | None) -> Tensor:
+    (left, right, _), *rest = base
+    out = times(left, right, bias)
+    for left, right, _ in rest:
+        out = added(out, left, right)
+    left, right, alpha = low
+    # a product of small rank that is added in place was measured to be faster by MKL
+    return out.addmm_(left, right, alpha=alpha)
 
 
 def outputs(x_TK: Tensor, low_TS: Tensor, group: Group) -> list[Tensor]:
