@@ -14,23 +14,25 @@ def main(argv: list[str] | None = None) -> None:
         from smbfast.base.runtime import choose_device, few
         from smbfast.probing.embedding import embed_labels
         from smbfast.run.checkpoint import restore_final
+        from smbfast.run.matmul import recorded
 
         device = choose_device(settings.device)
         encoder, target, record = restore_final(Path(settings.model), device)
-        embedded = embed_labels(
-            encoder,
-            target,
-            record,
-            device,
-            tokenizer=Path(settings.model),
-            data=Path(settings.data),
-            labels=settings.labels,
-            out=Path(settings.out),
-            which=settings.encoder,
-            path=settings.path,
-            tokens=settings.tokens,
-            pool=settings.pool,
-        )
+        with recorded(record.get("matmul"), device):
+            embedded = embed_labels(
+                encoder,
+                target,
+                record,
+                device,
+                tokenizer=Path(settings.model),
+                data=Path(settings.data),
+                labels=settings.labels,
+                out=Path(settings.out),
+                which=settings.encoder,
+                path=settings.path,
+                tokens=settings.tokens,
+                pool=settings.pool,
+            )
     num_nodes = embedded.counts["embedded"]
     print(f"embedded {num_nodes:,} nodes of {embedded.num_tasks} tasks: {settings.out}")
     print(", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in embedded.counts.items()))

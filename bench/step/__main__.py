@@ -212,7 +212,10 @@ def _measured(
     print(
         f"{device}: {_machine(stamp)}, load {stamp['load']}; torch {stamp['versions']['torch']}; "
         f"git {stamp['git']}; "
-        + ", ".join(f"{b.matmul / 1e12:.3g} TFLOP/s ({dtype} matmul)" for dtype, b in best.items())
+        + ", ".join(
+            f"{b.matmul / 1e12:.3g} TFLOP/s ({dtype} {b.library} matmul)"
+            for dtype, b in best.items()
+        )
     )
     rounds = settings.rounds or (2 if settings.quick else 10 if device == "cuda" else 5)
     pairs = settings.pairs or device == "cuda"

@@ -17,7 +17,7 @@ RIVALS = (
     *("B0", "B0c", "B1", "B1c", "B2", "B3", "B3'", "B3' compiled"),
     *("B3' + oneDNN", "B3' compiled + oneDNN", "E1", "E1 + oneDNN", "E1 bf16"),
 )
-PLAIN_OPS = ("lora_linear", "linear_cross_entropy", "masked_jepa_mse")
+PLAIN_OPS = ("linear", "lora_linear", "linear_cross_entropy", "masked_jepa_mse")
 _MEMORY = "saves memory, not time: ask for it by --rivals"
 _ONEDNN = "needs a line that few users know: ask for it by --rivals"
 NOT_ASKED_FOR = {  # of a CPU

@@ -49,6 +49,7 @@ class Result:
     variant: str
     tolerance: tuple[float, float]
     reason: str = ""  # why it was not measured
+    linear: str = "torch"  # the backend that multiplies fp32 matrices on a CPU
     errors: dict[str, float] = field(default_factory=dict)  # from the reference, relative
     flops: int = 0  # of a step, counted
     first_s: float = 0.0  # the first step and the comparison: compilation is in them
@@ -240,6 +241,7 @@ class _Session:
             self._compare_with()
             variant = self.makes[name](twin(self.encoder))  # type: ignore[operator]
             result.dtype, result.tolerance = variant.dtype, TOLERANCE[variant.dtype]
+            result.linear = getattr(variant, "backends", {}).get("linear", result.linear)
             with variant.arithmetic():
                 _prepare(variant, self.workload, result, self.expected)
             if result.wrong:

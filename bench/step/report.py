@@ -147,6 +147,7 @@ def record(r: Result, best: Ceilings, ours: Result | None) -> dict[str, Any]:
         "padded_fill": padded_fill(w.lengths),
         "variant": r.variant,
         "dtype": _name(r.dtype),
+        "linear": r.linear,
         "errors": r.errors,
         "tolerance": {"losses": r.tolerance[0], "gradients": r.tolerance[1]},
     }
@@ -163,6 +164,7 @@ def record(r: Result, best: Ceilings, ours: Result | None) -> dict[str, Any]:
         "flops": r.flops,
         "tflop_per_s": r.flops / seconds / 1e12,
         "measured_tflop_per_s": best[r.dtype].matmul / 1e12,
+        "measured_library": best[r.dtype].library,
         "matmul_share": share(r, best),
         "held_mib": r.held_mib,
         "step_mib": r.step_mib,

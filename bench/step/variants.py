@@ -4,6 +4,7 @@ Legend: see `bench.step.rivals`.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from bench.step.workloads import Workload
 from smbfast import objective, reference
 from smbfast.model.backbone import PatientEncoder
+from smbfast.model.flops import ModelShape
 from smbfast.model.target import TargetEncoder, TargetForm
+from smbfast.run.matmul import measured_for
 from smbfast.run.step import LossScales, Updater, forward_backward
 
 PARTS = ONLINE, TARGET, LOSSES, BACKWARD, OPTIMIZER, EMA = (
@@ -161,7 +164,7 @@ class Smbfast(Variant):
         super().__init__(halved(encoder) if bf16 else encoder)
         self.target = TargetEncoder(encoder, TargetForm(form))
         self.losses: Callable[..., Losses] = partial(objective.losses, recompute=recompute)
-        self.plain = plain
+        self.backends = {"linear": _fastest(encoder), **dict.fromkeys(plain, "torch")}
         self._part: Part = untimed
         encoder.packed = self._timed(ONLINE, encoder.packed)
         self.target.packed = self._timed(TARGET, self.target.packed)
@@ -181,15 +184,28 @@ class Smbfast(Variant):
                 return self.losses(*args, normalize=True, **scales)
 
         # what is left of it, once the losses have their part
-        with use(**dict.fromkeys(self.plain, "torch")), part(BACKWARD):
+        with use(**self.backends), part(BACKWARD):
             return forward_backward(losses, self.encoder, self.target, self.batches, self.scales)
 
     def update(self, tau: float) -> None:
-        with use(**dict.fromkeys(self.plain, "torch")):
+        with use(**self.backends):
             self.target.update(tau)
 
     def averages(self) -> list[Tensor]:
         return [w for w in self.target.state().values() if w.dim()]
+
+
+def _fastest(encoder: PatientEncoder) -> str:
+    """The library that a run would multiply matrices with; the same for all variants of a model."""
+    fp32 = encoder.head_VD.dtype == torch.float32
+    if encoder.head_VD.device.type != "cpu" or not fp32:
+        return "auto"
+    return _measured(ModelShape.of(encoder))
+
+
+@functools.cache
+def _measured(shape: ModelShape) -> str:
+    return measured_for(shape).fastest
 
 
 class Reference(Smbfast):
@@ -200,7 +216,7 @@ class Reference(Smbfast):
     """
 
     def __init__(self, encoder: PatientEncoder) -> None:
-        super().__init__(encoder, form="merged")
+        super().__init__(encoder, form="merged", plain=("linear",))
         self.losses = reference.losses
 
     def accumulate(self, part: Part) -> tuple[Tensor, Tensor]:

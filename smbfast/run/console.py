@@ -36,6 +36,7 @@ def header(run: OpenRun) -> dict:
                 f"{package_versions['torch']}  transformers {package_versions['transformers']}  "
                 f"{git_state()}",
             ),
+            ("products", run.matmul.text),
             (
                 "model",
                 f"{backbone}, {how}: {_si(trained)} of {_si(total)} parameters trained "
@@ -54,6 +55,7 @@ def header(run: OpenRun) -> dict:
         "versions": package_versions,
         "git": git_state(),
         "device": str(run.device),
+        "matmul": {"backend": run.progress.matmul, "text": run.matmul.text},
         "model": {"backbone": backbone, "trained": trained, "parameters": total, "how": how},
         "data": data,
     }

@@ -48,7 +48,7 @@ def train(settings: TrainSettings, command: str) -> str:
     health: dict = {}
     entry: dict = {}  # measures of the evaluation when the phase began
     write_status(run.folder, "running", first, command)
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, run.matmul.used():
         ahead = prefetched(run.steps_to_do(), pin=run.device.type == "cuda")
         for batch in profiled(meter.waits(ahead), run):
             step, at = batch.index, place(settings, batch.index)
@@ -93,7 +93,8 @@ def train(settings: TrainSettings, command: str) -> str:
     run.save_model(run.folder / "final", target, total)
     seconds = run.seconds()
     export(settings, run.device)
-    probe_run(run, target)
+    with run.matmul.used():
+        probe_run(run, target)
     log.write("end", step=total, seconds=seconds, best=run.progress.best)
     log.close()
     write_report(run.folder)

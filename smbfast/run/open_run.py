@@ -11,7 +11,6 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from smbkernels import load as load_kernels
 
 from smbfast.base.parts import is_part
 from smbfast.base.runtime import GIB, choose_device, held_memory
@@ -23,6 +22,7 @@ from smbfast.model.flops import ModelShape
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.run import checkpoint
 from smbfast.run.folder import check_windows, prepared_data, read_tasks, write_status
+from smbfast.run.matmul import Matmul, choose_matmul
 from smbfast.run.optim import make_optimizer, place, total_steps
 from smbfast.run.startup import micro_tokens
 from smbfast.settings import DataSettings, TrainSettings
@@ -39,6 +39,7 @@ class Progress:
     best: dict[str, dict] = field(default_factory=dict)  # per phase: loss and step
     seconds: float = 0.0  # time spent training
     micro_tokens: int | None = None  # tokens of a micro-batch, chosen when the run began
+    matmul: str | None = None  # backend of `smbkernels.linear`, chosen when it began on a CPU
 
     @classmethod
     def of(cls, record: dict) -> "Progress":
@@ -61,6 +62,7 @@ class OpenRun:
     optimizer: torch.optim.Optimizer
     target: TargetEncoder | None  # from the checkpoint, if it has one; see `take_target`
     progress: Progress
+    matmul: Matmul  # which library multiplies fp32 matrices
     micro_tokens: int  # online tokens of a micro-batch
     predicted_peak: int  # bytes, or 0 if it is not predicted
     bytes_before: int  # memory of the process before the model was made
@@ -102,7 +104,9 @@ class OpenRun:
             target = checkpoint.load(newest, encoder, optimizer)
             progress = Progress.of(newest.record)
         report("model", _model_text(encoder, len(prepared.tokenizer), progress.step))
-        report("kernels", "; ".join(load_kernels(device.type)))
+        matmul = choose_matmul(settings, encoder, progress.matmul, progress.step)
+        progress.matmul = matmul.saved
+        report("kernels", matmul.kernels(device.type))
         tokens, peak = micro_tokens(settings, encoder, progress.micro_tokens)
         size = f"up to {tokens:,} tokens a micro-batch"
         report("memory", f"{size}, {peak / GIB:.2f} GiB at the peak predicted")
@@ -118,6 +122,7 @@ class OpenRun:
             optimizer=optimizer,
             target=target,
             progress=progress,
+            matmul=matmul,
             micro_tokens=tokens,
             predicted_peak=peak,
             bytes_before=bytes_before,
@@ -176,6 +181,7 @@ class OpenRun:
             "metrics_offset": offset,
             "best": self.progress.best,
             "micro_tokens": self.micro_tokens,
+            "matmul": self.progress.matmul,
             "seconds": self.seconds(),
         }
         keep = self.settings.run.keep
@@ -205,6 +211,7 @@ def _model_record(run: OpenRun, step: int) -> dict:
         "encoder": prepared.record["encoder"],
         "section_rules": prepared.record["section_rules"],
         "options": prepared.options,
+        "matmul": run.progress.matmul,
         "step": step,
     }
 

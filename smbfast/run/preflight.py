@@ -68,6 +68,14 @@ def check(settings: TrainSettings) -> None:
     print(f"checking {settings.preset} on {device}; {settings.folder} is {state}", flush=True)
     stages = _Stages()
     run = OpenRun.open(settings, set_aside=False, report=stages.done)
+    with run.matmul.used():
+        _go_through(run, stages)
+    print(f"ready: python -m smbfast.train {settings.preset} starts", flush=True)
+
+
+def _go_through(run: OpenRun, stages: "_Stages") -> None:
+    """The stages from `plan` on."""
+    settings = run.settings
     plans = list(_plans(run))
     plan = max(plans, key=lambda p: p.largest.segments.tokens)
     segments = plan.largest.segments
@@ -84,7 +92,6 @@ def check(settings: TrainSettings) -> None:
         stages.done("self-check", f"from the reference: {text}")
     stages.done("time", _times(run, target, plans, losses))
     stages.done("checkpoint", _round_trip(run, target))
-    print(f"ready: python -m smbfast.train {settings.preset} starts", flush=True)
 
 
 class _Stages:

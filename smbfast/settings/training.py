@@ -323,8 +323,10 @@ class TrainSettings(Settings):
         description="Which implementation of each computing operation (kernel) is used. `auto` "
         "takes the fastest that runs on this machine; `torch` takes the plain PyTorch reference of "
         "all; pairs such as timeline_attention:sdpa,lora_linear:torch choose for single "
-        "operations. `python -m smbkernels` lists them. Use `torch` to see whether a kernel is the "
-        "cause of a problem; results differ by rounding only.",
+        "operations. `python -m smbkernels` lists them. On a CPU a new run measures which library "
+        "multiplies fp32 matrices faster, and goes on with it when it resumes; linear:torch (MKL), "
+        "linear:onednn and linear:onednn_rows choose it instead. Use `torch` to see whether a "
+        "kernel is the cause of a problem; results differ by rounding only.",
     )
 
     @field_validator("kernels")
