@@ -13,7 +13,7 @@ tokens, V vocabulary.
 from collections.abc import Callable
 
 import torch
-from smbkernels import linear_cross_entropy, masked_jepa_mse
+from smbkernels import linear, linear_cross_entropy, masked_jepa_mse
 from torch import Tensor
 
 from smbfast.base.parts import is_part, part
@@ -110,11 +110,13 @@ def predict(encoder: PatientEncoder, online_MD: Tensor) -> Tensor:
     CUDA its products round their operands to TF32 then (`smbfast.model.tf32`).
     """
     predictor = encoder.predictor
-    linear = predictor_linear(online_MD, predictor.dtype)
+    product = predictor_linear(online_MD, predictor.dtype, linear)
     value_MD = online_MD.to(predictor.dtype)
     for module in predictor:
-        is_linear = isinstance(module, torch.nn.Linear)
-        value_MD = linear(value_MD, module.weight, module.bias) if is_linear else module(value_MD)
+        if isinstance(module, torch.nn.Linear):
+            value_MD = product(value_MD, module.weight, module.bias)
+        else:
+            value_MD = module(value_MD)
     return value_MD
 
 

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from smbkernels import linear
 from smbkernels.attention import Segments
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
@@ -26,22 +25,14 @@ from smbfast.settings import LoraSettings, TrainSettings
 transformers_logging.disable_progress_bar()  # progress bars clutter the log of a job
 
 
-class Linear(nn.Linear):
-    """A linear layer on the library that `smbkernels.linear` is told to use."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return x W' + bias, [..., N]."""
-        return linear(input, self.weight, self.bias)
-
-
 class Predictor(nn.Sequential):
     """The JEPA predictor g: Linear d-d and GELU, repeated, then Linear d-d (the paper has two)."""
 
     def __init__(self, width: int, layers: int) -> None:
         blocks: list[nn.Module] = []
         for _ in range(layers - 1):
-            blocks += [Linear(width, width), nn.GELU()]
-        super().__init__(*blocks, Linear(width, width))
+            blocks += [nn.Linear(width, width), nn.GELU()]
+        super().__init__(*blocks, nn.Linear(width, width))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -21,13 +21,13 @@ from torch.autograd.function import once_differentiable
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def predictor_linear(states_MD: Tensor, dtype: torch.dtype) -> Linear:
-    """Return the linear of a predictor of this dtype on these states: in TF32, or torch's own.
+def predictor_linear(states_MD: Tensor, dtype: torch.dtype, otherwise: Linear = F.linear) -> Linear:
+    """Return the linear of a predictor of this dtype on these states: in TF32, or `otherwise`.
 
-    TF32 where states are bf16, on CUDA, and the predictor is fp32. On a CPU, and beside an fp32
-    backbone, products are those of torch.
+    TF32 where states are bf16, on CUDA, and the predictor is fp32; not on a CPU, nor beside an fp32
+    backbone.
     """
-    return linear if _is_narrow(states_MD, dtype) else F.linear
+    return linear if _is_narrow(states_MD, dtype) else otherwise
 
 
 def linear(x_MD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:

@@ -46,25 +46,23 @@ def in_chunks(gradient_: Gradient, *, widens: bool) -> Launch:
         dtype, sums = hidden_ND.dtype, wide(hidden_ND.dtype)
         head_VD, label_N1 = weight_VD.to(dtype), label_N.contiguous()[:, None]
         token_RD = None if token_weight_RD is None else token_weight_RD.to(dtype)
-        R = len(token_RD) if token_RD is not None else 0
         dhidden_ND = hidden_ND.new_empty((N, D) if needs_hidden else (0,))
         dweight_VD = hidden_ND.new_zeros((V, D) if needs_weight else (0,), dtype=sums)
-        dtoken_RD = hidden_ND.new_zeros((R, D) if needs_tokens else (0,), dtype=sums)
+        token_shape = token_RD.shape if needs_tokens and token_RD is not None else (0,)
+        dtoken_RD = hidden_ND.new_zeros(token_shape, dtype=sums)
         log_p_N1 = hidden_ND.new_empty((N, 1), dtype=sums)
         needs_grad = needs_hidden or needs_weight or needs_tokens
-
         C = chunk_rows(N, D, V, hidden_ND.device.type)
         logits_CV = hidden_ND.new_empty((C, V))
-        copies = widens and dtype != sums
-        buffer_CV = logits_CV.new_empty((C, V), dtype=sums) if copies else logits_CV
+        is_wide = widens and dtype != sums
+        buffer_CV = logits_CV.new_empty((C, V), dtype=sums) if is_wide else logits_CV
         for start in range(0, N, max(C, 1)):
             chunk = slice(start, min(start + C, N))
             hidden_CD = hidden_ND[chunk]
-            # gives back what may have been made for the last chunk
-            dz_PV = dz_CV = spare_CV = logits_CV[: len(hidden_CD)]
+            dz_PV = dz_CV = spare_CV = logits_CV[: len(hidden_CD)]  # gives back the last chunk's
             dz_PV = _logits(hidden_CD, head_VD, dz_PV)
             dz_CV = dz_PV[: len(hidden_CD)]
-            spare_CV = buffer_CV[: len(hidden_CD)] if copies else dz_CV
+            spare_CV = buffer_CV[: len(hidden_CD)] if is_wide else dz_CV
             if token_R is not None and token_RD is not None:
                 dz_CV.index_copy_(1, token_R, hidden_CD @ token_RD.t())
             gradient_(dz_CV, label_N1[chunk], log_p_N1[chunk], spare_CV, needs_grad)
