@@ -5,8 +5,8 @@ registry has beside it, and rivals that are not ours. Shapes are those of Qwen3-
 32 query and 8 key/value heads of 128, MLP 12288, rank 16, vocabulary 151936): bf16 at the size of a
 training step on a GPU; fp32 and fewer tokens on a CPU.
 
-M masked positions, D width, T tokens, N out and K in features, R rank, H heads, C head dim, V
-vocabulary.
+M masked positions, D width, T tokens, N out and K in features, R rank, H heads, G key and value
+heads, C head dim, F width of the MLP, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -282,6 +282,82 @@ def linear_cross_entropy(
     )
 
 
+def add_rms_norm(T: int, dtype: torch.dtype, device: str, *, D: int = HIDDEN) -> Inputs:
+    x_TD, residual_TD, *cotangents = (
+        torch.randn(T, D, device=device, dtype=dtype) for _ in range(4)
+    )
+    args = (x_TD.requires_grad_(), residual_TD.requires_grad_(), _norm_weight(D, dtype, device))
+    nbytes = T * D * dtype.itemsize
+    flops = OPS["add_rms_norm"].flops(*args)
+    return Inputs(
+        args,
+        {"eps": 1e-6},
+        # reads and writes two; backward reads both gradients and the sum, writes one gradient
+        {FORWARD: (4 * nbytes, flops), BOTH: (8 * nbytes, flops + 8 * T * D)},
+        tol=1e-5 if dtype == torch.float32 else 1e-2,
+        leaves=[x_TD, residual_TD],
+        outputs=list,
+        cotangents=cotangents,
+        rivals=rivals.norms(device),
+    )
+
+
+def qk_norm_rope(
+    T: int,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    heads: int = HEADS,
+    kv_heads: int = KV_HEADS,
+    head_dim: int = HEAD_DIM,
+) -> Inputs:
+    def normal(num_heads: int) -> Tensor:
+        return torch.randn(T, num_heads, head_dim, device=device, dtype=dtype)
+
+    q_THC, k_TGC = normal(heads).requires_grad_(), normal(kv_heads).requires_grad_()
+    angle_TC = torch.randn(T, head_dim // 2, device=device).repeat(1, 2)
+    weights = [_norm_weight(head_dim, dtype, device) for _ in range(2)]
+    args = (q_THC, k_TGC, *weights, angle_TC.cos().to(dtype), angle_TC.sin().to(dtype))
+    elements = q_THC.numel() + k_TGC.numel()
+    angles = 2 * angle_TC.numel() * dtype.itemsize
+    flops = OPS["qk_norm_rope"].flops(*args)
+    moved = 2 * elements * dtype.itemsize + angles
+    return Inputs(
+        args,
+        {},
+        # backward reads gradients and what was normed, writes gradients
+        {
+            FORWARD: (moved, flops),
+            BOTH: (2 * moved + elements * dtype.itemsize, flops + 12 * elements),
+        },
+        tol=1e-5 if dtype == torch.float32 else 1e-2,
+        leaves=[q_THC, k_TGC],
+        outputs=list,
+        cotangents=[normal(heads), normal(kv_heads)],
+        rivals=rivals.turned_heads(device),
+    )
+
+
+def swiglu(T: int, dtype: torch.dtype, device: str, *, F: int = MLP) -> Inputs:
+    gate_TF, up_TF, grad_TF = (torch.randn(T, F, device=device, dtype=dtype) for _ in range(3))
+    nbytes = T * F * dtype.itemsize
+    flops = OPS["swiglu"].flops(gate_TF, up_TF)
+    return Inputs(
+        (gate_TF.requires_grad_(), up_TF.requires_grad_()),
+        {},
+        # reads two, writes one; backward reads three, writes two
+        {FORWARD: (3 * nbytes, flops), BOTH: (8 * nbytes, flops + 7 * T * F)},
+        tol=1e-5 if dtype == torch.float32 else 1e-2,
+        leaves=[gate_TF, up_TF],
+        cotangents=[grad_TF],
+        rivals=rivals.gated(device),
+    )
+
+
+def _norm_weight(size: int, dtype: torch.dtype, device: str) -> Tensor:
+    return (torch.rand(size, device=device) + 0.5).to(dtype)  # frozen
+
+
 def on_cpu() -> list[Case]:
     """fp32, at sizes two cores do in seconds."""
     device, dtype = "cpu", torch.float32
@@ -328,7 +404,7 @@ def on_cpu() -> list[Case]:
         cases.append(Case("lora_linear", name, device, dtype, shape, make, quick, quick))
     cases += [_head_case(1024, 512, 8192, dtype, device, trained=t) for t in (False, True)]
     cases += [_linear_case(2000, N, K, dtype, device) for N, K in ((256, 96), (1536, 512))]
-    return cases
+    return cases + _layer_cases(1024, dtype, device)
 
 
 def on_cuda() -> list[Case]:
@@ -373,12 +449,25 @@ def on_cuda() -> list[Case]:
         cases.append(_head_case(T, HIDDEN, VOCABULARY, dtype, device, trained=trained))
     cases.append(_linear_case(8192, HIDDEN, HIDDEN, dtype, device, quick=True))
     cases.append(_linear_case(8192, MLP, HIDDEN, dtype, device))
-    return cases
+    return cases + _layer_cases(8192, dtype, device)
 
 
 def on(device: str, *, quick: bool) -> list[Case]:
     """The cases of a kind of device; with `quick` a shape or two of each operation."""
     return [c for c in (on_cuda() if device == "cuda" else on_cpu()) if c.quick or not quick]
+
+
+def _layer_cases(T: int, dtype: torch.dtype, device: str) -> list[Case]:
+    """The element-wise work of a layer."""
+    heads = {"H": HEADS, "G": KV_HEADS, "C": HEAD_DIM}
+    return [
+        Case(name, f"{T}x{size}", device, dtype, {"T": T, **shape}, make, quick=True)
+        for name, size, shape, make in (
+            ("add_rms_norm", HIDDEN, {"D": HIDDEN}, partial(add_rms_norm, T, dtype, device)),
+            ("qk_norm_rope", HIDDEN, heads, partial(qk_norm_rope, T, dtype, device)),
+            ("swiglu", MLP, {"F": MLP}, partial(swiglu, T, dtype, device)),
+        )
+    ]
 
 
 def _attention_case(

@@ -7,18 +7,21 @@ compute less on purpose.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from smbkernels.attention import Segments, flash, varlen
 from smbkernels.attention.engines import Engine
 from torch import Tensor
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 BY_SEGMENT = "SDPA by segment"
 ADDMM_LERP, FOREACH_LERP = "addmm + lerp_", "_foreach_lerp_"
 LIGER = "Liger fused"
 SWITCH = "float32_matmul_precision"
+TORCH_NORM = "addition, F.rms_norm"
 
 
 def averages(*, halves: bool) -> dict[str, Callable | str]:
@@ -228,3 +231,73 @@ def heads(device: str) -> dict[str, Callable | str]:
         return summed(weight_VD, hidden_ND, label_N) * scale
 
     return {LIGER: head}
+
+
+def norms(device: str) -> dict[str, Callable | str]:
+    """An addition before torch's own norm, or before Liger's."""
+
+    def by_torch(x_TD, residual_TD, weight_D, *, eps):
+        sum_TD = residual_TD + x_TD
+        return sum_TD, F.rms_norm(sum_TD, weight_D.shape, weight_D, eps)
+
+    liger = _liger(device)
+    if isinstance(liger, str):
+        return {TORCH_NORM: by_torch, "addition, Liger": liger}
+
+    def by_liger(x_TD, residual_TD, weight_D, *, eps):
+        sum_TD = residual_TD + x_TD
+        return sum_TD, liger.LigerRMSNormFunction.apply(sum_TD, weight_D, eps, 0.0, "llama", False)
+
+    return {TORCH_NORM: by_torch, "addition, Liger": by_liger}
+
+
+def turned_heads(device: str) -> dict[str, Callable | str]:
+    """Norm and RoPE as two passes: torch's norm and transformers' RoPE, or both of Liger's.
+
+    Liger's RoPE overwrites the gradient that it is given, so it is given a copy.
+    """
+
+    def by_torch(q_THC, k_TGC, q_weight_C, k_weight_C, cos_TC, sin_TC, *, eps=1e-6):
+        q_THC = F.rms_norm(q_THC, q_weight_C.shape, q_weight_C, eps)
+        k_TGC = F.rms_norm(k_TGC, k_weight_C.shape, k_weight_C, eps)
+        return apply_rotary_pos_emb(q_THC, k_TGC, cos_TC, sin_TC, unsqueeze_dim=1)
+
+    liger = _liger(device)
+    if isinstance(liger, str):
+        return {"F.rms_norm, RoPE": by_torch, "Liger": liger}
+
+    def by_liger(q_THC, k_TGC, q_weight_C, k_weight_C, cos_TC, sin_TC, *, eps=1e-6):
+        heads = []
+        for x_TNC, weight_C in ((q_THC, q_weight_C), (k_TGC, k_weight_C)):
+            x_TNC = liger.LigerRMSNormFunction.apply(x_TNC, weight_C, eps, 0.0, "llama", True)
+            heads.append(x_TNC.transpose(0, 1)[None])
+        turned = liger.LigerRopeFunction.apply(*heads, cos_TC[None], sin_TC[None])
+        outputs = [x_1NTC.squeeze(0).transpose(0, 1) for x_1NTC in turned]
+        for output in outputs:
+            if output.requires_grad:
+                output.register_hook(torch.clone)
+        return tuple(outputs)
+
+    return {"F.rms_norm, RoPE": by_torch, "Liger": by_liger}
+
+
+def gated(device: str) -> dict[str, Callable | str]:
+    """Liger's, which overwrites what it saved: its graph can be used once."""
+    liger = _liger(device)
+    if isinstance(liger, str):
+        return {"Liger": liger}
+    return {"Liger": liger.LigerSiLUMulFunction.apply}
+
+
+def _liger(device: str) -> Any:
+    """A namespace of Liger's functions, or why they are not run."""
+    if device != "cuda":
+        return f"tensors are on {device}"
+    try:
+        from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+        from liger_kernel.ops.rope import LigerRopeFunction
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+    except ImportError as error:
+        return f"cannot be imported: {error}"
+    functions = (LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction)
+    return SimpleNamespace(**{f.__name__: f for f in functions})

@@ -1,7 +1,9 @@
 // Loads, stores and sums, two fp32 vectors at a time: as many elements as one bf16 vector holds.
 #pragma once
 
+#include <ATen/cpu/vec/functional_base.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
 
 #include <cmath>
@@ -32,6 +34,17 @@ inline void store(T* to, const Pair& x, int64_t count) {
   } else {
     const at::vec::Vectorized<T> narrow = at::vec::convert<T, 1, float, 2>(x);
     narrow.store(to, count);
+  }
+}
+
+// what is left of x when it is stored as T
+template <typename T>
+inline Pair rounded(const Pair& x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    const at::vec::VectorizedN<T, 1> narrow = at::vec::convert<T, 1, float, 2>(x);
+    return at::vec::convert<float, 2, T, 1>(narrow);
   }
 }
 
@@ -112,6 +125,40 @@ inline double sum_over(int64_t size, const Term& term) {
     sum.add(Pair::set(Pair(0.f), term(i, size - i), size - i));
   }
   return sum.value();
+}
+
+// the same in fp32 and without carrying, for rows so short that carrying would cost more than they
+// do: every lane of four adds a part of the terms, and the lanes are added as a tree
+template <typename Term>
+inline float short_sum_over(int64_t size, const Term& term) {
+  constexpr std::integral_constant<int64_t, WIDTH> full{};
+  Pair sum[4] = {Pair(0.f), Pair(0.f), Pair(0.f), Pair(0.f)};
+  int64_t i = 0;
+  for (; i + 4 * WIDTH <= size; i += 4 * WIDTH) {
+    for (int64_t part = 0; part < 4; ++part) {
+      sum[part] = sum[part] + term(i + part * WIDTH, full);
+    }
+  }
+  for (; i + WIDTH <= size; i += WIDTH) {
+    sum[0] = sum[0] + term(i, full);
+  }
+  if (i < size) {
+    sum[1] = sum[1] + Pair::set(Pair(0.f), term(i, size - i), size - i);
+  }
+  const Pair all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  const auto add = [](const auto& x, const auto& y) { return x + y; };
+  return at::vec::vec_reduce_all<float>(add, all[0] + all[1]);
+}
+
+// f(an element of that dtype)
+template <typename F>
+void with_dtype(at::ScalarType dtype, const F& f) {
+  if (dtype == at::kFloat) {
+    f(float{});
+  } else {
+    TORCH_CHECK(dtype == at::kBFloat16, "dtype must be fp32 or bf16, got ", dtype);
+    f(c10::BFloat16{});
+  }
 }
 
 }  // namespace smb

@@ -97,16 +97,6 @@ double compare(P* grad_D, const P* prediction_D, const Row& row, float grad_scal
   });
 }
 
-template <typename F>
-void with_dtype(at::ScalarType dtype, const F& f) {
-  if (dtype == at::kFloat) {
-    f(float{});
-  } else {
-    TORCH_CHECK(dtype == at::kBFloat16, "dtype must be fp32 or bf16, got ", dtype);
-    f(c10::BFloat16{});
-  }
-}
-
 std::tuple<at::Tensor, at::Tensor> masked_jepa_mse(
     const at::Tensor& prediction_MD,
     const at::Tensor& target_TD,

@@ -221,11 +221,11 @@ LEAKS = [
 
 DECODER = [
     mutant(
-        "query-norm-skipped",
-        "Qwen3 without the norm of its queries",
+        "query-norm-of-keys",
+        "Qwen3 norms queries with the weight of its keys",
         "smbfast/model/decoder.py",
-        "rms_norm(attention.q_norm, q_THC, in_place=True)",
-        "1.0 * q_THC",
+        "(attention.q_norm.weight, attention.k_norm.weight)",
+        "(attention.k_norm.weight, attention.k_norm.weight)",
         EQUIVALENCE,
     ),
     mutant(
@@ -240,8 +240,8 @@ DECODER = [
         "mlp-residual-dropped",
         "a layer returns its MLP alone",
         "smbfast/model/decoder.py",
-        "return hidden_TD + _mlp(",
-        "return _mlp(",
+        "return hidden_TD, _mlp(",
+        "return 0.0 * hidden_TD, _mlp(",
         EQUIVALENCE,
     ),
     mutant(
@@ -548,6 +548,47 @@ KERNELS = [
         "LAYER_NORM_EPS = 1e-5",
         "LAYER_NORM_EPS = 1e-6",
         "tests/ops/test_cpp_kernels.py::test_statistics_of_a_long_row_far_from_zero",
+    ),
+    mutant(
+        "gradient-of-the-stream-dropped-in-cpp",
+        "on a CPU a norm's gradient is written without that of the residual stream",
+        "csrc/layer.cpp",
+        "if (other_D != nullptr) {",
+        "if (other_D != nullptr && d < 0) {",
+        "tests/ops/test_add_rms_norm.py::test_values_and_gradients[cpp-3-7-sum-frozen]",
+    ),
+    mutant(
+        "gradient-of-the-stream-dropped-in-triton",
+        "on a GPU a norm's gradient is written without that of the residual stream",
+        "kernels/smbkernels/norm/triton.py",
+        "dx += tl.load(other_start",
+        "dx += 0.0 * tl.load(other_start",
+        "tests/ops/test_add_rms_norm.py::test_values_and_gradients[triton-3-7-sum-frozen]",
+    ),
+    mutant(
+        "weight-gradient-of-one-block",
+        "on a CPU the gradient of a norm's weight is that of the first 64 rows",
+        "csrc/layer.cpp",
+        "block < shares_BW.size(0)",
+        "block < std::min<int64_t>(1, shares_BW.size(0))",
+        "tests/ops/test_add_rms_norm.py"
+        "::test_several_blocks_of_rows_have_a_share_of_the_weight_s_gradient[cpp]",
+    ),
+    mutant(
+        "heads-turned-back-the-wrong-way-in-cpp",
+        "on a CPU gradients of RoPE are turned the way that values are",
+        "csrc/layer.cpp",
+        "low * load(at.cos + c, n) + high * load(at.sin + half + c, n)",
+        "low * load(at.cos + c, n) - high * load(at.sin + half + c, n)",
+        "tests/ops/test_qk_norm_rope.py::test_values_and_gradients[cpp-3-3-1-6-none]",
+    ),
+    mutant(
+        "slope-of-silu-without-its-gate",
+        "on a CPU the gradient of silu is the sigmoid alone",
+        "csrc/layer.cpp",
+        "share * (Pair(1.f) + g * (Pair(1.f) - share))",
+        "share * (Pair(1.f) + Pair(0.f) * (Pair(1.f) - share))",
+        "tests/ops/test_swiglu.py::test_values_and_gradients[cpp-3-7]",
     ),
     mutant(
         "halves-to-even-in-cpp",

@@ -80,7 +80,8 @@ def assert_paths_agree(
     """Each plan's rows by the shared forward, against the reference on whole windows at once.
 
     Args:
-        hard: fp32 itself may be too coarse: allow what the reference is off from fp64.
+        hard: fp32 itself may be too coarse: allow what the reference is off from fp64. Norms round
+            otherwise in the two paths, and of a gradient whose terms cancel little else is left.
     """
     for row in chain(*plans):
         row.check()
@@ -149,7 +150,7 @@ def test_every_setting(place, unit, cuts, labels, horizon, norm):
         branches = 3 * cuts * wants["jepa"]
         assert sum(len(b.segment_tuples) for b in step.micro_batches) == read + branches
         plans.append(step.micro_batches)
-    assert_paths_agree(kind, case, WINDOWS, form, plans, weights)
+    assert_paths_agree(kind, case, WINDOWS, form, plans, weights, hard=True)
 
 
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=["fp64", "fp32"])

@@ -1,7 +1,6 @@
 """Predicted memory against what a step really takes, and the choice of a micro-batch from it."""
 
 import gc
-import os
 import subprocess
 import sys
 from functools import partial
@@ -136,27 +135,6 @@ def test_nothing_of_the_encoder_is_touched():
     for name, parameter in encoder.named_parameters():
         assert type(parameter) is torch.nn.Parameter and parameter.grad is None, name
         assert torch.equal(parameter, before[name]), name
-
-
-@pytest.mark.slow
-def test_kernels_that_are_called_directly_are_not_launched():
-    """Liger's, compiled for a GPU; interpreted, as in tests here, they are called otherwise."""
-    code = """
-import torch
-from torch._subclasses import FakeTensorMode
-from smbfast.model.liger import _kernels
-from smbfast.model.memory import _no_launch
-norm, _, silu = _kernels()
-with FakeTensorMode(), _no_launch(torch.device("cuda")):
-    x, weight = torch.randn(1, 64, 512, requires_grad=True), torch.randn(512, requires_grad=True)
-    silu.apply(norm.apply(x, weight, 1e-6, 0.0, "llama", True), x * 2).sum().backward()
-    print(tuple(x.grad.shape), tuple(weight.grad.shape))
-"""
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "(1, 64, 512) (512,)", done.stderr
 
 
 def test_recomputing_and_smaller_rows_need_less():

@@ -13,19 +13,25 @@ if TYPE_CHECKING:
     from smbkernels.attention import Segments, timeline_attention
     from smbkernels.cross_entropy import linear_cross_entropy
     from smbkernels.ema import ema_update_
+    from smbkernels.gated import swiglu
     from smbkernels.jepa_mse import masked_jepa_mse
     from smbkernels.lora import lora_linear
     from smbkernels.matmul import linear
+    from smbkernels.norm import add_rms_norm
     from smbkernels.registry import load, use
+    from smbkernels.rope import qk_norm_rope
 
 __all__ = [
     "Segments",
+    "add_rms_norm",
     "ema_update_",
     "linear",
     "linear_cross_entropy",
     "load",
     "lora_linear",
     "masked_jepa_mse",
+    "qk_norm_rope",
+    "swiglu",
     "timeline_attention",
     "use",
 ]

@@ -4,11 +4,14 @@ REFERENCE = "torch"
 AUTO = "auto"
 # each operation's backends in the order in which a call without a choice tries them
 BACKENDS: dict[str, tuple[str, ...]] = {
+    "add_rms_norm": ("triton", "cpp"),
     "ema_update_": ("triton", "cpp"),
     "linear": ("onednn", "onednn_rows"),
     "linear_cross_entropy": ("triton", "chunked"),
     "lora_linear": ("fused", "triton"),
     "masked_jepa_mse": ("triton", "cpp"),
+    "qk_norm_rope": ("triton", "cpp"),
+    "swiglu": ("triton", "cpp"),
     "timeline_attention": ("triton", "varlen", "flash", "cudnn", "cpp", "sdpa"),
 }
 

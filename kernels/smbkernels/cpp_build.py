@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-SECONDS = 10  # of a build on two cores, as it is announced
+SECONDS = 20  # of a build on two cores, as it is announced
 LIMIT = 600  # seconds after which a compiler is given up
 CAPABILITIES = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),

@@ -14,17 +14,23 @@ from smbkernels.attention import timeline_attention
 from smbkernels.catalog import AUTO, BACKENDS, REFERENCE, check_choice
 from smbkernels.cross_entropy import linear_cross_entropy
 from smbkernels.ema import ema_update_
+from smbkernels.gated import swiglu
 from smbkernels.jepa_mse import masked_jepa_mse
 from smbkernels.lora import lora_linear
 from smbkernels.matmul import linear
+from smbkernels.norm import add_rms_norm
 from smbkernels.operation import FORCED, Op, report
+from smbkernels.rope import qk_norm_rope
 
 OPERATIONS: tuple[Op[..., Any], ...] = (
+    add_rms_norm,
     ema_update_,
     linear,
     linear_cross_entropy,
     lora_linear,
     masked_jepa_mse,
+    qk_norm_rope,
+    swiglu,
     timeline_attention,
 )
 OPS = {operation.name: operation for operation in OPERATIONS}

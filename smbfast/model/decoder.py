@@ -2,10 +2,12 @@
 
 Llama, Mistral, Qwen2 and Qwen3 share this layer. The modules and parameters are those that
 transformers and PEFT made. They are read at each call, so that a target encoder can put its own
-weights in their place. Only the sequence of calls is ours: attention is
-`smbkernels.timeline_attention`, LoRA linears that read the same input are one call of
-`smbkernels.lora_linear`, and on a GPU the norms, RoPE and SwiGLU are Liger's. The reference path
-runs transformers' own forward of the same modules.
+weights in their place. Only the sequence of calls is ours: all between the products is operations
+of `smbkernels`, and LoRA linears that read the same input are one call. The reference path runs
+transformers' own forward of the same modules.
+
+The residual stream is carried as two tensors, what was summed and the output that is still to be
+added, so that each addition is one pass with the norm after it.
 
 Legend: T tokens, R tokens whose states are wanted, H heads, G key and value heads, C head dim,
 D width, F width of the MLP, K input width of a linear.
@@ -16,17 +18,26 @@ from typing import Any, Literal, NoReturn
 
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from smbkernels import linear, lora_linear, timeline_attention
+from smbkernels import (
+    add_rms_norm,
+    linear,
+    lora_linear,
+    qk_norm_rope,
+    swiglu,
+    timeline_attention,
+)
 from smbkernels.attention import Segments
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smbfast.base.parts import is_part, part
-from smbfast.model.liger import rms_norm, rope, swiglu
 
 Recompute = Literal["none", "mlp", "full"]
 KERNEL_WIDTHS = (64, 128)  # head dims that the attention kernel for GPUs supports
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+SILU = ("silu", "swish")  # the names that transformers gives it
+# the residual stream: what was summed, and what is still to be added to it, [T, D] each
+Stream = tuple[Tensor, Tensor | None]
 HfModule = Any  # a module of transformers or PEFT, which declares no types for its attributes
 
 
@@ -79,41 +90,55 @@ class PackedDecoder:
             rows_R: tokens whose states are wanted. The last layer computes nothing for the others
                 after its attention.
         """
-        hidden_TD = embedded_TD
+        stream: Stream = (embedded_TD, None)
         # transformers' own forward checks position ids to build a mask, and waits for the GPU there
-        cos_1TC, sin_1TC = self.decoder.rotary_emb(hidden_TD[None], position_T[None])
+        cos_1TC, sin_1TC = self.decoder.rotary_emb(embedded_TD[None], position_T[None])
         rotary = cos_1TC[0], sin_1TC[0]
         layers = self.decoder.layers
         for layer in layers:
             wanted_R = rows_R if layer is layers[-1] else None
-            inputs = (layer, hidden_TD, rotary, segments, recompute, wanted_R)
-            hidden_TD = (
-                _recomputed(run_layer, *inputs) if recompute == "full" else run_layer(*inputs)
-            )
-        return rms_norm(self.decoder.norm, hidden_TD) if norm else hidden_TD
+            if recompute == "full":
+                # added before, because the input of a layer is to be stored as one tensor
+                inputs = (layer, (_sum(stream), None), rotary, segments, "none", wanted_R)
+                stream = _recomputed(run_layer, *inputs)
+            else:
+                stream = run_layer(layer, stream, rotary, segments, recompute, wanted_R)
+        return _norm(self.decoder.norm, stream)[1] if norm else _sum(stream)
 
 
 def run_layer(
     layer: HfModule,
-    hidden_TD: Tensor,
+    stream: Stream,
     rotary: tuple[Tensor, Tensor],
     segments: Segments,
     recompute: Recompute = "none",
     rows_R: Tensor | None = None,
-) -> Tensor:
-    """Run one decoder layer of any of `FAMILIES`, [T, D] to [T, D], or [R, D] of `rows_R` alone.
+) -> Stream:
+    """Run one decoder layer of any of `FAMILIES`; its output is the sum of what it returns.
 
     Args:
         rotary: cosines and sines of the positions for RoPE, [T, C] each.
         recompute: "mlp" computes the MLP's inner activations again in the backward.
+        rows_R: tokens whose states are wanted; what is returned is [R, D] of these.
     """
-    normed_TD = rms_norm(layer.input_layernorm, hidden_TD, in_place=True)
+    hidden_TD, normed_TD = _norm(layer.input_layernorm, stream)
     attended_TD = _attention(layer.self_attn, normed_TD, rotary, segments, rows_R)
-    hidden_TD = (hidden_TD if rows_R is None else hidden_TD[rows_R]) + attended_TD
-    normed_TD = rms_norm(layer.post_attention_layernorm, hidden_TD, in_place=True)
+    hidden_TD = hidden_TD if rows_R is None else hidden_TD[rows_R]
+    hidden_TD, normed_TD = _norm(layer.post_attention_layernorm, (hidden_TD, attended_TD))
     if recompute == "mlp":
-        return hidden_TD + _recomputed(_mlp, layer.mlp, normed_TD)
-    return hidden_TD + _mlp(layer.mlp, normed_TD)
+        return hidden_TD, _recomputed(_mlp, layer.mlp, normed_TD)
+    return hidden_TD, _mlp(layer.mlp, normed_TD)
+
+
+def _sum(stream: Stream) -> Tensor:
+    hidden_TD, pending_TD = stream
+    return hidden_TD if pending_TD is None else hidden_TD + pending_TD
+
+
+@is_part("norm")
+def _norm(norm: HfModule, stream: Stream) -> tuple[Tensor, Tensor]:
+    """The sum of a stream, and its RMSNorm."""
+    return add_rms_norm(*stream, norm.weight, eps=norm.variance_epsilon)
 
 
 @is_part("attention")
@@ -129,10 +154,13 @@ def _attention(
         projected = _linears(x_TD, attention.q_proj, attention.k_proj, attention.v_proj)
     q_THC, k_TGC, v_TGC = (y.unflatten(-1, (-1, C)) for y in projected)
     if hasattr(attention, "q_norm"):  # Qwen3
-        q_THC = rms_norm(attention.q_norm, q_THC, in_place=True)
-        k_TGC = rms_norm(attention.k_norm, k_TGC, in_place=True)
-    # under autocast RoPE, which multiplies by fp32, gives fp32
-    q_THC, k_TGC = (x.to(v_TGC.dtype) for x in rope(q_THC, k_TGC, *rotary))
+        norms = (attention.q_norm.weight, attention.k_norm.weight)
+        eps = attention.q_norm.variance_epsilon
+        q_THC, k_TGC = qk_norm_rope(q_THC, k_TGC, *norms, *rotary, eps=eps)
+    else:
+        q_THC, k_TGC = qk_norm_rope(q_THC, k_TGC, None, None, *rotary)
+    # under autocast linears return its dtype, RoPE the wider one of its cosines
+    q_THC, k_TGC = q_THC.to(v_TGC.dtype), k_TGC.to(v_TGC.dtype)
     width = next((w for w in KERNEL_WIDTHS if w >= C), C) if q_THC.is_cuda else C
     if width > C:  # padded with zeros, which change neither scores nor output
         q_THC, k_TGC, v_TGC = (F.pad(x, (0, width - C)) for x in (q_THC, k_TGC, v_TGC))
@@ -144,7 +172,11 @@ def _attention(
 @is_part("mlp")
 def _mlp(mlp: HfModule, x_TD: Tensor) -> Tensor:
     gate_TF, up_TF = _linears(x_TD, mlp.gate_proj, mlp.up_proj)
-    return _linears(swiglu(mlp, gate_TF, up_TF), mlp.down_proj)[0]
+    if mlp.config.hidden_act in SILU:
+        activated_TF = swiglu(gate_TF, up_TF)
+    else:
+        activated_TF = mlp.act_fn(gate_TF) * up_TF
+    return _linears(activated_TF, mlp.down_proj)[0]
 
 
 def _linears(x_TK: Tensor, *modules: HfModule) -> list[Tensor]:
@@ -182,7 +214,7 @@ def _base(module: HfModule) -> nn.Linear:
     return base
 
 
-def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def _recomputed(function: Callable[..., Any], *args: Any) -> Any:
     """Checkpoint activations of `function`; it draws nothing, so no random state is preserved."""
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 

@@ -18,12 +18,10 @@ The prediction leaves out the CUDA context, libraries and their workspaces.
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -85,7 +83,7 @@ def predict_peak(
     device = encoder.mask_vector.device
     encoder = _faked(encoder, mode)
     trained = [p for p in encoder.parameters() if p.requires_grad]
-    with mode, _no_launch(device):
+    with mode:
         held = None
         if target is not None:
             with use(ema_update_="torch"):
@@ -241,18 +239,6 @@ def _faked(encoder: PatientEncoder, mode: FakeTensorMode) -> PatientEncoder:
     for tensor in (*encoder.parameters(), *encoder.buffers()):
         memo[id(tensor)] = mode.from_tensor(tensor)
     return copy.deepcopy(encoder, memo)
-
-
-@contextmanager
-def _no_launch(device: torch.device) -> Iterator[None]:
-    """Let Triton kernels that are called directly, such as Liger's, only allocate their outputs."""
-    if device.type != "cuda":
-        yield
-        return
-    from triton.runtime.jit import JITFunction  # not on every machine without a GPU
-
-    with mock.patch.object(JITFunction, "run", lambda *_args, **_kwargs: None):
-        yield
 
 
 def _logits(hidden_ND: Tensor, weight_VD: Tensor, *, copied: bool) -> int:

@@ -1,8 +1,18 @@
 """The operations against their formulas in fp64, and their gradients by finite differences."""
 
+import math
+
 import pytest
 import torch
-from smbkernels import ema_update_, linear, linear_cross_entropy, masked_jepa_mse
+from smbkernels import (
+    add_rms_norm,
+    ema_update_,
+    linear,
+    linear_cross_entropy,
+    masked_jepa_mse,
+    qk_norm_rope,
+    swiglu,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -78,3 +88,52 @@ def test_an_fp32_average_of_bf16_weights_moves_where_a_bf16_one_does_not():
         lost.lerp_(weight, 1 - 0.996)
     assert float(kept[0]) - 1 == pytest.approx((float(weight[0]) - 1) * (1 - 0.996**500), rel=1e-3)
     assert float(lost[0]) == 1.0
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_add_rms_norm(residual):
+    x_TD, residual_TD, weight_D = (normal(*s).requires_grad_() for s in ((3, 4), (3, 4), (4,)))
+    given = (x_TD, residual_TD if residual else None, weight_D)
+    sum_TD, normed_TD = add_rms_norm.reference(*given, eps=0.1)
+    for t in range(3):
+        pairs = zip(x_TD[t].tolist(), residual_TD[t].tolist(), strict=True)
+        s = [x + residual * r for x, r in pairs]
+        rms = (sum(v * v for v in s) / 4 + 0.1) ** 0.5
+        assert sum_TD[t].tolist() == pytest.approx(s, abs=1e-12)
+        expected = [w * v / rms for w, v in zip(weight_D.tolist(), s, strict=True)]
+        assert normed_TD[t].tolist() == pytest.approx(expected, abs=1e-12)
+    assert torch.autograd.gradcheck(lambda *g: add_rms_norm.reference(*g, eps=0.1), given)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_qk_norm_rope(norm):
+    shapes = ((2, 3, 4), (2, 1, 4), (4,), (4,))
+    q_THC, k_TGC, *weights = (normal(*s).requires_grad_() for s in shapes)
+    cos_TC, sin_TC = normal(2, 4), normal(2, 4)
+    weights = weights if norm else [None, None]
+    turned = qk_norm_rope.reference(q_THC, k_TGC, *weights, cos_TC, sin_TC, eps=0.1)
+    for x_TNC, weight_C, y_TNC in zip((q_THC, k_TGC), weights, turned, strict=True):
+        for t in range(2):
+            for n in range(x_TNC.shape[1]):
+                x = x_TNC[t, n].tolist()
+                if norm:
+                    rms = (sum(v * v for v in x) / 4 + 0.1) ** 0.5
+                    x = [w * v / rms for w, v in zip(weight_C.tolist(), x, strict=True)]
+                cos, sin = cos_TC[t].tolist(), sin_TC[t].tolist()
+                expected = [x[c] * cos[c] - x[c + 2] * sin[c] for c in (0, 1)]
+                expected += [x[c] * cos[c] + x[c - 2] * sin[c] for c in (2, 3)]
+                assert y_TNC[t, n].tolist() == pytest.approx(expected, abs=1e-12)
+    leaves = (q_THC, k_TGC, *(w for w in weights if w is not None))
+    assert torch.autograd.gradcheck(
+        lambda q, k, *w: qk_norm_rope.reference(q, k, *(w or weights), cos_TC, sin_TC, eps=0.1),
+        leaves,
+    )
+
+
+def test_swiglu():
+    gate_TF, up_TF = normal(3, 4).requires_grad_(), normal(3, 4).requires_grad_()
+    out_TF = swiglu.reference(gate_TF, up_TF)
+    for t in range(3):
+        for g, u, y in zip(gate_TF[t].tolist(), up_TF[t].tolist(), out_TF[t].tolist(), strict=True):
+            assert y == pytest.approx(g / (1 + math.exp(-g)) * u, abs=1e-12)
+    assert torch.autograd.gradcheck(swiglu.reference, (gate_TF, up_TF))

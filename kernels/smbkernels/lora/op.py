@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from smbkernels.autograd import autocast_dtype, no_autocast
+from smbkernels.autograd import is_traced as _is_traced
 from smbkernels.operation import Backend, op
 
 
@@ -271,11 +271,6 @@ def by_hand(backend: str, forward: Forward, backward: Backward) -> Callable[...,
             return forward(x_TK, group)[:-1]
 
     return lora_linear
-
-
-def _is_traced() -> bool:
-    """Whether a graph is being made, or FLOPs are counted: then an op has to be one call."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 def _in_three(values: Sequence) -> tuple[Sequence, Sequence, Sequence]:
