@@ -1,0 +1,249 @@
+"""A CUDA device of which only shapes exist: torch believes in one "pretended H200".
+
+Tensors on it are fake (`FakeTensorMode`): shape, dtype, strides, no memory, no values. Tensors on
+the CPU stay real, so that plans and tables are made as ever. What is read back from the device is
+made of ones: a copy to the CPU, `.item()`, `nonzero()`. Triton kernels are not launched, see
+`bench.fakegpu.launches`.
+
+It patches private names of torch, whose versions are limited in pyproject.toml.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from ctypes import CDLL
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+from weakref import finalize
+
+import torch
+import torch._subclasses.fake_tensor as fake
+from smbkernels.registry import OPS
+from torch import Tensor
+from torch.utils import _foreach_utils
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+NAME = "pretended H200"
+CAPABILITY = (9, 0)
+MULTIPROCESSORS = 132
+MEMORY = 141 << 30  # bytes
+LARGEST = 1 << 28  # bytes of a copy to the CPU that gets memory; larger ones stay without
+ONE = {"bool": True, "int64": 1, "int32": 1, "int16": 1, "int8": 1, "uint8": 1, "uint64": 1}
+_pinned: set[int] = set()  # storages
+
+
+def is_pinned(tensor: Tensor) -> bool:
+    """Whether the memory of a CPU tensor was pinned, so that a copy of it need not wait."""
+    return tensor.untyped_storage()._cdata in _pinned
+
+
+def touches_gpu(args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a call has a tensor without memory among its arguments, or makes one on the GPU."""
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type == "cuda":
+        return True
+    return any(
+        isinstance(value, Tensor) and (value.is_cuda or isinstance(value, fake.FakeTensor))
+        for value in tree_iter((args, kwargs))
+    )
+
+
+class HostIsReal(TorchDispatchMode):
+    """Stands on `FakeTensorMode`: computes what is on the CPU, and reads ones from the GPU."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not touches_gpu(args, kwargs):
+            with fake.unset_fake_temporarily():
+                return func(*args, **kwargs)
+        name = func._schema.name
+        if name == "aten::_local_scalar_dense":
+            return ONE.get(str(args[0].dtype).removeprefix("torch."), 1.0)
+        if name == "aten::nonzero":
+            return args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
+        if name in ("aten::equal", "aten::is_nonzero"):
+            return True
+        if name == "aten::copy_" and not touches_gpu(args[:1], {}):
+            with fake.unset_fake_temporarily():
+                return args[0].fill_(1)
+        out = func(*args, **kwargs)
+        if name == "aten::_to_copy" and not out.is_cuda and out.nbytes <= LARGEST:
+            with fake.unset_fake_temporarily():
+                return torch.ones(out.shape, dtype=out.dtype)
+        return out
+
+
+class Event:
+    """A CUDA event: all are a millisecond from each other."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None:
+        pass
+
+    def record(self, *_args: Any) -> None:
+        """Do nothing."""
+
+    wait = synchronize = record
+
+    def query(self) -> bool:
+        """Everything is done at once."""
+        return True
+
+    def elapsed_time(self, _other: "Event") -> float:
+        """A millisecond."""
+        return 1.0
+
+
+class Stream(Event):
+    """A CUDA stream on which nothing runs."""
+
+    wait_event = wait_stream = Event.record
+    record_event = Event
+
+
+class Graph:
+    """A CUDA graph: what is captured ran as it was written."""
+
+    def replay(self) -> None:
+        """Do nothing."""
+
+    reset = replay
+
+
+class Memory:
+    """What the allocator's functions say; a ledger sets it."""
+
+    live = peak = 0
+
+    @classmethod
+    def count(cls, change: int) -> None:
+        """Add bytes to those that are allocated."""
+        cls.live += change
+        cls.peak = max(cls.peak, cls.live)
+
+    @classmethod
+    def reset_peak(cls, _device: Any = None) -> None:
+        """Begin a new peak."""
+        cls.peak = cls.live
+
+
+def _always(value: Any) -> Callable:
+    return lambda *_args, **_kwargs: value
+
+
+PROPERTIES = SimpleNamespace(
+    name=NAME,
+    major=CAPABILITY[0],
+    minor=CAPABILITY[1],
+    multi_processor_count=MULTIPROCESSORS,
+    L2_cache_size=60 << 20,
+    total_memory=MEMORY,
+    warp_size=32,
+    regs_per_multiprocessor=65536,
+    shared_memory_per_block_optin=227 << 10,
+)
+CUDA: dict[str, Any] = {
+    "is_available": _always(True),
+    "is_initialized": _always(False),  # so that seeds wait for a start that never comes
+    "device_count": _always(1),
+    "current_device": _always(0),
+    "set_device": _always(None),
+    "get_device_capability": _always(CAPABILITY),
+    "get_device_name": _always(NAME),
+    "get_device_properties": _always(PROPERTIES),
+    "is_bf16_supported": _always(True),
+    "device": _always(nullcontext()),
+    "device_of": _always(nullcontext()),
+    "synchronize": _always(None),
+    "empty_cache": _always(None),
+    "is_current_stream_capturing": _always(False),
+    "current_stream": lambda *_: Stream(),
+    "stream": _always(nullcontext()),
+    "graph": _always(nullcontext()),
+    "Event": Event,
+    "Stream": Stream,
+    "CUDAGraph": Graph,
+    "memory_allocated": lambda *_: Memory.live,
+    "memory_reserved": lambda *_: Memory.live,
+    "max_memory_allocated": lambda *_: Memory.peak,
+    "max_memory_reserved": lambda *_: Memory.peak,
+    "mem_get_info": lambda *_: (MEMORY - Memory.live, MEMORY),
+    "reset_peak_memory_stats": Memory.reset_peak,
+}
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[fake.FakeTensorMode]:
+    """Within it, "cuda" is a device without memory; everything is put back afterwards.
+
+    Raises:
+        RuntimeError: the process was not started with the shim.
+    """
+    library = CDLL(None)  # what was loaded before
+    if not hasattr(library, "smb_pretend"):
+        raise RuntimeError("a pretended GPU needs a process that bench.fakegpu.shim started")
+    if torch.version.cuda is not None:
+        torch._C._ensureCUDADeviceGuardSet()
+    library.smb_pretend()
+    foreach = [torch.Tensor, fake.FakeTensor, torch.nn.Parameter]
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(mock.patch.multiple(torch.cuda, **CUDA))
+        enter(mock.patch.object(fake, "init_gpu_context", _always(None)))
+        enter(mock.patch.object(fake.FakeTensorMode, "avoid_device_init", property(_always(True))))
+        enter(mock.patch.object(fake.FakeTensor, "data_ptr", _address))
+        enter(mock.patch.object(torch.Tensor, "pin_memory", _pin))
+        enter(mock.patch.object(torch.Tensor, "is_pinned", lambda x, *_: is_pinned(x)))
+        enter(mock.patch.object(_foreach_utils, "_foreach_supported_types", foreach))
+        enter(mock.patch.object(torch.utils, "swap_tensors", _swap))
+        enter(mock.patch.object(torch, "compile", lambda f=None, **_: f or (lambda g: g)))
+        enter(mock.patch.object(torch.nn.Module, "compile", _always(None)))
+        mode = enter(fake.FakeTensorMode(allow_non_fake_inputs=True))
+        enter(HostIsReal())
+        yield mode
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Our operations ask whether they are traced, and are one call if so; here they run inside."""
+    modules = []
+    for operation in OPS.values():
+        names = [f"{operation.reference.__module__}"]
+        names += [f"smbkernels.{backend.module}" for backend in operation.backends]
+        for name in names:
+            try:
+                modules.append(import_module(name))
+            except ImportError:  # a backend of a library that is not installed
+                continue
+    with ExitStack() as stack:
+        for module in {m.__name__: m for m in modules}.values():
+            if hasattr(module, "is_in_torch_dispatch_mode"):
+                stack.enter_context(
+                    mock.patch.object(module, "is_in_torch_dispatch_mode", _always(False))
+                )
+        yield
+
+
+def _swap(before: Tensor, after: Tensor) -> None:
+    """As a module is moved or cast; torch cannot swap tensors that its fake mode refers to."""
+    if (before.device, before.dtype) != (after.device, after.dtype):
+        before.data = after
+
+
+def _address(tensor: Tensor) -> int:
+    """Of a tensor without memory: a storage begins at a multiple of 512, as an allocator's does."""
+    offset = tensor.storage_offset() * tensor.element_size()
+    return (tensor.untyped_storage()._cdata << 9) + offset
+
+
+@functools.wraps(torch.Tensor.pin_memory)
+def _pin(tensor: Tensor, *_args: Any) -> Tensor:
+    copied = tensor.clone()
+    storage = copied.untyped_storage()
+    _pinned.add(storage._cdata)
+    finalize(storage, _pinned.discard, storage._cdata)
+    return copied
