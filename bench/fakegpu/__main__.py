@@ -8,7 +8,9 @@ from pydantic import Field, field_validator
 
 from bench import records
 from bench.fakegpu import shim
-from bench.fakegpu.ledger import Row
+from bench.fakegpu.device import Memory
+from bench.fakegpu.ledger import Key, Row
+from bench.fakegpu.rehearse import rehearse
 from bench.fakegpu.trace import Traced, traced
 from bench.step.workloads import Workload, on_cuda
 from smbfast.base.config import Settings, command_line
@@ -34,7 +36,11 @@ class FakeGpu(Settings):
     python -m bench.fakegpu W1 --ops
 
   One layer, with every Triton kernel that is launched compiled for sm_90:
-    python -m bench.fakegpu W1 --layers=1 --compile"""
+    python -m bench.fakegpu W1 --layers=1 --compile
+
+  Rehearse a module as it would run on a GPU, with models of one layer; all that follows --run is
+  its name and its arguments (see bench/fakegpu/rehearse.py):
+    python -m bench.fakegpu --layers=1 --run bench.step --only=W1 --rivals=B4 --rounds=1"""
 
     workloads: list[str] = Field(
         ["W1"], description="Workloads to count, the same as plain arguments."
@@ -71,7 +77,7 @@ def printed(step: Traced, *, ops: bool) -> str:
     by_part: dict[str, Row] = defaultdict(Row)
     for key, row in step.rows.items():
         by_part[key.part] = by_part[key.part].plus(row)
-    by_part["all"] = sum_of(step)
+    by_part["all"] = sum_of(step.rows)
     rows = [["part", "kernels", "GB", "TFLOP of products"]]
     rows += [[part, *_cells(row)] for part, row in by_part.items()]
     blocks = [records.columns(rows)]
@@ -95,10 +101,10 @@ def printed(step: Traced, *, ops: bool) -> str:
     return "\n\n".join(blocks)
 
 
-def sum_of(step: Traced) -> Row:
+def sum_of(rows: dict[Key, Row]) -> Row:
     """Of all rows."""
     total = Row()
-    for row in step.rows.values():
+    for row in rows.values():
         total = total.plus(row)
     return total
 
@@ -107,9 +113,28 @@ def _cells(row: Row) -> list[str]:
     return [f"{row.kernels:,.1f}", f"{row.nbytes / 1e9:,.3f}", f"{row.flops / 1e12:,.3f}"]
 
 
+def run(options: list[str], rest: list[str]) -> None:
+    """Rehearse a module: `rest` is its name and its arguments."""
+    settings = command_line(FakeGpu, options, prog=PROG)
+    if not rest:
+        sys.exit(f"{PROG}: --run must be followed by a module and its arguments")
+    if not shim.is_started():
+        shim.restart(["bench.fakegpu", *options, "--run", *rest])
+    ledger = rehearse(rest[0], rest[1:], layers=settings.layers)
+    row = sum_of(ledger.rows)
+    print(
+        f"rehearsed {rest[0]}: {row.kernels:,.0f} kernels, {row.nbytes / 1e9:,.1f} GB read and "
+        f"written, at most {Memory.highest / 1e9:.1f} GB allocated; no GPU, no times, no values",
+        file=sys.stderr,
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Trace and print."""
     argv = sys.argv[1:] if argv is None else argv
+    if "--run" in argv:
+        run(argv[: argv.index("--run")], argv[argv.index("--run") + 1 :])
+        return
     plain = [a for a in argv if not a.startswith("-") and "=" not in a]
     options = [a for a in argv if a not in plain]
     options += [f"--workloads={','.join(plain)}"] if plain else []

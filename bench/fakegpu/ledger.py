@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from bench.fakegpu.device import Memory, is_pinned
+from bench.fakegpu.device import Memory, Reports, is_pinned
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -104,7 +104,9 @@ class Ledger(TorchDispatchMode):
         self.now = "outside"
         self.inside = ""
         self._held: dict[int, int] = {}
-        Memory.live = Memory.peak = 0
+        Memory.live = Memory.peak = Memory.highest = 0
+        Reports.waited = self.waited
+        Reports.launched = self.launched
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -123,9 +125,13 @@ class Ledger(TorchDispatchMode):
 
     def launch(self, name: str, tensors: list[Tensor]) -> None:
         """A Triton kernel."""
+        self.launched(f"triton::{name}", tensors)
+
+    def launched(self, name: str, tensors: list[Tensor]) -> None:
+        """A kernel that is no operation of ATen."""
         floating = [x for x in tensors if x.is_floating_point()]
         dtype = _name(floating[0].dtype) if floating else ""
-        self._add(f"triton::{name}", dtype, Row(1, sum(map(_nbytes, _distinct(tensors)))))
+        self._add(name, dtype, Row(1, sum(map(_nbytes, _distinct(tensors)))))
 
     def waited(self, what: str) -> None:
         """The host stands still until the GPU has done all that it was given."""
@@ -137,10 +143,14 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == OURS:
             return self._body(func, args, kwargs)
+        if func.namespace != "prim" and func._can_decompose():
+            # inside a body, below autograd, which else takes such ops apart
+            with self:
+                return func.decompose(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         ins = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if name in WAITING and any(x.is_cuda for x in ins):
-            self.waited(name)
+            Reports.wait(name)
         out = func(*args, **kwargs)
         outs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         if func.namespace == "prim" or not any(x.is_cuda for x in (*ins, *outs)):
@@ -176,7 +186,7 @@ class Ledger(TorchDispatchMode):
         asked = kwargs.get("non_blocking", name == "copy_" and len(args) > 2 and args[2])
         if source.is_cuda:
             if not (asked and name == "copy_" and is_pinned(result)):
-                self.waited("copy to the host")
+                Reports.wait("copy to the host")
             return
         # from memory that is not pinned the driver copies at once, whatever was asked for
         how = "asynchronous" if asked and is_pinned(source) else "blocking"
