@@ -617,6 +617,41 @@ KERNELS = [
     ),
 ]
 
+ON_A_GPU = [
+    mutant(
+        "loss-read-in-a-step",
+        "the host waits for the GPU in every micro-batch",
+        "smbfast/objective.py",
+        "sft = _sft(encoder, hidden_TD, batch, sft_scale)",
+        "sft = _sft(encoder, hidden_TD, batch, sft_scale)\n        sft.item()",
+        "tests/test_fake_gpu.py::test_nothing_but_log_lines_waits_for_the_gpu",
+    ),
+    mutant(
+        "attention-through-the-host",
+        "every layer copies the output of its attention to the CPU and back",
+        "smbfast/model/decoder.py",
+        "out_THC[..., :C].flatten(1)",
+        "out_THC[..., :C].flatten(1).cpu().to(x_TD.device)",
+        "tests/test_fake_gpu.py::test_nothing_but_log_lines_waits_for_the_gpu",
+    ),
+    mutant(
+        "sum-begun-on-the-cpu",
+        "a scalar is made on the CPU in every step, and its copy waits",
+        "smbfast/run/step.py",
+        "sft = jepa = torch.zeros((), device=device)",
+        "sft = jepa = torch.zeros(()).to(device)",
+        "tests/test_fake_gpu.py::test_no_copy_to_the_gpu_waits",
+    ),
+    mutant(
+        "needless-kernel-in-a-layer",
+        "every layer has a kernel more",
+        "smbfast/model/decoder.py",
+        '    if recompute == "mlp":\n',
+        '    hidden_TD = hidden_TD + 0\n    if recompute == "mlp":\n',
+        "tests/test_fake_gpu.py::test_kernels_and_bytes_are_within_budget",
+    ),
+]
+
 MUTANTS = [
     *OBJECTIVE,
     *LOADER,
@@ -626,6 +661,7 @@ MUTANTS = [
     *UPDATE,
     *RESUMING,
     *KERNELS,
+    *ON_A_GPU,
 ]
 
 

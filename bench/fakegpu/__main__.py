@@ -1,17 +1,20 @@
 """python -m bench.fakegpu: what a training step gives a GPU to do, counted without one."""
 
+import json
 import sys
 from collections import defaultdict
+from dataclasses import asdict
 from typing import ClassVar
 
 from pydantic import Field, field_validator
 
 from bench import records
 from bench.fakegpu import shim
+from bench.fakegpu.budgets import TABLE, WORKLOAD, as_text, report_of
 from bench.fakegpu.device import Memory
 from bench.fakegpu.ledger import Key, Row
 from bench.fakegpu.rehearse import rehearse
-from bench.fakegpu.trace import Traced, traced
+from bench.fakegpu.trace import Traced, pair, traced
 from bench.step.workloads import Workload, on_cuda
 from smbfast.base.config import Settings, command_line
 
@@ -56,6 +59,16 @@ class FakeGpu(Settings):
         False,
         description="Compile every specialisation of a Triton kernel that is launched, for sm_90, "
         "and print registers, spills and shared memory.",
+    )
+    write: bool = Field(
+        False,
+        description=f"Trace {WORKLOAD} alone and make its counts the budgets of "
+        "kernels/step_budgets.json.",
+    )
+    check: bool = Field(
+        False,
+        description=f"Trace {WORKLOAD} alone and print what tests/test_fake_gpu.py reads, as one "
+        "JSON object.",
     )
 
     @field_validator("workloads")
@@ -129,6 +142,17 @@ def run(options: list[str], rest: list[str]) -> None:
     )
 
 
+def judge(*, write: bool) -> None:
+    """Trace the workload of the budgets; write them, or print what a test reads."""
+    workload = known()[WORKLOAD]
+    report = report_of(workload, *pair(workload, compiled=not write, predicts=not write))
+    if write:
+        TABLE.write_text(as_text(report.rows), encoding="utf-8")
+        print(f"wrote {len(report.rows)} rows to {TABLE}")
+    else:
+        print(json.dumps(asdict(report)))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Trace and print."""
     argv = sys.argv[1:] if argv is None else argv
@@ -141,6 +165,9 @@ def main(argv: list[str] | None = None) -> None:
     settings = command_line(FakeGpu, options, prog=PROG)
     if not shim.is_started():
         shim.restart(["bench.fakegpu", *argv])
+    if settings.write or settings.check:
+        judge(write=settings.write)
+        return
     for name in settings.workloads:
         workload = known()[name]
         step = traced(

@@ -2,8 +2,9 @@
 
 Tensors on it are fake (`FakeTensorMode`): shape, dtype, strides, no memory, no values. Tensors on
 the CPU stay real, so that plans and tables are made as ever. What is read back from the device, by
-a copy to the CPU or `.item()`, is True, 1 or 1e-6, by its dtype; but integers that were made of what
-the CPU gave, such as indices and masks, are read as they are. Triton kernels are not launched, see `bench.fakegpu.launches`.
+a copy to the CPU or `.item()`, is True, 1 or 1e-6, by its dtype; but integers that were made of
+what the CPU gave, such as indices and masks, are read as they are. Triton kernels are not launched,
+see `bench.fakegpu.launches`.
 
 It patches private names of torch, whose versions are limited in pyproject.toml.
 """

@@ -32,6 +32,7 @@ from smbfast.run.step import LossScales
 
 CLIP, ADAMW, TRUNCATION, LOG = "clip", "AdamW", "truncation", "log line"
 SETUP = "setup"
+UPDATES = (CLIP, ADAMW, EMA, TRUNCATION)  # parts that run once in a step
 FEW = (2, 4)  # layers of the two traces that are extended
 Make = Callable[[PatientEncoder], Variant]
 
@@ -59,6 +60,7 @@ class Traced:
         none, rows, work = Row(), self.rows, self.work
         return replace(
             more,
+            builds=self.builds,
             layers=layers,
             rows={
                 key: Row(*map(line, rows.get(key, none), more.rows.get(key, none)))
@@ -87,10 +89,17 @@ def traced(
     """
     if layers is not None:
         return _step(_with_layers(workload, layers), make, compiled=compiled, predicts=predicts)
-    few, more = (
-        _step(_with_layers(workload, n), make, compiled=compiled, predicts=predicts) for n in FEW
-    )
+    few, more = pair(workload, make, compiled=compiled, predicts=predicts)
     return few.extended(more, workload.size.layers)
+
+
+def pair(
+    workload: Workload, make: Make = Smbfast, *, compiled: bool = False, predicts: bool = False
+) -> tuple[Traced, Traced]:
+    """Traces of `FEW` layers; kernels are compiled in the first alone, since both have the same."""
+    few, more = (_with_layers(workload, n) for n in FEW)
+    first = _step(few, make, compiled=compiled, predicts=predicts)
+    return first, _step(more, make, compiled=False, predicts=predicts)
 
 
 def _with_layers(workload: Workload, layers: int) -> Workload:
