@@ -9,7 +9,8 @@ import sys
 import time
 import tomllib
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,8 +19,9 @@ from pydantic import Field, field_validator
 from bench import records
 from bench.fakegpu import shim
 from bench.fakegpu.ledger import PRODUCTS, Key, Row
-from bench.fakegpu.trace import ADAMW, CLIP, TRUNCATION, Traced, traced
-from bench.step.variants import BACKWARD, EMA, LOSSES
+from bench.fakegpu.trace import ADAMW, CLIP, LOG, TRUNCATION, Make, Traced, traced
+from bench.step.rivals import Packed
+from bench.step.variants import BACKWARD, EMA, LOSSES, ONLINE, TARGET, Smbfast
 from bench.step.workloads import Workload, on_cuda
 from smbfast.base.config import Settings, command_line
 
@@ -28,6 +30,12 @@ RATES = Path(__file__).parent / "rates.toml"
 NARROW = 384  # the smallest side of a product of rank r: three tracked adapters of 128 in one
 ATTENTION = "timeline_attention"
 COPIES = {"clone", "copy_", "select_backward", "slice_backward", "cat", "_to_copy", "index_copy_"}
+VARIANTS: dict[str, Make] = {
+    "B4": Smbfast,
+    "B2": Packed,
+    "B3'": partial(Packed, shared=True),
+}
+COMPILED = ("B2", "B3'")
 KINDS = (
     "base GEMM",
     "head",
@@ -51,7 +59,15 @@ class Predict(Settings):
     on a pretended GPU, where tensors have shapes and no memory, and every kernel, byte and product
     is counted; the rates at which a GPU would do them are assumed, and stand with their grounds in
     bench/rates.toml. The milliseconds are for comparing two states of the code, and nothing of them
-    was measured. It takes about 15 seconds a workload, needs a C++ compiler and no GPU.
+    was measured. It needs a C++ compiler, no GPU, and about 20 seconds for a variant of a workload.
+
+    Columns are B4 (smbfast) and the rivals of bench.step that are most like it: B2 (Hugging Face,
+    PEFT and Liger, compiled, three forwards) and B3' (the prefix shared by two calls of attention,
+    compiled). Rows are what the time goes to: products with the frozen base weights, those of the
+    head, the rest of the losses, attention, products of rank r, memory-bound operations, copies and
+    casts, products in fp32, the optimizer and the target's average, its truncation (spread over the
+    steps between two), and the gaps between kernels. Waits of the host cost more than is said here,
+    since a GPU that is waited for has nothing queued.
     """
 
     epilog: ClassVar[str] = """Examples
@@ -60,11 +76,16 @@ class Predict(Settings):
     python -m bench.predict W1 W2
 
   Before and after a change, beside each other in bench/results/predict.jsonl:
-    python -m bench.predict W1 --save
+    python -m bench.predict W1 --variants=B4 --save
 
   With other rates:
     cp bench/rates.toml mine.toml; python -m bench.predict W1 --rates=mine.toml"""
 
+    variants: list[str] = Field(
+        list(VARIANTS),
+        description="Variants of bench.step to predict. B2 and B3' are counted as they run "
+        "eagerly, and the element-wise part is scaled to what torch.compile leaves of it.",
+    )
     workloads: list[str] = Field(
         [],
         description="Workloads to predict, the same as plain arguments. If the list is empty, "
@@ -81,6 +102,14 @@ class Predict(Settings):
         "line in their number, to the model's own; otherwise the prediction is of such a model.",
     )
     save: bool = Field(False, description="Append the results to bench/results/predict.jsonl.")
+
+    @field_validator("variants")
+    @classmethod
+    def _variants(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in VARIANTS:
+                raise ValueError(f"must be among {', '.join(VARIANTS)}; `{name}` is not")
+        return value
 
     @field_validator("workloads")
     @classmethod
@@ -151,8 +180,20 @@ def predicted(name: str, step: Traced, workload: Workload, rates: dict[str, Any]
         sum(row.nbytes for row in step.rows.values()),
         step.peak,
         tuple(engines),
-        sum(n for (part, *_), n in step.waits.items() if part != "log line"),
+        sum(n for (part, *_), n in step.waits.items() if part != LOG),
     )
+
+
+def compiled(step: Traced, rates: dict[str, Any]) -> Traced:
+    """An eager step as `torch.compile` of its layers would leave it: by an assumed share."""
+    share = rates["compiled"]["share"]
+
+    def left(key: Key, row: Row) -> Row:
+        in_layers = key.part in (ONLINE, TARGET, BACKWARD) and not key.inside
+        fuses = in_layers and key.op not in PRODUCTS and "::" not in key.op
+        return Row(share * row.kernels, share * row.nbytes, row.flops) if fuses else row
+
+    return replace(step, rows={key: left(key, row) for key, row in step.rows.items()})
 
 
 def kind_of(key: Key, vocabulary: int) -> str:
@@ -228,7 +269,9 @@ def printed(workload: Workload, predictions: list[Prediction]) -> str:
     rows.append(["GB allocated at the peak", *(f"{p.peak / 1e9:.1f}" for p in predictions)])
     rows.append(["waits of the host", *(str(p.waits) for p in predictions)])
     rows.append(["attention", *(" ".join(p.engines) for p in predictions)])
-    return f"{workload.description}\n" + records.columns(rows)
+    eager = [p.variant for p in predictions if p.variant in COMPILED]
+    note = f"{' and '.join(eager)}: counted eagerly, element-wise operations times compiled.share"
+    return "\n".join([workload.description, records.columns(rows), *([note] if eager else [])])
 
 
 def printed_rates(rates: dict[str, Any]) -> str:
@@ -254,10 +297,15 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{SAID}\n{printed_rates(rates)}\ntheir grounds: {settings.rates}", flush=True)
     for name in settings.workloads or [n for n in known() if n.startswith("W")]:
         workload = known()[name]
-        step = traced(workload, layers=settings.layers or None)
-        predictions = [predicted("B4", step, workload, rates)]
+        predictions = []
+        for variant in settings.variants:
+            step = traced(workload, VARIANTS[variant], layers=settings.layers or None)
+            step = compiled(step, rates) if variant in COMPILED else step
+            predictions.append(predicted(variant, step, workload, rates))
         print(f"\n{printed(workload, predictions)}", flush=True)
-        lines += [{"workload": name, "layers": step.layers} | asdict(p) for p in predictions]
+        lines += [
+            {"workload": name, "layers": settings.layers or "all"} | asdict(p) for p in predictions
+        ]
     print(f"\n{SAID}; {time.perf_counter() - began:.0f} s")
     if settings.save:
         stamp = {"bench": "predict", "git": records.git_state(), "at": time.strftime("%Y-%m-%d")}

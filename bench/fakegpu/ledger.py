@@ -235,7 +235,7 @@ def where() -> str:
         file = Path(frame.filename)
         if file.is_relative_to(ROOT) and not file.is_relative_to(HERE):
             return f"{file.relative_to(ROOT)}:{frame.lineno}"
-    return "outside the project"
+    return "torch alone, such as its autograd"
 
 
 def _name(dtype: torch.dtype) -> str:

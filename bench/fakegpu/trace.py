@@ -115,7 +115,10 @@ def _step(workload: Workload, make: Make, *, compiled: bool, predicts: bool) -> 
         with ledger, ledger.part(SETUP), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # said by transformers to itself
             variant = make(workload.size.encoder("cuda"))
-            given(variant, batches)
+            if isinstance(variant, Smbfast):
+                given(variant, batches)
+            else:
+                variant.take(workload)
             with untraced():
                 steps(variant, ledger)
         predicted = 0
