@@ -15,15 +15,19 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, field_validator
+from smbkernels.catalog import BACKENDS
+from smbkernels.registry import use
 
 from bench import records
 from bench.fakegpu import shim
+from bench.fakegpu.device import MEMORY
 from bench.fakegpu.ledger import PRODUCTS, Key, Row
 from bench.fakegpu.trace import ADAMW, CLIP, LOG, TRUNCATION, Make, Traced, traced
 from bench.step.rivals import Packed
 from bench.step.variants import BACKWARD, EMA, LOSSES, ONLINE, TARGET, Smbfast
 from bench.step.workloads import Workload, on_cuda
 from smbfast.base.config import Settings, command_line
+from smbfast.base.runtime import git_state, versions
 
 SAID = "predicted from assumed rates; nothing was measured on a GPU"
 RATES = Path(__file__).parent / "rates.toml"
@@ -78,6 +82,9 @@ class Predict(Settings):
   Before and after a change, beside each other in bench/results/predict.jsonl:
     python -m bench.predict W1 --variants=B4 --save
 
+  With attention by cuDNN:
+    python -m bench.predict W1 --variants=B4 --backends=timeline_attention:cudnn
+
   With other rates:
     cp bench/rates.toml mine.toml; python -m bench.predict W1 --rates=mine.toml"""
 
@@ -85,6 +92,11 @@ class Predict(Settings):
         list(VARIANTS),
         description="Variants of bench.step to predict. B2 and B3' are counted as they run "
         "eagerly, and the element-wise part is scaled to what torch.compile leaves of it.",
+    )
+    backends: list[str] = Field(
+        [],
+        description="Backends of operations to run B4 on in place of the default, such as "
+        "`timeline_attention:cudnn`.",
     )
     workloads: list[str] = Field(
         [],
@@ -109,6 +121,15 @@ class Predict(Settings):
         for name in value:
             if name not in VARIANTS:
                 raise ValueError(f"must be among {', '.join(VARIANTS)}; `{name}` is not")
+        return value
+
+    @field_validator("backends")
+    @classmethod
+    def _backends(cls, value: list[str]) -> list[str]:
+        for text in value:
+            name, _, backend = text.partition(":")
+            if backend not in BACKENDS.get(name, ()):
+                raise ValueError(f"must be OPERATION:BACKEND of `python -m smbkernels`, not {text}")
         return value
 
     @field_validator("workloads")
@@ -266,7 +287,7 @@ def printed(workload: Workload, predictions: list[Prediction]) -> str:
     rows.append(["trunk tokens/s", *(f"{tokens / p.total:,.0f}" for p in predictions)])
     rows.append(["kernels", *(f"{p.kernels:,.0f}" for p in predictions)])
     rows.append(["GB read and written", *(f"{p.nbytes / 1e9:,.0f}" for p in predictions)])
-    rows.append(["GB allocated at the peak", *(f"{p.peak / 1e9:.1f}" for p in predictions)])
+    rows.append(["GB allocated at the peak", *(_peak(p.peak) for p in predictions)])
     rows.append(["waits of the host", *(str(p.waits) for p in predictions)])
     rows.append(["attention", *(" ".join(p.engines) for p in predictions)])
     eager = [p.variant for p in predictions if p.variant in COMPILED]
@@ -274,13 +295,26 @@ def printed(workload: Workload, predictions: list[Prediction]) -> str:
     return "\n".join([workload.description, records.columns(rows), *([note] if eager else [])])
 
 
+def _peak(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.1f}" + (" does not fit" if nbytes > MEMORY else "")
+
+
+def figures(rates: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Every assumed rate by name, without its ground."""
+    sections = {name: about for name, about in rates.items() if name != "attention"}
+    sections |= {f"attention {name}": about for name, about in rates["attention"].items()}
+    return {
+        name: {key: value for key, value in about.items() if isinstance(value, int | float)}
+        for name, about in sections.items()
+    }
+
+
 def printed_rates(rates: dict[str, Any]) -> str:
-    """Every assumed rate by name."""
-    rows = []
-    for name, about in rates.items():
-        for engine, values in about.items() if name == "attention" else [("", about)]:
-            figures = [f"{k} {v:.3g}" for k, v in values.items() if isinstance(v, float)]
-            rows.append([f"{name} {engine}".rstrip(), ", ".join(figures)])
+    """The same as text."""
+    rows = [
+        [name, ", ".join(f"{key} {value:.3g}" for key, value in values.items())]
+        for name, values in figures(rates).items()
+    ]
     return f"assumed, in FLOP/s, bytes/s and seconds:\n{records.columns(rows, '  ')}"
 
 
@@ -291,25 +325,30 @@ def main(argv: list[str] | None = None) -> None:
     options = [a for a in argv if a not in plain]
     options += [f"--workloads={','.join(plain)}"] if plain else []
     settings = command_line(Predict, options, prog="python -m bench.predict")
+    try:
+        rates = read_rates(settings.rates)
+    except ValueError as error:
+        sys.exit(f"python -m bench.predict: {error}")
     if not shim.is_started():
         shim.restart(["bench.predict", *argv])
-    rates, began, lines = read_rates(settings.rates), time.perf_counter(), []
+    began, lines = time.perf_counter(), []
     print(f"{SAID}\n{printed_rates(rates)}\ntheir grounds: {settings.rates}", flush=True)
     for name in settings.workloads or [n for n in known() if n.startswith("W")]:
         workload = known()[name]
         predictions = []
         for variant in settings.variants:
-            step = traced(workload, VARIANTS[variant], layers=settings.layers or None)
+            with use(**dict(text.split(":") for text in settings.backends)):
+                step = traced(workload, VARIANTS[variant], layers=settings.layers or None)
             step = compiled(step, rates) if variant in COMPILED else step
             predictions.append(predicted(variant, step, workload, rates))
         print(f"\n{printed(workload, predictions)}", flush=True)
-        lines += [
-            {"workload": name, "layers": settings.layers or "all"} | asdict(p) for p in predictions
-        ]
+        about = {"workload": name, "layers": settings.layers or "all"}
+        about |= {"backends": settings.backends, "tokens": workload.num_tokens}
+        lines += [about | asdict(p) for p in predictions]
     print(f"\n{SAID}; {time.perf_counter() - began:.0f} s")
     if settings.save:
-        stamp = {"bench": "predict", "git": records.git_state(), "at": time.strftime("%Y-%m-%d")}
-        stamp |= {"said": SAID, "rates": rates}
+        stamp = {"bench": "predict", "versions": versions(), "git": git_state()}
+        stamp |= {"at": time.strftime("%Y-%m-%d"), "said": SAID, "rates": figures(rates)}
         print(f"appended to {records.append('predict', [stamp | line for line in lines])}")
 
 

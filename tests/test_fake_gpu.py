@@ -13,21 +13,28 @@ from smbkernels.cpp_build import CannotBuild, find_compiler
 
 from bench import predict
 from bench.fakegpu import budgets, shim
-from bench.fakegpu.ledger import Key, Row, _kernels
+from bench.fakegpu.device import Memory
+from bench.fakegpu.ledger import Key, Ledger, Row, _kernels
+from bench.fakegpu.rehearse import command
 from bench.fakegpu.trace import Traced, divided
 
 TRUNCATION = "kernels/smbkernels/tracked_ema.py"
 
 
 @pytest.fixture(scope="module")
-def step() -> dict:
-    """The report of a step, from a process that was started with the shim."""
+def compiler() -> None:
+    """Skips where the shim cannot be built, but for CI."""
     try:
         find_compiler()
     except CannotBuild as error:
         if os.environ.get("CI"):
             pytest.fail(f"CI must have a C++ compiler: {error}")
         pytest.skip(f"the pretended GPU is built by a C++ compiler: {error}")
+
+
+@pytest.fixture(scope="module")
+def step(compiler) -> dict:
+    """The report of a step, from a process that was started with the shim."""
     done = shim.run(["bench.fakegpu", "--check"], timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -71,6 +78,38 @@ def test_what_is_launched_compiles_for_sm_90_without_spills(step):
     assert {f"_timeline_attention_{name}_kernel" for name in ours} <= launched
 
 
+@pytest.mark.slow
+def test_a_script_is_rehearsed(compiler):
+    done = shim.run(command("tests.gpu_script", [])[1:], timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    read = json.loads(done.stdout.splitlines()[-1])
+    # x and its gradient, the index and the truth values of a moment: blocks of 512 bytes
+    allocated = read.pop("allocated")
+    assert 2 * 64 * 32 * 4 + 512 <= allocated <= 2 * 64 * 32 * 4 + 8 * 512
+    assert read == {
+        "name": "pretended H200",
+        "grad": "cuda",
+        "even": [0, 2, 4, 6],
+        "host": [1, 2, 3],
+        "loss": 1e-6,
+        "copied": [64, 32],
+        "ms": 1.0,
+        "waits": "called a synchronizing CUDA operation: _local_scalar_dense",
+        "pinned": True,
+    }
+    assert "rehearsed tests.gpu_script: " in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [("mixed", "x_TD + torch.ones(64, 32)"), ("large", "must hold at most 141 GiB, got")],
+)
+def test_a_rehearsal_finds_a_mistake(compiler, mistake, message):
+    done = shim.run(command("tests.gpu_script", [mistake])[1:], timeout=300)
+    assert done.returncode and message in done.stderr, done.stderr[-3000:]
+
+
 def test_budgets_are_as_they_are_written():
     table = budgets.read_table()
     assert table and budgets.as_text(table) == budgets.TABLE.read_text()
@@ -105,6 +144,18 @@ def test_launches_of_many_tensors():
     assert _kernels("_foreach_copy_", ([small] * 128, [small] * 128), []) == 2
     assert _kernels("_foreach_mul_", ([large] * 3, 2.0), []) == 3
     assert _kernels("mul", (small, 2.0), [small]) == 1
+
+
+def test_what_an_earlier_ledger_held_does_not_count_when_it_is_freed():
+    earlier = Ledger()
+    earlier._held[1] = 512
+    later = Ledger()
+    later._held[2] = 512
+    Memory.count(512)
+    earlier._drop(1)
+    assert Memory.live == 512
+    later._drop(2)
+    assert Memory.live == 0 and Memory.peak == 512
 
 
 def key(part: str, op: str = "add", dtype: str = "bfloat16", sizes=(), inside: str = "") -> Key:

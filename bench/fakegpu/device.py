@@ -32,6 +32,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 NAME = "pretended H200"
 CAPABILITY = (9, 0)
 MULTIPROCESSORS = 132
+CUDNN = 91900  # the version in a CUDA build of torch 2.11
 MEMORY = 141 << 30  # bytes
 LARGEST = 1 << 28  # bytes of a copy to the CPU that gets memory; larger ones stay without
 TINY = 1e-6  # what a floating-point number reads as: an error that any tolerance allows
@@ -227,7 +228,14 @@ class Attention(torch.autograd.Function):
 class Memory:
     """What the allocator's functions say; a ledger sets it."""
 
-    live = peak = highest = 0  # `highest` is never reset
+    live = peak = highest = 0  # `reset_peak` leaves `highest`
+    owner: object = None  # a ledger: what an earlier one held may be freed later
+
+    @classmethod
+    def begin(cls, owner: object) -> None:
+        """Begin at nothing."""
+        cls.live = cls.peak = cls.highest = 0
+        cls.owner = owner
 
     @classmethod
     def count(cls, change: int) -> None:
@@ -309,6 +317,7 @@ def pretended_gpu() -> Iterator[fake.FakeTensorMode]:
         enter(mock.patch.object(torch.Tensor, "is_pinned", lambda x, *_: is_pinned(x)))
         enter(mock.patch.object(_foreach_utils, "_foreach_supported_types", foreach))
         enter(mock.patch.object(F, "scaled_dot_product_attention", _sdpa))
+        enter(mock.patch.object(torch.backends.cudnn, "version", _always(CUDNN)))
         enter(mock.patch.object(torch, "tensor", _tensor))
         enter(mock.patch.object(torch.utils, "swap_tensors", _swap))
         enter(mock.patch.object(torch, "compile", lambda f=None, **_: f or (lambda g: g)))

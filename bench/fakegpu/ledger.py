@@ -104,7 +104,7 @@ class Ledger(TorchDispatchMode):
         self.now = "outside"
         self.inside = ""
         self._held: dict[int, int] = {}
-        Memory.live = Memory.peak = Memory.highest = 0
+        Memory.begin(self)
         Reports.waited = self.waited
         Reports.launched = self.launched
 
@@ -226,7 +226,9 @@ class Ledger(TorchDispatchMode):
                 finalize(storage, self._drop, key)
 
     def _drop(self, key: int) -> None:
-        Memory.count(-self._held.pop(key))
+        size = self._held.pop(key)
+        if Memory.owner is self:
+            Memory.count(-size)
 
 
 def where() -> str:

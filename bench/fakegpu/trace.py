@@ -5,6 +5,7 @@ fused AdamW and the averages of the target through `Updater`. It is traced with 
 and extended to all: every count is a line in the number of layers.
 """
 
+import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -108,6 +109,7 @@ def _with_layers(workload: Workload, layers: int) -> Workload:
 
 def _step(workload: Workload, make: Make, *, compiled: bool, predicts: bool) -> Traced:
     batches = workload.batches()
+    gc.collect()  # a model refers to itself: the one that was traced before
     ledger, builds = Ledger(), Builds()
     with ExitStack() as stack:
         mode = stack.enter_context(pretended_gpu())
