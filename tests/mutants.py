@@ -652,6 +652,32 @@ ON_A_GPU = [
     ),
 ]
 
+GPU_BENCH = [
+    mutant(
+        "cut-line-takes-the-next",
+        "a record that follows one that was cut off is lost with it",
+        "bench/gpu/journal.py",
+        '(b"\\n" if cut else b"")',
+        'b""',
+        "tests/test_bench_gpu.py::test_a_line_that_was_cut_off_is_left_behind",
+    ),
+    mutant(
+        "wrong-backend-is-used",
+        "stages after the first use the backend that it refused",
+        "bench/gpu/child.py",
+        "if b not in backends",
+        "if b in backends",
+        "tests/test_bench_gpu.py::test_a_refused_backend_gives_way_to_the_next",
+    ),
+    mutant(
+        "hanging-item-is-nobody-s",
+        "an item over its own limit ends its stage",
+        "bench/gpu/driver.py",
+        'return None, slack * item["limit"]',
+        "return None, 0.0",
+        "tests/test_bench_gpu.py::test_an_item_over_its_own_limit_is_named",
+    ),
+]
 MUTANTS = [
     *OBJECTIVE,
     *LOADER,
@@ -662,6 +688,7 @@ MUTANTS = [
     *RESUMING,
     *KERNELS,
     *ON_A_GPU,
+    *GPU_BENCH,
 ]
 
 
