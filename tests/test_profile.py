@@ -43,17 +43,19 @@ def test_every_product_of_the_backward_belongs_to_the_part_of_its_forward(recomp
     events = events_of(make_encoder(lora=False), jepa=0.0, recompute=recompute)
     products = nodes_by_part(events, "MmBackward0")
     assert products == {"qkv": 3 * LAYERS, "attention": LAYERS, "mlp": 3 * LAYERS}
-    # of a layer four norms, with those of queries and keys, and the last one
-    assert nodes_by_part(events, "RsqrtBackward0") == {"norm": 4 * LAYERS + 1}
+    # two norms of a layer and the last one, RoPE with the norms of heads, and SwiGLU
+    others = {"norm": 2 * LAYERS + 1, "attention": LAYERS, "mlp": LAYERS}
+    assert nodes_by_part(events, "EagerBackward") == others
 
 
 def test_the_backward_of_fused_operations_has_a_part():
     case = Case(lora=True, form="tracked")
     encoder = make_encoder(lora=case.lora)
     events = events_of(encoder, moved_target(encoder, case.form))
-    # groups of LoRA linears: one of projections, one of the output, and two of the MLP
-    groups = {"qkv": LAYERS, "attention": LAYERS, "mlp": 2 * LAYERS}
-    assert nodes_by_part(events, "EagerBackward") == groups
+    # groups of LoRA linears: one of projections, one of the output, and two of the MLP; and between
+    # them RoPE, SwiGLU, two norms of a layer and the last one
+    nodes = {"qkv": LAYERS, "attention": 2 * LAYERS, "mlp": 3 * LAYERS, "norm": 2 * LAYERS + 1}
+    assert nodes_by_part(events, "EagerBackward") == nodes
     names = {e.name.removeprefix(profile._NODE) for e in events if e.name.startswith(profile._NODE)}
     fused = [n for n in names if "smb" in n]
     assert len(fused) == 3
