@@ -189,11 +189,14 @@ def predicted(name: str, step: Traced, workload: Workload, rates: dict[str, Any]
         seconds["kernel gaps"] += row.kernels * rates["gap"]["seconds"]
     engines = {}
     for (part, inside), flops in step.work.items():
-        if inside.startswith(ATTENTION):
+        if inside.startswith(ATTENTION) or not inside:
             engine = engine_of([k.op for k in step.rows if k[:2] == (part, inside)], rates)
             direction = "backward" if part == BACKWARD else "forward"
             seconds[f"attention {direction}"] += flops / rates["attention"][engine][direction]
             engines[engine] = True
+    names = engine_kernels(rates)
+    if not engines and any(part in key.op for key in step.rows for part in names):
+        raise ValueError(f"{name}: kernels of attention ran whose work is not counted")
     return Prediction(
         name,
         {kind: seconds[kind] for kind in KINDS},

@@ -220,7 +220,7 @@ def test_a_process_that_hangs_is_killed_with_all_that_it_started(tmp_path):
         [sys.executable, "-S", "-c", script],
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,
+        process_group=0,
     )
     inner = int(process.stdout.readline())
     began = time.monotonic()

@@ -16,12 +16,14 @@ from typing import Any
 from unittest import mock
 
 import torch
+from smbkernels.attention.op import attention_flops
 
 from bench.fakegpu.device import Memory as Allocated
 from bench.fakegpu.device import pretended_gpu, untraced
 from bench.fakegpu.launches import Builds, recorded
 from bench.fakegpu.ledger import Key, Ledger, Row
-from bench.step.variants import EMA, OPTIMIZER, TAU, Smbfast, Variant
+from bench.step.rivals import Packed
+from bench.step.variants import BACKWARD, EMA, ONLINE, OPTIMIZER, TARGET, TAU, Smbfast, Variant
 from bench.step.workloads import Workload
 from smbfast import objective
 from smbfast.batch import PackedBatch
@@ -131,13 +133,28 @@ def _step(workload: Workload, make: Make, *, compiled: bool, predicts: bool) -> 
     return Traced(
         workload.size.layers,
         divided(ledger.rows, truncates_every(variant)),
-        dict(ledger.work),
+        dict(ledger.work) | attention_of(variant, workload),
         Allocated.peak,
         ledger.waits,
         ledger.copies,
         predicted,
         builds,
     )
+
+
+def attention_of(variant: Variant, workload: Workload) -> dict[tuple[str, str], float]:
+    """FLOPs of visible pairs by part, of a rival whose attention is no operation of ours."""
+    if not isinstance(variant, Packed):
+        return {}
+    heads = (workload.size.heads, workload.size.head_dim)
+    online = sum(one.segments.pairs for passes in variant.passes for one in passes)
+    target = sum(batch.target_segments.pairs for batch in variant.batches)
+    work = {
+        (ONLINE, ""): attention_flops(online, *heads),
+        (BACKWARD, ""): attention_flops(online, *heads, backward=True),
+        (TARGET, ""): attention_flops(target, *heads),
+    }
+    return {key: float(workload.size.layers * flops) for key, flops in work.items()}
 
 
 def given(variant: Variant, batches: list[PackedBatch]) -> None:

@@ -173,7 +173,7 @@ def _process(run: Run, stage: Stage, end: float) -> tuple[int | None, str, float
             env=run.environment(),
             stdout=log,
             stderr=log,
-            start_new_session=True,
+            process_group=0,  # not a session of its own, which would outlive a call that is cut off
         )
         try:
             code, overdue = _watched(process, at, end, run.slack)
