@@ -275,8 +275,8 @@ def test_words_of_kernels():
     [
         ("nonsense", "one of"),
         ("lora_linear:nonsense", "backend of lora_linear must be one of fused"),
-        ("nonsense:torch", "operation must be one of ema_update_"),
-        ("backend:torch", "operation must be one of ema_update_"),
+        ("nonsense:torch", "operation must be one of add_rms_norm, ema_update_"),
+        ("backend:torch", "operation must be one of add_rms_norm, ema_update_"),
         ("lora_linear:", "auto, torch or pairs operation:backend"),
         (":torch", "auto, torch or pairs operation:backend"),
         ("torch,auto", "one backend for all operations"),

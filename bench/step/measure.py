@@ -37,6 +37,7 @@ CHECKED_TOKENS = 1024  # longer windows are compared at this length: the referen
 # relative, in the Frobenius norm: of losses and hidden states, and of gradients (of all adapters
 # together, and of all else)
 TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 1e-1)}
+ELEMENTWISE = ("add_rms_norm", "qk_norm_rope", "swiglu")
 MEMORY_TIMEOUT = 1800  # seconds of a process that measures memory
 Advance = Callable[[int], None]  # counts tokens of trunks as done
 
@@ -321,7 +322,8 @@ def outcome(variant: Variant, workload: Workload) -> dict[str, Tensor]:
 
 def counted(variant: Variant) -> int:
     """Operations of a step's matrix products; those of attention over visible pairs alone."""
-    with FlopCounterMode(display=False, custom_mapping=causal_formulas()) as counter:
+    formulas = {**causal_formulas(), **_no_formulas()}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         variant.accumulate(untimed)
         variant.update(1.0)
     variant.optimizer.zero_grad(set_to_none=True)
@@ -337,6 +339,20 @@ def causal_formulas() -> dict[Any, Callable[..., int]]:
             names = [a.name for a in packet.default._schema.arguments]
             formulas[packet] = partial(_sdpa_flops, names, bool(end))
             formulas[packet]._get_raw = True
+    return formulas
+
+
+def _no_formulas() -> dict[Any, Callable[..., int]]:
+    """Of our operations that multiply no matrices: what others write for them is not counted."""
+    formulas: dict[Any, Any] = {}
+    for name, op in registry.OPS.items():
+        if name not in ELEMENTWISE:
+            continue
+        for backend in op.backends:
+            for end in ("", "_bwd"):
+                packet = getattr(torch.ops.smb, f"{name}_{backend.name}{end}", None)
+                if packet is not None:
+                    formulas[packet] = lambda *_args, **_kwargs: 0
     return formulas
 
 

@@ -16,6 +16,13 @@ def _poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def _compiled_anew(request):
+    """All operations share the code that dispatches them, and torch compiles it eight times."""
+    if "compile" in request.node.name:
+        torch._dynamo.reset()
+
+
 @pytest.fixture
 def device() -> str:
     """Kernels run on a GPU where there is one, else interpreted."""
