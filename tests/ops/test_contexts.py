@@ -73,8 +73,10 @@ def test_lora_under_autocast_is_that_of_the_reference(inside):
 def test_lora_under_autocast_compiles_into_one_graph():
     x, w, b, a = torch.randn(5, 16), torch.randn(8, 16), torch.randn(8, 2), torch.randn(2, 16)
 
+    fused = lora_linear.on("fused")  # imported before: what is compiled cannot import
+
     def call(x_TK):
-        return lora_linear.on("fused")(x_TK, [w], [b], [a], scale=[1.0])[0]
+        return fused(x_TK, [w], [b], [a], scale=[1.0])[0]
 
     with torch.autocast("cpu", torch.bfloat16):
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(x)
