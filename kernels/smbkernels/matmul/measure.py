@@ -21,9 +21,9 @@ from smbkernels.matmul.op import linear
 from smbkernels.matmul.products import LEAST_SIZE, NAMES, missing
 from smbkernels.registry import use
 
-# a backend is taken if it is faster by this much. Measurements of one machine differ by 4 %, and the
-# gain of common processors is either about 1.1 or about 2: between them, a second run of the same
-# settings chooses as the first did, and so has the same bits
+# a backend is taken if it is faster by this much. Measurements on one machine differ by 4 %, and the
+# gain on common processors is about 1.1 or about 2: with a limit between them, the same settings
+# choose the same library again, and so give the same bits
 LEAST_GAIN = 1.2
 ROUNDS, SECONDS = 4, 0.05  # of a shape at least; the first round only warms up
 ROWS = 2000  # of a usual micro-batch; not a count that needs no padding
