@@ -21,7 +21,7 @@ from smbkernels.matmul.op import linear
 from smbkernels.matmul.products import LEAST_SIZE, NAMES, missing
 from smbkernels.registry import use
 
-# a backend is taken if it is faster by this much. Measurements on one machine differ by 4 %, and the
+# a backend is taken if it is faster by this much. Measurements on a machine differ by 4 %, and the
 # gain on common processors is about 1.1 or about 2: with a limit between them, the same settings
 # choose the same library again, and so give the same bits
 LEAST_GAIN = 1.2
