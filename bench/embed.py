@@ -228,7 +228,8 @@ def _cases(settings: EmbedBench, work: Path) -> Iterator[Case]:
         ValueError: a case that there is not, or whose dataset is missing.
     """
     if unknown := set(settings.only) - set(BARS):
-        raise ValueError(f"`only` must be among {', '.join(BARS)}; {unknown} are not")
+        names = ", ".join(sorted(unknown))
+        raise ValueError(f"`only` must be among {', '.join(BARS)}; {names} is not")
     size, window = (TINY, 128) if settings.quick else (MODEL, 1024)
     for name in settings.only or BARS:
         data = SHARED / FOLDERS.get(name, "")

@@ -1,7 +1,7 @@
 // Loads, stores and sums, two fp32 vectors at a time: as many elements as one bf16 vector holds.
 #pragma once
 
-#include <ATen/cpu/vec/functional_base.h>
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>

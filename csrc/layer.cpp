@@ -118,7 +118,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> add_rms_norm(
     const int64_t stride_x = x_TD.stride(0), stride_r = residual_TD ? residual_TD->stride(0) : 0;
     E *sum = sum_TD.mutable_data_ptr<E>(), *normed = normed_TD.mutable_data_ptr<E>();
     float* rstd = rstd_T.mutable_data_ptr<float>();
-    at::parallel_for(0, T, std::max<int64_t>(1, GRAIN / D), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, T, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, D)), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         const E* residual_D = residual == nullptr ? nullptr : residual + t * stride_r;
         E* sum_D = residual == nullptr ? nullptr : sum + t * D;

@@ -330,6 +330,22 @@ def test_memory_does_not_grow_with_the_number_of_nodes(tmp_path):
     assert fewer > 1 << 20 and more < fewer + (2 << 20)
 
 
+def test_a_full_disk_is_an_error_although_a_part_was_written(tmp_path, monkeypatch):
+    nodes, _ = listed(nodes_of(random_window(1), [(2, 0)]))
+    monkeypatch.setattr(embedding_file.os, "pwrite", lambda _file, data, _offset: len(data) - 1)
+    with pytest.raises(OSError, match="No space left on device"):
+        with embedding_file.embedding_file(tmp_path / "e.parquet", nodes) as file:
+            file.put([0], np.zeros((1, 3), np.float32))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_the_place_of_the_file_is_refused_at_once(tmp_path):
+    nodes, _ = listed(nodes_of(random_window(1), [(2, 0)]))
+    with pytest.raises(IsADirectoryError):
+        with embedding_file.embedding_file(tmp_path, nodes):
+            pytest.fail("it was opened")
+
+
 def test_nodes_without_a_text_have_no_row_in_any_part(tmp_path):
     nodes, texts = listed([t for s in range(9) for t in nodes_of(random_window(s), [(1, 0)])])
     with patch.object(embedding_file, "_PART", 8):  # two rows of one number

@@ -100,7 +100,7 @@ def test_what_a_run_began_with_is_kept(meds, tmp_path, faster):
     faster(0.5)
     again = opened(words)
     assert again.progress.step == 1
-    assert again.matmul.backend == ROWS and "as when the run began" in again.matmul.text
+    assert again.matmul.backend == ROWS and "as in its checkpoint" in again.matmul.text
     forced = opened([*words, "--kernels=linear:torch"])
     assert forced.matmul.backend == "torch" and "as `kernels` says" in forced.matmul.text
     forced.save(None, 2, 0, "")

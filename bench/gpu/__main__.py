@@ -13,6 +13,7 @@ bench/README.md has the commands in full, and what the stages measure.
 """
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -50,6 +51,7 @@ def options() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     parser = options()
     given = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the process of a stage as well
     if given.wheels:
         print(download(given.wheels))
         return

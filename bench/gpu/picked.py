@@ -14,6 +14,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _needs_gpu(item: pytest.Item) -> bool:
     if item.get_closest_marker("gpu") or "device" in getattr(item, "fixturenames", ()):
         return True
-    if item.path.stem == "test_liger":
+    if item.path.stem == "test_decoder":
         return True
     return any("GPU" in mark.kwargs.get("reason", "") for mark in item.iter_markers("skipif"))

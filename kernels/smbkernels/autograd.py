@@ -100,7 +100,8 @@ class ByHand:
 
         class Eager(torch.autograd.Function):
             # the same without the layers of Python around a custom op, which take longer than a
-            # layer of a small model does
+            # layer of a small model does; a second derivative is refused only if the gradient that
+            # comes in has one
             @staticmethod
             def forward(ctx: Any, *inputs: Any) -> Any:
                 output = forward[0](*inputs)

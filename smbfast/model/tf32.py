@@ -63,6 +63,9 @@ def _is_narrow(states_MD: Tensor, dtype: torch.dtype) -> bool:
 @contextmanager
 def _tf32() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
+    if matmul.fp32_precision == "tf32":  # on already, by whichever switch
+        yield
+        return
     # the older switch sets the newer one as well; the other way round torch refuses to read it
     before = matmul.allow_tf32, matmul.fp32_precision
     matmul.allow_tf32 = True

@@ -10,9 +10,11 @@ prefixes of a trunk.
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from threading import Event
 from typing import Literal, Protocol
 
 import numpy as np
@@ -170,10 +172,12 @@ def embed_nodes(
     """
     progress = Progress("smbfast.embed", len(models) * len(nodes.subject_K), "embeddings")
     most = min(tokens, _MOST_ON_CPU) if device.type == "cpu" else tokens
+    stopped = Event()  # after an error or an interrupt no further text is made
+    texts = takewhile(lambda _: not stopped.is_set(), texts)
     groups = _groups(shared_windows(texts, tokens), most)
     with ExitStack() as stack:
         files = {p: stack.enter_context(embedding_file(p, nodes)) for p in models}
-        for group in _ahead(groups):
+        for group in stack.enter_context(closing(_ahead(groups, stopped))):
             for path, model in models.items():
                 with model.scope():
                     for row in group:
@@ -193,13 +197,16 @@ def _groups(windows: Iterator[SharedWindow], tokens: int) -> Iterator[list[Row]]
         yield [Row.of([group[w] for w in row]) for row in plan]
 
 
-def _ahead(groups: Iterator[list[Row]]) -> Iterator[list[Row]]:
+def _ahead(groups: Iterator[list[Row]], stopped: Event) -> Iterator[list[Row]]:
     """Yield groups, each made by a thread while the one before it is embedded."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, groups, None)
-        while (group := coming.result()) is not None:
+        try:
             coming = thread.submit(next, groups, None)
-            yield group
+            while (group := coming.result()) is not None:
+                coming = thread.submit(next, groups, None)
+                yield group
+        finally:
+            stopped.set()
 
 
 def _next_windows(windows: Iterator[SharedWindow], tokens: int) -> list[SharedWindow]:

@@ -7,6 +7,7 @@ number of nodes, and the parquet file appears whole or not at all.
 Legend: K nodes, M nodes of a call, D width.
 """
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
@@ -43,7 +44,9 @@ class EmbeddingFile:
         rows_MD = np.ascontiguousarray(values_MD, np.float32)
         self._width = rows_MD.shape[1]
         for index, row_D in zip(index_M, rows_MD, strict=True):
-            os.pwrite(self._unnamed.fileno(), row_D.data, index * row_D.nbytes)
+            done = os.pwrite(self._unnamed.fileno(), row_D.data, index * row_D.nbytes)
+            if done != row_D.nbytes:  # a full disk takes a part of a row without an error
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._written_K[index_M] = True
 
     def write(self) -> None:
@@ -88,6 +91,8 @@ def embedding_file(path: Path, nodes: Nodes) -> Iterator[EmbeddingFile]:
         OSError: if the folder of `path` cannot be written, before anything is computed for it.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent) as unnamed:
         yield EmbeddingFile(path, nodes, unnamed)

@@ -65,7 +65,7 @@ def choose_matmul(
         backend = earlier or REFERENCE
         way_out = f"--kernels=linear:{REFERENCE} goes on without it, and differs by rounding"
         _refuse(backend, device, dtype, f"the checkpoint of this run was made with it; {way_out}")
-        return Matmul(backend, f"{title(backend)}, as when the run began", backend)
+        return Matmul(backend, f"{title(backend)}, as in its checkpoint", backend)
     if settings.objective.path == "reference":
         text = f"{title(REFERENCE)}, as the reference path has it"
         return Matmul(REFERENCE, text, REFERENCE)

@@ -273,8 +273,9 @@ class RunSettings(Settings):
         "projections, attention, MLP, losses, target, optimizer, waiting for data. They are the "
         "steps after the first that this process makes, which also allocates and compiles. The "
         "folder profile/<phase> gets a table, profile.txt and profile.json, and trace.json.gz for "
-        "chrome://tracing; all hold names of operations and times, nothing of patients. The steps "
-        "are slower while it lasts, their results the same. With objective.path=reference most of "
+        "chrome://tracing; they hold names of operations, times, and the name of the machine, "
+        "nothing of patients. The steps are slower while it lasts, their results the same; a run "
+        "that is stopped during them writes no profile. With objective.path=reference most of "
         "the time has no part. --profile=3 is short for it; 0 takes no profile.",
     )
     export: Literal["none", "merged"] = Field(

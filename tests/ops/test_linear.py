@@ -274,3 +274,35 @@ def test_adapters_and_small_products_are_measured_as_they_are():
     assert set(adapted.seconds) == {"torch", "onednn_rows"}
     small = measure.measured([(32, 64)])
     assert small.fastest == "torch" and "too small" in small.reason
+
+
+@pytest.mark.parametrize("T", [1, 37, 2001])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lora_groups_with_widths_on_both_sides_of_the_padding(backend, frozen, T):
+    """Queries wider than what is padded and keys narrower, as in models with grouped heads."""
+    K, widths, R = 64, (products.NARROW * 2, 128, 128), 4
+    x_TK = torch.randn(T, K, requires_grad=not frozen)
+    weight = [torch.randn(n, K) for n in widths]
+    b = [torch.randn(n, R, requires_grad=True) for n in widths]
+    a = [torch.randn(R, K, requires_grad=True) for _ in widths]
+    dy = [torch.randn(T, n) for n in widths]
+    leaves = [*([] if frozen else [x_TK]), *b, *a]
+    with use(linear=backend):
+        ours = torch.autograd.grad(lora_linear(x_TK, weight, b, a, scale=[0.5] * 3), leaves, dy)
+    exact_leaves = [v.detach().double().requires_grad_() for v in leaves]
+    x, *rest = exact_leaves if not frozen else [x_TK.double(), *exact_leaves]
+    wide = [w.double() for w in weight]
+    outputs = lora_linear.reference(x, wide, rest[:3], rest[3:], scale=[0.5] * 3)
+    exact = torch.autograd.grad(outputs, exact_leaves, [v.double() for v in dy])
+    for one, other in zip(ours, exact, strict=True):
+        assert float((one - other).norm() / other.norm()) < products.MOST_ERROR
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bias_of_any_stride(backend):
+    x_TK, weight_NK = torch.randn(70, 96), torch.randn(200, 96)
+    for bias_N in (torch.randn(400)[::2], torch.randn(1).expand(200)):
+        with use(linear=backend):
+            ours = linear(x_TK, weight_NK, bias_N)
+        torch.testing.assert_close(ours, torch.nn.functional.linear(x_TK, weight_NK, bias_N))

@@ -223,10 +223,12 @@ def _check(query_THC: Tensor, keys_and_values: dict[str, Tensor], num_tokens: in
     T, H, C = query_THC.shape
     key_TGC = keys_and_values["key_TGC"]
     for name, x in keys_and_values.items():
-        if x.dim() != 3 or x.shape != (T, key_TGC.shape[1], C) or H % x.shape[1]:
+        if x.dim() != 3 or x.shape != (T, key_TGC.shape[1], C) or not x.shape[1] or H % x.shape[1]:
             raise ValueError(
                 f"{name} must be [{T}, G, {C}] with the same G for keys and values that divides "
                 f"{H}, got {list(x.shape)}"
             )
         if x.dtype != query_THC.dtype:
             raise ValueError(f"{name} must be {query_THC.dtype} as the queries, got {x.dtype}")
+        if x.device != query_THC.device:
+            raise ValueError(f"{name} must be on {query_THC.device} as the queries, got {x.device}")

@@ -88,7 +88,7 @@ def _scores(query: Tensor, key: Tensor, causal: bool, scale: float):
         keys = slice(0, rows.stop if causal else P)
         score = query[..., rows, :] @ key[..., keys, :].mT * scale
         if causal:
-            seen = torch.ones(score.shape[-2:], dtype=torch.bool).tril(first)
+            seen = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril(first)
             score = score.masked_fill(~seen, -torch.inf)
         yield rows, keys, score
 

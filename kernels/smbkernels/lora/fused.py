@@ -12,6 +12,7 @@ from torch import Tensor
 
 from smbkernels.lora.op import Group, Needs, by_hand, wider
 from smbkernels.lora.products import (
+    all_ready,
     chosen,
     input_gradient,
     outputs,
@@ -45,7 +46,7 @@ def _backward(
     weight, b, a, scale, _ = group
     needs_x, needs_b, needs_a = needs
     lead, T = dy[0].shape[:-1], dy[0].numel() // dy[0].shape[-1]
-    dy = [ready(v) for v in dy]
+    dy = all_ready(dy)
     dtype, n = dy[0].dtype, len(dy)
     dx_TK, db, da_SK = dy[0].new_empty(0), [], dy[0].new_empty(0, dtype=wider(a))
     low = [] if low_TS is None else parts(low_TS, a)

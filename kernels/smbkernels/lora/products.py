@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from smbkernels.lora.op import Group
-from smbkernels.matmul.products import added, forced, padded, times
+from smbkernels.matmul.products import added, forced, padded, padded_rows, times, with_rows
 
 Product = tuple[Tensor, Tensor, float]  # left, right, alpha
 
@@ -38,6 +38,15 @@ def ready(x: Tensor) -> Tensor:
     """`rows`, with further ones of zeros where the library that multiplies wants them."""
     x = rows(x)
     return padded(x) if forced(x) else x
+
+
+def all_ready(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`ready` of tensors that are added up row by row: all get the rows that one of them wants."""
+    row_tensors = [rows(x) for x in tensors]
+    if not forced(row_tensors[0]):
+        return row_tensors
+    num_rows = max(padded_rows(*x.shape) for x in row_tensors)
+    return [with_rows(x, num_rows) for x in row_tensors]
 
 
 def product(left_TK: Tensor, right_KN: Tensor) -> Tensor:

@@ -18,15 +18,15 @@ from smbkernels.autograd import autocast_dtype
 from smbkernels.operation import Backend, op
 
 
-def linear_flops(x_TK: Tensor, w_NK: Tensor, *_args, **_kwargs) -> int:
+def linear_flops(x_TK: Tensor, weight_NK: Tensor, *_args, **_kwargs) -> int:
     """One product: 2 T K N; the bias is left out."""
-    return 2 * x_TK.numel() * w_NK.shape[0]
+    return 2 * x_TK.numel() * weight_NK.shape[0]
 
 
-def _fits(x_TK: Tensor, w_NK: Tensor, *_args, **_kwargs) -> str | None:
+def _fits(x_TK: Tensor, weight_NK: Tensor, *_args, **_kwargs) -> str | None:
     """Under autocast the product is torch's, in autocast's dtype."""
-    if autocast_dtype(x_TK) is None and not x_TK.dtype == w_NK.dtype == torch.float32:
-        return f"dtypes must be fp32, got {x_TK.dtype} and {w_NK.dtype}"
+    if autocast_dtype(x_TK) is None and not x_TK.dtype == weight_NK.dtype == torch.float32:
+        return f"dtypes must be fp32, got {x_TK.dtype} and {weight_NK.dtype}"
     return None
 
 

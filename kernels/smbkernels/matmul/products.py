@@ -67,6 +67,7 @@ def _error() -> float:
 def _product(left_PK: Tensor, right_KN: Tensor, bias_N: Tensor | None = None) -> Tensor:
     # the right factor is read where it lies, whichever of its strides is 1
     onednn = torch.ops.mkldnn._linear_pointwise
+    bias_N = None if bias_N is None else bias_N.contiguous()  # its stride is not read
     return onednn(left_PK, right_KN.t(), bias_N, "none", [], "")
 
 
@@ -92,10 +93,11 @@ def padded_rows(T: int, K: int) -> int:
 
 def padded(x_TK: Tensor) -> Tensor:
     """x, [P, K], with the rows of zeros that `padded_rows` adds; x itself where it adds none."""
-    return _with_rows(x_TK, padded_rows(*x_TK.shape))
+    return with_rows(x_TK, padded_rows(*x_TK.shape))
 
 
-def _with_rows(x_TK: Tensor, P: int) -> Tensor:
+def with_rows(x_TK: Tensor, P: int) -> Tensor:
+    """x, [P, K], with rows of zeros after its own; x itself where there are none to add."""
     T, K = x_TK.shape
     if P == T:
         return x_TK
@@ -133,7 +135,7 @@ def times_over_rows(left_TM: Tensor, right_TN: Tensor) -> Tensor:
     if T == 0 or M * N < LEAST_SIZE:
         return left_TM.t() @ right_TN
     P = padded_rows(T, min(M, N))
-    left_PM, right_PN = _with_rows(left_TM, P), _with_rows(right_TN, P)
+    left_PM, right_PN = with_rows(left_TM, P), with_rows(right_TN, P)
     if M > N:  # what is read transposed on the left is copied first: the narrower one
         return _product(right_PN.t(), left_PM).t().contiguous()
     return _product(left_PM.t(), right_PN)

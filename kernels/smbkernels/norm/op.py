@@ -25,16 +25,16 @@ _FAST = (torch.float32, torch.bfloat16)
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 
-def _fits(x_TD: Tensor, residual_TD: Tensor | None, *weight: Tensor, **_kwargs) -> str | None:
+def _fits(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, **_kwargs) -> str | None:
     """The backends compute in fp32; fp64 and mixed dtypes are the reference's."""
-    return alike(_FAST, x_TD, residual_TD, *weight)
+    return alike(_FAST, x_TD, residual_TD, weight_D)
 
 
-def _fits_registers(x_TD: Tensor, *others: Tensor, **_kwargs) -> str | None:
+def _fits_registers(x_TD: Tensor, *others: Tensor, **by_name) -> str | None:
     """A program of the Triton kernels holds a row in registers."""
     if x_TD.shape[-1] > WIDEST:
         return f"the width must be at most {WIDEST}, got {x_TD.shape[-1]}"
-    return _fits(x_TD, *others)
+    return _fits(x_TD, *others, **by_name)
 
 
 def _flops(x_TD: Tensor, residual_TD: Tensor | None, *_args, **_kwargs) -> int:
@@ -53,7 +53,7 @@ def add_rms_norm(
     """The sum and its norm, [T, D] each; the sum is x itself where there is no residual.
 
     Args:
-        x_TD: fp32 or bf16 (fp64, and more dimensions before the last, in the reference).
+        x_TD: fp32 or bf16 (fp64 in the reference).
         residual_TD: what is added to it; None: nothing.
         weight_D: of the norm; its gradient is made only where it is wanted.
         eps: added to the mean square.
