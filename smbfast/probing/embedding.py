@@ -8,7 +8,7 @@ Legend: K nodes, W windows, S branches, T tokens, D width, P sums of consecutive
 prefixes of a trunk.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
@@ -197,7 +197,7 @@ def _groups(windows: Iterator[SharedWindow], tokens: int) -> Iterator[list[Row]]
         yield [Row.of([group[w] for w in row]) for row in plan]
 
 
-def _ahead(groups: Iterator[list[Row]], stopped: Event) -> Iterator[list[Row]]:
+def _ahead(groups: Iterator[list[Row]], stopped: Event) -> Generator[list[Row], None, None]:
     """Yield groups, each made by a thread while the one before it is embedded."""
     with ThreadPoolExecutor(1) as thread:
         try:
