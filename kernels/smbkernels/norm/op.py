@@ -13,6 +13,7 @@ T tokens, D width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +26,9 @@ _FAST = (torch.float32, torch.bfloat16)
 Outputs = tuple[Tensor, Tensor, Tensor]
 
 
-def _fits(x_TD: Tensor, residual_TD: Tensor | None, weight_D: Tensor, **_kwargs) -> str | None:
+def _fits(x_TD: Tensor, *others: Tensor | None, **by_name: Any) -> str | None:
     """The backends compute in fp32; fp64 and mixed dtypes are the reference's."""
-    return alike(_FAST, x_TD, residual_TD, weight_D)
+    return alike(_FAST, x_TD, *others, by_name.get("residual_TD"), by_name.get("weight_D"))
 
 
 def _fits_registers(x_TD: Tensor, *others: Tensor, **by_name) -> str | None:
