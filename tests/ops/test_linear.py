@@ -186,6 +186,11 @@ def test_products_that_are_not_exact_enough_are_refused(monkeypatch, anew):
     assert "its products must be within 1e-06 of fp64, got 1" in reasons()
 
 
+def test_a_library_whose_rows_depend_on_their_number_is_refused(monkeypatch, anew):
+    monkeypatch.setattr(products, "_rows_are_alike", lambda: False)
+    assert "depend on how many rows there are" in products.missing("cpu")
+
+
 def test_a_torch_without_onednn_is_refused(monkeypatch, anew):
     monkeypatch.setattr(products, "has_onednn", lambda: False)
     assert "was built without oneDNN" in reasons()

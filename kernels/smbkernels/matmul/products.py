@@ -2,8 +2,8 @@
 
 `torch.set_float32_matmul_precision("medium")` would reach the same kernels, but as a switch for the
 whole process, which on other processors means bf16. Operands and sums are fp32 here, and that is
-checked: on a processor with AMX, or where a product is further from fp64 than `MOST_ERROR`, the
-reason why not is given.
+checked: on a processor with AMX, where a product is further from fp64 than `MOST_ERROR`, or where
+the bits of a row depend on how many there are, the reason why not is given.
 
 oneDNN compiles a kernel for each shape, once, in about a millisecond: as long as a small product
 takes. Narrow rows are therefore padded with zeros to one of a few counts, which costs a copy of the
@@ -48,12 +48,25 @@ def reason_against(device: str) -> str | None:
     error = _error()
     if not error <= MOST_ERROR:
         return f"its products must be within {MOST_ERROR:.0e} of fp64, got {error:.1e}"
+    if not _rows_are_alike():
+        return f"in torch {torch.__version__} the bits of a row depend on how many rows there are"
     return None
 
 
 def has_onednn() -> bool:
     """Whether this torch has oneDNN, and the function that asks for it."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _rows_are_alike() -> bool:
+    """Whether a row has the same bits beside others: what a node does not see must not change it.
+
+    Older versions of oneDNN add up wide rows in an order that depends on their number.
+    """
+    generator = torch.Generator().manual_seed(0)
+    left_TK, weight_NK = (torch.randn(s, generator=generator) for s in ((300, 512), (96, 512)))
+    whole_TN = _product(left_TK, weight_NK.t())
+    return all(torch.equal(_product(left_TK[:T], weight_NK.t()), whole_TN[:T]) for T in (2, 14, 65))
 
 
 def _error() -> float:
