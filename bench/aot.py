@@ -97,8 +97,8 @@ def compile_all(
     Args:
         modules: with a function `builds`; None: those that `smbkernels` ships.
         triton: a folder that holds another version of the package.
-        changed: leave out builds for sm_80 and sm_100 whose row was made from the same source and
-            settings by the same version: the compiler would give the same figures.
+        changed: leave out builds whose row was made from the same source and settings by the same
+            version: the compiler would give the same figures.
 
     Raises:
         RuntimeError: the process failed, with the end of what it said.

@@ -23,7 +23,6 @@ from typing import Any
 from smbkernels.registry import OPS
 
 ARCHS = (80, 90, 100)
-ALWAYS = 90  # compiled although its row was made from the same source
 # `/*0a10*/  @!P0 LDG.E.128 R4, desc[UR4][R2.64] ;`
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
@@ -196,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     unchanged = [
         (n, a)
         for n, a in jobs
-        if a != ALWAYS and rows.get(f"{n} sm_{a}", {}).get("source") == source[n]
+        if rows.get(f"{n} sm_{a}", {}).get("source") == source[n]
     ]
     jobs = [job for job in jobs if job not in set(unchanged)]
     context = multiprocessing.get_context("fork")  # the imports above are paid for once
