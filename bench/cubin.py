@@ -192,11 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     table = json.loads(settings.rows.read_text(encoding="utf-8")) if settings.rows else {}
     rows = table.get(triton.__version__, {})
     source = {n: source_of(builds[n]) for n in order}
-    unchanged = [
-        (n, a)
-        for n, a in jobs
-        if rows.get(f"{n} sm_{a}", {}).get("source") == source[n]
-    ]
+    unchanged = [(n, a) for n, a in jobs if rows.get(f"{n} sm_{a}", {}).get("source") == source[n]]
     jobs = [job for job in jobs if job not in set(unchanged)]
     context = multiprocessing.get_context("fork")  # the imports above are paid for once
     with ProcessPoolExecutor(settings.processes, mp_context=context) as pool:

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.library import custom_op
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from smbkernels.autograd import autocast_dtype, no_autocast
+from smbkernels.autograd import autocast_dtype, is_traced, no_autocast
 from smbkernels.matmul.op import linear_flops
 from smbkernels.matmul.products import missing, times, times_over_rows
 
@@ -69,7 +68,7 @@ def by_hand(backend: str, *, weight_gradient: bool) -> Callable[..., Tensor]:
         ctx.save_for_backward(x_TK if ctx.needs_w else None, w_NK)
 
     def differentiate(ctx, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
-        compute = gradients if _is_traced() else backward
+        compute = gradients if is_traced() else backward
         with no_autocast(dy_TN):
             grads = compute(dy_TN, *ctx.saved_tensors, *ctx.needs)
         needs_x, needs_bias = ctx.needs
@@ -96,7 +95,7 @@ def by_hand(backend: str, *, weight_gradient: bool) -> Callable[..., Tensor]:
             return F.linear(x_TK, weight_NK, bias_N)
         inputs = (x_TK, weight_NK, bias_N)
         _check(*inputs)
-        if _is_traced() or x_TK.is_meta:
+        if is_traced() or x_TK.is_meta:
             return output(*inputs)
         return Eager.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)
 
@@ -121,11 +120,6 @@ def _check(x_TK: Tensor, w_NK: Tensor, bias: Tensor | None) -> None:
     for name, other in (("weight_NK", w_NK), ("bias_N", bias)):
         if other is not None and other.device != x_TK.device:
             raise ValueError(f"{name} must be on {x_TK.device}, got {other.device}")
-
-
-def _is_traced() -> bool:
-    """Whether a graph is being made, or FLOPs are counted: then an op has to be one call."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 linear = by_hand("onednn", weight_gradient=True)
