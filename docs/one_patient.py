@@ -87,8 +87,8 @@ def blocks(folder: Path) -> dict[str, list[str]]:
     prepared = prepare(settings.data, folder / "shards", None, ("train",))
     dataset = MedsDataset.open(folder / "cohort")
     [record] = dataset.batches("train", np.array(SUBJECTS[:1]))
-    windows = WindowSet.of(prepared.shards("train"), settings.data.window, prepared.encoder.begin)
-    whole = [w for w in windows if w.first_bucket == 0]
+    windows = WindowSet.of(prepared.shards("train"), settings.data.window, prepared.preamble)
+    whole = [w for w in windows if w.labels_from <= 1]
     pair = [next(w for w in whole if w.subject == subject) for subject in SUBJECTS]
     window = pair[0]
     cuts = cut_points(window, objective_settings, SEED, STEP)

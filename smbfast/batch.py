@@ -4,8 +4,8 @@ A pack concatenates sequences without padding (sequence packing). Branches share
 trunk instead of repeating it (shared-prefix, or tree, attention).
 
 Legend: T tokens of the online encoder, U tokens of the target encoder, L lines (one code in one
-bucket), B buckets, S segments, N labelled tokens, M masked tokens. A "row of T" is a token's index
-in the pack.
+bucket, or one event), B buckets, S segments, N labelled tokens, M masked tokens. A "row of T" is a
+token's index in the pack.
 """
 
 from collections.abc import Callable
@@ -18,26 +18,32 @@ from smbkernels.attention import Segments
 from torch import Tensor
 
 SegmentTuple = tuple[int, int, int, int]  # start, length, start of its trunk, prefix length
+UNKNOWN = int(np.iinfo(np.int64).min)  # the birth of a patient whose record does not tell it
 
 
 @dataclass(frozen=True)
 class Timeline:
     """The tokens of one patient, bucket after bucket, with the time of every line.
 
-    Offsets count tokens from the start of the timeline, so a cut or a decision node is an exact
-    position. A window of a timeline is itself a `Timeline` (`smbfast.data.timelines`).
+    In the text formats a bucket is a span of time with a line of text for each code. In the format
+    `codes` a bucket is a moment, and each event is a line of one token. Offsets count tokens from
+    the start of the timeline, so a cut or a decision node is an exact position. A window of a
+    timeline is itself a `Timeline` (`smbfast.data.timelines`).
     """
 
     subject: int
     ids_T: np.ndarray  # int32
-    header: int  # number of tokens before the first bucket: begin token and demographics
+    header: int  # number of tokens before the first bucket: demographics, and the age at it
     bucket_end_B: np.ndarray  # int32: the token after the last one of each bucket
     bucket_time_B: np.ndarray  # int64: when each bucket begins, microseconds since 1970
-    line_start_L: np.ndarray  # int32: first token of each line; headers and tags are no lines
+    bucket_head_B: np.ndarray  # uint16: tokens of its date, repeated where a window goes on in it
+    line_start_L: np.ndarray  # int32: first token of each line; dates, tags and gaps are no lines
     line_end_L: np.ndarray  # int32: the token after the last one of each line
     line_time_L: np.ndarray  # int64: the last event of each line, microseconds since 1970
     line_section_L: np.ndarray  # uint8: index into SECTIONS
-    first_bucket: int = 0  # of a window: its first bucket's number in the whole timeline
+    birth: int = UNKNOWN  # microseconds since 1970
+    start: int = 0  # of a window: the token of the whole timeline with which its buckets begin
+    labels_from: int = 0  # of a window: its first token that no earlier window predicts
 
     def __len__(self) -> int:
         return len(self.ids_T)

@@ -41,11 +41,13 @@ def windows(draw: st.DrawFn, subject: int = 0) -> Timeline:
         header=header,
         bucket_end_B=np.array(ends, np.int32),
         bucket_time_B=np.arange(len(ends), dtype=np.int64) * DAY,
+        bucket_head_B=np.ones(len(ends), np.uint16),
         line_start_L=np.array(starts, np.int32),
         line_end_L=np.array(stops, np.int32),
         line_time_L=np.array(times, np.int64),
         line_section_L=np.array(sections, np.uint8),
-        first_bucket=draw(st.sampled_from([0, 0, 3])),
+        start=(start := draw(st.sampled_from([0, 0, 3]))),
+        labels_from=header if start else 0,
     )
 
 

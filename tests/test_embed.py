@@ -53,7 +53,7 @@ MANY = 1 << 20
 
 
 def text_of(window: Timeline, ids: np.ndarray, time: int, index: int = 0) -> NodeText:
-    return NodeText(index, window.subject, time, window.first_bucket, ids.astype(np.int32))
+    return NodeText(index, window.subject, time, window.start, ids.astype(np.int32))
 
 
 def listed(texts: list[NodeText]) -> tuple[Nodes, list[NodeText]]:

@@ -17,9 +17,7 @@ from tests.second_oracle import AdamW, Oracle, Patient
 from tests.tiny import random_window
 from tests.two_paths import CASES, FP64, make_encoder, twin
 
-WINDOWS = [
-    random_window(s, buckets=b, first_bucket=f) for s, b, f in ((1, 6, 0), (2, 5, 3), (3, 7, 0))
-]
+WINDOWS = [random_window(s, buckets=b, start=f) for s, b, f in ((1, 6, 0), (2, 5, 3), (3, 7, 0))]
 PATHS = {"shared": objective.losses, "reference": reference.losses}
 WEIGHTS, LRS, TAUS = (0.7, 1.3), (1e-3, 2e-3, 5e-4), (0.9, 0.8, 0.5)
 
@@ -30,7 +28,7 @@ def patients_of(form: ObjectiveSettings, step: int) -> list[Patient]:
     for window in WINDOWS:
         cuts = cut_points(window, form, 0, step)
         # demographics that are repeated in a later window were predicted in an earlier one
-        first = window.header if window.first_bucket else 1
+        first = window.header if window.start else 1
         first = cuts[0] if form.sft_labels == "future" else first
         masks = [
             (future_end(window, cut, form), masked_tokens(window, cut, form, 0, step, k))

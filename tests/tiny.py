@@ -51,7 +51,7 @@ def random_window(
     lines: int = 4,
     *,
     header: int = 3,
-    first_bucket: int = 0,
+    start: int = 0,
 ) -> Timeline:
     """A window whose buckets are [header token, tag, lines..., tag], with random ids."""
     random = np.random.default_rng(seed)
@@ -72,9 +72,11 @@ def random_window(
         header=header,
         bucket_end_B=np.array(ends, np.int32),
         bucket_time_B=np.arange(buckets, dtype=np.int64) * 86_400_000_000,
+        bucket_head_B=np.ones(buckets, np.uint16),
         line_start_L=np.array(starts, np.int32),
         line_end_L=np.array(stops, np.int32),
         line_time_L=np.array(times, np.int64),
         line_section_L=np.full(len(starts), 3, np.uint8),
-        first_bucket=first_bucket,
+        start=start,
+        labels_from=header if start else 0,
     )

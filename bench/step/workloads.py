@@ -144,6 +144,7 @@ def window(subject: int, length: int, vocabulary: int) -> Timeline:
         header=BUCKET,
         bucket_end_B=start + BUCKET,
         bucket_time_B=time,
+        bucket_head_B=np.zeros(len(time), np.uint16),
         line_start_L=line,
         line_end_L=line + LINE,
         line_time_L=np.repeat(time, 2),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smbfast.batch import Timeline
+from smbfast.batch import UNKNOWN, Timeline
 from smbfast.data.meds import BIRTH, STATIC, EventBatch
 from smbfast.data.sections import SECTIONS, family
 from smbfast.data.tokens import CLOSE, OPEN
@@ -293,6 +293,8 @@ class Layout:
         np.maximum.at(line_end_L, self.line_P[in_line], end_P[in_line])
         lead_time = self.bucket_time_L[self.lead_L]
         lead_start = start_P[self.lead_at]
+        head = end_P[self.lead_at] - lead_start
+        birth_S = self._births()
         lead_end = np.append(lead_start[1:], len(ids_T))[: len(lead_start)]
         subject_lead = self.subject_L[self.lead_L]
         bounds = np.searchsorted(subject_lead, np.arange(self.num_subjects + 1))
@@ -314,13 +316,23 @@ class Layout:
                     header=header,
                     bucket_end_B=(lead_end[a:b] - start).astype(np.int32),
                     bucket_time_B=lead_time[a:b],
+                    bucket_head_B=head[a:b].astype(np.uint16),
                     line_start_L=(line_start_L[la:lb] - start).astype(np.int32),
                     line_end_L=(line_end_L[la:lb] - start).astype(np.int32),
                     line_time_L=self.time_L[la:lb],
                     line_section_L=section_L[la:lb],
+                    birth=int(birth_S[s]),
                 )
             )
         return timelines
+
+    def _births(self) -> np.ndarray:
+        """Return when each subject was born, int64 microseconds since 1970, UNKNOWN if not told."""
+        batch, birth_S = self.batch, np.full(self.num_subjects, UNKNOWN)
+        at = np.flatnonzero(self.birth_N & (batch.time_N != STATIC))
+        subject = np.searchsorted(batch.offset_S1, at, side="right") - 1
+        birth_S[subject[::-1]] = batch.time_N[at[::-1]]  # the first of several
+        return birth_S
 
 
 def _without_late_births(batch: EventBatch, counts: Counter[str]) -> tuple[EventBatch, np.ndarray]:

@@ -20,7 +20,7 @@ from smbfast.batch import PackedBatch, Timeline, pack_segments
 from smbfast.data.masking import cut_points, future_end, generator, masked_tokens
 from smbfast.data.packing import online_cost, plan_micro_batches
 from smbfast.data.shards import Shard
-from smbfast.data.timelines import window_of, window_spans
+from smbfast.data.timelines import Preamble, training_spans, window_of
 from smbfast.settings import ObjectiveSettings
 
 FIXED = -1  # stands for the step in draws that never change (tuning positions, a sample)
@@ -31,32 +31,35 @@ class WindowSet:
     """All windows of all timelines in some shards, each once."""
 
     shards: list[Shard]
-    begin: int | None  # id of the begin token, if each window starts with one
+    preamble: Preamble
     window: int  # context length in tokens
-    place_W4: np.ndarray  # int64: shard, timeline in it, buckets from (incl.) and to (excl.)
+    place_W5: np.ndarray  # int64: shard, timeline in it, and its tokens: start, end, first new one
     num_tokens: int  # tokens of all windows
-    num_lost: int  # tokens cut from buckets that are longer than a window
+    num_lost: int  # tokens cut from headers that are longer than a quarter of a window
 
     @classmethod
-    def of(cls, shards: list[Shard], window: int, begin: int | None) -> "WindowSet":
-        """Cut every timeline into its windows."""
+    def of(
+        cls, shards: list[Shard], window: int, preamble: Preamble, stride: int | None = None
+    ) -> "WindowSet":
+        """Cut every timeline into its windows, whose distance is `stride` tokens or a window."""
         places, num_tokens, num_lost = [], 0, 0
         for s, shard in enumerate(shards):
             for t, timeline in enumerate(shard):
-                for first, last in window_spans(timeline, window, begin is not None):
-                    places.append((s, t, first, last))
-                    cut, lost = window_of(timeline, first, last, window, begin)
+                for span in training_spans(timeline, window, stride or window, preamble):
+                    places.append((s, t, *span))
+                    cut, lost = window_of(timeline, *span, window, preamble)
                     num_tokens += len(cut)
                     num_lost += lost
-        place_W4 = np.array(places, np.int64).reshape(-1, 4)
-        return cls(shards, begin, window, place_W4, num_tokens, num_lost)
+        place_W5 = np.array(places, np.int64).reshape(-1, 5)
+        return cls(shards, preamble, window, place_W5, num_tokens, num_lost)
 
     def __len__(self) -> int:
-        return len(self.place_W4)
+        return len(self.place_W5)
 
     def __getitem__(self, index: int) -> Timeline:
-        shard, timeline, first, last = self.place_W4[index].tolist()
-        return window_of(self.shards[shard][timeline], first, last, self.window, self.begin)[0]
+        shard, timeline, start, end, new = self.place_W5[index].tolist()
+        whole = self.shards[shard][timeline]
+        return window_of(whole, start, end, new, self.window, self.preamble)[0]
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def make_step(
     """
     chosen = [windows[i] for i in step_windows(len(windows), batch, seed, step)]
     # so that ties in cost do not depend on the draw
-    chosen.sort(key=lambda w: (w.subject, w.first_bucket))
+    chosen.sort(key=lambda w: (w.subject, w.start))
     micro_batches = make_micro_batches(
         chosen, objective, seed, step, tokens=tokens, sft=sft, jepa=jepa, ratio=ratio
     )
@@ -273,8 +276,7 @@ def _predicts(cuts: list[int], objective: ObjectiveSettings, *, sft: bool) -> bo
 def _labels(window: Timeline, objective: ObjectiveSettings, cuts: list[int]) -> np.ndarray:
     labels = np.full(len(window), -100, np.int64)
     labels[:-1] = window.ids_T[1:]
-    if window.first_bucket > 0:  # an earlier window already predicted the demographics
-        labels[: max(window.header - 1, 0)] = -100
+    labels[: max(window.labels_from - 1, 0)] = -100
     if objective.sft_labels == "future":
         labels[: cuts[0] - 1 if cuts else None] = -100
     return labels

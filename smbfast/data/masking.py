@@ -26,7 +26,7 @@ def cut_points(window: Timeline, objective: ObjectiveSettings, seed: int, step: 
     allowed = ends[np.searchsorted(starts, stops) > np.searchsorted(starts, ends)]
     if not len(allowed):
         return []
-    random = generator(seed, "cut", step, window.subject, window.first_bucket)
+    random = generator(seed, "cut", step, window.subject, window.start)
     return sorted(random.choice(allowed, min(objective.cuts, len(allowed)), replace=False).tolist())
 
 
@@ -47,7 +47,7 @@ def masked_tokens(
     spans = _line_spans(window, cut, future_end(window, cut, objective))
     eligible = np.concatenate(spans)
     count = max(1, round(objective.mask_ratio * len(eligible)))
-    random = generator(seed, "mask", step, k, window.subject, window.first_bucket)
+    random = generator(seed, "mask", step, k, window.subject, window.start)
     if objective.mask_unit == "token":
         units = random.permutation(eligible)
         return np.sort(units[:count])

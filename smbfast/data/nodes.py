@@ -35,7 +35,7 @@ class NodeText:
     index: int  # in `Nodes`
     subject: int
     time: int
-    first_bucket: int  # of its timeline, with which its window begins
+    start: int  # the token of its timeline with which its window begins
     ids_T: np.ndarray
 
 
@@ -82,7 +82,6 @@ def node_texts(
     `counts`.
     """
     counts.update(nodes=len(nodes.subject_K), embedded=0, before_first_event=0, tokens_lost=0)
-    begin = serializer.encoder.begin
     known = 0
     for split in [s for s in dataset.splits if s in nodes.split_K]:  # "" is an unknown subject's
         mine = nodes.split_K == split
@@ -103,11 +102,11 @@ def node_texts(
                     if not len(record.bucket_end_B):
                         counts["before_first_event"] += 1
                         continue
-                    cut, lost = node_window(record, window, begin)
+                    cut, lost = node_window(record, window, serializer.preamble)
                     counts["tokens_lost"] += lost
                     counts["embedded"] += 1
                     time = int(nodes.time_K[k])
-                    yield NodeText(int(k), subject, time, cut.first_bucket, cut.ids_T)
+                    yield NodeText(int(k), subject, time, cut.start, cut.ids_T)
     counts["unknown_subjects"] = len(nodes.subject_K) - known
 
 
@@ -156,7 +155,7 @@ def shared_windows(texts: Iterator[NodeText], tokens: int) -> Iterator[SharedWin
         tokens: the most that trunk and branches may have together; more than these are divided
             into several trunks, down to one node each.
     """
-    for _, alike in groupby(texts, key=lambda text: (text.subject, text.first_bucket)):
+    for _, alike in groupby(texts, key=lambda text: (text.subject, text.start)):
         yield from _shared(list(alike), tokens)
 
 

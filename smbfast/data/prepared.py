@@ -10,8 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from smbfast.base.files import verify_folder
 from smbfast.data.meds import MedsDataset
 from smbfast.data.sections import SectionMap
-from smbfast.data.serialize import VERSION, Serializer, SerializerOptions
+from smbfast.data.serialize import VERSION, Serializer, SerializerOptions, text_preamble
 from smbfast.data.shards import Shard
+from smbfast.data.timelines import Preamble
 from smbfast.data.tokens import TextEncoder, load_tokenizer
 from smbfast.settings import DataSettings
 
@@ -60,6 +61,11 @@ class Prepared:
         for counts in self.record["counts"].values():
             total.update(counts)
         return total
+
+    @property
+    def preamble(self) -> Preamble:
+        """What every window begins with."""
+        return text_preamble(self.encoder)
 
     def serializer(self, dataset: MedsDataset) -> Serializer:
         """Return a serializer that gives exactly the tokens of the shards."""

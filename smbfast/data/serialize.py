@@ -23,6 +23,7 @@ from smbfast.data.clean import clean, line_head, without_tags
 from smbfast.data.layout import SPAN, Layout
 from smbfast.data.meds import BIRTH, EventBatch
 from smbfast.data.sections import SectionMap
+from smbfast.data.timelines import Preamble
 from smbfast.data.tokens import TextEncoder
 
 Bucket = Literal["day", "hour", "moment"]
@@ -53,6 +54,7 @@ class Serializer:
         self.options = options or SerializerOptions()
         self.counts: Counter[str] = Counter()
         self.unmapped: Counter[str] = Counter()  # events by family of code, fallback rule alone
+        self.preamble = text_preamble(encoder)
         self._sections = sections
         self._descriptions = descriptions
         self._parents = parents or {}
@@ -109,3 +111,8 @@ class Serializer:
     def _escaped(self, head: str) -> str:
         head = line_head(head)
         return without_tags(head) if self.encoder.delimiters == "text" else head
+
+
+def text_preamble(encoder: TextEncoder) -> Preamble:
+    """Return what every window of text begins with."""
+    return Preamble(encoder.begin, section_ids=tuple(encoder.open_ids))

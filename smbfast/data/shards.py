@@ -20,12 +20,13 @@ FIELDS: dict[str, type] = {
     "ids_T": np.int32,
     "bucket_end_B": np.int32,
     "bucket_time_B": np.int64,
+    "bucket_head_B": np.uint16,
     "line_start_L": np.int32,
     "line_end_L": np.int32,
     "line_time_L": np.int64,
     "line_section_L": np.uint8,
 }
-TABLE = ("subject", "header", "tokens", "buckets", "lines")  # the last three: ends, running
+TABLE = ("subject", "birth", "header", "tokens", "buckets", "lines")  # the last three: ends
 
 
 class ShardWriter:
@@ -42,7 +43,8 @@ class ShardWriter:
         for name, dtype in FIELDS.items():
             self._files[name].write(np.ascontiguousarray(getattr(timeline, name), dtype).tobytes())
         self._ends += (len(timeline), len(timeline.bucket_end_B), len(timeline.line_start_L))
-        self._table.append((timeline.subject, timeline.header, *self._ends.tolist()))
+        scalars = (timeline.subject, timeline.birth, timeline.header)
+        self._table.append((*scalars, *self._ends.tolist()))
 
     def close(self, **index: object) -> None:
         """Finish the files; `index` goes into `index.json`."""
@@ -79,11 +81,11 @@ class Shard:
     def __getitem__(self, item: int) -> Timeline:
         if item >= len(self.table):
             raise IndexError(item)
-        starts = self.table[item - 1, 2:] if item else np.zeros(3, np.int64)
-        subject, header, *ends = self.table[item].tolist()
+        starts = self.table[item - 1, 3:] if item else np.zeros(3, np.int64)
+        subject, birth, header, *ends = self.table[item].tolist()
         spans = dict(zip("TBL", zip(starts.tolist(), ends, strict=True), strict=True))
         arrays: dict[str, Any] = {n: self._maps[n][slice(*spans[n[-1]])] for n in FIELDS}
-        return Timeline(subject=subject, header=header, **arrays)
+        return Timeline(subject=subject, birth=birth, header=header, **arrays)
 
 
 def _mapped(file: Path, dtype: type) -> np.ndarray:

@@ -1,33 +1,145 @@
 """Cuts timelines into windows of the context length, and into the records at decision nodes.
 
-A window starts at a bucket, and its start depends only on the buckets before it. It is the first
-bucket with which at most half a window is repeated. If the bucket that did not fit into the
-previous window would still not fit, the window starts at that bucket instead. A decision node takes
-the earliest window that holds all of its last bucket. So it sees between half a window and a whole
-one, and nothing after its prediction time influences which.
+Windows for training follow each other (`training_spans`): each token of a timeline is new in
+exactly one of them, and a bucket that is longer than a window goes on in the next one.
 
-Legend: B buckets, L lines, T tokens.
+Windows of decision nodes overlap (`node_spans`). Such a window starts at a bucket, and its start
+depends only on the buckets before it. It is the first bucket with which at most half a window is
+repeated. If the bucket that did not fit into the previous window would still not fit, the window
+starts at that bucket instead. A decision node takes the earliest window that holds all of its last
+bucket. So it sees between half a window and a whole one, and nothing after its prediction time
+influences which.
+
+Legend: B buckets, L lines, T tokens, W windows.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from smbfast.batch import Timeline
+from smbfast.batch import UNKNOWN, Timeline
+
+YEAR = 365_242_500 * 86_400  # microseconds: the mean length of a calendar's year
+MOST_YEARS = 120  # an age above it is written as this one
 
 
-def window_spans(timeline: Timeline, window: int, begin: bool) -> list[tuple[int, int]]:
-    """Return the buckets `[first, last)` of each window of a timeline, in order.
+@dataclass(frozen=True)
+class Preamble:
+    """What a window begins with: [begin token | demographics | age at its start].
+
+    A window that goes on in a bucket repeats the bucket's date and the tag of its section as well.
+    The text formats have a date and tags; an age is in the formats that write one.
+    """
+
+    begin: int | None = None  # id of the begin token, if there is one
+    age_ids: tuple[np.ndarray, ...] = ()  # ids of the age of 0, 1, ... MOST_YEARS years, or none
+    section_ids: tuple[np.ndarray, ...] = ()  # ids of the opening tag of each section, or none
+
+    def age(self, birth: int, time: int) -> np.ndarray:
+        """Return the ids of the age at `time` in whole years; none before a birth or without it."""
+        if not self.age_ids or birth == UNKNOWN or time < birth:
+            return np.empty(0, np.int32)
+        return self.age_ids[min((time - birth) // YEAR, MOST_YEARS)]
+
+    def header(self, timeline: Timeline, time: int, window: int) -> np.ndarray:
+        """Return the header of a window whose first bucket begins at `time`: int32 ids.
+
+        It is at most a quarter of the window, or as long as begin token and age; what does not fit
+        are the last tokens of the demographics.
+        """
+        begin = [] if self.begin is None else [self.begin]
+        first = int(timeline.bucket_time_B[0]) if len(timeline.bucket_time_B) else time
+        num_demographics = timeline.header - len(self.age(timeline.birth, first))
+        age = self.age(timeline.birth, time)
+        room = max(window // 4, 1) - len(begin) - len(age)
+        demographics = timeline.ids_T[: max(0, min(num_demographics, room))]
+        return np.concatenate([np.array(begin, np.int32), demographics, age])
+
+    def lead(self, timeline: Timeline, start: int, window: int) -> np.ndarray:
+        """Return all that stands before token `start` in the window that begins there.
+
+        Within a bucket that is the header, the bucket's date, and the tag of the section if a line
+        begins or goes on at `start`.
+        """
+        bucket = int(np.searchsorted(timeline.bucket_end_B, start, side="right"))
+        header = self.header(timeline, int(timeline.bucket_time_B[bucket]), window)
+        first = timeline.bucket_start(bucket)
+        if start == first:
+            return header
+        date = timeline.ids_T[first : min(first + int(timeline.bucket_head_B[bucket]), start)]
+        line = int(np.searchsorted(timeline.line_end_L, start, side="right"))
+        inside = line < len(timeline.line_start_L) and timeline.line_start_L[line] <= start
+        tagged = inside and bool(self.section_ids)
+        tag = self.section_ids[timeline.line_section_L[line]] if tagged else date[:0]
+        return np.concatenate([header, date, tag])
+
+
+def training_spans(
+    timeline: Timeline, window: int, stride: int, preamble: Preamble
+) -> list[tuple[int, int, int]]:
+    """Return (start, end, first new token) of each training window, as tokens of the timeline.
+
+    Buckets that fit into a window are kept whole. A longer bucket begins where the one before it
+    ended, and goes on in the next window, from line to line if its lines fit.
 
     Args:
-        window: context length in tokens, including the header (begin token and demographics).
-        begin: whether each window starts with a begin token.
+        window: context length in tokens, including what the preamble adds.
+        stride: the distance of windows in tokens. With `window` they follow each other. With less,
+            a window begins with the last buckets of the one before, about `window - stride` tokens.
     """
-    room = window - header_length(timeline, window, begin)
+    start_B, end_B = _bucket_bounds(timeline)
+    spans: list[tuple[int, int, int]] = []
+    start, new, total = timeline.header, timeline.header, len(timeline)
+    while new < total:
+        room = max(window - len(preamble.lead(timeline, start, window)), 1)
+        end = _training_end(timeline, end_B, start, room, window, preamble)
+        if end <= new:  # nothing new fits beside what would be repeated
+            start = new
+            continue
+        spans.append((start, end, new))
+        new = end
+        repeated = room * (window - stride) // window
+        place = int(np.searchsorted(start_B, end - repeated)) if repeated else len(start_B)
+        at_bucket = place < len(start_B) and start < start_B[place] < end
+        start = int(start_B[place]) if at_bucket else end
+    return spans
+
+
+def _training_end(
+    timeline: Timeline,
+    end_B: np.ndarray,
+    start: int,
+    room: int,
+    window: int,
+    preamble: Preamble,
+) -> int:
+    """Return the end of the training window that begins at token `start` with `room` tokens."""
+    limit = start + room
+    last = int(np.searchsorted(end_B, limit, side="right"))  # the first bucket that does not fit
+    if last == len(end_B):
+        return int(end_B[-1])
+    first = max(timeline.bucket_start(last), start)
+    most = window - len(preamble.header(timeline, int(timeline.bucket_time_B[last]), window))
+    if first > start and end_B[last] - first <= most:
+        return first  # it fits into the next window
+    line = int(np.searchsorted(timeline.line_end_L, limit, side="right")) - 1
+    if line >= 0 and timeline.line_end_L[line] > first:
+        return int(timeline.line_end_L[line])
+    return first if first > start else limit
+
+
+def node_spans(timeline: Timeline, window: int, preamble: Preamble) -> list[tuple[int, int]]:
+    """Return the buckets `[first, last)` of each window that decision nodes take, in order.
+
+    Args:
+        window: context length in tokens, including what the preamble adds.
+    """
     start_B, end_B = _bucket_bounds(timeline)
     spans: list[tuple[int, int]] = []
     first, num_buckets = 0, len(end_B)
     while first < num_buckets:
+        time = int(timeline.bucket_time_B[first])
+        room = window - len(preamble.header(timeline, time, window))
         last = _fits_until(start_B, end_B, first, room)
         if spans and spans[-1][1] == last:  # nothing new fits, so start at the bucket itself
             first = last
@@ -41,37 +153,39 @@ def window_spans(timeline: Timeline, window: int, begin: bool) -> list[tuple[int
 
 
 def window_of(
-    timeline: Timeline, first: int, last: int, window: int, begin: int | None
+    timeline: Timeline, start: int, end: int, new: int, window: int, preamble: Preamble
 ) -> tuple[Timeline, int]:
-    """Return the window of buckets `[first, last)`, and how many of its tokens were lost.
+    """Return the window of tokens `[start, end)`, and how many tokens its header lost.
 
-    The window starts with the begin token and the demographics. Tokens are lost in two cases: a
-    single bucket that is longer than the window loses its oldest lines, and a header that is longer
-    than a quarter of the window loses its end.
+    Args:
+        start, end: tokens of the timeline, behind its header.
+        new: the first of them that no earlier window predicts.
     """
-    header = header_length(timeline, window, begin is not None)
-    prefix = [np.array([begin], np.int32)] if begin is not None else []
-    prefix.append(timeline.ids_T[: header - len(prefix)])
-    start, end = timeline.bucket_start(first), int(timeline.bucket_end_B[last - 1])
-    a, b = np.searchsorted(timeline.line_start_L, [start, end])
-    shift = header - start
-    cut = Timeline(
-        subject=timeline.subject,
-        ids_T=np.concatenate([*prefix, timeline.ids_T[start:end]]),
-        header=header,
-        bucket_end_B=timeline.bucket_end_B[first:last] + shift,
-        bucket_time_B=timeline.bucket_time_B[first:last],
-        line_start_L=timeline.line_start_L[a:b] + shift,
-        line_end_L=timeline.line_end_L[a:b] + shift,
-        line_time_L=timeline.line_time_L[a:b],
-        line_section_L=timeline.line_section_L[a:b],
-        first_bucket=timeline.first_bucket + first,
+    lead = preamble.lead(timeline, start, window)
+    shift = len(lead) - start
+    a = int(np.searchsorted(timeline.bucket_end_B, start, side="right"))
+    b = int(np.searchsorted(timeline.bucket_end_B, end)) + 1
+    la = int(np.searchsorted(timeline.line_end_L, start, side="right"))
+    lb = int(np.searchsorted(timeline.line_start_L, end))
+    whole = start == timeline.header and new == start
+    cut = replace(
+        timeline,
+        ids_T=np.concatenate([lead, timeline.ids_T[start:end]]),
+        header=len(lead),
+        bucket_end_B=np.minimum(timeline.bucket_end_B[a:b], end) + shift,
+        bucket_time_B=timeline.bucket_time_B[a:b],
+        bucket_head_B=timeline.bucket_head_B[a:b],
+        line_start_L=np.maximum(timeline.line_start_L[la:lb], start) + shift,
+        line_end_L=np.minimum(timeline.line_end_L[la:lb], end) + shift,
+        line_time_L=timeline.line_time_L[la:lb],
+        line_section_L=timeline.line_section_L[la:lb],
+        start=start,
+        # the demographics are new in the first window alone
+        labels_from=int(preamble.begin is not None) if whole else new + shift,
     )
-    lost = timeline.header + (begin is not None) - header
-    if len(cut) > window:
-        whole, cut = len(cut), _without_oldest_lines(cut, window)
-        lost += whole - len(cut)
-    return cut, lost
+    kept = len(preamble.header(timeline, int(cut.bucket_time_B[0]), window))
+    lost = timeline.header + (preamble.begin is not None) - kept if whole else 0
+    return cut, max(lost, 0)
 
 
 def node_timeline(timeline: Timeline, complete: int, tail: Timeline | None) -> Timeline:
@@ -89,6 +203,7 @@ def node_timeline(timeline: Timeline, complete: int, tail: Timeline | None) -> T
         ids_T=timeline.ids_T[:end],
         bucket_end_B=timeline.bucket_end_B[:complete],
         bucket_time_B=timeline.bucket_time_B[:complete],
+        bucket_head_B=timeline.bucket_head_B[:complete],
         line_start_L=timeline.line_start_L[:lines],
         line_end_L=timeline.line_end_L[:lines],
         line_time_L=timeline.line_time_L[:lines],
@@ -101,6 +216,7 @@ def node_timeline(timeline: Timeline, complete: int, tail: Timeline | None) -> T
         ids_T=np.concatenate([record.ids_T, tail.ids_T]),
         bucket_end_B=np.append(record.bucket_end_B, end + tail.bucket_end_B),
         bucket_time_B=np.append(record.bucket_time_B, tail.bucket_time_B),
+        bucket_head_B=np.append(record.bucket_head_B, tail.bucket_head_B),
         line_start_L=np.append(record.line_start_L, end + tail.line_start_L),
         line_end_L=np.append(record.line_end_L, end + tail.line_end_L),
         line_time_L=np.append(record.line_time_L, tail.line_time_L),
@@ -108,22 +224,26 @@ def node_timeline(timeline: Timeline, complete: int, tail: Timeline | None) -> T
     )
 
 
-def node_window(record: Timeline, window: int, begin: int | None) -> tuple[Timeline, int]:
+def node_window(record: Timeline, window: int, preamble: Preamble) -> tuple[Timeline, int]:
     """Return the earliest window with all of a record's last bucket, and how many tokens were lost.
+
+    Tokens are lost in two cases: a bucket that is longer than the window loses its oldest lines,
+    and a header that is longer than a quarter of the window loses its end.
 
     Raises:
         ValueError: if the record has no bucket, because the node is before the first event.
     """
     if not len(record.bucket_end_B):
         raise ValueError("a decision node must have an event before it; this record has none")
-    spans = window_spans(record, window, begin is not None)
+    spans = node_spans(record, window, preamble)
     first = next(first for first, last in spans if last == len(record.bucket_end_B))
-    return window_of(record, first, len(record.bucket_end_B), window, begin)
-
-
-def header_length(timeline: Timeline, window: int, begin: bool) -> int:
-    """Return the number of begin and demographics tokens, at most a quarter of a window."""
-    return min(timeline.header + begin, max(window // 4, 1))
+    start, end = record.bucket_start(first), len(record)
+    cut, _ = window_of(record, start, end, start, window, preamble)
+    lost = record.header + (preamble.begin is not None) - cut.header
+    if len(cut) > window:
+        whole, cut = len(cut), _without_oldest_lines(cut, window)
+        lost += whole - len(cut)
+    return cut, max(lost, 0)
 
 
 def _bucket_bounds(timeline: Timeline) -> tuple[np.ndarray, np.ndarray]:

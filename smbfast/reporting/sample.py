@@ -15,7 +15,7 @@ HIDDEN = "▒"
 
 def sample_of(prepared: Prepared, settings: TrainSettings) -> dict:
     """Return a tuning window with a cut: its lines, what is masked, context and future."""
-    windows = WindowSet.of(prepared.shards("tuning"), settings.data.window, prepared.encoder.begin)
+    windows = WindowSet.of(prepared.shards("tuning"), settings.data.window, prepared.preamble)
     objective, seed = settings.objective, settings.run.seed
     for index in range(len(windows)):
         window = windows[index]

@@ -89,7 +89,7 @@ class OpenRun:
             torch.set_num_threads(settings.run.threads)
         data, prepared = prepared_data(settings, folder)
         windows, tuning = (
-            WindowSet.of(prepared.shards(split), data.window, prepared.encoder.begin)
+            WindowSet.of(prepared.shards(split), data.window, prepared.preamble, data.stride)
             for split in ("train", "tuning")
         )
         check_windows(windows, tuning, data.path)

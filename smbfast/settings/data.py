@@ -11,10 +11,11 @@ from smbfast.base.config import Settings
 class DataSettings(Settings):
     """Where the patients come from, and how their events become tokens.
 
-    The events of a patient are sorted into buckets, which are spans of time such as a day. Each
+    In the format `codes` each event is one token, in strict order of time. In the text formats the
+    events of a patient are sorted into buckets, which are spans of time such as a day, and each
     bucket is written as text: its date, then sections such as conditions or drugs with one line
-    for each code. The tokens of all buckets, in order, are the patient's timeline. A window is the
-    part of a timeline that one forward sees; windows of a long timeline overlap by about half.
+    for each code. The tokens of all events or buckets, in order, are the patient's timeline. A
+    window is the part of a timeline that one forward sees; a long timeline has several.
 
     The tokens are written to disk once, as token shards. Shards that were made from other data or
     with other settings of the text are refused when a run begins.
@@ -39,6 +40,36 @@ class DataSettings(Settings):
         "demographics that are repeated at its start. A longer window shows the model more of a "
         "patient's history and costs more time and memory; it may not exceed the number of "
         "positions that a pretrained backbone allows.",
+    )
+    format: Literal["text", "codes", "text-paper"] | None = Field(
+        None,
+        description="How events become tokens. `codes` makes one token of an event: its code, with "
+        "a bin of its number or its text value, in strict order of time. `text` writes lines of "
+        "text, which a pretrained language model can read; `text-paper` is the longer layout of "
+        "the method's paper, with a date, opening and closing tags and commas. `none` means "
+        "`codes` for a model made from scratch and `text` for a pretrained backbone. In a "
+        "pretrained backbone `codes` adds a token for each code and bin, whose rows are trained.",
+    )
+    stride: int | None = Field(
+        None,
+        ge=1,
+        description="Distance in tokens from one training window to the next within a timeline. "
+        "`none` is data.window: windows follow each other, and an epoch reads each token once. "
+        "With half a window most tokens are read twice, the second time behind more of their "
+        "history, and predicted once. Decision nodes have windows of their own.",
+    )
+    gap_floor: int | Literal["auto"] = Field(
+        "auto",
+        description="With format `codes`: the shortest time between two moments, in minutes, that "
+        "is told by a token. Shorter gaps are not told, which saves tokens. `auto` is 5 minutes, "
+        "and 360 for a simulated cohort, whose visits last a day.",
+    )
+    max_codes: int = Field(
+        32768,
+        ge=1,
+        description="With format `codes`: the largest number of codes that have tokens of their "
+        "own, those of most training subjects. Other codes, and codes of fewer than ten training "
+        "subjects, share the token of an ancestor, of the beginning of the code or of its section.",
     )
     bucket: Literal["day", "hour", "moment"] = Field(
         "day",

@@ -83,7 +83,7 @@ def serializer_of(
 
 
 def assert_same_timeline(got: Timeline, expected: Timeline) -> None:
-    scalars = ("subject", "header", "first_bucket")
+    scalars = ("subject", "header", "birth", "start", "labels_from")
     assert [getattr(got, n) for n in scalars] == [getattr(expected, n) for n in scalars]
     for name in vars(expected):
         if name not in scalars:

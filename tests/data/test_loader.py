@@ -19,6 +19,7 @@ from smbfast.data.loader import WindowSet, make_batch, make_step, prefetched, st
 from smbfast.data.masking import cut_points, future_end, generator, masked_tokens
 from smbfast.data.sections import SECTIONS
 from smbfast.data.shards import Shard, ShardWriter
+from smbfast.data.timelines import Preamble
 from smbfast.settings import ObjectiveSettings
 
 BEGIN = 7
@@ -44,6 +45,7 @@ def timeline(subject: int, seed: int, buckets: int = 12, header: int = 4) -> Tim
         header=header,
         bucket_end_B=np.array(bucket_ends, np.int32),
         bucket_time_B=np.arange(buckets, dtype=np.int64),
+        bucket_head_B=np.ones(buckets, np.uint16),
         line_start_L=np.array(starts, np.int32),
         line_end_L=np.array(ends, np.int32),
         line_time_L=np.arange(len(starts), dtype=np.int64),
@@ -60,7 +62,7 @@ def windows(tmp_path_factory: pytest.TempPathFactory) -> WindowSet:
             for subject in subjects:
                 writer.add(timeline(subject, 0, buckets=3 * subject))
             writer.close()
-    return WindowSet.of([Shard(folder / "a"), Shard(folder / "b")], 128, BEGIN)
+    return WindowSet.of([Shard(folder / "a"), Shard(folder / "b")], 128, Preamble(BEGIN))
 
 
 def objective(**changes: object) -> ObjectiveSettings:
@@ -114,7 +116,7 @@ def test_an_epoch_is_every_window_once(windows: WindowSet) -> None:
 
 
 def test_windows_of_all_shards(windows: WindowSet) -> None:
-    seen = {(windows[i].subject, windows[i].first_bucket) for i in range(len(windows))}
+    seen = {(windows[i].subject, windows[i].start) for i in range(len(windows))}
     assert len(seen) == len(windows) and {s for s, _ in seen} == set(range(1, 13))
     assert windows.num_tokens == sum(len(windows[i]) for i in range(len(windows)))
     assert windows.num_lost == 0 and len(windows) > 12
@@ -225,7 +227,7 @@ def test_cuts_are_uniform_and_masks_differ_between_cuts() -> None:
     assert masks[0] != masks[1]
     # a window that comes again, cut where it was, is masked anew
     assert masked_tokens(window, cut, chosen, 0, 1, 0).tolist() != masks[0]
-    later = replace(window, first_bucket=3)
+    later = replace(window, start=3)
     assert masked_tokens(later, cut, chosen, 0, 0, 0).tolist() != masks[0]
 
 
@@ -247,7 +249,7 @@ def test_labels(header: int) -> None:
     assert labels == [*ids[1:], -100]
     cut = int(window.bucket_end_B[4])
     assert labels[cut - 1] == ids[cut]  # the last context token's is the first future token
-    repeated = replace(window, first_bucket=2)
+    repeated = replace(window, start=2, labels_from=header)
     labels = labels_of(make_batch([repeated], objective(), 0, 0, jepa=False))
     before = max(header - 1, 0)
     assert labels == [-100] * before + [*ids[1 + before :], -100]

@@ -22,7 +22,7 @@ from smbfast.data.labels import read_labels
 from smbfast.data.meds import EventBatch, MedsDataset
 from smbfast.data.nodes import Nodes, NodeText, distinct_nodes, node_texts, shared_windows
 from smbfast.data.serialize import Serializer
-from smbfast.data.timelines import node_window
+from smbfast.data.timelines import Preamble, node_window
 from smbfast.data.tokens import train_tokenizer
 from tests.data.event_tables import (
     DATA,
@@ -66,12 +66,12 @@ def composed(
     """Each node's record before windowing and its text, as `node_texts` makes them."""
     records: list[Timeline] = []
 
-    def spy(record: Timeline, window: int, begin: int | None) -> tuple[Timeline, int]:
+    def spy(record: Timeline, window: int, preamble: Preamble) -> tuple[Timeline, int]:
         records.append(record)
-        return node_window(record, window, begin)
+        return node_window(record, window, preamble)
 
     counts: dict[str, int] = {}
-    begin = serializer.encoder.begin
+    preamble = serializer.preamble
     with patch.object(own, "node_window", spy):
         texts = list(node_texts(dataset, serializer, nodes, window, counts))
     assert counts["embedded"] == len(texts) == len(records)
@@ -79,11 +79,11 @@ def composed(
     assert counts["embedded"] + skipped == counts["nodes"] == len(nodes.time_K)
     found = {(t.subject, t.time): (r, t) for r, t in zip(records, texts, strict=True)}
     for tokens in (1, 2 * window, 1 << 40):
-        check_shared(found, tokens, window, begin)
+        check_shared(found, tokens, window, preamble)
     return found
 
 
-def check_shared(found: Composed, tokens: int, window: int, begin: int | None) -> None:
+def check_shared(found: Composed, tokens: int, window: int, preamble: Preamble) -> None:
     """Trunk prefix and branch of every node are its window; no complete bucket is in a branch."""
     seen = []
     for shared in shared_windows((text for _, text in found.values()), tokens):
@@ -95,7 +95,7 @@ def check_shared(found: Composed, tokens: int, window: int, begin: int | None) -
             assert seen_of_trunk == prefix > 0
             ids_T = np.concatenate([shared.trunk_T[:prefix], own_T])
             assert np.array_equal(ids_T, node.ids_T)
-            cut, _ = node_window(found[seen[-1]][0], window, begin)
+            cut, _ = node_window(found[seen[-1]][0], window, preamble)
             assert prefix >= cut.bucket_start(len(cut.bucket_end_B) - 1)
     assert seen == list(found)
 
@@ -145,7 +145,7 @@ def check_law(
                 continue
             record, text = found[key]
             assert_same_timeline(record, alone)
-            expected, _ = node_window(alone, window, serializer.encoder.begin)
+            expected, _ = node_window(alone, window, serializer.preamble)
             assert np.array_equal(text.ids_T, expected.ids_T)
             checked += 1
     return checked
