@@ -1,4 +1,4 @@
-"""The two types that modules exchange: a patient's tokens, and a batch of packed sequences.
+"""The types that modules exchange: a patient's tokens, a batch of packed sequences, new tokens.
 
 A pack concatenates sequences without padding (sequence packing). Branches share the prefix of their
 trunk instead of repeating it (shared-prefix, or tree, attention).
@@ -51,6 +51,52 @@ class Timeline:
     def bucket_start(self, bucket: int) -> int:
         """The token at which a bucket begins."""
         return int(self.bucket_end_B[bucket - 1]) if bucket else self.header
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A token that a pretrained tokenizer did not have, and what its embedding starts from.
+
+    The row starts as the mean of the embeddings of `text`, plus a small vector of the bin
+    (`smbfast.model.vocabulary`). An opening and a closing delimiter are two bins of one word.
+    """
+
+    id: int
+    text: str  # words; empty for a row that starts as the mean of the table
+    bin: int | None = None  # its place, from 0, among the `num_bins` tokens of one code
+    num_bins: int | None = None
+
+    def __post_init__(self) -> None:
+        numbers = [n for n in (self.id, self.bin, self.num_bins) if n is not None]
+        valid = isinstance(self.text, str) and all(type(n) is int and n >= 0 for n in numbers)
+        if self.bin is None or self.num_bins is None:
+            valid = valid and self.bin is self.num_bins
+        elif valid:
+            valid = self.bin < self.num_bins
+        if not valid or self.id is None:
+            raise ValueError(
+                "a new token must have an id from 0, a text, and both of bin < num_bins or none of "
+                f"them; got id {self.id}, bin {self.bin} of {self.num_bins}"
+            )
+
+    @classmethod
+    def of_record(cls, record: Any) -> "NewToken":
+        """Read the result of `to_record`, as JSON gives it back.
+
+        Raises:
+            ValueError: if it is not that; bare ids are what earlier versions wrote.
+        """
+        names = {f.name for f in fields(cls)}
+        if not isinstance(record, dict) or record.keys() != names:
+            raise ValueError(
+                f"the record of a new token must hold {', '.join(sorted(names))}, got a "
+                f"{type(record).__name__} without them; prepare the data again"
+            )
+        return cls(**record)
+
+    def to_record(self) -> dict[str, int | str | None]:
+        """Return its fields, for JSON."""
+        return vars(self).copy()
 
 
 @dataclass(frozen=True)

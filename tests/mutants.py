@@ -260,6 +260,22 @@ DECODER = [
         "if adapter is None:",
         "tests/test_embed.py::test_the_untrained_encoder_is_that_of_a_second_load",
     ),
+    mutant(
+        "bins-alike",
+        "all bins of a code start as one vector",
+        "smbfast/model/vocabulary.py",
+        "math.pi * place_R1 * order_K",
+        "0 * place_R1 * order_K",
+        "tests/test_vocabulary.py::test_rows_of_one_code_differ_in_bf16",
+    ),
+    mutant(
+        "adapter-without-rows",
+        "an adapter that does not know the new tokens leaves their rows frozen",
+        "smbfast/model/backbone.py",
+        "[*rows[name], *new_tokens]",
+        "rows[name]",
+        "tests/test_vocabulary.py::test_an_adapter_without_the_new_rows_trains_them[True-own0]",
+    ),
 ]
 
 TARGET = [

@@ -37,6 +37,7 @@ from tests.two_paths import (
     run,
     twin,
 )
+from tests.windows_of_rows import NEW_ROWS, window_of_rows
 
 pytestmark = pytest.mark.numeric
 
@@ -196,6 +197,40 @@ def test_what_precedes_a_masked_first_token_is_the_context():
     assert apart(states.previous_MD, hidden_UD[[8, 8, 11]]) < TOLERANCE[FP64]
     for name, expected in vars(true).items():
         assert apart(getattr(states, name), expected) < TOLERANCE[FP64], name
+
+
+@cache
+def pair_of_rows(case: Case) -> dict[torch.dtype, tuple[PatientEncoder, TargetEncoder]]:
+    """As `pairs`, with two thousand tokens that are new to the backbone."""
+    size = NEW_ROWS.stop
+    torch.manual_seed(0)
+    encoder = make_encoder(lora=case.lora, tie=case.tie, rows=NEW_ROWS, vocab_size=size)
+    exact = twin(encoder)
+    target = moved_target(encoder, case.form)
+    exact.load_state_dict(encoder.state_dict())
+    exact.double()
+    exact_norms(exact)
+    return {FP64: (exact, TargetEncoder.of_state(exact, target.state())), FP32: (encoder, target)}
+
+
+@pytest.mark.parametrize("dtype", [FP64, FP32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_thousand_new_rows(case, dtype):
+    """Codes as tokens of a backbone: losses, and every gradient, of the rows above all."""
+    form = ObjectiveSettings(min_future=4, cuts=2)
+    windows = [window_of_rows(seed, buckets=b) for seed, b in ((1, 6), (2, 5), (3, 7))]
+    encoder, target = pair_of_rows(case)[dtype]
+    whole = make_batch(windows, form, 0, 0, sft=True, jepa=True)
+    expected = run("reference", encoder, target, [whole])
+    for tokens in (ROOMY, 80):
+        rows = make_micro_batches(windows, form, 0, 0, tokens=tokens, sft=True, jepa=True)
+        assert_same(run("shared", encoder, target, rows), expected, TOLERANCE[dtype])
+    if case.lora:  # a gradient in each row: of the table where it is the head, of the head else
+        name = "embed_tokens" if case.tie else "lm_head"
+        trained = {n: g for n, g in expected[1].items() if "trainable_tokens" in n}
+        assert len(trained) == 2 - case.tie
+        gradient_RD = next(g for n, g in trained.items() if name in n)
+        assert len(gradient_RD) == len(NEW_ROWS) and bool((gradient_RD.norm(dim=1) > 0).all())
 
 
 @pytest.mark.parametrize("recompute", ["mlp", "full"])

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import smbfast.train as entry
+from smbfast.data.prepared import Prepared
 from smbfast.data.tokens import CLOSE, OPEN, train_tokenizer
 from smbfast.run.checkpoint import restore_final
 from smbfast.simulation.dataset import simulate
@@ -95,6 +97,10 @@ def ids_for(folder):
     return ids
 
 
+def ids_of(folder, token):
+    return AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids(token)
+
+
 def test_a_model_made_from_scratch_loads_in_transformers(scratch):
     encoder, target, _ = restore_final(scratch / "final", CPU)
     lm = AutoModelForCausalLM.from_pretrained(scratch / "final")
@@ -128,6 +134,14 @@ def test_a_foreign_backbone_learns_its_delimiter_rows(foreign):
     ids = ids_for(folder / "final")
     tokens, rows = encoder.trained_rows()
     assert len(tokens) == len(OPEN) + len(CLOSE)
+    (record_file,) = folder.rglob("prepare.json")
+    new = {t.id: t for t in Prepared.open(record_file.parent).new_tokens}
+    assert list(new) == tokens
+    drugs, closed = (new[ids_of(folder / "final", t)] for t in ("<drugs>", "</drugs>"))
+    assert (drugs.text, closed.text, drugs.num_bins, closed.num_bins) == ("drugs", "drugs", 2, 2)
+    assert (drugs.bin, closed.bin) == (0, 1)
+    held = load_file(folder / "final" / "adapter_model.safetensors")
+    assert not [n for n in held if "base_layer" in n]  # rows alone, also of a table that has grown
     with torch.no_grad():
         ours, logits = encoder.hidden(ids), encoder.lm(input_ids=ids).logits
     model = AutoPeftModelForCausalLM.from_pretrained(folder / "final")

@@ -17,6 +17,7 @@ from smbfast.model.target import ROWS, TargetEncoder, TargetForm, target_bytes
 from smbfast.settings import load
 from tests.tiny import DELIMITERS, random_window, tiny_encoder
 from tests.two_paths import CASES, make_encoder, move, moved_target
+from tests.windows_of_rows import NEW_ROWS
 
 pytestmark = pytest.mark.numeric
 
@@ -294,6 +295,32 @@ def test_stopped_at_any_update_and_resumed_equals_never_stopped(form, done, tmp_
     assert all(torch.equal(left[n], right[n]) for n in left)
     assert torch.equal(whole.hidden(IDS), stopped.hidden(IDS))
     assert whole.measures() == stopped.measures()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("form", FORMS)
+def test_two_thousand_rows_are_averaged_exactly(form, tie):
+    """Beside adapters of either form; against the EMA in fp64, and read by the forward."""
+    encoder = make_encoder(tie=tie, rows=NEW_ROWS, vocab_size=NEW_ROWS.stop)
+    target = low_rank(encoder, form)
+    row_RD = encoder.trained_rows()[1]
+    exact_RD = row_RD.double()
+    for step in range(30):
+        move(encoder, step)
+        target.update(0.9)
+        exact_RD = 0.9 * exact_RD + 0.1 * row_RD.double()
+    # the rounding of one step is 2 u of a row's largest element, and decays as the average does:
+    # 2 u / (1 - tau) = 1.2e-6 of it
+    error = (target.exact()[ROWS].double() - exact_RD).abs().max()
+    assert error < 1.2e-6 * exact_RD.abs().max()
+    ids = torch.tensor([[NEW_ROWS[0], NEW_ROWS[-1], 5, NEW_ROWS[777]]])
+    found = target.hidden(ids)
+    move(encoder, 99, only=("trainable_tokens",))
+    assert torch.equal(target.hidden(ids), found)
+    state = {n: w.clone() for n, w in target.state().items()}
+    target.load(state | {ROWS: row_RD.clone()})
+    assert (target.hidden(ids) - found).abs().amax(-1)[0, [0, 1, 3]].min() > 1e-3
 
 
 def bf16_encoder():

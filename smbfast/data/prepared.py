@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from smbfast.base.files import verify_folder
+from smbfast.batch import NewToken
 from smbfast.data.meds import MedsDataset
 from smbfast.data.sections import SectionMap
 from smbfast.data.serialize import VERSION, Serializer, SerializerOptions, text_preamble
@@ -53,6 +54,15 @@ class Prepared:
     def shards(self, split: str) -> list[Shard]:
         """Open the shards of a split, each verified."""
         return [Shard(self.folder / name) for name in self.record["shards"].get(split, [])]
+
+    @property
+    def new_tokens(self) -> list[NewToken]:
+        """The tokens that the backbone's tokenizer did not have.
+
+        Raises:
+            ValueError: if an earlier version wrote them.
+        """
+        return [NewToken.of_record(record) for record in self.record["new_tokens"]]
 
     @property
     def counts(self) -> Counter[str]:

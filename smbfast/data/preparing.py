@@ -16,9 +16,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
 
 from smbfast.base.files import committed_folder, digest_of, verify_folder, write_text
 from smbfast.base.progress import Progress
+from smbfast.batch import NewToken
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared, make_serializer, options_of
 from smbfast.data.sections import SectionMap
@@ -155,22 +157,29 @@ def _data_digest(dataset: MedsDataset, splits: tuple[str, ...]) -> str:
 
 def _make_tokenizer(
     data: DataSettings, dataset: MedsDataset, folder: Path, source: str | None
-) -> list[int]:
-    """Write the tokenizer unless it is there; return the ids of delimiters new to its backbone."""
+) -> list[dict]:
+    """Write the tokenizer unless it is there; return the records of what is new to its backbone."""
     if not folder.is_dir():
         if source:
-            tokenizer, new_tokens = load_tokenizer(source, data.delimiters)
+            tokenizer, ids = load_tokenizer(source, data.delimiters)
         else:
             # any encoder will do to compose text: only its delimiter mode shows
             composer = TextEncoder(train_tokenizer([], 300), data.delimiters)
             serializer = make_serializer(dataset, composer, data.sections, options_of(data))
             lines = _training_lines(dataset, serializer)
-            tokenizer, new_tokens = train_tokenizer(lines, data.vocab_size), []
+            tokenizer, ids = train_tokenizer(lines, data.vocab_size), []
         with committed_folder(folder, private=True) as staging:
             save_tokenizer(tokenizer, staging)
-            (staging / "new_tokens.json").write_text(json.dumps(new_tokens))
+            records = [_delimiter(tokenizer, i).to_record() for i in ids]
+            (staging / "new_tokens.json").write_text(json.dumps(records))
     verify_folder(folder)
     return json.loads((folder / "new_tokens.json").read_text())
+
+
+def _delimiter(tokenizer: PreTrainedTokenizerBase, token: int) -> NewToken:
+    """A new delimiter: opening and closing ones start from one word, as its two bins."""
+    tag = str(tokenizer.convert_ids_to_tokens(token))
+    return NewToken(token, tag.strip("</>"), bin=int(tag.startswith("</")), num_bins=2)
 
 
 def _training_lines(dataset: MedsDataset, serializer: Serializer) -> Iterator[str]:

@@ -6,7 +6,6 @@ alone misses added tokens that are not marked special). Delimiters are single ad
 """
 
 import copy
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from tokenizers import decoders as token_decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from smbfast.base.files import digest_of
+from smbfast.base.plain_tokenizer import without_added_tokens
 from smbfast.data.sections import SECTIONS
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one process per file uses the cores
@@ -100,7 +100,7 @@ class TextEncoder:
     ) -> None:
         self.tokenizer = tokenizer
         self.delimiters = delimiters
-        self._plain = _without_added_tokens(tokenizer)
+        self._plain = without_added_tokens(tokenizer)
         self._reserved = frozenset(tokenizer.all_special_ids) | frozenset(
             tokenizer.added_tokens_decoder
         )
@@ -149,14 +149,6 @@ class TextEncoder:
             text = text.replace(sign, " ")
         ids = self._plain.encode(text, add_special_tokens=False).ids
         return [i for i in ids if i not in self._reserved]
-
-
-def _without_added_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    content["added_tokens"] = []
-    content["post_processor"] = None
-    content["truncation"] = content["padding"] = None
-    return Tokenizer.from_str(json.dumps(content))
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -7,19 +7,23 @@ Legend: B padded sequences, T positions (of a padded sequence, or tokens of a pa
 V vocabulary, M masked tokens, R rows of the token embedding that are trained beside LoRA.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from smbkernels.attention import Segments
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
 from transformers.utils import logging as transformers_logging
 
+from smbfast.batch import NewToken
 from smbfast.model.decoder import HfModule, PackedDecoder, Recompute
+from smbfast.model.vocabulary import fit_vocabulary
 from smbfast.settings import LoraSettings, TrainSettings
 
 transformers_logging.disable_progress_bar()  # progress bars clutter the log of a job
@@ -196,12 +200,13 @@ def make_encoder(
     settings: TrainSettings,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
-    new_tokens: list[int] | None = None,
+    new_tokens: Sequence[NewToken] = (),
 ) -> PatientEncoder:
     """Return the online encoder at the start of training, in the dtype of the settings.
 
     Args:
-        new_tokens: ids of delimiters that are new to the backbone; LoRA trains their rows.
+        new_tokens: those that the tokenizer has and the backbone does not know; LoRA trains their
+            rows.
 
     Raises:
         ValueError: if the model cannot be read, LoRA finds none of its targets, or an adapter does
@@ -213,9 +218,9 @@ def make_encoder(
         lm = _from_scratch(settings, tokenizer)
     else:
         base = load_lm(settings.model.path, _dtype(settings, device))
-        _fit_vocabulary(base, tokenizer, new_tokens or [])
-        is_lora = settings.trains == "lora"
-        lm = _with_adapter(base, settings, new_tokens or []) if is_lora else base.float()
+        fit_vocabulary(base, tokenizer, new_tokens)
+        is_lora, ids = settings.trains == "lora", [token.id for token in new_tokens]
+        lm = _with_adapter(base, settings, ids) if is_lora else base.float()
     _check_embeddings_and_logits(lm)
     if lm.config.max_position_embeddings < settings.data.window:
         raise ValueError(
@@ -293,27 +298,9 @@ def _from_scratch(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
-def _fit_vocabulary(
-    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: list[int]
-) -> None:
-    """Add rows for new delimiters; each starts as the mean of the embeddings of its text."""
-    table = _embeddings(lm)
-    if len(tokenizer) > table.num_embeddings:
-        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        table = _embeddings(lm)
-    head = _head(lm)
-    weights = {id(t.weight): t.weight for t in (table, head)}.values()
-    with torch.no_grad():
-        for token in new_tokens:
-            text = str(tokenizer.convert_ids_to_tokens(token)).strip("</>")
-            parts = [i for i in tokenizer(text, add_special_tokens=False).input_ids if i != token]
-            for weight in weights:
-                weight[token] = weight[parts].float().mean(0).to(weight.dtype)
-
-
 def _with_adapter(lm: PreTrainedModel, settings: TrainSettings, new_tokens: list[int]) -> PeftModel:
     if settings.model.adapter:
-        return load_adapter(lm, settings.model.adapter, trainable=True)
+        return load_adapter(lm, settings.model.adapter, trainable=True, new_tokens=new_tokens)
     try:
         return get_peft_model(lm, lora_config(lm, settings.lora, new_tokens))
     except ValueError:
@@ -324,13 +311,7 @@ def _with_adapter(lm: PreTrainedModel, settings: TrainSettings, new_tokens: list
 
 def lora_config(lm: PreTrainedModel, lora: LoraSettings, new_tokens: list[int]) -> LoraConfig:
     """Return PEFT's configuration of a new LoRA adapter; `new_tokens` are ids whose rows train."""
-    rows = None
-    if new_tokens:
-        # an untied head trains them as well, as its frozen rows would never predict a delimiter
-        table, head = _embeddings(lm), _head(lm)
-        wanted = [table] if head.weight is table.weight else [table, head]
-        names = [n for n, m in lm.named_modules() if any(m is w for w in wanted)]
-        rows = {n.rsplit(".", 1)[-1]: new_tokens for n in names}
+    rows = {name: new_tokens for name in _tables(lm)} if new_tokens else None
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -341,11 +322,15 @@ def lora_config(lm: PreTrainedModel, lora: LoraSettings, new_tokens: list[int]) 
     )
 
 
-def load_adapter(lm: PreTrainedModel, path: str, *, trainable: bool) -> PeftModel:
+def load_adapter(
+    lm: PreTrainedModel, path: str, *, trainable: bool, new_tokens: Sequence[int] = ()
+) -> PeftModel:
     """Load a PEFT LoRA adapter onto its backbone.
 
     Args:
         trainable: whether the adapter's weights require gradients.
+        new_tokens: ids whose rows are to be trained, also where the adapter has none for them. Such
+            a row starts as it stands in the backbone. None unless `trainable`.
 
     Raises:
         ValueError: if it is no plain LoRA adapter, or does not fit the backbone.
@@ -355,13 +340,18 @@ def load_adapter(lm: PreTrainedModel, path: str, *, trainable: bool) -> PeftMode
             f"`model.adapter` {path} must be a folder with adapter_model.safetensors; it is not"
         )
     try:
-        adapted = PeftModel.from_pretrained(lm, path, is_trainable=trainable)
+        config = PeftConfig.from_pretrained(path)
+        rows = _rows_of(config, lm)
+        wanted = {name: list(dict.fromkeys([*rows[name], *new_tokens])) for name in rows}
+        if wanted == rows:
+            adapted = PeftModel.from_pretrained(lm, path, is_trainable=trainable)
+        else:
+            adapted = _with_more_rows(lm, Path(path), config, wanted)
     except Exception as error:  # PEFT raises many types; the user can correct the path
         raise ValueError(
             f"`model.adapter` {path} must be a PEFT adapter of this backbone; loading failed with "
             f"{type(error).__name__}"
         ) from None
-    config = adapted.peft_config["default"]
     plain = isinstance(config, LoraConfig) and not (
         config.lora_dropout
         or config.use_dora
@@ -374,6 +364,44 @@ def load_adapter(lm: PreTrainedModel, path: str, *, trainable: bool) -> PeftMode
             f"`model.adapter` {path} must be plain LoRA: no dropout, DoRA, bias or modules_to_save"
         )
     return adapted
+
+
+def _rows_of(config: HfModule, lm: PreTrainedModel) -> dict[str, list[int]]:
+    """Return the ids of the rows that an adapter trains, for the table and for an untied head."""
+    tables = _tables(lm)
+    rows = getattr(config, "trainable_token_indices", None) or {}
+    if not isinstance(rows, dict):  # a list is of the table alone
+        rows = {tables[0]: rows}
+    return {name: list(rows.get(name, [])) for name in dict.fromkeys([*tables, *rows])}
+
+
+def _with_more_rows(
+    lm: PreTrainedModel, folder: Path, config: HfModule, rows: dict[str, list[int]]
+) -> PeftModel:
+    """Load an adapter to train it, and `rows` with it; its own rows are the first of them."""
+    state = load_file(folder / "adapter_model.safetensors")
+    config.trainable_token_indices, config.inference_mode = rows, False
+    adapted = get_peft_model(lm, config)
+    for name, parameter in adapted.named_parameters():
+        if name.endswith("trainable_tokens_delta.default"):
+            saved = name.removesuffix(".default")
+            row_RD = state.get(saved, parameter[:0])
+            state[saved] = torch.cat([row_RD.to(parameter), parameter[len(row_RD) :]]).detach()
+    loaded: HfModule = set_peft_model_state_dict(adapted, state)
+    if loaded.unexpected_keys:
+        raise ValueError("the adapter holds tensors that are not of plain LoRA")
+    return adapted
+
+
+def _tables(lm: PreTrainedModel) -> list[str]:
+    """Return the names of the modules whose rows are trained beside LoRA: the table first.
+
+    An untied head is one, as its frozen rows would never predict a new token.
+    """
+    table, head = _embeddings(lm), _head(lm)
+    wanted = [table] if head.weight is table.weight else [table, head]
+    names = {id(m): n.rsplit(".", 1)[-1] for n, m in lm.named_modules()}
+    return [names[id(module)] for module in wanted]
 
 
 def _embeddings(lm: PreTrainedModel | PeftModel) -> HfModule:

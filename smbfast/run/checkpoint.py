@@ -21,6 +21,7 @@ from smbfast.base.files import committed_folder, verify_folder
 from smbfast.model.backbone import PatientEncoder, load_adapter, load_lm, merged
 from smbfast.model.decoder import HfModule
 from smbfast.model.target import TargetEncoder
+from smbfast.model.vocabulary import grow
 from smbfast.run.optim import trained
 
 
@@ -166,7 +167,10 @@ def save_final(
     """
     _refuse_non_finite({f"model.{n}": p for n, p in trained(encoder).items()})
     with committed_folder(folder, replace=True) as staging:
-        encoder.lm.save_pretrained(str(staging))
+        # by itself PEFT would save whole tables that have grown; the rows that it trains are all
+        options = {} if encoder.trained_rows() is None else {"save_embedding_layers": False}
+        lm: HfModule = encoder.lm
+        lm.save_pretrained(str(staging), **options)
         tokenizer.save_pretrained(staging)
         extra = {f"predictor.{n}": p for n, p in encoder.predictor.state_dict().items()}
         extra["mask_vector"] = encoder.mask_vector.detach()
@@ -233,8 +237,7 @@ def restore_final(
     base = load_lm(record["backbone"] if is_lora else str(folder), dtype)
     lm: PreTrainedModel | PeftModel = base
     if is_lora:
-        if record["vocabulary"] > base.get_input_embeddings().num_embeddings:
-            base.resize_token_embeddings(record["vocabulary"], mean_resizing=False)
+        grow(base, record["vocabulary"])
         lm = load_adapter(base, str(folder), trainable=True)
     encoder = PatientEncoder(lm, record["predictor_layers"]).to(device)
     extra = load_file(folder / "predictor.safetensors")

@@ -150,6 +150,6 @@ def _untrained(run: OpenRun) -> Model:
     path = run.settings.objective.path
     if run.encoder.is_lora:
         return untrained(run.encoder, path)
-    tokenizer, new_tokens = run.prepared.tokenizer, run.prepared.record["new_tokens"]
-    again = make_encoder(run.settings, tokenizer, run.device, new_tokens)
+    prepared = run.prepared
+    again = make_encoder(run.settings, prepared.tokenizer, run.device, prepared.new_tokens)
     return Model(packed_of(again, None, "online", path))

@@ -97,7 +97,7 @@ class OpenRun:
         size = f"{len(windows):,} windows, {windows.num_tokens:,} tokens"
         report("data", f"{size}, {len(tasks)} tasks to probe")
         bytes_before = held_memory(device)
-        encoder = make_encoder(settings, prepared.tokenizer, device, prepared.record["new_tokens"])
+        encoder = make_encoder(settings, prepared.tokenizer, device, prepared.new_tokens)
         optimizer = make_optimizer(encoder, settings.optim)
         target, progress = None, Progress()
         if newest := checkpoint.latest(folder, set_aside=set_aside):

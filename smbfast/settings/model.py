@@ -25,7 +25,8 @@ class ModelSettings(Settings):
         None,
         description="Folder of a PEFT LoRA adapter of model.path with which training goes on; "
         "`none` begins with a new adapter. The adapter's own rank, scale and layers replace those "
-        "of the group `lora`, and it must be plain LoRA: no dropout, DoRA or biases.",
+        "of the group `lora`, and it must be plain LoRA: no dropout, DoRA or biases. Embeddings of "
+        "tokens that are new to the backbone are trained beside it, whether or not it has them.",
     )
     train: Literal["lora", "all"] | None = Field(
         None,
