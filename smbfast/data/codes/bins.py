@@ -10,6 +10,7 @@ Legend: N values, K keys of one code in ascending order, G groups of neighbourin
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -76,52 +77,50 @@ def fit_edges(
     begins_K = np.ones(len(key_K), bool)
     begins_K[1:] = heavy_K[1:] | heavy_K[:-1] | (quantile_K[1:] != quantile_K[:-1])
     start_G = np.flatnonzero(begins_K)
-    groups = _Groups(start_G, weight_K, subjects_K, few)
-    groups.merge()
-    return [int(key_K[g]) for g in groups.starts[1:]]
+    most_G = np.maximum.reduceat(subjects_K, start_G).tolist()
+    starts = start_G.tolist()
+    groups: list[set[int] | None] = [  # None: 10 or more
+        None if most >= MIN_SUBJECTS else {s for ids in few[a:b] for s in ids}
+        for most, a, b in zip(most_G, starts, [*starts[1:], len(key_K)], strict=True)
+    ]
+    merged = _merged(np.add.reduceat(weight_K, start_G).tolist(), groups)
+    return [int(key_K[starts[g]]) for g in merged[1:]]
 
 
-class _Groups:
-    """Neighbouring keys that become bins: their first keys, weights and subjects (at most 10)."""
+def _merged(weights: list[int], subjects: list[set[int] | None]) -> list[int]:
+    """Return the first group of each bin: the most even bins that have ten subjects.
 
-    def __init__(
-        self,
-        start_G: np.ndarray,
-        weight_K: np.ndarray,
-        subjects_K: np.ndarray,
-        few: Sequence[Iterable[int]],
-    ) -> None:
-        self.starts = start_G.tolist()
-        self.weights = np.add.reduceat(weight_K, start_G).tolist()
-        most_G = np.maximum.reduceat(subjects_K, start_G)
-        ends = [*self.starts[1:], len(weight_K)]
-        self.subjects: list[set[int] | None] = [  # None: 10 or more
-            None if most >= MIN_SUBJECTS else _enough({s for ids in few[a:b] for s in ids})
-            for most, a, b in zip(most_G, self.starts, ends, strict=True)
-        ]
-
-    def merge(self) -> None:
-        while len(self.starts) > 1:
-            thin = [g for g, s in enumerate(self.subjects) if s is not None]
-            if thin:
-                g = min(thin, key=lambda g: (self.weights[g], g))
-                right = g + 1 < len(self.starts)
-                if g > 0 and not (right and self.weights[g + 1] < self.weights[g - 1]):
-                    g -= 1
-            elif len(self.starts) > MAX_BINS:
-                pairs = [a + b for a, b in zip(self.weights, self.weights[1:], strict=False)]
-                g = pairs.index(min(pairs))
-            else:
-                return
-            self._join(g)
-
-    def _join(self, g: int) -> None:
-        """Make groups g and g + 1 one."""
-        a, b = self.subjects[g], self.subjects.pop(g + 1)
-        self.subjects[g] = None if a is None or b is None else _enough(a | b)
-        self.weights[g] += self.weights.pop(g + 1)
-        del self.starts[g + 1]
+    Of all ways to merge neighbours the one with the smallest sum of squared weights, which no split
+    makes larger; in whole numbers, so that every machine finds the same.
+    """
+    num = len(weights)
+    enough = [_ten_subjects(subjects, g) for g in range(num)]
+    if num <= MAX_BINS and enough == list(range(1, num + 1)):
+        return list(range(num))
+    upto = [0, *accumulate(weights)]
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}  # by the group after the last bin
+    whole = []
+    for _ in range(min(MAX_BINS, num)):
+        longer = {}
+        for end in range(1, num + 1):
+            ways = [
+                (cost + (upto[end] - upto[g]) ** 2, [*firsts, g])
+                for g, (cost, firsts) in best.items()
+                if g < num and enough[g] <= end
+            ]
+            if ways:
+                longer[end] = min(ways)
+        best = longer
+        if num in best:
+            whole.append(best[num])
+    return min(whole)[1]
 
 
-def _enough(subjects: set[int]) -> set[int] | None:
-    return None if len(subjects) >= MIN_SUBJECTS else subjects
+def _ten_subjects(subjects: list[set[int] | None], first: int) -> int:
+    """Return the group before which a bin that begins at `first` has ten subjects."""
+    union: set[int] = set()
+    for g in range(first, len(subjects)):
+        group = subjects[g]
+        if group is None or len(union := union | group) >= MIN_SUBJECTS:
+            return g + 1
+    return len(subjects) + 1

@@ -20,7 +20,7 @@ RUNGS = ("own", "ancestor", "prefix", "family", "section")
 OWN, ANCESTOR, PREFIX, FAMILY, SECTION = range(len(RUNGS))
 
 _ICD = re.compile(
-    r"(?P<head>(?:.*[/|])?[^/|]*ICD[^/|]*(?://|/|\|)(?:\d{1,2}(?://|/|\|))?)"
+    r"(?P<head>(?:.*[^A-Z])?ICD[^/|]*(?://|/|\|)(?:\d{1,2}(?://|/|\|))?)"
     r"(?P<code>(?=[A-Z.]*\d)[A-Z0-9.]{4,})",
     re.IGNORECASE,
 )

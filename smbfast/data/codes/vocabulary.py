@@ -4,7 +4,7 @@ A JSON file holds what was fitted (see `fitting`); the fixed alphabet, names and
 Nothing in it is said of fewer than ten training subjects, so the parents of rare codes are not in
 it either: they come with the data that is encoded (`parents`, from its codes.parquet).
 
-Legend: N events, C codes of a batch, T texts of a batch, E edges or values of all codes.
+Legend: N events, C codes of a batch, T texts of a batch.
 """
 
 import json
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from smbfast.base.files import digest_of, write_text
-from smbfast.data.clean import clean
 from smbfast.data.codes.alphabet import (
     BEGIN,
     FIRST_AGE,
@@ -26,19 +25,17 @@ from smbfast.data.codes.alphabet import (
     GAP_EDGES,
     MAX_AGE,
     PAD,
-    CodeToken,
-    fixed_alphabet,
 )
-from smbfast.data.codes.bins import KEY_BITS, KEY_OFFSET, MIN_SUBJECTS, decimal_keys
+from smbfast.data.codes.bins import MIN_SUBJECTS
 from smbfast.data.codes.fitting import MAX_CODES, fit_tables
 from smbfast.data.codes.ladder import OWN, RUNGS, SECTION, steps
 from smbfast.data.codes.statistics import CodeStatistics, cut_text
+from smbfast.data.codes.tables import TokenTables
 from smbfast.data.meds import BIRTH, EventBatch
 from smbfast.data.sections import SECTIONS, SectionMap
 
 VERSION = 1  # of the JSON and of the rules by which events become tokens
-_CACHE = 1 << 20  # codes and texts whose tokens are remembered
-_TEXT_BITS = 32
+_CACHE = 1 << 18  # codes and texts whose tokens are remembered
 NUMBERS_WITHOUT_BIN = "numbers_without_bin"
 TEXTS_WITHOUT_TOKEN = "texts_without_token"
 TEXTS_DROPPED = "texts_dropped_for_number"
@@ -69,15 +66,12 @@ class CodeVocabulary:
         self.first_id = int(content["first_id"])
         self.text_chars = int(content["text_chars"])
         self.sections = SectionMap(**content["sections"])
-        self.tokens = fixed_alphabet()
+        self._tables = TokenTables(content["codes"], content["shared"])
+        self.tokens = self._tables.tokens
         self.pad, self.begin = self.first_id + PAD, self.first_id + BEGIN
         self.gap_ids = _ids(self.first_id + FIRST_GAP, len(GAP_EDGES))
         self.age_ids = _ids(self.first_id + FIRST_AGE, MAX_AGE + 1)
         self.section_ids = _ids(self.first_id + FIRST_SECTION, len(SECTIONS))
-        self._own: dict[str, int] = {}  # code -> place in the table of codes
-        self._token_of: dict[str, int] = {}  # code or shared name -> place in `tokens`
-        self._text_ids: dict[str, int] = {}
-        self._lay_out()
         self._code_cache: dict[str, tuple[int, int, int, int]] = {}
         self._text_cache: dict[str, int] = {}
 
@@ -163,11 +157,11 @@ class CodeVocabulary:
         token_N = token_C.astype(np.int32)[code_N]
         own_N = own_C[code_N]
         number_N = ~np.isnan(batch.value_N)
-        binned_N = number_N & (self._first_bin[own_N] >= 0)  # the last row is for "no own"
+        binned_N = number_N & self._tables.binned[own_N]
         at = np.flatnonzero(binned_N)
-        token_N[at] = self._bin_tokens(own_N[at], batch.value_N[at])
+        token_N[at] = self._tables.bins(own_N[at], batch.value_N[at])
         has_text_N = text_N >= 0
-        at = np.flatnonzero(has_text_N & ~binned_N & self._has_values[own_N])
+        at = np.flatnonzero(has_text_N & ~binned_N & self._tables.has_values[own_N])
         if len(at):
             value_Q = self._value_tokens(own_N[at], text_N[at], batch.texts)
             token_N[at[value_Q >= 0]] = value_Q[value_Q >= 0]
@@ -192,69 +186,23 @@ class CodeVocabulary:
         section = self.sections(code, parents)[0]
         if code == BIRTH:
             return -1, section, -1
-        if code in self._own:
-            return self._token_of[code], section, OWN
+        if code in self._tables.own:
+            return self._tables.place[code], section, OWN
         for rung, name in steps(code, self.parents):
-            place = self._token_of.get(name)
+            place = self._tables.place.get(name)
             if place is not None:
                 return place, section, rung
         return FIRST_SECTION + section, section, SECTION
 
     def own_tokens(self, code: str) -> tuple[range, int]:
         """Return the places of a code's own tokens (itself, bins, values) and how many are bins."""
-        if code not in self._own:
+        own = self._tables.own.get(code)
+        if own is None:
             return range(0), 0
-        entry = self.content["codes"][self._own[code]]
+        entry = self.content["codes"][own]
         bins = len(entry["edges"]) + 1 if "edges" in entry else 0
-        first = self._token_of[code]
+        first = self._tables.place[code]
         return range(first, first + 1 + bins + len(entry.get("values", ()))), bins
-
-    def _lay_out(self) -> None:
-        """Number the fitted tokens: each code, its bins, its values; then the shared names."""
-        names = {t.name for t in self.tokens}
-
-        def put(name: str, text: str, kind: Any, section: int, *bins: int) -> None:
-            while name in names:
-                name += "*"
-            names.add(name)
-            self.tokens.append(CodeToken(name, text, kind, section, *bins))
-
-        codes = self.content["codes"]
-        first_bin: list[int] = []
-        edge_keys: list[int] = []
-        edge_starts: list[int] = []
-        value_keys: list[int] = []
-        value_tokens: list[int] = []
-        for own, entry in enumerate(codes):
-            code, words, section = entry["code"], entry["text"], entry["section"]
-            name = clean(code) or "?"
-            self._own[code], self._token_of[code] = own, len(self.tokens)
-            put(name, words, "code", section)
-            edge_starts.append(len(edge_keys))
-            edges = entry.get("edges")
-            first_bin.append(-1 if edges is None else len(self.tokens))
-            if edges is not None:
-                keys = decimal_keys(np.array(edges, np.float64)) + KEY_OFFSET
-                edge_keys += [(own << KEY_BITS) | k for k in keys.tolist()]
-                for b in range(len(edges) + 1):
-                    sign, spoken = _interval(edges, b)
-                    put(f"{name} {sign}", f"{words} {spoken}", "bin", section, b, len(edges) + 1)
-            for value in entry.get("values", ()):
-                text = self._text_ids.setdefault(value, len(self._text_ids))
-                value_keys.append((own << _TEXT_BITS) | text)
-                value_tokens.append(len(self.tokens))
-                put(f"{name} = {value}", f"{words}: {value}", "value", section)
-        for entry in self.content["shared"]:
-            self._token_of[entry["name"]] = len(self.tokens)
-            put(f"{clean(entry['name'])}//*", entry["text"], "code", entry["section"])
-        order_E = np.argsort(np.array(value_keys, np.int64))
-        self._value_keys = np.array(value_keys, np.int64)[order_E]
-        self._value_places = np.array(value_tokens, np.int32)[order_E]
-        self._edge_keys = np.array(edge_keys, np.int64)
-        self._edge_starts = np.array([*edge_starts, 0], np.int64)
-        self._first_bin = np.array([*first_bin, -1], np.int64)
-        self._has_values = np.zeros(len(codes) + 1, bool)
-        self._has_values[self._value_keys >> _TEXT_BITS] = True
 
     def _known_codes(self, codes: list[str]) -> np.ndarray:
         """Return place, section, rung and own row (-1: none) of each code, int64 [C, 4]."""
@@ -263,13 +211,8 @@ class CodeVocabulary:
             cache.clear()
         for code in codes:
             if code not in cache:
-                cache[code] = (*self.code_place(code), self._own.get(code, -1))
+                cache[code] = (*self.code_place(code), self._tables.own.get(code, -1))
         return np.array([cache[c] for c in codes], np.int64).reshape(-1, 4)
-
-    def _bin_tokens(self, own_N: np.ndarray, value_N: np.ndarray) -> np.ndarray:
-        key_N = (own_N << KEY_BITS) | (decimal_keys(value_N) + KEY_OFFSET)
-        bin_N = np.searchsorted(self._edge_keys, key_N, side="right") - self._edge_starts[own_N]
-        return self._first_bin[own_N] + bin_N
 
     def _value_tokens(self, own_N: np.ndarray, text_N: np.ndarray, texts: list[str]) -> np.ndarray:
         """Return the places of code x value tokens, -1 where there is none."""
@@ -282,27 +225,12 @@ class CodeVocabulary:
             text = texts[t]
             known = cache.get(text)
             if known is None:
-                known = self._text_ids.get(cut_text(text, self.text_chars), -1)
+                known = self._tables.text_ids.get(cut_text(text, self.text_chars), -1)
                 if len(text) <= 4 * self.text_chars:  # a note is not worth remembering
                     cache[text] = known
             text_T[i] = known
-        key_N = (own_N << _TEXT_BITS) | text_T[local_N]
-        key_N[text_T[local_N] < 0] = -1
-        at_N = np.minimum(np.searchsorted(self._value_keys, key_N), len(self._value_keys) - 1)
-        return np.where(self._value_keys[at_N] == key_N, self._value_places[at_N], -1)
+        return self._tables.values(own_N, text_T[local_N])
 
 
 def _ids(first: int, num: int) -> np.ndarray:
     return np.arange(first, first + num, dtype=np.int32)
-
-
-def _interval(edges: list[float], b: int) -> tuple[str, str]:
-    """Return a bin as a sign and in words."""
-    shown = [f"{e:g}" for e in edges]
-    if not edges:
-        return "(number)", "any number"
-    if b == 0:
-        return f"< {shown[0]}", f"below {shown[0]}"
-    if b == len(edges):
-        return f">= {shown[-1]}", f"{shown[-1]} or more"
-    return f"[{shown[b - 1]}, {shown[b]})", f"{shown[b - 1]} to {shown[b]}"
