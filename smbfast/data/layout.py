@@ -7,14 +7,14 @@ header, a line's head, a value), C codes, U distinct keys, T tokens, S subjects,
 headers.
 """
 
-from collections import Counter
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smbfast.batch import UNKNOWN, Timeline
-from smbfast.data.meds import BIRTH, STATIC, EventBatch
+from smbfast.batch import Timeline
+from smbfast.data.births import births, without_late_births
+from smbfast.data.meds import STATIC, EventBatch
 from smbfast.data.sections import SECTIONS, family
 from smbfast.data.tokens import CLOSE, OPEN
 
@@ -65,7 +65,7 @@ class Layout:
         self.serializer = serializer
         self.encoder = serializer.encoder
         serializer.counts["nonfinite_values"] += batch.nonfinite
-        self.batch, self.birth_N = _without_late_births(batch, serializer.counts)
+        self.batch, self.birth_N = without_late_births(batch, serializer.counts)
         self.num_subjects = len(batch.offset_S1) - 1
         self.strings: list[str] = []  # of the piece table
         self._index: dict[str, int] = {}
@@ -294,7 +294,7 @@ class Layout:
         lead_time = self.bucket_time_L[self.lead_L]
         lead_start = start_P[self.lead_at]
         head = end_P[self.lead_at] - lead_start
-        birth_S = self._births()
+        birth_S = births(self.batch, self.birth_N)
         lead_end = np.append(lead_start[1:], len(ids_T))[: len(lead_start)]
         subject_lead = self.subject_L[self.lead_L]
         bounds = np.searchsorted(subject_lead, np.arange(self.num_subjects + 1))
@@ -325,31 +325,3 @@ class Layout:
                 )
             )
         return timelines
-
-    def _births(self) -> np.ndarray:
-        """Return when each subject was born, int64 microseconds since 1970, UNKNOWN if not told."""
-        batch, birth_S = self.batch, np.full(self.num_subjects, UNKNOWN)
-        at = np.flatnonzero(self.birth_N & (batch.time_N != STATIC))
-        subject = np.searchsorted(batch.offset_S1, at, side="right") - 1
-        birth_S[subject[::-1]] = batch.time_N[at[::-1]]  # the first of several
-        return birth_S
-
-
-def _without_late_births(batch: EventBatch, counts: Counter[str]) -> tuple[EventBatch, np.ndarray]:
-    """Leave out births after a subject's first event; return also which of the rest are births.
-
-    Demographics stand before every bucket, so a node between the two would see what is to come.
-    """
-    birth_N = batch.code_N == (batch.codes.index(BIRTH) if BIRTH in batch.codes else -1)
-    if not birth_N.any():
-        return batch, birth_N
-    subject_N = np.repeat(np.arange(len(batch.offset_S1) - 1), np.diff(batch.offset_S1))
-    first_S = np.full(len(batch.offset_S1) - 1, np.iinfo(np.int64).max)
-    timed_N = ~birth_N & (batch.time_N != STATIC)
-    np.minimum.at(first_S, subject_N[timed_N], batch.time_N[timed_N])
-    keep_N = ~birth_N | (batch.time_N <= first_S[subject_N])
-    if keep_N.all():
-        return batch, birth_N
-    counts["late_births"] += int((~keep_N).sum())
-    num_before_N1 = np.concatenate([[0], np.cumsum(keep_N)])
-    return batch.rows(np.flatnonzero(keep_N), num_before_N1[batch.offset_S1]), birth_N[keep_N]

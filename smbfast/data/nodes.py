@@ -13,6 +13,7 @@ from itertools import groupby
 import numpy as np
 
 from smbfast.batch import Timeline
+from smbfast.data.codes.serializer import CodeSerializer
 from smbfast.data.labels import Labels
 from smbfast.data.meds import BIRTH, STATIC, EventBatch, MedsDataset
 from smbfast.data.serialize import Serializer
@@ -71,7 +72,7 @@ def distinct_nodes(tasks: list[Labels]) -> Nodes:
 
 def node_texts(
     dataset: MedsDataset,
-    serializer: Serializer,
+    serializer: Serializer | CodeSerializer,
     nodes: Nodes,
     window: int,
     counts: dict[str, int],
@@ -114,7 +115,7 @@ def _tails(
     batch: EventBatch,
     rows: slice,
     timed_N: np.ndarray,
-    serializer: Serializer,
+    serializer: Serializer | CodeSerializer,
     time_K: np.ndarray,
 ) -> list[tuple[int, Timeline | None]]:
     """Return for each node of a subject its bucket, and the bucket's events up to it as tokens."""
