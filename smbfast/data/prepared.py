@@ -1,4 +1,4 @@
-"""Opens a prepared folder: the tokenizer, the token shards of each split, how they were made."""
+"""Opens a prepared folder: what knows the ids, the token shards of each split, their record."""
 
 import json
 from collections import Counter
@@ -9,13 +9,18 @@ from transformers import PreTrainedTokenizerBase
 
 from smbfast.base.files import verify_folder
 from smbfast.batch import NewToken
+from smbfast.data.formats import (
+    VOCABULARY,
+    PatientEncoding,
+    PatientSerializer,
+    preamble_of,
+    read_encoding,
+    serializer_of,
+)
 from smbfast.data.meds import MedsDataset
-from smbfast.data.sections import SectionMap
-from smbfast.data.serialize import VERSION, Serializer, SerializerOptions, text_preamble
 from smbfast.data.shards import Shard
 from smbfast.data.timelines import Preamble
-from smbfast.data.tokens import TextEncoder, load_tokenizer
-from smbfast.settings import DataSettings
+from smbfast.data.tokens import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Prepared:
 
     folder: Path
     tokenizer: PreTrainedTokenizerBase
-    encoder: TextEncoder
+    encoding: PatientEncoding
     record: dict  # prepare.json
 
     @classmethod
@@ -39,6 +44,7 @@ class Prepared:
         try:
             record = json.loads((folder / "prepare.json").read_text())
             made_by, delimiters = record["encoder"], record["delimiters"]
+            record["data_format"]
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{folder} must be a finished folder of `python -m smbfast.prepare`; it has no "
@@ -46,10 +52,10 @@ class Prepared:
             ) from None
         verify_folder(folder / "tokenizer")
         tokenizer, _ = load_tokenizer(str(folder / "tokenizer"), delimiters)
-        encoder = TextEncoder(tokenizer, delimiters)
-        if encoder.fingerprint() != made_by:
+        encoding = read_encoding(folder / "tokenizer", tokenizer, record)
+        if encoding.fingerprint() != made_by:
             raise ValueError(f"{folder}: the tokenizer is not the one its shards were made with")
-        return cls(folder, tokenizer, encoder, record)
+        return cls(folder, tokenizer, encoding, record)
 
     def shards(self, split: str) -> list[Shard]:
         """Open the shards of a split, each verified."""
@@ -57,7 +63,7 @@ class Prepared:
 
     @property
     def new_tokens(self) -> list[NewToken]:
-        """The tokens that the backbone's tokenizer did not have.
+        """The tokens that are new to the backbone, whose rows are trained.
 
         Raises:
             ValueError: if an earlier version wrote them.
@@ -75,52 +81,19 @@ class Prepared:
     @property
     def preamble(self) -> Preamble:
         """What every window begins with."""
-        return text_preamble(self.encoder)
+        return preamble_of(self.encoding)
 
-    def serializer(self, dataset: MedsDataset) -> Serializer:
+    @property
+    def vocabulary_file(self) -> Path | None:
+        """The vocabulary of the format codes, which a model needs beside its tokenizer."""
+        file = self.folder / "tokenizer" / VOCABULARY
+        return file if self.record["data_format"] == "codes" else None
+
+    def serializer(self, dataset: MedsDataset) -> PatientSerializer:
         """Return a serializer that gives exactly the tokens of the shards."""
-        return serializer_of(dataset, self.encoder, self.record)
+        return serializer_of(dataset, self.encoding, self.record)
 
     @property
     def options(self) -> dict:
         """The serializer's options."""
         return dict(self.record["options"])
-
-
-def serializer_of(dataset: MedsDataset, encoder: TextEncoder, record: dict) -> Serializer:
-    """Return the serializer whose options and section rules are in the record of shards or a model.
-
-    Raises:
-        ValueError: the record was made with another format of the text or another tokenizer.
-    """
-    expected = {"format": VERSION, "encoder": encoder.fingerprint()}
-    for name, value in expected.items():
-        if record.get(name) != value:
-            raise ValueError(
-                f"the {name} of the text must be {value}, the record says {record.get(name)}: "
-                "prepare the data and train again with this version"
-            )
-    sections = SectionMap(**record["section_rules"])
-    options = SerializerOptions(**record["options"])
-    return Serializer(encoder, sections, dataset.descriptions, dataset.parents, options)
-
-
-def make_serializer(
-    dataset: MedsDataset,
-    encoder: TextEncoder,
-    sections: str | None,
-    options: SerializerOptions,
-) -> Serializer:
-    """Return the serializer of a dataset, with the section rules of file `sections` or our own."""
-    return Serializer(
-        encoder,
-        SectionMap.read(Path(sections) if sections else None),
-        dataset.descriptions,
-        dataset.parents,
-        options,
-    )
-
-
-def options_of(data: DataSettings) -> SerializerOptions:
-    """Return those data settings that the serializer needs."""
-    return SerializerOptions(data.bucket, data.values_per_line, data.text_chars)

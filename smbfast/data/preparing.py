@@ -9,29 +9,30 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from transformers import PreTrainedTokenizerBase
 
 from smbfast.base.files import committed_folder, digest_of, verify_folder, write_text
 from smbfast.base.progress import Progress
-from smbfast.batch import NewToken
+from smbfast.data.fitting import PARALLEL_ROWS, fit_encoding
+from smbfast.data.formats import (
+    VERSIONS,
+    PatientSerializer,
+    make_serializer,
+    options_of,
+    read_encoding,
+    sections_of,
+)
 from smbfast.data.meds import MedsDataset
-from smbfast.data.prepared import Prepared, make_serializer, options_of
+from smbfast.data.prepared import Prepared
 from smbfast.data.sections import SectionMap
-from smbfast.data.serialize import VERSION, Serializer
 from smbfast.data.shards import ShardWriter
 from smbfast.data.splits import SPLITS
-from smbfast.data.tokens import TextEncoder, load_tokenizer, save_tokenizer, train_tokenizer
+from smbfast.data.tokens import load_tokenizer
 from smbfast.settings import DataSettings
-
-BPE_CHARACTERS = 8_000_000  # text that a tokenizer is trained on: our choice
-PARALLEL_ROWS = 2_000_000  # below this, starting processes costs more than they save
 
 
 def prepare(
@@ -46,7 +47,7 @@ def prepare(
     out = Path(out)
     fresh = not out.exists()
     try:
-        return _prepare(data, out, tokenizer, splits)
+        return _prepare(data.decided(tokenizer), out, tokenizer, splits)
     except ValueError:
         # once the data is mended its digest is another: nothing of this could be gone on with
         if fresh:
@@ -58,20 +59,12 @@ def _prepare(
     data: DataSettings, out: Path, tokenizer: str | None, splits: tuple[str, ...]
 ) -> Prepared:
     dataset = MedsDataset.open(data.folder)
-    options = options_of(data)
-    source = {
-        "data": _data_digest(dataset, splits),
-        "format": VERSION,
-        "options": asdict(options),
-        "delimiters": data.delimiters,
-        "sections": _sections(data).fingerprint(),
-        "tokenizer": tokenizer or f"bpe of {data.vocab_size}",
-        "splits": list(splits),
-    }
+    source = _source(data, dataset, tokenizer, splits)
     plan, finished = out / "plan.json", out / "prepare.json"
+    before: dict = {}
     if plan.is_file() or finished.is_file():
         before = _recorded(plan if plan.is_file() else finished)
-        changed = ", ".join(k for k in source if before.get(k) != source[k])
+        changed = ", ".join(k for k in source if not _same(source[k], before.get(k)))
         if changed:
             raise ValueError(
                 f"{out} was prepared from other settings ({changed} differ); name another folder "
@@ -87,16 +80,19 @@ def _prepare(
             file=sys.stderr,
         )
     out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    sections = sections_of(data)
+    options = before.get("options") or _decided_options(data, dataset, tokenizer, sections)
+    source |= {"options": options, "section_rules": sections.record()}
     write_text(plan, json.dumps(source, indent=1))
-    new_tokens = _make_tokenizer(data, dataset, out / "tokenizer", tokenizer)
-    encoder = _serializer(data, dataset, out).encoder
+    new_tokens = fit_encoding(data, dataset, out / "tokenizer", tokenizer, sections, options)
+    encoding = read_encoding(
+        out / "tokenizer", load_tokenizer(str(out / "tokenizer"), data.delimiters)[0], source
+    )
     shards, counts, unmapped = _make_shards(data, dataset, out, splits)
     record = {
         **source,
-        "encoder": encoder.fingerprint(),
+        "encoder": encoding.fingerprint(),
         "new_tokens": new_tokens,
-        "section_rules": _sections(data).record(),
-        "piecewise": encoder.piecewise,
         "meds_version": dataset.version,
         "shards": shards,
         "counts": {s: dict(c) for s, c in counts.items()},
@@ -104,6 +100,42 @@ def _prepare(
     }
     write_text(out / "prepare.json", json.dumps(record, indent=1))
     return Prepared.open(out)
+
+
+def _source(
+    data: DataSettings, dataset: MedsDataset, tokenizer: str | None, splits: tuple[str, ...]
+) -> dict:
+    """Return what shards are made of; a difference in any of it makes other shards."""
+    assert data.format is not None
+    made = f"bpe of {data.vocab_size}" if data.format != "codes" else "codes"
+    return {
+        "data": _data_digest(dataset, splits),
+        "data_format": data.format,
+        "format": VERSIONS[data.format],
+        "options": options_of(data),
+        "delimiters": data.delimiters,
+        "sections": sections_of(data).fingerprint(),
+        "tokenizer": tokenizer or made,
+        "splits": list(splits),
+    }
+
+
+def _same(wanted: object, recorded: object) -> bool:
+    """Whether shards were made as it is wanted now; `bucket=auto` takes the bucket they have."""
+    if not (isinstance(wanted, dict) and isinstance(recorded, dict)):
+        return wanted == recorded
+    open_choice = wanted.get("bucket") == "auto"
+    return (wanted | {"bucket": recorded.get("bucket")} if open_choice else wanted) == recorded
+
+
+def _decided_options(
+    data: DataSettings, dataset: MedsDataset, tokenizer: str | None, sections: SectionMap
+) -> dict:
+    """Return the options of the format, with the bucket that `auto` chooses."""
+    options = options_of(data)
+    if options.get("bucket") != "auto":
+        return options
+    raise NotImplementedError
 
 
 def _recorded(file: Path) -> dict:
@@ -119,29 +151,23 @@ def _recorded(file: Path) -> dict:
 def check_prepared(prepared: Prepared, data: DataSettings, backbone: str | None) -> None:
     """Refuse shards that were made of other data, for another tokenizer or with other options.
 
+    Args:
+        data: with its format decided.
+
     Raises:
         ValueError: there is a difference, which is named.
     """
     record = prepared.record
     dataset = MedsDataset.open(data.folder)
-    wanted = {
-        "data": _data_digest(dataset, tuple(record["splits"])),
-        "format": VERSION,
-        "options": asdict(options_of(data)),
-        "delimiters": data.delimiters,
-        "sections": _sections(data).fingerprint(),
-        "tokenizer": backbone or record["tokenizer"],
-    }
-    changed = ", ".join(k for k, value in wanted.items() if record.get(k) != value)
+    wanted = _source(data, dataset, backbone, tuple(record["splits"]))
+    if backbone is None:
+        wanted["tokenizer"] = record["tokenizer"]
+    changed = ", ".join(k for k, value in wanted.items() if not _same(value, record.get(k)))
     if changed:
         raise ValueError(
             f"data.prepared {prepared.folder} was made from other settings ({changed} differ); "
             "prepare it again or take them back"
         )
-
-
-def _sections(data: DataSettings) -> SectionMap:
-    return SectionMap.read(Path(data.sections) if data.sections else None)
 
 
 def _data_digest(dataset: MedsDataset, splits: tuple[str, ...]) -> str:
@@ -153,49 +179,6 @@ def _data_digest(dataset: MedsDataset, splits: tuple[str, ...]) -> str:
             groups = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
             parts.append((split, file.name, file.stat().st_size, meta.num_rows, groups))
     return digest_of(parts, dataset.descriptions, dataset.parents)
-
-
-def _make_tokenizer(
-    data: DataSettings, dataset: MedsDataset, folder: Path, source: str | None
-) -> list[dict]:
-    """Write the tokenizer unless it is there; return the records of what is new to its backbone."""
-    if not folder.is_dir():
-        if source:
-            tokenizer, ids = load_tokenizer(source, data.delimiters)
-        else:
-            # any encoder will do to compose text: only its delimiter mode shows
-            composer = TextEncoder(train_tokenizer([], 300), data.delimiters)
-            serializer = make_serializer(dataset, composer, data.sections, options_of(data))
-            lines = _training_lines(dataset, serializer)
-            tokenizer, ids = train_tokenizer(lines, data.vocab_size), []
-        with committed_folder(folder, private=True) as staging:
-            save_tokenizer(tokenizer, staging)
-            records = [_delimiter(tokenizer, i).to_record() for i in ids]
-            (staging / "new_tokens.json").write_text(json.dumps(records))
-    verify_folder(folder)
-    return json.loads((folder / "new_tokens.json").read_text())
-
-
-def _delimiter(tokenizer: PreTrainedTokenizerBase, token: int) -> NewToken:
-    """A new delimiter: opening and closing ones start from one word, as its two bins."""
-    tag = str(tokenizer.convert_ids_to_tokens(token))
-    return NewToken(token, tag.strip("</>"), bin=int(tag.startswith("</")), num_bins=2)
-
-
-def _training_lines(dataset: MedsDataset, serializer: Serializer) -> Iterator[str]:
-    """Yield lines of training subjects, the same number of characters of each file."""
-    files = dataset.splits["train"]
-    for file in files:
-        budget = BPE_CHARACTERS // len(files)
-        for batch in dataset.file_batches(file, "train"):
-            for text in serializer.texts(batch):
-                budget -= len(text)
-                # a line once per subject: what one patient repeats is not frequent
-                yield from dict.fromkeys(text.splitlines(keepends=True))
-                if budget < 0:
-                    break
-            if budget < 0:
-                break
 
 
 def _make_shards(
@@ -224,7 +207,7 @@ def _make_shards(
                     raise
                 progress.add(rows[running[done]])
     else:
-        serializer = _serializer(data, dataset, out)
+        serializer = _serializer(dataset, out)
         for split, name, file in todo:
             _make_shard(dataset, serializer, split, file, out / name, progress)
     shards: dict[str, list[str]] = {s: [] for s in splits}
@@ -246,26 +229,28 @@ def _finished(folder: Path) -> bool:
     return True
 
 
-def _serializer(data: DataSettings, dataset: MedsDataset, out: Path) -> Serializer:
-    tokenizer, _ = load_tokenizer(str(out / "tokenizer"), data.delimiters)
-    encoder = TextEncoder(tokenizer, data.delimiters)
-    return make_serializer(dataset, encoder, data.sections, options_of(data))
+def _serializer(dataset: MedsDataset, out: Path) -> PatientSerializer:
+    """Return the serializer of the plan; its tokenizer or vocabulary must be there."""
+    plan = json.loads((out / "plan.json").read_text())
+    tokenizer, _ = load_tokenizer(str(out / "tokenizer"), plan["delimiters"])
+    encoding = read_encoding(out / "tokenizer", tokenizer, plan)
+    return make_serializer(dataset, encoding, SectionMap(**plan["section_rules"]), plan["options"])
 
 
-_STATE: dict[str, tuple[MedsDataset, Serializer]] = {}  # of a worker process: opened once
+_STATE: dict[str, tuple[MedsDataset, PatientSerializer]] = {}  # of a worker process: opened once
 
 
 def _work(data: DataSettings, out: str, split: str, name: str, file: str) -> None:
     if out not in _STATE:
         dataset = MedsDataset.open(data.folder)
-        _STATE[out] = (dataset, _serializer(data, dataset, Path(out)))
+        _STATE[out] = (dataset, _serializer(dataset, Path(out)))
     dataset, serializer = _STATE[out]
     _make_shard(dataset, serializer, split, Path(file), Path(out) / name, None)
 
 
 def _make_shard(
     dataset: MedsDataset,
-    serializer: Serializer,
+    serializer: PatientSerializer,
     split: str,
     file: Path,
     folder: Path,

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from smbfast.base.progress import Progress
 from smbfast.batch import PackedBatch, pack_segments
+from smbfast.data.formats import read_encoding, serializer_of
 from smbfast.data.labels import find_tasks, read_labels, with_splits
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import (
@@ -36,8 +37,6 @@ from smbfast.data.nodes import (
     shared_windows,
 )
 from smbfast.data.packing import plan_micro_batches
-from smbfast.data.prepared import serializer_of
-from smbfast.data.tokens import TextEncoder
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.decoder import HfModule
 from smbfast.model.target import TargetEncoder
@@ -117,7 +116,7 @@ def embed_labels(
 
     Args:
         encoder, target, record: a finished run, as `smbfast.run.checkpoint.restore_final` gives it.
-        tokenizer: the folder with the tokenizer of the model.
+        tokenizer: the folder with the tokenizer of the model, and its vocabulary of codes.
         labels: task folders, or names under `data`/labels.
         out: the parquet file to write.
         which: the encoder that embeds.
@@ -128,11 +127,9 @@ def embed_labels(
     Raises:
         ValueError: data, labels or a tokenizer that do not fit the model, or see `embed_nodes`.
     """
-    text_encoder = TextEncoder(
-        AutoTokenizer.from_pretrained(tokenizer, local_files_only=True), record["delimiters"]
-    )
+    read = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     dataset = MedsDataset.open(data)
-    serializer = serializer_of(dataset, text_encoder, record)
+    serializer = serializer_of(dataset, read_encoding(tokenizer, read, record), record)
     folders = find_tasks(labels, dataset.path)
     nodes = distinct_nodes([with_splits(read_labels(folder), dataset) for folder in folders])
     counts: dict[str, int] = {}

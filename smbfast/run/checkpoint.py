@@ -152,6 +152,7 @@ def save_final(
     target: TargetEncoder | None,
     tokenizer: PreTrainedTokenizerBase,
     record: dict,
+    vocabulary: Path | None = None,
 ) -> None:
     """Write a folder that `AutoTokenizer` and PEFT load (transformers, if all weights are trained).
 
@@ -161,6 +162,9 @@ def save_final(
     fp32 (`smbkernels.ema.join`). In tracked form, the averaged weight of a linear is the base
     weight plus lora_alpha / r `<linear>.u` `<linear>.v`. `token_rows` holds the average of the
     trained rows of the embedding.
+
+    Args:
+        vocabulary: the file of the vocabulary of codes, which is copied beside the tokenizer.
 
     Raises:
         ValueError: if a trained tensor is not finite. Then nothing is written.
@@ -172,6 +176,8 @@ def save_final(
         lm: HfModule = encoder.lm
         lm.save_pretrained(str(staging), **options)
         tokenizer.save_pretrained(staging)
+        if vocabulary is not None:
+            shutil.copy(vocabulary, staging / vocabulary.name)
         extra = {f"predictor.{n}": p for n, p in encoder.predictor.state_dict().items()}
         extra["mask_vector"] = encoder.mask_vector.detach()
         save_file(_contiguous(extra), staging / "predictor.safetensors")

@@ -76,7 +76,7 @@ def _flat(values: object, prefix: str = "") -> dict[str, object]:
 
 def prepared_data(settings: TrainSettings, run: Path) -> tuple[DataSettings, Prepared]:
     """Return the data settings with paths filled in, and the token shards; make what is missing."""
-    data = settings.data
+    data = settings.data.decided(settings.model.path, simulated=settings.data.path is None)
     if data.path is None:
         # the name says which cohort it is, so other settings never reuse it
         cohort = run / f"cohort-{settings.cohort.patients}-{settings.cohort.seed}"

@@ -191,8 +191,10 @@ class OpenRun:
 
     def save_model(self, folder: Path, target: TargetEncoder | None, step: int) -> None:
         """Write the model after `step` steps, in the format that transformers and PEFT load."""
-        record, tokenizer = _model_record(self, step), self.prepared.tokenizer
-        checkpoint.save_final(folder, self.encoder, target, tokenizer, record)
+        record, prepared = _model_record(self, step), self.prepared
+        checkpoint.save_final(
+            folder, self.encoder, target, prepared.tokenizer, record, prepared.vocabulary_file
+        )
 
 
 def _model_record(run: OpenRun, step: int) -> dict:
@@ -206,6 +208,7 @@ def _model_record(run: OpenRun, step: int) -> dict:
         "predictor_layers": settings.objective.predictor_layers,
         "window": run.data.window,
         "pool": settings.probe.pool,
+        "data_format": prepared.record["data_format"],
         "delimiters": prepared.record["delimiters"],
         "format": prepared.record["format"],
         "encoder": prepared.record["encoder"],

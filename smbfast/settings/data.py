@@ -1,11 +1,14 @@
 """Settings of the data: what a run trains on, and the commands `prepare` and `simulate`."""
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
 from smbfast.base.config import Settings
+
+LEAST_WINDOW = 128  # tokens, with the format codes
+MOST_IN_A_MOMENT = 84  # events, the most that was seen in demo data
 
 
 class DataSettings(Settings):
@@ -122,6 +125,27 @@ class DataSettings(Settings):
         "process. The result does not depend on it, and loading during training has nothing to do "
         "with it.",
     )
+
+    def decided(self, backbone: str | None, *, simulated: bool = False) -> Self:
+        """Return the settings with the format and the shortest gap decided.
+
+        Args:
+            backbone: the pretrained model or its tokenizer; None for a model made from scratch.
+            simulated: whether the patients are simulated, with one visit a day at most.
+
+        Raises:
+            ValueError: if windows are too short for the format `codes`.
+        """
+        chosen = self.format or ("text" if backbone else "codes")
+        gap_floor = self.gap_floor
+        if gap_floor == "auto":
+            gap_floor = 360 if simulated else 5
+        if chosen == "codes" and self.window < LEAST_WINDOW:
+            raise ValueError(
+                f"data.window must be at least {LEAST_WINDOW} with data.format=codes, because a "
+                f"moment may hold {MOST_IN_A_MOMENT} events; got {self.window}"
+            )
+        return self.model_copy(update={"format": chosen, "gap_floor": gap_floor})
 
     @property
     def folder(self) -> Path:

@@ -1,0 +1,182 @@
+"""Makes what knows the ids, on the train split: a tokenizer for text, a vocabulary for codes.
+
+It is one committed folder, which `AutoTokenizer` reads; for codes it holds the vocabulary too.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from smbfast.base.files import committed_folder, verify_folder
+from smbfast.base.progress import Progress
+from smbfast.batch import NewToken
+from smbfast.data.codes.statistics import CodeStatistics
+from smbfast.data.codes.summary import summary
+from smbfast.data.codes.tokenizer import code_tokenizer, with_codes
+from smbfast.data.codes.vocabulary import CodeVocabulary
+from smbfast.data.formats import VOCABULARY, make_serializer
+from smbfast.data.meds import MedsDataset
+from smbfast.data.sections import SectionMap
+from smbfast.data.serialize import Serializer
+from smbfast.data.tokens import TextEncoder, load_tokenizer, save_tokenizer, train_tokenizer
+from smbfast.settings import DataSettings
+
+BPE_CHARACTERS = 8_000_000  # text that a tokenizer is trained on: our choice
+PARALLEL_ROWS = 2_000_000  # below this, starting processes costs more than they save
+SUMMARY = "summary.json"  # how codes became tokens, for `prepare --explain`
+
+
+def fit_encoding(
+    data: DataSettings,
+    dataset: MedsDataset,
+    folder: Path,
+    backbone: str | None,
+    sections: SectionMap,
+    options: dict,
+) -> list[dict]:
+    """Write the folder unless it is there.
+
+    Args:
+        data: with its format decided.
+        backbone: the tokenizer that the tokens are added to; None makes one of its own.
+        options: those of `smbfast.data.formats.options_of`.
+
+    Returns:
+        The records of the tokens that are new to a backbone (`smbfast.batch.NewToken`).
+    """
+    if not folder.is_dir():
+        with committed_folder(folder, private=True) as staging:
+            if data.format == "codes":
+                new = _fit_codes(data, dataset, staging, backbone, sections)
+            else:
+                new = _fit_text(data, dataset, staging, backbone, sections, options)
+            records = [token.to_record() for token in new]
+            (staging / "new_tokens.json").write_text(json.dumps(records))
+    verify_folder(folder)
+    return json.loads((folder / "new_tokens.json").read_text())
+
+
+def _fit_codes(
+    data: DataSettings,
+    dataset: MedsDataset,
+    staging: Path,
+    backbone: str | None,
+    sections: SectionMap,
+) -> list[NewToken]:
+    statistics = code_statistics(data, dataset)
+    tokenizer = load_tokenizer(backbone, "text")[0] if backbone else None
+    vocabulary = CodeVocabulary.fit(
+        statistics,
+        sections,
+        dataset.descriptions,
+        dataset.parents,
+        max_codes=data.max_codes,
+        text_chars=data.text_chars,
+        first_id=0 if tokenizer is None else len(tokenizer),
+    )
+    vocabulary.save(staging / VOCABULARY)
+    rows = [asdict(row) for row in summary(vocabulary, statistics)]
+    (staging / SUMMARY).write_text(json.dumps(rows, indent=1))
+    if tokenizer is None:
+        save_tokenizer(code_tokenizer(vocabulary), staging)
+        return []
+    with_codes(tokenizer, vocabulary)
+    save_tokenizer(tokenizer, staging)
+    first = vocabulary.first_id
+    return [
+        NewToken(first + i, t.text, bin=t.bin, num_bins=t.num_bins)
+        for i, t in enumerate(vocabulary.tokens)
+    ]
+
+
+def code_statistics(data: DataSettings, dataset: MedsDataset) -> CodeStatistics:
+    """Count the codes and values of the train split, with a process per file if it is large."""
+    files = dataset.splits["train"]
+    rows = {file: pq.read_metadata(file).num_rows for file in files}
+    progress = Progress("smbfast.prepare, vocabulary", sum(rows.values()), "events")
+    workers = min(data.workers or os.cpu_count() or 1, len(files))
+    total = CodeStatistics(text_chars=data.text_chars)
+    if workers > 1 and sum(rows.values()) > PARALLEL_ROWS:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            # merged in the order of the files, so the result does not depend on the processes
+            counted = pool.map(_count, [data] * len(files), [str(file) for file in files])
+            for file, statistics in zip(files, counted, strict=True):
+                total.merge(statistics)
+                progress.add(rows[file])
+    else:
+        for file in files:
+            _add_file(total, dataset, file)
+            progress.add(rows[file])
+    return total
+
+
+def _count(data: DataSettings, file: str) -> CodeStatistics:
+    statistics = CodeStatistics(text_chars=data.text_chars)
+    _add_file(statistics, MedsDataset.open(data.folder), Path(file))
+    return statistics
+
+
+def _add_file(statistics: CodeStatistics, dataset: MedsDataset, file: Path) -> None:
+    for batch in dataset.file_batches(file, "train"):
+        statistics.add(batch)
+
+
+def _fit_text(
+    data: DataSettings,
+    dataset: MedsDataset,
+    staging: Path,
+    backbone: str | None,
+    sections: SectionMap,
+    options: dict,
+) -> list[NewToken]:
+    if backbone:
+        tokenizer, ids = load_tokenizer(backbone, data.delimiters)
+    else:
+        tokenizer, ids = (
+            train_tokenizer(
+                training_lines(dataset, text_composer(data, dataset, sections, options)),
+                data.vocab_size,
+            ),
+            [],
+        )
+    save_tokenizer(tokenizer, staging)
+    return [_delimiter(tokenizer, i) for i in ids]
+
+
+def _delimiter(tokenizer: PreTrainedTokenizerBase, token: int) -> NewToken:
+    """A new delimiter: opening and closing ones start from one word, as its two bins."""
+    tag = str(tokenizer.convert_ids_to_tokens(token))
+    return NewToken(token, tag.strip("</>"), bin=int(tag.startswith("</")), num_bins=2)
+
+
+def text_composer(
+    data: DataSettings, dataset: MedsDataset, sections: SectionMap, options: dict
+) -> Serializer:
+    """Return a serializer whose texts count, not its ids: of the encoder only the mode shows."""
+    encoder = TextEncoder(train_tokenizer([], 300), data.delimiters)
+    composer = make_serializer(dataset, encoder, sections, options)
+    assert isinstance(composer, Serializer)
+    return composer
+
+
+def training_lines(dataset: MedsDataset, serializer: Serializer) -> Iterator[str]:
+    """Yield lines of training subjects, the same number of characters of each file."""
+    files = dataset.splits["train"]
+    for file in files:
+        budget = BPE_CHARACTERS // len(files)
+        for batch in dataset.file_batches(file, "train"):
+            for text in serializer.texts(batch):
+                budget -= len(text)
+                # a line once per subject: what one patient repeats is not frequent
+                yield from dict.fromkeys(text.splitlines(keepends=True))
+                if budget < 0:
+                    break
+            if budget < 0:
+                break
