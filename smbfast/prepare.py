@@ -17,19 +17,14 @@ def main(argv: list[str] | None = None) -> None:
         start = time.monotonic()
         prepared = prepare(settings, Path(settings.out), settings.tokenizer, tuple(settings.splits))
     counts = prepared.counts
-    share = sum(prepared.record["unmapped"].values()) / max(counts["events"], 1)
     print(
         f"prepared {counts['subjects']:,} subjects, {counts['events']:,} events, "
-        f"{counts['tokens']:,} tokens in {time.monotonic() - start:.1f} s: {prepared.folder}"
+        f"{counts['tokens']:,} tokens ({prepared.format_text}) in "
+        f"{time.monotonic() - start:.1f} s: {prepared.folder}"
     )
-    print(
-        f"unmapped {share:.2%} of events (by the fallback rule alone), values beyond the latest "
-        f"{settings.values_per_line} of a line {counts['values_left_out']:,}, texts cut "
-        f"{counts['texts_cut']:,}, values that were NaN or infinite {counts['nonfinite_values']:,}"
-        f", births after a subject's first event {counts['late_births']:,}"
-    )
+    print(prepared.left_out())
     if prepared.record["unmapped"]:
-        print(f"unmapped families of codes: {prepared.record['unmapped']}")
+        print(f"families of codes without a section rule: {prepared.record['unmapped']}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from smbfast.data.shards import Shard
 from smbfast.data.timelines import Preamble
 from smbfast.data.tokens import load_tokenizer
 
+SHARED = ("ancestor", "prefix", "family", "section")  # rungs on which rare codes share a token
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -88,6 +90,45 @@ class Prepared:
         """The vocabulary of the format codes, which a model needs beside its tokenizer."""
         file = self.folder / "tokenizer" / VOCABULARY
         return file if self.record["data_format"] == "codes" else None
+
+    @property
+    def tokens_an_event(self) -> float:
+        """Tokens of the timelines of the train split over its events."""
+        counts = self.record["counts"]["train"]
+        return counts["tokens"] / max(counts["events"], 1)
+
+    @property
+    def format_text(self) -> str:
+        """The format in words, such as `text by day` or `codes`."""
+        name, bucket = self.record["data_format"], self.record["options"].get("bucket")
+        return f"{name} by {bucket}" if bucket else name
+
+    def left_out(self) -> str:
+        """Return a line about what of the events does not reach the model as it is."""
+        counts = self.counts
+        events = max(counts["events"], 1)
+        unmapped = sum(self.record["unmapped"].values()) / events
+        parts = [f"events of codes without a section rule {unmapped:.2%}"]
+        if self.record["data_format"] == "codes":
+            shares = (f"{name} {counts[name] / events:.2%}" for name in SHARED)
+            parts.append(f"events on a shared token: {', '.join(shares)}")
+            parts += [
+                f"numbers without a bin {counts['numbers_without_bin']:,}",
+                f"text values in no token {counts['texts_without_token']:,}, and "
+                f"{counts['texts_dropped_for_number']:,} beside a number",
+            ]
+        else:
+            most = self.record["options"]["values_per_line"]
+            if most is not None:
+                parts.append(
+                    f"values beyond the latest {most} of a line {counts['values_left_out']:,}"
+                )
+            parts.append(f"texts cut {counts['texts_cut']:,}")
+        parts += [
+            f"values that were NaN or infinite {counts['nonfinite_values']:,}",
+            f"births after a subject's first event {counts['late_births']:,}",
+        ]
+        return "; ".join(parts)
 
     def serializer(self, dataset: MedsDataset) -> PatientSerializer:
         """Return a serializer that gives exactly the tokens of the shards."""

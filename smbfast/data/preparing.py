@@ -20,6 +20,7 @@ from smbfast.base.progress import Progress
 from smbfast.data.fitting import PARALLEL_ROWS, fit_encoding
 from smbfast.data.formats import (
     VERSIONS,
+    PatientEncoding,
     PatientSerializer,
     make_serializer,
     options_of,
@@ -85,9 +86,7 @@ def _prepare(
     source |= {"options": options, "section_rules": sections.record()}
     write_text(plan, json.dumps(source, indent=1))
     new_tokens = fit_encoding(data, dataset, out / "tokenizer", tokenizer, sections, options)
-    encoding = read_encoding(
-        out / "tokenizer", load_tokenizer(str(out / "tokenizer"), data.delimiters)[0], source
-    )
+    encoding = _encoding(out, source)
     shards, counts, unmapped = _make_shards(data, dataset, out, splits)
     record = {
         **source,
@@ -113,7 +112,7 @@ def _source(
         "data_format": data.format,
         "format": VERSIONS[data.format],
         "options": options_of(data),
-        "delimiters": data.delimiters,
+        "delimiters": data.delimiters if data.format != "codes" else "text",  # codes have no tags
         "sections": sections_of(data).fingerprint(),
         "tokenizer": tokenizer or made,
         "splits": list(splits),
@@ -232,9 +231,13 @@ def _finished(folder: Path) -> bool:
 def _serializer(dataset: MedsDataset, out: Path) -> PatientSerializer:
     """Return the serializer of the plan; its tokenizer or vocabulary must be there."""
     plan = json.loads((out / "plan.json").read_text())
+    sections = SectionMap(**plan["section_rules"])
+    return make_serializer(dataset, _encoding(out, plan), sections, plan["options"])
+
+
+def _encoding(out: Path, plan: dict) -> PatientEncoding:
     tokenizer, _ = load_tokenizer(str(out / "tokenizer"), plan["delimiters"])
-    encoding = read_encoding(out / "tokenizer", tokenizer, plan)
-    return make_serializer(dataset, encoding, SectionMap(**plan["section_rules"]), plan["options"])
+    return read_encoding(out / "tokenizer", tokenizer, plan)
 
 
 _STATE: dict[str, tuple[MedsDataset, PatientSerializer]] = {}  # of a worker process: opened once

@@ -67,6 +67,9 @@ def _data_record(run: OpenRun) -> dict:
     unmapped = sum(run.prepared.record["unmapped"].values()) / max(counts["events"], 1)
     return {
         "simulated": run.settings.data.path is None,
+        "format": run.prepared.record["data_format"],
+        "options": run.prepared.options,
+        "tokens_an_event": round(run.prepared.tokens_an_event, 4),
         "subjects": {s: c.get("subjects", 0) for s, c in per_split.items()},
         "tokens": {s: c.get("tokens", 0) for s, c in per_split.items()},
         "windows": len(run.windows),
@@ -85,19 +88,16 @@ def _data_rows(run: OpenRun, data: dict) -> list[tuple[str, str]]:
         (
             "data",
             f"{few(subjects['train'])} train / {few(subjects.get('tuning', 0))} tuning subjects, "
-            f"{_si(tokens)} tokens, vocabulary {len(run.prepared.tokenizer):,}",
+            f"{_si(tokens)} tokens ({run.prepared.format_text}, "
+            f"{run.prepared.tokens_an_event:.2f} an event), vocabulary "
+            f"{len(run.prepared.tokenizer):,}",
         ),
         (
             "windows",
             f"{len(run.windows):,} of up to {settings.window} tokens; "
-            f"{run.windows.num_lost / max(tokens, 1):.2%} of tokens lost to longer days",
+            f"{run.windows.num_lost / max(tokens, 1):.2%} of tokens lost to long demographics",
         ),
-        (
-            "left out",
-            f"unmapped codes {data['unmapped_share']:.2%} of events, values beyond the latest "
-            f"{settings.values_per_line} of a line {data['values_left_out']:,}, texts cut "
-            f"{data['texts_cut']:,}, values not finite {data['nonfinite_values']:,}",
-        ),
+        ("left out", run.prepared.left_out()),
     ]
 
 

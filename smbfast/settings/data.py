@@ -64,7 +64,7 @@ class DataSettings(Settings):
     gap_floor: int | Literal["auto"] = Field(
         "auto",
         description="With format `codes`: the shortest time between two moments, in minutes, that "
-        "is told by a token. Shorter gaps are not told, which saves tokens. `auto` is 5 minutes, "
+        "has a token of its own. Shorter gaps have none, which saves tokens. `auto` is 5 minutes, "
         "and 360 for a simulated cohort, whose visits last a day.",
     )
     max_codes: int = Field(

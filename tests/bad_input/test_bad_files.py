@@ -21,8 +21,11 @@ from tests.refusal import CANARY, no_canary, nothing_half_written, refused
 CANARY_ROWS = [(99, None, f"LAB//{CANARY}", 1.0, CANARY)]
 
 
+TEXT = {"format": "text-paper", "vocab_size": 500, "workers": 1}
+
+
 def settings(data: Path, **changed: object) -> DataSettings:
-    return DataSettings(path=str(data), vocab_size=500, workers=1, **changed)
+    return DataSettings(path=str(data), **{**TEXT, **changed})
 
 
 def run(data: Path, out: Path, **changed: object) -> Prepared:
@@ -213,6 +216,7 @@ def test_a_failure_half_way_leaves_no_shard(
         ({"bucket": "hour"}, "options"),
         ({"delimiters": "text"}, "delimiters"),
         ({"vocab_size": 600}, "tokenizer"),
+        ({"format": "codes"}, "data_format"),
     ],
 )
 @pytest.mark.parametrize("left", ["plan.json", "prepare.json"])

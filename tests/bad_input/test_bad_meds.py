@@ -237,9 +237,9 @@ def test_nan_and_infinite_values_are_counted_and_no_value(tmp_path: Path) -> Non
     rows += [(50, at(1), "LAB//glucose", v, None) for v in (np.nan, np.inf, -np.inf, None, 7.0)]
     data = write_meds(tmp_path / "data", {"train": rows})
     assert np.isnan([e[3] for e in events(data)[-5:]]).tolist() == [True] * 4 + [False]
-    found = prepared(data, tmp_path / "out")
+    found = prepared(data, tmp_path / "out", format="text-paper")
     assert found.counts["nonfinite_values"] == 3
-    assert "nan" not in found.encoder.tokenizer.decode(found.shards("train")[0][12].ids_T).lower()
+    assert "nan" not in found.encoding.tokenizer.decode(found.shards("train")[0][12].ids_T).lower()
 
 
 def test_meds_0_3(tmp_path: Path) -> None:
@@ -285,8 +285,8 @@ def test_years_1_and_9999_and_a_birth_without_time(tmp_path: Path) -> None:
     rows = [(50, t, "LAB//glucose", 1.0, None) for t in (first, at(0), last)]
     rows.insert(0, (50, None, "MEDS_BIRTH", None, None))
     data = write_meds(tmp_path / "data", {"train": [*split_rows("train"), *rows]})
-    found = prepared(data, tmp_path / "out")
-    text = found.encoder.tokenizer.decode(found.shards("train")[0][12].ids_T)
+    found = prepared(data, tmp_path / "out", format="text-paper")
+    text = found.encoding.tokenizer.decode(found.shards("train")[0][12].ids_T)
     assert "[0001-01-01]" in text and "[9999-12-31]" in text and "Birth" in text
     assert "290308" not in text, "the stand-in for no time was printed as a date"
 

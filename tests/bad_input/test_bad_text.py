@@ -142,7 +142,7 @@ def structure(timeline: Timeline) -> list[int]:
 
 
 def check_lines(found: Prepared, timeline: Timeline) -> None:
-    tokenizer, encoder = found.tokenizer, found.encoder
+    tokenizer, encoder = found.tokenizer, found.encoding
     reserved = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     tags = [ids.tolist() for ids in (*encoder.open_ids, *encoder.close_ids)]
     for start, end in zip(timeline.line_start_L, timeline.line_end_L, strict=True):
@@ -196,8 +196,10 @@ def test_no_text_gives_a_reserved_id(text: str) -> None:
 def test_long_texts_are_cut_and_counted(tmp_path: Path) -> None:
     rows = [*split_rows("train"), (50, at(0), "LAB//glucose", None, "y" * 5000)]
     data = write_meds(tmp_path / "data", {"train": rows})
-    options = DataSettings(path=str(data), vocab_size=500, workers=1, text_chars=10)
+    options = DataSettings(
+        path=str(data), format="text-paper", vocab_size=500, workers=1, text_chars=10
+    )
     found = prepare(options, tmp_path / "out", None, ("train",))
     assert found.counts["texts_cut"] == 1
-    text = found.encoder.tokenizer.decode(found.shards("train")[0][12].ids_T)
+    text = found.encoding.tokenizer.decode(found.shards("train")[0][12].ids_T)
     assert "y" * 10 in text and "y" * 11 not in text

@@ -45,7 +45,9 @@ def timelines() -> list[Timeline]:
 def prepared(
     data: Path, out: Path, splits: tuple[str, ...] = ("train", "tuning"), **options: object
 ) -> Prepared:
-    made = DataSettings(path=str(data), **{"vocab_size": 500, "workers": 1, **options})
+    made = DataSettings(
+        path=str(data), **{"format": "text-paper", "vocab_size": 500, "workers": 1, **options}
+    )
     return prepare(made, out, None, splits)
 
 
