@@ -2,7 +2,8 @@
 
 tokens(events up to t) == complete buckets of the trunk + tail, before and after windowing, and as
 the prefix and branch that are embedded, on every label of the demo datasets and on generated
-tables. K decision nodes.
+tables, in text and in codes. In codes every moment is complete: there is no tail and no branch.
+K decision nodes.
 """
 
 from collections.abc import Iterator
@@ -18,16 +19,21 @@ from transformers import PreTrainedTokenizerBase
 
 from smbfast.batch import Timeline
 from smbfast.data import nodes as own
+from smbfast.data.codes import CodeStatistics, CodeVocabulary
+from smbfast.data.codes.serializer import CodeSerializer
 from smbfast.data.labels import read_labels
 from smbfast.data.meds import EventBatch, MedsDataset
 from smbfast.data.nodes import Nodes, NodeText, distinct_nodes, node_texts, shared_windows
+from smbfast.data.sections import SectionMap
 from smbfast.data.serialize import Serializer
 from smbfast.data.timelines import Preamble, node_window
 from smbfast.data.tokens import train_tokenizer
+from tests.data.code_tables import FLOOR, code_serializer
 from tests.data.event_tables import (
     DATA,
     DATASETS,
     DAY,
+    MINUTE,
     Event,
     assert_same_timeline,
     batch_of,
@@ -45,6 +51,7 @@ from tests.data.event_tables import (
 WINDOW = 512
 OURS = our_bpe()
 CHUNK = 200_000  # events of truncated records serialized at once
+AnySerializer = Serializer | CodeSerializer
 Composed = dict[tuple[int, int], tuple[Timeline, NodeText]]
 
 
@@ -61,7 +68,7 @@ class InMemory:
 
 
 def composed(
-    dataset: MedsDataset | InMemory, serializer: Serializer, nodes: Nodes, window: int = WINDOW
+    dataset: MedsDataset | InMemory, serializer: AnySerializer, nodes: Nodes, window: int = WINDOW
 ) -> Composed:
     """Each node's record before windowing and its text, as `node_texts` makes them."""
     records: list[Timeline] = []
@@ -79,15 +86,18 @@ def composed(
     assert counts["embedded"] + skipped == counts["nodes"] == len(nodes.time_K)
     found = {(t.subject, t.time): (r, t) for r, t in zip(records, texts, strict=True)}
     for tokens in (1, 2 * window, 1 << 40):
-        check_shared(found, tokens, window, preamble)
+        check_shared(found, tokens, window, preamble, tails=isinstance(serializer, Serializer))
     return found
 
 
-def check_shared(found: Composed, tokens: int, window: int, preamble: Preamble) -> None:
+def check_shared(
+    found: Composed, tokens: int, window: int, preamble: Preamble, *, tails: bool
+) -> None:
     """Trunk prefix and branch of every node are its window; no complete bucket is in a branch."""
     seen = []
     for shared in shared_windows((text for _, text in found.values()), tokens):
         assert len(shared) <= tokens or len(shared.nodes) == 1
+        assert tails or not shared.branches
         spans = zip(shared.nodes, shared.prefix_K, shared.branch_K, strict=True)
         for node, prefix, branch in spans:
             seen.append((node.subject, node.time))
@@ -101,7 +111,7 @@ def check_shared(found: Composed, tokens: int, window: int, preamble: Preamble) 
 
 
 def truncated(
-    batch: EventBatch, serializer: Serializer, nodes: Nodes
+    batch: EventBatch, serializer: AnySerializer, nodes: Nodes
 ) -> Iterator[tuple[tuple[int, int], Timeline]]:
     """Each node's record, serialized anew from nothing but the events up to it."""
     keys: list[tuple[int, int]] = []
@@ -131,7 +141,7 @@ def truncated(
 
 def check_law(
     batches: Iterator[EventBatch],
-    serializer: Serializer,
+    serializer: AnySerializer,
     nodes: Nodes,
     found: Composed,
     window: int = WINDOW,
@@ -190,14 +200,36 @@ def test_every_label(name: str, bucket: str, every: int) -> None:
     assert len(found) > 0.9 * len(nodes.time_K)
 
 
-@settings(max_examples=80, deadline=None)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DATASETS)
+def test_every_label_in_codes(name: str) -> None:
+    dataset, nodes, _ = dataset_of(name)
+    statistics = CodeStatistics()
+    for batch in dataset.batches("train"):
+        statistics.add(batch)
+    vocabulary = CodeVocabulary.fit(
+        statistics, SectionMap.read(), dataset.descriptions, dataset.parents
+    )
+    serializer = CodeSerializer(vocabulary, gap_floor=FLOOR)
+    found = composed(dataset, serializer, nodes)
+    asked = np.unique(nodes.subject_K)
+    batches = (b for split in dataset.splits for b in dataset.batches(split, asked))
+    assert check_law(batches, serializer, nodes, found) == len(found)
+    assert len(found) > 0.9 * len(nodes.time_K)
+
+
+def any_serializer(bucket: str, **options: int) -> AnySerializer:
+    return code_serializer() if bucket == "codes" else serializer_of(OURS, bucket=bucket, **options)
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     events=subjects(),
-    bucket=st.sampled_from(["day", "hour", "moment"]),
+    bucket=st.sampled_from(["day", "hour", "moment", "codes"]),
     window=st.integers(64, 160),
 )
 def test_generated_tables(events: list[Event], bucket: str, window: int) -> None:
-    serializer = serializer_of(OURS, bucket=bucket, values_per_line=2)
+    serializer = any_serializer(bucket, values_per_line=2)
     batch, nodes = batch_of(events), at(1, list(nodes_of(events)))
     found = composed(InMemory(batch), serializer, nodes, window)
     assert check_law(iter([batch]), serializer, nodes, found, window) == len(found)
@@ -219,12 +251,12 @@ def test_other_tokenizers(family: str, tmp_path: Path) -> None:
     law()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     events=subjects(),
     others=st.lists(st.one_of(timed_events, births), max_size=6),
     picked=st.integers(0, 1 << 30),
-    bucket=st.sampled_from(["day", "hour", "moment"]),
+    bucket=st.sampled_from(["day", "hour", "moment", "codes"]),
 )
 def test_nothing_after_a_node_changes_it(
     events: list[Event], others: list[Event], picked: int, bucket: str
@@ -235,7 +267,7 @@ def test_nothing_after_a_node_changes_it(
     later = [e for e in others if us(e[0]) > time]
     altered = [e for e in events if us(e[0]) <= time] + later
     before, after = (
-        composed(InMemory(batch_of(e or later)), serializer_of(OURS, bucket=bucket), at(1, [time]))
+        composed(InMemory(batch_of(e or later)), any_serializer(bucket), at(1, [time]))
         for e in (events, altered or [event("2160-01-01", "LAB//a")])
     )
     assert before.keys() == after.keys()
@@ -253,6 +285,25 @@ def test_a_node_sees_its_own_moment_and_nothing_later() -> None:
     texts = {t: serializer.encoder.tokenizer.decode(f[1].ids_T[1:]) for (_, t), f in found.items()}
     one, two = (f"[2150-01-31]\n<measurements>LAB//a: {v}\n</measurements>" for v in ("1", "1, 2"))
     assert texts == {times[1]: one, times[2]: one, noon: two, next_day: two}
+
+
+def test_no_event_is_serialized_again_for_a_tail_in_codes() -> None:
+    events = [event(f"2150-01-31 {h:02}:00", "LAB//GLU", h) for h in range(10)]
+    batch, nodes = batch_of(events), at(1, list(nodes_of(events)))
+    serializer = code_serializer()
+    with patch.object(serializer, "timelines", wraps=serializer.timelines) as called:
+        texts = list(node_texts(InMemory(batch), serializer, nodes, WINDOW, {}))
+    assert len(texts) == 3 * 10 - 1 and called.call_count == 1
+
+
+def test_the_law_is_broken_by_a_code_serializer_that_counts_the_next_moment() -> None:
+    events = [event("2150-01-31 10:00", "LAB//GLU"), event("2150-01-31 12:00", "LAB//GLU", 1)]
+    batch, nodes = batch_of(events), at(1, [us("2150-01-31 11:00")])
+    serializer = code_serializer()
+    with patch.object(serializer, "bucket_key", lambda time_K: time_K + 120 * MINUTE):
+        found = composed(InMemory(batch), serializer, nodes)
+        with pytest.raises(AssertionError):
+            check_law(iter([batch]), serializer, nodes, found)
 
 
 def test_the_law_is_broken_by_a_tail_that_sees_its_whole_bucket() -> None:
