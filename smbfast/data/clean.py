@@ -16,6 +16,8 @@ _HIDDEN = re.compile(
 )
 _TAG = re.compile(r"<(?=/?(?:" + "|".join(SECTIONS) + r")>)", re.IGNORECASE)
 _BRACKET = re.compile(r"^[\[<\uff3b\uff1c\ufe47\ufe64]")
+_MARKS = tuple("[<+@:")  # with which tags and the headers of the format `text` begin
+_AGE = re.compile(r"^Age(?= |$)")
 
 
 def clean(text: str, limit: int | None = None) -> str:
@@ -26,6 +28,17 @@ def clean(text: str, limit: int | None = None) -> str:
 def line_head(text: str) -> str:
     """Return cleaned text as it may begin a line: a bracket there would read as a header or tag."""
     return _BRACKET.sub("(", text) or "?"
+
+
+def lean_head(text: str) -> str:
+    """Return cleaned text as it may begin a line of the format `text`.
+
+    There a sign would read as the time of a bucket, and `Age` as the line that windows begin with.
+    """
+    folded = unicodedata.normalize("NFKC", text)
+    if _AGE.match(folded):
+        return "a" + folded[1:]
+    return "(" + text[1:] if folded.startswith(_MARKS) else text or "?"
 
 
 def without_tags(text: str) -> str:

@@ -5,6 +5,7 @@ It is one committed folder, which `AutoTokenizer` reads; for codes it holds the 
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -17,20 +18,44 @@ from transformers import PreTrainedTokenizerBase
 from smbfast.base.files import committed_folder, verify_folder
 from smbfast.base.progress import Progress
 from smbfast.batch import NewToken
+from smbfast.data.bucket import choose_bucket, why
 from smbfast.data.codes.statistics import CodeStatistics
 from smbfast.data.codes.summary import summary
 from smbfast.data.codes.tokenizer import code_tokenizer, with_codes
 from smbfast.data.codes.vocabulary import CodeVocabulary
-from smbfast.data.formats import VOCABULARY, make_serializer
+from smbfast.data.formats import VOCABULARY, make_serializer, options_of
 from smbfast.data.meds import MedsDataset
 from smbfast.data.sections import SectionMap
-from smbfast.data.serialize import Serializer
+from smbfast.data.serialize import Bucket, Serializer
 from smbfast.data.tokens import TextEncoder, load_tokenizer, save_tokenizer, train_tokenizer
 from smbfast.settings import DataSettings
 
 BPE_CHARACTERS = 8_000_000  # text that a tokenizer is trained on: our choice
 PARALLEL_ROWS = 2_000_000  # below this, starting processes costs more than they save
 SUMMARY = "summary.json"  # how codes became tokens, for `prepare --explain`
+
+
+def decided_options(
+    data: DataSettings, dataset: MedsDataset, backbone: str | None, sections: SectionMap
+) -> dict:
+    """Return the options of the format, with the bucket that `bucket=auto` chooses.
+
+    The arguments are those of `fit_encoding`.
+    """
+    options = options_of(data)
+    if options.get("bucket") != "auto":
+        return options
+    tokenizer = load_tokenizer(backbone, data.delimiters)[0] if backbone else None
+
+    def candidate(bucket: Bucket) -> Serializer:
+        return text_composer(data, dataset, sections, options_of(data, bucket), tokenizer)
+
+    vocab_size = None if backbone else data.vocab_size
+    bucket, shares = choose_bucket(
+        dataset, candidate, data.window, data.stride, vocab_size=vocab_size
+    )
+    print(f"smbfast.prepare: {why(bucket, shares)}", file=sys.stderr)
+    return options_of(data, bucket)
 
 
 def fit_encoding(
@@ -157,10 +182,14 @@ def _delimiter(tokenizer: PreTrainedTokenizerBase, token: int) -> NewToken:
 
 
 def text_composer(
-    data: DataSettings, dataset: MedsDataset, sections: SectionMap, options: dict
+    data: DataSettings,
+    dataset: MedsDataset,
+    sections: SectionMap,
+    options: dict,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Serializer:
-    """Return a serializer whose texts count, not its ids: of the encoder only the mode shows."""
-    encoder = TextEncoder(train_tokenizer([], 300), data.delimiters)
+    """Return a serializer of text; without a tokenizer its texts are right, its ids are not."""
+    encoder = TextEncoder(tokenizer or train_tokenizer([], 300), data.delimiters)
     composer = make_serializer(dataset, encoder, sections, options)
     assert isinstance(composer, Serializer)
     return composer

@@ -4,7 +4,6 @@ What knows the ids is the encoder: a tokenizer for text, a vocabulary for codes.
 timelines is the serializer. Everything downstream takes either of each.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -44,13 +43,8 @@ def options_of(data: DataSettings, bucket: str | None = None) -> dict:
             "max_codes": data.max_codes,
             "text_chars": data.text_chars,
         }
-    return asdict(
-        SerializerOptions(
-            bucket=bucket or data.bucket,
-            values_per_line=data.values_per_line,
-            text_chars=data.text_chars,
-        )
-    )
+    names = ("format", "values_per_line", "text_chars")
+    return {"bucket": bucket or data.bucket} | {name: getattr(data, name) for name in names}
 
 
 def read_encoding(
@@ -103,8 +97,8 @@ def make_serializer(
     )
 
 
-def preamble_of(encoding: PatientEncoding) -> Preamble:
-    """Return what every window begins with."""
+def preamble_of(encoding: PatientEncoding, options: dict) -> Preamble:
+    """Return what every window begins with; `options` are those of `options_of`."""
     if isinstance(encoding, CodeVocabulary):
         return code_preamble(encoding)
-    return text_preamble(encoding)
+    return text_preamble(encoding, options["format"])

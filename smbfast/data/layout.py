@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smbfast.batch import Timeline
+from smbfast.batch import UNKNOWN, Timeline
 from smbfast.data.births import births, without_late_births
 from smbfast.data.meds import STATIC, EventBatch
 from smbfast.data.sections import SECTIONS, family
+from smbfast.data.style import SPAN, age_at, dates, number, times_since
 from smbfast.data.tokens import CLOSE, OPEN
 
 if TYPE_CHECKING:
     from smbfast.data.serialize import Serializer
 
-SPAN = {"day": 86_400_000_000, "hour": 3_600_000_000, "moment": 1}  # microseconds
 _DEMOGRAPHICS = SECTIONS.index("demographics")
 
 
@@ -44,6 +44,14 @@ class Layout:
         12-15  "[day 2]\n"  <conditions>  "influenza\n" (3)  </conditions>
 
     Buckets begin at the lines `lead_L` = 0, 1, 3 and the pieces `lead_at` = 0, 4, 12.
+
+    In the style of the format `text` the same patient has no closing tags, the values are `" 140"`
+    and `" 141\n"` behind `"sodium"`, and the headers are `"+0\n"` and `"+1\n"`. The age, which
+    stands before the first of them, is no piece.
+
+    Args:
+        before_S: the time of the last event before those of each subject, int64 microseconds since
+            1970, UNKNOWN where there is none. With None, the events begin with the first.
     """
 
     # set by _order_lines
@@ -61,12 +69,23 @@ class Layout:
     lead_L: np.ndarray  # int64: the first line of each bucket
     lead_at: np.ndarray  # int64: the first piece of each bucket, its header
 
-    def __init__(self, serializer: "Serializer", batch: EventBatch) -> None:
+    def __init__(
+        self, serializer: "Serializer", batch: EventBatch, before_S: np.ndarray | None = None
+    ) -> None:
         self.serializer = serializer
-        self.encoder = serializer.encoder
+        self.encoder, self.style = serializer.encoder, serializer.style
         serializer.counts["nonfinite_values"] += batch.nonfinite
         self.batch, self.birth_N = without_late_births(batch, serializer.counts)
+        serializer.counts["events"] += len(self.batch.time_N)
         self.num_subjects = len(batch.offset_S1) - 1
+        self.subject_S = batch.subject_N[batch.offset_S1[:-1]]
+        self.birth_S = births(self.batch, self.birth_N)
+        if self.style.age:  # tells more than a date of birth
+            self.batch, self.birth_N = _without(self.batch, self.birth_N, self.birth_N)
+        if before_S is None:
+            before_S = np.full(self.num_subjects, UNKNOWN)
+        before_bucket_S = serializer.bucket_key(np.maximum(before_S, STATIC + 1))
+        self.before_S = np.where(before_S == UNKNOWN, UNKNOWN, before_bucket_S)
         self.strings: list[str] = []  # of the piece table
         self._index: dict[str, int] = {}
         self._order_lines()
@@ -106,14 +125,13 @@ class Layout:
         self.code_L = code[new_line][place_L]
         self.time_L = np.full(len(first_L), STATIC, np.int64)
         np.maximum.at(self.time_L, self.line_E, np.where(header_N, STATIC, time_N)[self.event_E])
-        serializer.counts["events"] += len(time_N)
         rare_C = np.bincount(code_N[~ruled_C[code_N]], minlength=len(ruled_C))
         for index in np.flatnonzero(rare_C).tolist():
             serializer.unmapped[family(batch.codes[index])] += int(rare_C[index])
 
-    def _items(self) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Return whether each event has a value (bool [E]), the number of its value (int64 [E]),
-        and the distinct values as text."""
+    def _items(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
+        """Return whether each event has a value and whether that is a number (both bool [E]), the
+        place of its value (int64 [E]) among the distinct ones, and these as text."""
         batch, event_E = self.batch, self.event_E
         value_E = batch.value_N[event_E]
         text_E = batch.text_N[event_E].astype(np.int64)
@@ -140,7 +158,7 @@ class Layout:
                     parts.append(str(np.datetime64(int(day_E[row]), "D")))
             elif key >= 0:
                 if number_E[row]:
-                    parts.append(f"{value_E[row]:.4g}")
+                    parts.append(number(float(value_E[row]), self.style))
                 text = int(text_E[row])
                 if text >= 0:
                     if text not in texts:
@@ -148,15 +166,15 @@ class Layout:
                     parts.append(texts[text])
             strings.append(" ".join(p for p in parts if p))
         has_U = np.array([bool(s) for s in strings], bool)
-        return has_U[item_E], item_E, strings
+        return has_U[item_E], number_E, item_E, strings
 
     def _place_pieces(self) -> None:
         """Put tags, headers, heads and values in their places: `piece_P`, `line_P`, `lead_at`."""
         num_lines = len(self.code_L)
-        has_E, item_E, items = self._items()
+        has_E, number_E, item_E, items = self._items()
         valued_L = np.bincount(self.line_E[has_E], minlength=num_lines)
         bare_L = np.bincount(self.line_E[~has_E], minlength=num_lines)
-        shown = self.serializer.options.values_per_line
+        shown = self.serializer.options.values_per_line or len(has_E)
         place_V = np.flatnonzero(has_E)
         line_V = self.line_E[place_V]
         start_L = np.concatenate([[0], np.cumsum(valued_L)[:-1]]) if num_lines else valued_L
@@ -169,26 +187,31 @@ class Layout:
         bucket_L = self.slot_L // len(SECTIONS)
         new_slot[1:] = self.slot_L[1:] != self.slot_L[:-1]
         new_bucket[1:] = bucket_L[1:] != bucket_L[:-1]
-        opened_L = np.cumsum(new_slot)
+        opened_L, closing = np.cumsum(new_slot), int(self.style.closing)
         # before a line stand: earlier lines, all tags opened so far, all closed, all headers
         before_L = np.concatenate([[0], np.cumsum(1 + values_L)[:-1]]) if num_lines else values_L
-        head_L = before_L + opened_L + (opened_L - 1) + np.cumsum(new_bucket)
-        total = int((1 + values_L).sum() + 2 * new_slot.sum() + new_bucket.sum())
-        self.piece_P = np.empty(total, np.int64)
-        self.line_P = np.full(total, -1, np.int64)
-        self.piece_P[head_L] = self._head_pieces(values_L, bare_L)
+        head_L = before_L + opened_L + closing * (opened_L - 1) + np.cumsum(new_bucket)
+        num_pieces = int((1 + values_L).sum() + (1 + closing) * new_slot.sum() + new_bucket.sum())
+        self.piece_P = np.empty(num_pieces, np.int64)
+        self.line_P = np.full(num_pieces, -1, np.int64)
+        words_V = ~number_E[place_V]
+        words_L = np.zeros(num_lines, bool)
+        words_L[line_V[words_V & (behind_V == values_L[line_V] - 1)]] = True
+        self.piece_P[head_L] = self._head_pieces(values_L, bare_L, words_L)
         self.line_P[head_L] = np.arange(num_lines)
         value_at = head_L[line_V] + values_L[line_V] - behind_V
-        self.piece_P[value_at] = self._value_pieces(items, item_E[place_V], behind_V == 0)
+        comma_V = np.append(words_V[1:], False)[: len(words_V)] | self.style.commas
+        self.piece_P[value_at] = self._value_pieces(items, item_E[place_V], behind_V == 0, comma_V)
         self.line_P[value_at] = line_V
         first = np.flatnonzero(new_slot)
         section = self.slot_L[first] % len(SECTIONS)
         self.piece_P[head_L[first] - 1] = self._tags(OPEN)[section]
-        last = np.append(first[1:], num_lines)[: len(first)] - 1
-        self.piece_P[head_L[last] + values_L[last] + 1] = self._tags(CLOSE)[section]
+        if closing:
+            last = np.append(first[1:], num_lines)[: len(first)] - 1
+            self.piece_P[head_L[last] + values_L[last] + 1] = self._tags(CLOSE)[section]
         lead = np.flatnonzero(new_bucket)
         self.lead_L, self.lead_at = lead, head_L[lead] - 2
-        self.piece_P[self.lead_at] = self._header_pieces(self.bucket_time_L[lead])
+        self.piece_P[self.lead_at] = self._header_pieces()
 
     def _piece(self, text: str) -> int:
         index = self._index.get(text)
@@ -197,51 +220,88 @@ class Layout:
             self.strings.append(text)
         return index
 
-    def _head_pieces(self, values_L: np.ndarray, bare_L: np.ndarray) -> np.ndarray:
+    def _head_pieces(
+        self, values_L: np.ndarray, bare_L: np.ndarray, words_L: np.ndarray
+    ) -> np.ndarray:
+        """Return the piece with which each line begins.
+
+        Without commas, a colon stands only where a name and the value behind it would read as one:
+        the value begins with words (bool `words_L`), or the name ends in a digit.
+        """
         bare_L = np.where((bare_L == 1) & (values_L == 0), 0, bare_L)
         wide = int(bare_L.max(initial=0)) + 1
-        key_L = (self.code_L * wide + bare_L) * 2 + (values_L > 0)
+        shown_L = np.where(values_L == 0, 0, 1 + (words_L | self.style.commas))
+        key_L = (self.code_L * wide + bare_L) * 3 + shown_L
         unique_U, inverse = np.unique(key_L, return_inverse=True)
         pieces = []
         for key in unique_U.tolist():
-            (code, bare), valued = divmod(key // 2, wide), key % 2
-            count = f" x{bare}" if bare else ""
-            pieces.append(self._piece(self.heads[code] + count + (":" if valued else "\n")))
+            (code, bare), shown = divmod(key // 3, wide), key % 3
+            text = self.heads[code] + (f" x{bare}" if bare else "")
+            colon = shown == 2 or text[-1].isdigit()
+            pieces.append(self._piece(text + ((":" if colon else "") if shown else "\n")))
         return np.array(pieces, np.int64)[inverse] if pieces else key_L
 
-    def _value_pieces(self, items: list[str], item_V: np.ndarray, last_V: np.ndarray) -> np.ndarray:
-        unique_U, inverse = np.unique(item_V * 2 + last_V, return_inverse=True)
-        pieces = [self._piece(f" {items[k // 2]}" + ("\n" if k % 2 else ",")) for k in unique_U]
+    def _value_pieces(
+        self, items: list[str], item_V: np.ndarray, last_V: np.ndarray, comma_V: np.ndarray
+    ) -> np.ndarray:
+        """Return the piece of each value.
+
+        Without commas, one stands only before a value of words, which would read as a part of the
+        value before it.
+        """
+        key_V = item_V * 3 + np.where(last_V, 2, comma_V)
+        unique_U, inverse = np.unique(key_V, return_inverse=True)
+        ends = ("", ",", "\n")
+        pieces = [self._piece(f" {items[k // 3]}{ends[k % 3]}") for k in unique_U.tolist()]
         return np.array(pieces, np.int64)[inverse] if pieces else item_V
 
     def _tags(self, tags: tuple[str, ...]) -> np.ndarray:
         # a tag's key in the piece table starts with a NUL, which no text from data can hold
         return np.array([self._piece("\0" + self.encoder.tag_text(t)) for t in tags], np.int64)
 
-    def _header_pieces(self, time_K: np.ndarray) -> np.ndarray:
-        unit = {"day": "D", "hour": "h", "moment": "us"}[self.serializer.options.bucket]
-        unique_U, inverse = np.unique(time_K, return_inverse=True)
-        pieces = []
-        for time in unique_U.tolist():
-            if time == STATIC:
-                pieces.append(self._piece(""))
-                continue
-            stamp = str(np.datetime64(time, "us").astype(f"datetime64[{unit}]"))
-            stamp = stamp.replace("T", " ").removesuffix(".000000")
-            pieces.append(self._piece(f"[{stamp}{':00' if unit == 'h' else ''}]\n"))
-        return np.array(pieces, np.int64)[inverse] if pieces else time_K
+    def _header_pieces(self) -> np.ndarray:
+        """Return the header of each bucket; demographics have an empty one."""
+        time_K = self.bucket_time_L[self.lead_L]
+        subject_K = self.subject_L[self.lead_L]
+        piece_K = np.full(len(time_K), self._piece(""))
+        timed = np.flatnonzero(time_K != STATIC)
+        bucket = self.serializer.options.bucket
+        if self.style.relative:
+            before_K = np.concatenate([[UNKNOWN], time_K[:-1]])[: len(time_K)]
+            # the first bucket of a subject stands behind its demographics or another subject
+            first_K = (before_K == STATIC) | (np.diff(subject_K, prepend=-1) != 0)
+            before_K = np.where(first_K, self.before_S[subject_K], before_K)
+            headers, which = times_since(time_K[timed], before_K[timed], bucket)
+        else:
+            headers, which = dates(time_K[timed], bucket)
+        pieces = np.array([self._piece(header) for header in headers], np.int64)
+        piece_K[timed] = pieces[which]
+        return piece_K
 
     def texts(self) -> list[str]:
         """Return the text of each subject."""
         plain = [s.removeprefix("\0") for s in self.strings]
-        lead_S = self._subject_leads()
-        return ["".join(plain[p] for p in self.piece_P[a:b]) for a, b in lead_S]
+        lead_at = np.append(self.lead_at, len(self.piece_P))
+        texts = []
+        for s, (a, first, b) in enumerate(self._subject_leads()):
+            pieces = [plain[p] for p in self.piece_P[lead_at[a] : lead_at[b]].tolist()]
+            num_demographics = int(lead_at[first] - lead_at[a])
+            age = self._age(s, first, b)
+            texts.append("".join([*pieces[:num_demographics], age, *pieces[num_demographics:]]))
+        return texts
 
-    def _subject_leads(self) -> list[tuple[int, int]]:
-        subject_lead = self.subject_L[self.lead_L]
-        at = np.searchsorted(subject_lead, np.arange(self.num_subjects + 1))
-        start = np.append(self.lead_at, len(self.piece_P))[at]
-        return list(zip(start[:-1].tolist(), start[1:].tolist(), strict=True))
+    def _subject_leads(self) -> list[tuple[int, int, int]]:
+        """Return the first of all buckets of each subject, the first behind the demographics, and
+        the one after the last."""
+        at = np.searchsorted(self.subject_L[self.lead_L], np.arange(self.num_subjects + 1))
+        static = np.append(self.bucket_time_L[self.lead_L] == STATIC, False)
+        return [(a, a + int(b > a and static[a]), b) for a, b in pairwise(at.tolist())]
+
+    def _age(self, subject: int, first: int, last: int) -> str:
+        """Return the line of the age at the first bucket, which ends the header of a timeline."""
+        if not self.style.age or first == last:
+            return ""
+        return age_at(int(self.birth_S[subject]), int(self.bucket_time_L[self.lead_L[first]]))
 
     def timelines(self) -> list[Timeline]:
         """Return the tokens of each subject."""
@@ -285,43 +345,45 @@ class Layout:
     def _cut_subjects(
         self, ids_T: np.ndarray, start_P: np.ndarray, end_P: np.ndarray
     ) -> list[Timeline]:
-        num_lines = len(self.code_L)
+        num_lines, total = len(self.code_L), len(ids_T)
         in_line = self.line_P >= 0
-        line_start_L = np.full(num_lines, len(ids_T), np.int64)
+        line_start_L = np.full(num_lines, total, np.int64)
         line_end_L = np.zeros(num_lines, np.int64)
         np.minimum.at(line_start_L, self.line_P[in_line], start_P[in_line])
         np.maximum.at(line_end_L, self.line_P[in_line], end_P[in_line])
         lead_time = self.bucket_time_L[self.lead_L]
-        lead_start = start_P[self.lead_at]
-        head = end_P[self.lead_at] - lead_start
-        birth_S = births(self.batch, self.birth_N)
-        lead_end = np.append(lead_start[1:], len(ids_T))[: len(lead_start)]
-        subject_lead = self.subject_L[self.lead_L]
-        bounds = np.searchsorted(subject_lead, np.arange(self.num_subjects + 1))
-        line_bounds = np.searchsorted(self.subject_L, np.arange(self.num_subjects + 1))
+        lead_start = np.append(start_P[self.lead_at], total)
+        lead_line = np.append(self.lead_L, num_lines)
+        head = end_P[self.lead_at] - lead_start[:-1]
         section_L = (self.slot_L % len(SECTIONS)).astype(np.uint8)
-        subject_S = self.batch.subject_N[self.batch.offset_S1[:-1]]
         timelines = []
-        for s in range(self.num_subjects):
-            a, b = bounds[s], bounds[s + 1]
-            la, lb = line_bounds[s], line_bounds[s + 1]
-            start, end = (int(lead_start[a]), int(lead_end[b - 1])) if b > a else (0, 0)
-            header = int(lead_end[a]) - start if b > a and lead_time[a] == STATIC else 0
-            a += header > 0
-            la += int(np.searchsorted(line_start_L[la:lb], start + header))
+        for s, (a, first, b) in enumerate(self._subject_leads()):
+            start, behind, end = (int(lead_start[i]) for i in (a, first, b))
+            age = self.encoder.encode([self._age(s, first, b)])[0]
+            shift = len(age) - start
+            la, lb = lead_line[first], lead_line[b]
             timelines.append(
                 Timeline(
-                    subject=int(subject_S[s]),
-                    ids_T=ids_T[start:end],
-                    header=header,
-                    bucket_end_B=(lead_end[a:b] - start).astype(np.int32),
-                    bucket_time_B=lead_time[a:b],
-                    bucket_head_B=head[a:b].astype(np.uint16),
-                    line_start_L=(line_start_L[la:lb] - start).astype(np.int32),
-                    line_end_L=(line_end_L[la:lb] - start).astype(np.int32),
+                    subject=int(self.subject_S[s]),
+                    ids_T=np.concatenate([ids_T[start:behind], age, ids_T[behind:end]]),
+                    header=behind + shift,
+                    bucket_end_B=(lead_start[first + 1 : b + 1] + shift).astype(np.int32),
+                    bucket_time_B=lead_time[first:b],
+                    bucket_head_B=head[first:b].astype(np.uint16),
+                    line_start_L=(line_start_L[la:lb] + shift).astype(np.int32),
+                    line_end_L=(line_end_L[la:lb] + shift).astype(np.int32),
                     line_time_L=self.time_L[la:lb],
                     line_section_L=section_L[la:lb],
-                    birth=int(birth_S[s]),
+                    birth=int(self.birth_S[s]),
                 )
             )
         return timelines
+
+
+def _without(
+    batch: EventBatch, gone_N: np.ndarray, birth_N: np.ndarray
+) -> tuple[EventBatch, np.ndarray]:
+    """Leave out events; return also which of the rest are births."""
+    num_before_N1 = np.concatenate([[0], np.cumsum(~gone_N)])
+    kept = np.flatnonzero(~gone_N)
+    return batch.rows(kept, num_before_N1[batch.offset_S1]), birth_N[kept]

@@ -17,17 +17,22 @@ _DRAW = {"order": 0, "cut": 1, "mask": 2}
 
 def cut_points(window: Timeline, objective: ObjectiveSettings, seed: int, step: int) -> list[int]:
     """Draw up to `objective.cuts` distinct bucket ends among the allowed ones, ascending."""
+    allowed = allowed_cuts(window, objective)
+    if not len(allowed):
+        return []
+    random = generator(seed, "cut", step, window.subject, window.start)
+    return sorted(random.choice(allowed, min(objective.cuts, len(allowed)), replace=False).tolist())
+
+
+def allowed_cuts(window: Timeline, objective: ObjectiveSettings) -> np.ndarray:
+    """Return the bucket ends at which a window may be cut, int64, ascending."""
     ends = window.bucket_end_B[:-1].astype(np.int64)
     low, high = (share * len(window) for share in objective.context)
     ends = ends[(ends >= low) & (ends <= high) & (len(window) - ends >= objective.min_future)]
     # the future must have a line that can be masked
     starts = window.line_start_L[window.line_section_L != _NEVER_MASKED]
     stops = np.minimum(len(window), ends + (objective.horizon or len(window)))
-    allowed = ends[np.searchsorted(starts, stops) > np.searchsorted(starts, ends)]
-    if not len(allowed):
-        return []
-    random = generator(seed, "cut", step, window.subject, window.start)
-    return sorted(random.choice(allowed, min(objective.cuts, len(allowed)), replace=False).tolist())
+    return ends[np.searchsorted(starts, stops) > np.searchsorted(starts, ends)]
 
 
 def future_end(window: Timeline, cut: int, objective: ObjectiveSettings) -> int:

@@ -12,7 +12,7 @@ from itertools import groupby
 
 import numpy as np
 
-from smbfast.batch import Timeline
+from smbfast.batch import UNKNOWN, Timeline
 from smbfast.data.codes.serializer import CodeSerializer
 from smbfast.data.labels import Labels
 from smbfast.data.meds import BIRTH, STATIC, EventBatch, MedsDataset
@@ -97,8 +97,13 @@ def node_texts(
                 first, last = np.searchsorted(nodes.subject_K, [subject, subject + 1])
                 at = first + np.flatnonzero(mine[first:last])
                 known += len(at)
-                tails = _tails(batch, rows, timed_N, serializer, nodes.time_K[at])
-                for k, (complete, tail) in zip(at, _complete(timeline, tails), strict=True):
+                time_K = nodes.time_K[at]
+                tails: list[Timeline | None] = [None] * len(at)
+                if isinstance(serializer, Serializer):  # in codes every moment is a prefix
+                    tails = _tails(batch, rows, timed_N, serializer, time_K)
+                key_K = serializer.bucket_key(time_K)
+                complete_K = np.searchsorted(timeline.bucket_time_B, key_K)
+                for k, complete, tail in zip(at, complete_K.tolist(), tails, strict=True):
                     record = node_timeline(timeline, complete, tail)
                     if not len(record.bucket_end_B):
                         counts["before_first_event"] += 1
@@ -115,34 +120,30 @@ def _tails(
     batch: EventBatch,
     rows: slice,
     timed_N: np.ndarray,
-    serializer: Serializer | CodeSerializer,
+    serializer: Serializer,
     time_K: np.ndarray,
-) -> list[tuple[int, Timeline | None]]:
-    """Return for each node of a subject its bucket, and the bucket's events up to it as tokens."""
+) -> list[Timeline | None]:
+    """Return for each node of a subject its bucket's events up to it as tokens, if there are any."""
     time_N = batch.time_N[rows]
     timed = np.flatnonzero(timed_N[rows])
     key_K = serializer.bucket_key(time_K)
-    picks = []
+    picks, before = [], []
     for node_time, key in zip(time_K, key_K, strict=True):
         a = np.searchsorted(time_N[timed], key, side="left")
         b = np.searchsorted(time_N[timed], node_time, side="right")
         picks.append(timed[a:b] + rows.start)
+        before.append(int(time_N[timed[a - 1]]) if a else UNKNOWN)
     offset = np.concatenate([[0], np.cumsum([len(p) for p in picks])])
     full = [i for i, p in enumerate(picks) if len(p)]
-    tails: list[tuple[int, Timeline | None]] = [(int(k), None) for k in key_K]
+    tails: list[Timeline | None] = [None] * len(time_K)
     if full:
         chosen = np.concatenate([picks[i] for i in full])
         bounds = np.append(offset[full], offset[-1])
-        for i, tail in zip(full, serializer.timelines(batch.rows(chosen, bounds)), strict=True):
-            tails[i] = (int(key_K[i]), tail)
+        before_S = np.array([before[i] for i in full], np.int64)
+        parts = serializer.timelines(batch.rows(chosen, bounds), before_S)
+        for i, tail in zip(full, parts, strict=True):
+            tails[i] = tail
     return tails
-
-
-def _complete(
-    timeline: Timeline, tails: list[tuple[int, Timeline | None]]
-) -> list[tuple[int, Timeline | None]]:
-    """Replace each bucket's time by the number of buckets that were complete when it began."""
-    return [(int(np.searchsorted(timeline.bucket_time_B, key)), tail) for key, tail in tails]
 
 
 def shared_windows(texts: Iterator[NodeText], tokens: int) -> Iterator[SharedWindow]:

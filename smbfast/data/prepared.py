@@ -83,7 +83,7 @@ class Prepared:
     @property
     def preamble(self) -> Preamble:
         """What every window begins with."""
-        return preamble_of(self.encoding)
+        return preamble_of(self.encoding, self.options)
 
     @property
     def vocabulary_file(self) -> Path | None:

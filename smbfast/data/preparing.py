@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from smbfast.base.files import committed_folder, digest_of, verify_folder, write_text
 from smbfast.base.progress import Progress
-from smbfast.data.fitting import PARALLEL_ROWS, fit_encoding
+from smbfast.data.fitting import PARALLEL_ROWS, decided_options, fit_encoding
 from smbfast.data.formats import (
     VERSIONS,
     PatientEncoding,
@@ -82,7 +82,7 @@ def _prepare(
         )
     out.mkdir(parents=True, exist_ok=True, mode=0o700)
     sections = sections_of(data)
-    options = before.get("options") or _decided_options(data, dataset, tokenizer, sections)
+    options = before.get("options") or decided_options(data, dataset, tokenizer, sections)
     source |= {"options": options, "section_rules": sections.record()}
     write_text(plan, json.dumps(source, indent=1))
     new_tokens = fit_encoding(data, dataset, out / "tokenizer", tokenizer, sections, options)
@@ -125,16 +125,6 @@ def _same(wanted: object, recorded: object) -> bool:
         return wanted == recorded
     open_choice = wanted.get("bucket") == "auto"
     return (wanted | {"bucket": recorded.get("bucket")} if open_choice else wanted) == recorded
-
-
-def _decided_options(
-    data: DataSettings, dataset: MedsDataset, tokenizer: str | None, sections: SectionMap
-) -> dict:
-    """Return the options of the format, with the bucket that `auto` chooses."""
-    options = options_of(data)
-    if options.get("bucket") != "auto":
-        return options
-    raise NotImplementedError
 
 
 def _recorded(file: Path) -> dict:

@@ -1,9 +1,13 @@
 """Turns events into tagged text and token ids, a batch of subjects at a time.
 
-The text of a subject begins with `<demographics>` (static events and birth). Then each bucket has a
-`[date]` header and its sections in a fixed order, with one line per code: `description: v1, v2`. A
-code without a value shows how often it occurred (` x3`). The format follows the public tools of the
-paper's authors; `%.4g` instead of `%.2f` and the count are our choice.
+The text of a subject begins with `<demographics>` (static events). Then each bucket has a header
+and its sections in a fixed order, with one line per code: its name and its values. A code without a
+value shows how often it occurred (` x3`).
+
+`text-paper` follows the public tools of the paper's authors: `[date]` headers, the date of birth,
+closing tags, `name: v1, v2`. `%.4g` instead of `%.2f` and the count are our choice, as is all in
+which `text` differs (`smbfast.data.style`): the time since the bucket before, the age, no closing
+tags, `name v1 v2` with short names.
 
 The token ids are those of the whole text: a line is cut into pieces only where the tokenizer
 provably does not merge across the cut (`TextEncoder.piecewise`).
@@ -19,11 +23,12 @@ import numpy as np
 
 from smbfast.base.files import digest_of
 from smbfast.batch import Timeline
-from smbfast.data.clean import clean, line_head, without_tags
-from smbfast.data.layout import SPAN, Layout
+from smbfast.data.clean import clean, lean_head, line_head, without_tags
+from smbfast.data.layout import Layout
 from smbfast.data.meds import BIRTH, EventBatch
 from smbfast.data.sections import SectionMap
-from smbfast.data.timelines import Preamble
+from smbfast.data.style import SPAN, STYLES, Format, Style, age_line, short_names
+from smbfast.data.timelines import MOST_YEARS, Preamble
 from smbfast.data.tokens import TextEncoder
 
 Bucket = Literal["day", "hour", "moment"]
@@ -35,8 +40,9 @@ class SerializerOptions:
     """Which parts of an event become text, and how they are grouped in time."""
 
     bucket: Bucket = "day"
-    values_per_line: int = 5  # the latest values of a code in a bucket; the rest is counted
+    values_per_line: int | None = None  # so many latest values; the rest is counted. None: all
     text_chars: int = 64  # a text value's length; longer ones are cut and counted
+    format: Format = "text-paper"
 
 
 class Serializer:
@@ -49,16 +55,25 @@ class Serializer:
         descriptions: dict[str, str],
         parents: dict[str, list[str]] | None = None,
         options: SerializerOptions | None = None,
+        style: Style | None = None,
     ) -> None:
+        """Make a serializer; `style` replaces that of the format, to measure a single element."""
         self.encoder = encoder
         self.options = options or SerializerOptions()
+        self.style = style or STYLES[self.options.format]
         self.counts: Counter[str] = Counter()
         self.unmapped: Counter[str] = Counter()  # events by family of code, fallback rule alone
-        self.preamble = text_preamble(encoder)
+        self.preamble = _preamble(encoder, self.style)
         self._sections = sections
         self._descriptions = descriptions
         self._parents = parents or {}
         self._known: dict[str, tuple[int, bool, str]] = {}
+        self._short = self._short_names() if self.style.short_names else {}
+
+    def with_encoder(self, encoder: TextEncoder) -> "Serializer":
+        """Return a serializer of the same text for another tokenizer, with counts of its own."""
+        names = self._sections, self._descriptions, self._parents
+        return Serializer(encoder, *names, self.options, self.style)
 
     def fingerprint(self) -> str:
         """Return a digest that changes when the same events would give other tokens."""
@@ -69,11 +84,17 @@ class Serializer:
             self._descriptions,
             self._parents,
             vars(self.options),
+            vars(self.style),
         )
 
-    def timelines(self, batch: EventBatch) -> list[Timeline]:
-        """Return one Timeline per subject of the batch, in order."""
-        return Layout(self, batch).timelines()
+    def timelines(self, batch: EventBatch, before_S: np.ndarray | None = None) -> list[Timeline]:
+        """Return one Timeline per subject of the batch, in order.
+
+        Args:
+            before_S: where the events are the end of a record, the time of the last event before
+                them, int64 microseconds since 1970; UNKNOWN where there is none.
+        """
+        return Layout(self, batch, before_S).timelines()
 
     def texts(self, batch: EventBatch) -> list[str]:
         """Return the text of each subject, whose token ids `timelines` returns."""
@@ -90,8 +111,8 @@ class Serializer:
         for code in codes:
             if code not in self._known:
                 section, ruled = self._sections(code, self._parents.get(code))
-                head = clean(self._descriptions.get(code) or code, 200)
-                head = self._escaped("Birth" if code == BIRTH else head)
+                name = "Birth" if code == BIRTH else self._name(code)
+                head = self._escaped(self._short.get((section, name), name))
                 self._known[code] = (section, ruled, head)
         known = [self._known[c] for c in codes]
         return (
@@ -108,11 +129,31 @@ class Serializer:
             text = text[: self.options.text_chars].rstrip()
         return without_tags(text) if self.encoder.delimiters == "text" else text
 
+    def _name(self, code: str) -> str:
+        return clean(self._descriptions.get(code) or code, 200)
+
+    def _short_names(self) -> dict[tuple[int, str], str]:
+        """Return the short form of each described name, by its section."""
+        names: dict[int, set[str]] = {}
+        for code in self._descriptions:
+            section, _ = self._sections(code, self._parents.get(code))
+            names.setdefault(section, set()).add(self._name(code))
+        return {
+            (section, name): short
+            for section, own in names.items()
+            for name, short in short_names(own).items()
+        }
+
     def _escaped(self, head: str) -> str:
-        head = line_head(head)
+        head = lean_head(head) if self.style.relative or self.style.age else line_head(head)
         return without_tags(head) if self.encoder.delimiters == "text" else head
 
 
-def text_preamble(encoder: TextEncoder) -> Preamble:
+def text_preamble(encoder: TextEncoder, format: Format) -> Preamble:
     """Return what every window of text begins with."""
-    return Preamble(encoder.begin, section_ids=tuple(encoder.open_ids))
+    return _preamble(encoder, STYLES[format])
+
+
+def _preamble(encoder: TextEncoder, style: Style) -> Preamble:
+    ages = encoder.encode([age_line(years) for years in range(MOST_YEARS + 1)]) if style.age else ()
+    return Preamble(encoder.begin, age_ids=tuple(ages), section_ids=tuple(encoder.open_ids))

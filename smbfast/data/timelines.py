@@ -239,11 +239,12 @@ def node_window(record: Timeline, window: int, preamble: Preamble) -> tuple[Time
     first = next(first for first, last in spans if last == len(record.bucket_end_B))
     start, end = record.bucket_start(first), len(record)
     cut, _ = window_of(record, start, end, start, window, preamble)
-    lost = record.header + (preamble.begin is not None) - cut.header
+    # beside the header that a long window has: the first age may have more tokens than this one
+    lost = len(preamble.header(record, int(cut.bucket_time_B[0]), 1 << 40)) - cut.header
     if len(cut) > window:
         whole, cut = len(cut), _without_oldest_lines(cut, window)
         lost += whole - len(cut)
-    return cut, max(lost, 0)
+    return cut, lost
 
 
 def _bucket_bounds(timeline: Timeline) -> tuple[np.ndarray, np.ndarray]:

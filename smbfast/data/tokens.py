@@ -27,11 +27,24 @@ CLOSE = tuple(f"</{s}>" for s in SECTIONS)
 Delimiters = Literal["special", "text"]
 
 # lines as the serializer composes them, to find out whether a tokenizer lets us encode piece by
-# piece: every kind of boundary (colon, comma, bracket, sign, newline) stands in here
+# piece: every kind of boundary (colon, comma, bracket, sign, space, newline) stands in here
 _PROBES = (
     ("[2150-01-31]\n", "Glucose [Blood, Chem] (mg/dL):", " 101,", " 4.2e+05 abnormal,", " -3.5\n"),
     ("[2150-01-31 07:00]\n", "Death\n", "Cefazolin (IV) x2:", " 5 mg (PO),", " <1.0%\n"),
     ("Heart rate:", " 80,", " 81\n", "SARS-CoV-2 RNA:", ' "neg",', " n/a.\n", "Übelkeit x3\n"),
+    ("Age 63\n", "+3 07\n", "Glucose", " 101", " 4.2e9 abnormal", " -3.5", " 0.05\n", "+12\n"),
+    ("@07:10\n", "Vitamin B12:", " 88", " 90,", " held\n", ":40\n", "Cefazolin (IV)", " 5 mg\n"),
+    (
+        ":05:01.25\n",
+        "Culture:",
+        " no growth,",
+        " E. coli",
+        " 1\n",
+        "Smoker x3\n",
+        "+0\n",
+        "pH",
+        " 7\n",
+    ),
 )
 
 

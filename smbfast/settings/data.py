@@ -74,12 +74,14 @@ class DataSettings(Settings):
         "own, those of most training subjects. Other codes, and codes of fewer than ten training "
         "subjects, share the token of an ancestor, of the beginning of the code or of its section.",
     )
-    bucket: Literal["day", "hour", "moment"] = Field(
-        "day",
-        description="The span of time whose events are written together, under one date. `day` "
-        "suits outpatient and ward records, `hour` intensive care; `moment` makes a bucket of "
-        "every distinct time. Shorter buckets keep the order of events more exactly and need more "
-        "tokens.",
+    bucket: Literal["auto", "day", "hour", "moment"] = Field(
+        "auto",
+        description="With the text formats: the span of time whose events are written together, "
+        "under one header. A `day` suits outpatient and ward records, an `hour` intensive care; "
+        "`moment` makes a bucket of every distinct time. Shorter buckets keep the order of events "
+        "more exactly and need more tokens; a window can be divided into context and future only "
+        "between two buckets. `auto` takes the longest with which at least 90 % of the tokens of "
+        "up to 1,000 training patients lie in windows that can be divided, or else `moment`.",
     )
     delimiters: Literal["special", "text"] = Field(
         "special",
@@ -94,12 +96,12 @@ class DataSettings(Settings):
         "of the code. `none` uses the rules that come with the package; to change them, copy "
         "smbfast/configs/sections.toml, edit the copy and name it here.",
     )
-    values_per_line: int = Field(
-        5,
+    values_per_line: int | None = Field(
+        None,
         ge=1,
-        description="The largest number of values written for one code in one bucket. The latest "
-        "values are written and the others are left out and counted, so a larger number preserves "
-        "more of frequent measurements and makes records longer.",
+        description="With the text formats: the largest number of values written for one code in "
+        "one bucket. The latest values are written; the others are left out and counted, which "
+        "makes records of frequent measurements shorter. `none` writes all values.",
     )
     text_chars: int = Field(
         64,

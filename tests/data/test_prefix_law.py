@@ -22,7 +22,7 @@ from smbfast.data import nodes as own
 from smbfast.data.codes import CodeStatistics, CodeVocabulary
 from smbfast.data.codes.serializer import CodeSerializer
 from smbfast.data.labels import read_labels
-from smbfast.data.meds import EventBatch, MedsDataset
+from smbfast.data.meds import BIRTH, EventBatch, MedsDataset
 from smbfast.data.nodes import Nodes, NodeText, distinct_nodes, node_texts, shared_windows
 from smbfast.data.sections import SectionMap
 from smbfast.data.serialize import Serializer
@@ -49,6 +49,7 @@ from tests.data.event_tables import (
 )
 
 WINDOW = 512
+FORMATS = ("text-paper", "text")
 OURS = our_bpe()
 CHUNK = 200_000  # events of truncated records serialized at once
 AnySerializer = Serializer | CodeSerializer
@@ -185,14 +186,14 @@ def dataset_of(name: str) -> tuple[MedsDataset, Nodes, PreTrainedTokenizerBase]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("bucket", "every"), [("day", 1), ("hour", 12), ("moment", 25)])
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", DATASETS)
-def test_every_label(name: str, bucket: str, every: int) -> None:
+def test_every_label(name: str, form: str, bucket: str, every: int) -> None:
     dataset, nodes, tokenizer = dataset_of(name)
     some = np.isin(nodes.subject_K, np.unique(nodes.subject_K)[::every])
     nodes = Nodes(nodes.subject_K[some], nodes.time_K[some], nodes.split_K[some])
-    serializer = serializer_of(
-        tokenizer, descriptions=dataset.descriptions, bucket=bucket, values_per_line=3
-    )
+    options = {"bucket": bucket, "format": form, "values_per_line": 3}
+    serializer = serializer_of(tokenizer, descriptions=dataset.descriptions, **options)
     found = composed(dataset, serializer, nodes)
     asked = np.unique(nodes.subject_K)
     batches = (b for split in dataset.splits for b in dataset.batches(split, asked))
@@ -218,28 +219,38 @@ def test_every_label_in_codes(name: str) -> None:
     assert len(found) > 0.9 * len(nodes.time_K)
 
 
-def any_serializer(bucket: str, **options: int) -> AnySerializer:
-    return code_serializer() if bucket == "codes" else serializer_of(OURS, bucket=bucket, **options)
+LAYOUTS = [
+    *((form, bucket) for form in FORMATS for bucket in ("day", "hour", "moment")),
+    ("codes", ""),
+]
 
 
-@settings(max_examples=100, deadline=None)
+def any_serializer(layout: tuple[str, str], **options: int) -> AnySerializer:
+    form, bucket = layout
+    if form == "codes":
+        return code_serializer()
+    return serializer_of(OURS, bucket=bucket, format=form, **options)
+
+
+@settings(max_examples=160, deadline=None)
 @given(
     events=subjects(),
-    bucket=st.sampled_from(["day", "hour", "moment", "codes"]),
+    layout=st.sampled_from(LAYOUTS),
     window=st.integers(64, 160),
 )
-def test_generated_tables(events: list[Event], bucket: str, window: int) -> None:
-    serializer = any_serializer(bucket, values_per_line=2)
+def test_generated_tables(events: list[Event], layout: tuple[str, str], window: int) -> None:
+    serializer = any_serializer(layout, values_per_line=2)
     batch, nodes = batch_of(events), at(1, list(nodes_of(events)))
     found = composed(InMemory(batch), serializer, nodes, window)
     assert check_law(iter([batch]), serializer, nodes, found, window) == len(found)
     assert all(len(text.ids_T) <= window for _, text in found.values())
 
 
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("family", ["qwen", "sentencepiece", "sentencepiece-prefixed"])
-def test_other_tokenizers(family: str, tmp_path: Path) -> None:
+def test_other_tokenizers(family: str, form: str, tmp_path: Path) -> None:
     tokenizer, _ = family_tokenizer(family, tmp_path, "text")
-    serializer = serializer_of(tokenizer, "text", values_per_line=2)
+    serializer = serializer_of(tokenizer, "text", format=form, values_per_line=2)
 
     @settings(max_examples=25, deadline=None)
     @given(events=subjects())
@@ -256,18 +267,19 @@ def test_other_tokenizers(family: str, tmp_path: Path) -> None:
     events=subjects(),
     others=st.lists(st.one_of(timed_events, births), max_size=6),
     picked=st.integers(0, 1 << 30),
-    bucket=st.sampled_from(["day", "hour", "moment", "codes"]),
+    layout=st.sampled_from(LAYOUTS),
 )
 def test_nothing_after_a_node_changes_it(
-    events: list[Event], others: list[Event], picked: int, bucket: str
+    events: list[Event], others: list[Event], picked: int, layout: tuple[str, str]
 ) -> None:
     times = list(nodes_of(events))
     time = times[picked % len(times)]
     # the later events are changed, deleted and added: none of the old ones stays
     later = [e for e in others if us(e[0]) > time]
     altered = [e for e in events if us(e[0]) <= time] + later
+    serializer = any_serializer(layout)
     before, after = (
-        composed(InMemory(batch_of(e or later)), any_serializer(bucket), at(1, [time]))
+        composed(InMemory(batch_of(e or later)), serializer, at(1, [time]))
         for e in (events, altered or [event("2160-01-01", "LAB//a")])
     )
     assert before.keys() == after.keys()
@@ -304,6 +316,32 @@ def test_the_law_is_broken_by_a_code_serializer_that_counts_the_next_moment() ->
         found = composed(InMemory(batch), serializer, nodes)
         with pytest.raises(AssertionError):
             check_law(iter([batch]), serializer, nodes, found)
+
+
+def test_a_tail_tells_the_time_since_the_bucket_before_it() -> None:
+    events = [event("2140-01-31", BIRTH), event("2150-01-28 10:00", "LAB//a", 1)]
+    events += [event(f"2150-01-31 1{h}:00", "LAB//a", h) for h in range(4)]
+    serializer = serializer_of(OURS, format="text", bucket="hour")
+    found = composed(InMemory(batch_of(events)), serializer, at(1, [us("2150-01-31 10:30")]))
+    ((record, text),) = found.values()
+    assert np.array_equal(text.ids_T[1:], record.ids_T)
+    expected = "Age 9\n@10\n<measurements>LAB//a 1\n+3 10\n<measurements>LAB//a 0\n"
+    assert serializer.encoder.tokenizer.decode(record.ids_T) == expected
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_tail_that_forgets_the_bucket_before_it_breaks_lean_text_alone(form: str) -> None:
+    events = [event("2150-01-30 10:00", "LAB//a"), event("2150-01-31 10:00", "LAB//a")]
+    batch, serializer = batch_of(events), serializer_of(OURS, format=form)
+    nodes = at(1, [us("2150-01-31 11:00")])
+    honest = serializer.timelines
+    with patch.object(serializer, "timelines", lambda batch, before_S=None: honest(batch)):
+        found = composed(InMemory(batch), serializer, nodes)
+    if form == "text":
+        with pytest.raises(AssertionError):
+            check_law(iter([batch]), serializer, nodes, found)
+    else:
+        assert check_law(iter([batch]), serializer, nodes, found) == 1
 
 
 def test_the_law_is_broken_by_a_tail_that_sees_its_whole_bucket() -> None:

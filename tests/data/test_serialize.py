@@ -80,24 +80,60 @@ LAST_DAY = {
 <death>MEDS_DEATH
 </death>""",
 }
+LEAN_BY_DAY = """\
+<demographics>GENDER//F
+Age 120
++0
+<conditions>Type 2 diabetes
+<observations>HOSPITAL_ADMISSION//ER
+<measurements>Glucose 101 420000 abnormal
+LAB//CULTURE: no growth,
+VITAL//HR 80 81 82 83 84 85 86
+<drugs>Cefazolin x3: 2 g
+<notes>NOTE//1
++2
+<measurements>Glucose 3.14
+<procedures>TREATMENT//PCI
+<death>MEDS_DEATH
+"""  # Birth is 200 years ago: nobody is older than 120
+LEAN_LAST_DAY = {
+    "hour": """+2 06
+<measurements>Glucose 3.14
+@07
+<procedures>TREATMENT//PCI
+<death>MEDS_DEATH
+""",
+    "moment": """+2 06:59:59
+<measurements>Glucose 3.14
+@07:00
+<procedures>TREATMENT//PCI
+:30
+<death>MEDS_DEATH
+""",
+}
+FORMATS = ("text-paper", "text")
 FAMILIES = ("ours", "gpt2", "qwen", "llama3")
 MERGING = ("sentencepiece-prefixed", "sentencepiece")
+Kind = tuple[str, str, str]  # family of tokenizers, delimiters, format
 
 
 @pytest.fixture(scope="module")
-def serializers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Serializer]:
-    made = {("ours", "special"): serializer_of(our_bpe(), descriptions=DESCRIPTIONS)}
-    for name in (*FAMILIES[1:], *MERGING):
-        for mode in ("special", "text"):
+def serializers(tmp_path_factory: pytest.TempPathFactory) -> dict[Kind, Serializer]:
+    made = {}
+    for name, mode in dict.fromkeys((n, m) for n, m, _ in kinds_of((*FAMILIES, *MERGING))):
+        tokenizer = our_bpe()
+        if name != "ours":
             folder = tmp_path_factory.mktemp(f"{name}-{mode}")
             tokenizer, new = family_tokenizer(name, folder, mode)
             assert len(new) == (2 * len(SECTIONS) if mode == "special" else 0)
-            made[name, mode] = serializer_of(tokenizer, mode, DESCRIPTIONS)
+        for form in FORMATS:
+            made[name, mode, form] = serializer_of(tokenizer, mode, DESCRIPTIONS, format=form)
     return made
 
 
-def modes_of(names: tuple[str, ...]) -> list[tuple[str, str]]:
-    return [(n, m) for n in names for m in ("special", "text") if (n, m) != ("ours", "text")]
+def kinds_of(names: tuple[str, ...]) -> list[Kind]:
+    modes = [(n, m) for n in names for m in ("special", "text") if (n, m) != ("ours", "text")]
+    return [(n, m, form) for n, m in modes for form in FORMATS]
 
 
 def whole_text_ids(serializer: Serializer, text: str) -> list[int]:
@@ -105,7 +141,7 @@ def whole_text_ids(serializer: Serializer, text: str) -> list[int]:
 
 
 def test_the_text_of_a_patient() -> None:
-    serializer = serializer_of(our_bpe(), descriptions=DESCRIPTIONS)
+    serializer = serializer_of(our_bpe(), descriptions=DESCRIPTIONS, values_per_line=5)
     assert serializer.texts(batch_of(PATIENT)) == [BY_DAY]
     assert serializer.counts["events"] == len(PATIENT)
     assert (serializer.counts["values_left_out"], serializer.counts["texts_cut"]) == (2, 0)
@@ -136,7 +172,7 @@ def test_the_worked_example_of_the_layout() -> None:
 
 
 def test_plain_text_delimiters_stand_on_their_own_lines() -> None:
-    serializer = serializer_of(our_bpe(), "text", DESCRIPTIONS)
+    serializer = serializer_of(our_bpe(), "text", DESCRIPTIONS, values_per_line=5)
     expected = BY_DAY
     for section in SECTIONS:
         for tag in (f"<{section}>", f"</{section}>"):
@@ -144,11 +180,26 @@ def test_plain_text_delimiters_stand_on_their_own_lines() -> None:
     assert serializer.texts(batch_of(PATIENT)) == [expected]
 
 
+def test_the_lean_text_of_a_patient() -> None:
+    serializer = serializer_of(our_bpe(), descriptions=DESCRIPTIONS, format="text")
+    assert serializer.texts(batch_of(PATIENT)) == [LEAN_BY_DAY]
+    assert serializer.counts["events"] == len(PATIENT)
+    assert (serializer.counts["values_left_out"], serializer.counts["texts_cut"]) == (0, 0)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_all_values_are_kept_unless_a_number_of_them_is_set(form: str) -> None:
+    events = [event(f"2150-01-31 10:{m:02}", "VITAL//HR", 80 + m) for m in range(60)]
+    (text,) = serializer_of(our_bpe(), format=form).texts(batch_of(events))
+    assert [int(x) for x in re.findall(r" (\d+)", text)] == list(range(80, 140))
+
+
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("bucket", ["hour", "moment"])
-def test_finer_buckets(bucket: str) -> None:
-    serializer = serializer_of(our_bpe(), descriptions=DESCRIPTIONS, bucket=bucket)
+def test_finer_buckets(bucket: str, form: str) -> None:
+    serializer = serializer_of(our_bpe(), descriptions=DESCRIPTIONS, bucket=bucket, format=form)
     (text,) = serializer.texts(batch_of(PATIENT))
-    assert text.endswith(LAST_DAY[bucket])
+    assert text.endswith((LEAN_LAST_DAY if form == "text" else LAST_DAY)[bucket])
     hours = {us(e[0]) // 3_600_000_000 for e in PATIENT[2:]}
     moments = {us(e[0]) for e in PATIENT[2:]}
     (timeline,) = serializer.timelines(batch_of(PATIENT))
@@ -214,29 +265,29 @@ def test_clean() -> None:
     assert clean("abc def", 4) == "abc"
 
 
-@pytest.mark.parametrize(("name", "mode"), modes_of(FAMILIES))
+@pytest.mark.parametrize("kind", kinds_of(FAMILIES), ids="-".join)
 @settings(max_examples=40, deadline=None)
 @given(events=subjects())
 def test_ids_are_those_of_the_whole_text(
-    serializers: dict[tuple[str, str], Serializer], name: str, mode: str, events: list[Event]
+    serializers: dict[Kind, Serializer], kind: Kind, events: list[Event]
 ) -> None:
-    serializer = serializers[name, mode]
+    serializer = serializers[kind]
     assert serializer.encoder.piecewise
     batch = batch_of(events, PATIENT)
     for timeline, text in zip(serializer.timelines(batch), serializer.texts(batch), strict=True):
         assert timeline.ids_T.tolist() == whole_text_ids(serializer, text)
 
 
-@pytest.mark.parametrize(("name", "mode"), modes_of(MERGING))
+@pytest.mark.parametrize("kind", kinds_of(MERGING), ids="-".join)
 def test_a_tokenizer_that_merges_over_pieces_gets_whole_lines(
-    serializers: dict[tuple[str, str], Serializer], name: str, mode: str
+    serializers: dict[Kind, Serializer], kind: Kind
 ) -> None:
-    serializer = serializers[name, mode]
+    serializer = serializers[kind]
     encoder = serializer.encoder
     assert not encoder.piecewise
     batch = batch_of(PATIENT)
     (timeline,), (text,) = serializer.timelines(batch), serializer.texts(batch)
-    if mode == "special":
+    if kind[1] == "special":
         tags = dict(zip((*OPEN, *CLOSE), encoder.open_ids + encoder.close_ids, strict=True))
     else:
         tags = {}
@@ -247,11 +298,11 @@ def test_a_tokenizer_that_merges_over_pieces_gets_whole_lines(
 
 
 def test_pieces_of_a_merging_tokenizer_would_differ(
-    serializers: dict[tuple[str, str], Serializer],
+    serializers: dict[Kind, Serializer],
 ) -> None:
     # the fallback to whole lines is needed: forced to pieces, the ids are not those of the lines
     for name in MERGING:
-        serializer = serializers[name, "special"]
+        serializer = serializers[name, "special", "text-paper"]
         (whole,) = serializer.timelines(batch_of(PATIENT))
         serializer.encoder.piecewise = True
         (pieces,) = serializer.timelines(batch_of(PATIENT))
@@ -259,13 +310,13 @@ def test_pieces_of_a_merging_tokenizer_would_differ(
         assert whole.ids_T.tolist() != pieces.ids_T.tolist()
 
 
-@pytest.mark.parametrize(("name", "mode"), modes_of((*FAMILIES, *MERGING)))
+@pytest.mark.parametrize("kind", kinds_of((*FAMILIES, *MERGING)), ids="-".join)
 @settings(max_examples=15, deadline=None)
 @given(cohort=st.lists(subjects(), min_size=2, max_size=4))
 def test_subjects_do_not_depend_on_their_batch(
-    serializers: dict[tuple[str, str], Serializer], name: str, mode: str, cohort: list[list[Event]]
+    serializers: dict[Kind, Serializer], kind: Kind, cohort: list[list[Event]]
 ) -> None:
-    serializer = serializers[name, mode]
+    serializer = serializers[kind]
     together = serializer.timelines(batch_of(*cohort))
     for s, timeline in enumerate(together):
         (shared_codes,) = serializer.timelines(one_subject(batch_of(*cohort), s))
@@ -274,15 +325,13 @@ def test_subjects_do_not_depend_on_their_batch(
         assert_same_timeline(alone, timeline)
 
 
-@pytest.mark.parametrize(("name", "mode"), modes_of((*FAMILIES, *MERGING)))
-def test_the_line_table(
-    serializers: dict[tuple[str, str], Serializer], name: str, mode: str
-) -> None:
-    serializer = serializers[name, mode]
+@pytest.mark.parametrize("kind", kinds_of((*FAMILIES, *MERGING)), ids="-".join)
+def test_the_line_table(serializers: dict[Kind, Serializer], kind: Kind) -> None:
+    serializer = serializers[kind]
     encoder = serializer.encoder
     (timeline,), (text,) = (f(batch_of(PATIENT)) for f in (serializer.timelines, serializer.texts))
     plain = re.sub(r"</?[a-z]+>\n?", "", text)
-    lines = [x for x in plain.splitlines(keepends=True)[2:] if not x.startswith("[2")]
+    lines = [x for x in plain.splitlines(keepends=True)[2:] if not x.startswith(("[2", "+"))]
     spans = list(zip(timeline.line_start_L, timeline.line_end_L, strict=True))
     assert len(lines) == len(spans) == 10
     for line, (start, end) in zip(lines, spans, strict=True):
@@ -299,7 +348,7 @@ def test_the_line_table(
 
 
 def test_bucket_table() -> None:
-    serializer = serializer_of(our_bpe(), descriptions=DESCRIPTIONS)
+    serializer = serializer_of(our_bpe(), descriptions=DESCRIPTIONS, values_per_line=5)
     (timeline,) = serializer.timelines(batch_of(PATIENT))
     begins = np.datetime64("2150-01-31", "us").astype(np.int64) + np.array([0, 2 * DAY])
     np.testing.assert_array_equal(timeline.bucket_time_B, begins)
@@ -319,6 +368,7 @@ def test_a_fingerprint_changes_with_whatever_changes_tokens() -> None:
         serializer_of(tokenizer, bucket="hour"),
         serializer_of(tokenizer, values_per_line=4),
         serializer_of(tokenizer, text_chars=63),
+        serializer_of(tokenizer, format="text"),
         Serializer(base.encoder, SectionMap(base_rules(), 1), {}),
         Serializer(base.encoder, SectionMap.read(), {}, {"x": ["LOINC/1"]}),
     ]
