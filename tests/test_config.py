@@ -228,7 +228,7 @@ def test_help_shows_overrides_and_files(tmp_path):
         ("objective.self_check", "true or false; default true"),
         ("optim.micro_tokens", "an integer, or auto; default auto"),
         ("optim.clip", "a number above 0; default 1"),
-        ("data.bucket", "one of day, hour, moment; default day"),
+        ("data.bucket", "one of auto, day, hour, moment; default auto"),
         ("lora.targets", "a list; default q_proj,k_proj"),
         ("phases.0.steps", "an integer of at least 1; required in each table"),
     ],
