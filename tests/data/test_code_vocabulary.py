@@ -268,6 +268,24 @@ def test_of_too_many_texts_the_first_in_order_are_counted(seed, max_texts):
     assert got == {(c, t): who[c, t] for _, t, c in pairs[:max_texts]}
 
 
+def test_free_text_does_not_grow_the_statistics():
+    statistics = CodeStatistics(max_texts=50)
+    for s in range(20):
+        notes = [event(0, "NOTE//x", None, f"note {s} {i}") for i in range(30)]
+        statistics.add(batch_of(notes, first=s))
+        assert statistics.texts.num_rows <= 100  # twice the limit: a cut costs a sort
+    statistics.settle()
+    assert statistics.texts.num_rows == len(statistics.text_ids) == 50
+
+
+def test_subjects_weigh_the_same():
+    """One subject with 200 values at 5 moves no edge of 200 others, who have 1 to 50 evenly."""
+    people = [[event(0, "LAB//GLU", float(v))] for v in range(1, 51)] * 4
+    plain = fitted(people).content["codes"][0]["edges"]
+    many = fitted([*people, [event(0, "LAB//GLU", 5.0)] * 200]).content["codes"][0]["edges"]
+    assert plain == many == [6.0, 11.0, 16.0, 21.0, 26.0, 31.0, 36.0, 41.0, 46.0]
+
+
 def crowd(*events: Event, size: int = 12) -> list[list[Event]]:
     return [list(events) for _ in range(size)]
 

@@ -41,7 +41,7 @@ class CodeStatistics:
         self.codes = SubjectCounts(4)
         self.numbers = SubjectCounts(3, KEY_BITS)  # low: key of the number, made positive
         self.texts = SubjectCounts(4, _TEXT_BITS, with_few=False)  # low: text id
-        self._last_text: tuple[int, str, str] | None = None  # pairs after it are not counted
+        self._longest = text_chars  # longer texts are after the last that is counted
 
     def add(self, batch: EventBatch) -> None:
         """Count the events of whole subjects that were not added before; births are left out."""
@@ -96,8 +96,7 @@ class CodeStatistics:
                 continue
             low_K = id_T[table.low()] if table is other.texts else table.low()
             to.merge(table, id_C[table.key_K >> table.low_bits] << table.low_bits | low_K)
-        bounds = [b for b in (self._last_text, other._last_text) if b is not None]
-        self._last_text = min(bounds, default=None)
+        self._longest = min(self._longest, other._longest)
         self._bound_texts()
 
     def settle(self) -> None:
@@ -139,8 +138,7 @@ class CodeStatistics:
     ) -> None:
         used, local_N = np.unique(text_N, return_inverse=True)
         names = [cut_text(texts[t], self.text_chars) for t in used]
-        longest = self._last_text[0] if self._last_text else self.text_chars
-        keep = [bool(n) and len(n) <= longest for n in names]
+        keep = [0 < len(n) <= self._longest for n in names]
         text_T = np.array(
             [self._text_id(n) if k else -1 for n, k in zip(names, keep, strict=True)], np.int64
         )
@@ -161,18 +159,16 @@ class CodeStatistics:
             self._bound_texts()
 
     def _bound_texts(self) -> None:
-        """Keep the first `max_texts` pairs, and none after a pair that was ever the last."""
+        """Keep the first `max_texts` pairs."""
         table = self.texts
         table.settle()
-        if self._last_text is None and len(table.key_K) <= self.max_texts:
+        if len(table.key_K) <= self.max_texts:
             return
         texts, codes = list(self.text_ids), list(self.code_ids)
         ids = zip((table.key_K >> _TEXT_BITS).tolist(), table.low().tolist(), strict=True)
         places = [(len(texts[t]), texts[t], codes[c]) for c, t in ids]
-        bounds = [] if self._last_text is None else [self._last_text]
-        if len(places) > self.max_texts:
-            bounds.append(sorted(places)[self.max_texts - 1])
-        self._last_text = last = min(bounds)
+        last = sorted(places)[self.max_texts - 1]
+        self._longest = last[0]
         keep_K = np.fromiter((p <= last for p in places), bool, len(places))
         key_K, table.sum_KM = table.key_K[keep_K], table.sum_KM[keep_K]
         used, low_K = np.unique(key_K & ((1 << _TEXT_BITS) - 1), return_inverse=True)
