@@ -87,21 +87,21 @@ def floored(value: float) -> Decimal:
 
 
 def plain_ladder(code: str, parents: dict[str, list[str]]) -> list[tuple[str, str]]:
-    found = [("prefix", code)]
+    walk = [("prefix", code)]
     level = [code]
     while level:
         level = [p for c in level for p in parents.get(c, ())]
-        level = [p for p in dict.fromkeys(level) if p not in [n for _, n in found]]
-        found += [("ancestor", p) for p in level]
+        level = [p for p in dict.fromkeys(level) if p not in [n for _, n in walk]]
+        walk += [("ancestor", p) for p in level]
     icd = re.fullmatch(r"(DIAGNOSIS//ICD\d+CM//)(.{4,})", code)
     if icd:
         cuts = [icd[2][:n] for n in range(len(icd[2]) - 1, 2, -1)]
-        found += [("prefix", icd[1] + cut) for cut in cuts if not cut.endswith(".")]
+        walk += [("prefix", icd[1] + cut) for cut in cuts if not cut.endswith(".")]
     rest = code
     while (at := max(rest.rfind("/"), rest.rfind("|"))) >= 0:
         rest = rest[:at].rstrip("/|")
-        found += [("prefix", rest)] if len(rest) > len(family(code)) else []
-    return [*found, ("family", family(code))]
+        walk += [("prefix", rest)] if len(rest) > len(family(code)) else []
+    return [*walk, ("family", family(code))]
 
 
 class PlainEncoder:

@@ -87,14 +87,14 @@ def _edges(statistics: CodeStatistics, frequent: Mapping[str, int]) -> dict[str,
     bounds = table.bounds(len(statistics.code_ids))
     with_number_C = np.zeros(len(statistics.code_ids), np.int64)
     with_number_C[statistics.codes.key_K] = statistics.codes.sum_KM[:, 2]
-    found = {}
+    edges = {}
     for name, c in frequent.items():
         if with_number_C[c] >= MIN_SUBJECTS:
             a, b = int(bounds[c]), int(bounds[c + 1])
             sums_KM = table.sum_KM[a:b]
             key_K = table.low(a, b) - KEY_OFFSET
-            found[name] = fit_edges(key_K, sums_KM[:, 2], sums_KM[:, 0], table.few(a, b))
-    return found
+            edges[name] = fit_edges(key_K, sums_KM[:, 2], sums_KM[:, 0], table.few(a, b))
+    return edges
 
 
 def _values(statistics: CodeStatistics, frequent: Mapping[str, int]) -> dict[str, list[str]]:
@@ -108,11 +108,11 @@ def _values(statistics: CodeStatistics, frequent: Mapping[str, int]) -> dict[str
     code_K = table.key_K >> table.low_bits
     subjects_K = np.where(binned[code_K], table.sum_KM[:, 2], table.sum_KM[:, 0])
     names = {c: n for n, c in frequent.items()}
-    found: dict[str, list[str]] = {}
+    values: dict[str, list[str]] = {}
     for k in np.flatnonzero(subjects_K >= MIN_SUBJECTS).tolist():
         if int(code_K[k]) in names:
-            found.setdefault(names[int(code_K[k])], []).append(texts[int(table.low(k, k + 1)[0])])
-    return {name: sorted(values) for name, values in found.items()}
+            values.setdefault(names[int(code_K[k])], []).append(texts[int(table.low(k, k + 1)[0])])
+    return {name: sorted(its) for name, its in values.items()}
 
 
 def _words(text: str) -> str:

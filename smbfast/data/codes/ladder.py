@@ -33,14 +33,14 @@ def steps(code: str, parents: Mapping[str, list[str]]) -> list[Step]:
 
     The first is the code itself, whose token then stands for it and all that is below it.
     """
-    found: dict[str, int] = {code: PREFIX}
+    rung_of: dict[str, int] = {code: PREFIX}
     for name in _ancestors(code, parents):
-        found.setdefault(name, ANCESTOR)
+        rung_of.setdefault(name, ANCESTOR)
     last = family(code)
     for name in _cuts(code, last):
-        found.setdefault(name, PREFIX)
-    found.setdefault(last, FAMILY)
-    return [(rung, name) for name, rung in found.items()]
+        rung_of.setdefault(name, PREFIX)
+    rung_of.setdefault(last, FAMILY)
+    return [(rung, name) for name, rung in rung_of.items()]
 
 
 def shared_names(
@@ -96,16 +96,16 @@ def _ancestors(code: str, parents: Mapping[str, list[str]]) -> list[str]:
 
 
 def _cuts(code: str, last: str) -> list[str]:
-    found = []
+    cuts = []
     icd = _ICD.fullmatch(code)
     if icd:
         head, tail = icd["head"], icd["code"]
-        found += [head + cut for n in range(len(tail) - 1, 2, -1) if (cut := tail[:n])[-1] != "."]
+        cuts += [head + cut for n in range(len(tail) - 1, 2, -1) if (cut := tail[:n])[-1] != "."]
     for start in reversed([m.start() for m in _SEPARATOR.finditer(code)]):
         cut = code[:start].rstrip("/|:")
         if cut and cut != last and len(cut) > len(last):
-            found.append(cut)
-    return found
+            cuts.append(cut)
+    return cuts
 
 
 def _without_ten(walks: dict[str, list[str]], rare: Mapping[str, list[int] | None]) -> set[str]:
