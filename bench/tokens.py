@@ -147,19 +147,19 @@ def _element_tokens(layout: Layout) -> list[Counter[str]]:
     """The tokens of each distinct piece by element."""
     is_line_U = np.zeros(len(layout.strings), bool)
     is_line_U[layout.piece_P[layout.line_P >= 0]] = True
-    found = []
+    counts = []
     for text, ids, is_line in zip(layout.strings, layout._table_ids(), is_line_U, strict=True):
         if text.startswith("\0"):
-            found.append(Counter({"tags": len(ids)}))
+            counts.append(Counter({"tags": len(ids)}))
         elif not is_line:
-            found.append(Counter({"headers": len(ids)}))
+            counts.append(Counter({"headers": len(ids)}))
         else:
             # a value begins with a space, and a name never does
             inner = "values" if text.startswith(" ") else "names"
             end = text[-1]
             last = "newlines" if end == "\n" else "separators" if end in ":," else inner
-            found.append(Counter({inner: len(ids) - 1}) + Counter({last: 1}))
-    return found
+            counts.append(Counter({inner: len(ids) - 1}) + Counter({last: 1}))
+    return counts
 
 
 def shown(results: list[dict[str, Any]]) -> str:

@@ -26,7 +26,13 @@ from smbfast.settings import load
 from smbfast.simulation.dataset import simulate
 
 SUBJECTS = 41, 8  # the patient that is shown, and one that shares the row
-SETTINGS = ["data.window=96", "data.vocab_size=2048", "objective.cuts=2", "run.device=cpu"]
+SETTINGS = [
+    "data.format=text",
+    "data.window=96",
+    "data.vocab_size=2048",
+    "objective.cuts=2",
+    "run.device=cpu",
+]
 SEED = STEP = 0
 
 

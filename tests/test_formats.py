@@ -22,7 +22,7 @@ SHORT = [
     "--phases.1.steps=2",
     "--phases.0.lr=0.01",
     "--phases.1.lr=0.01",
-    "--data.window=96",
+    "--data.window=128",
     "--run.threads=1",
 ]
 

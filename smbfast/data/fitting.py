@@ -95,8 +95,14 @@ def _fit_codes(
     backbone: str | None,
     sections: SectionMap,
 ) -> list[NewToken]:
-    statistics = code_statistics(data, dataset)
     tokenizer = load_tokenizer(backbone, "text")[0] if backbone else None
+    known = Path(backbone) / VOCABULARY if backbone else None
+    if tokenizer is not None and known is not None and known.is_file():
+        # the backbone was trained on codes: its own vocabulary goes on, and nothing is new
+        CodeVocabulary.read(known).save(staging / VOCABULARY)
+        save_tokenizer(tokenizer, staging)
+        return []
+    statistics = code_statistics(data, dataset)
     vocabulary = CodeVocabulary.fit(
         statistics,
         sections,

@@ -16,9 +16,9 @@ from smbfast.data.serialize import Serializer, SerializerOptions, text_preamble
 from smbfast.data.timelines import Preamble
 from smbfast.data.tokens import TextEncoder
 from smbfast.settings import DataSettings
+from smbfast.settings.data import VOCABULARY
 
 VERSIONS = {"text": 1, "text-paper": 2, "codes": 1}  # of the tokens: part of every fingerprint
-VOCABULARY = "codes.json"  # of the format codes, beside the tokenizer's files
 MINUTE = 60_000_000  # microseconds
 
 PatientEncoding = TextEncoder | CodeVocabulary

@@ -385,5 +385,5 @@ def _without(
 ) -> tuple[EventBatch, np.ndarray]:
     """Leave out events; return also which of the rest are births."""
     num_before_N1 = np.concatenate([[0], np.cumsum(~gone_N)])
-    kept = np.flatnonzero(~gone_N)
-    return batch.rows(kept, num_before_N1[batch.offset_S1]), birth_N[kept]
+    row_K = np.flatnonzero(~gone_N)
+    return batch.rows(row_K, num_before_N1[batch.offset_S1]), birth_N[row_K]

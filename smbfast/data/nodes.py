@@ -123,7 +123,7 @@ def _tails(
     serializer: Serializer,
     time_K: np.ndarray,
 ) -> list[Timeline | None]:
-    """Return for each node of a subject its bucket's events up to it as tokens, if there are any."""
+    """Return for each node of a subject its bucket's events up to it as tokens, or None."""
     time_N = batch.time_N[rows]
     timed = np.flatnonzero(timed_N[rows])
     key_K = serializer.bucket_key(time_K)

@@ -183,8 +183,8 @@ def window_of(
         # the demographics are new in the first window alone
         labels_from=int(preamble.begin is not None) if whole else new + shift,
     )
-    kept = len(preamble.header(timeline, int(cut.bucket_time_B[0]), window))
-    lost = timeline.header + (preamble.begin is not None) - kept if whole else 0
+    shown = len(preamble.header(timeline, int(cut.bucket_time_B[0]), window))
+    lost = timeline.header + (preamble.begin is not None) - shown if whole else 0
     return cut, max(lost, 0)
 
 

@@ -122,10 +122,20 @@ class TextEncoder:
         self.begin: int | None = tokenizer.bos_token_id
         self.open_ids = [self._tag(t) for t in OPEN]
         self.close_ids = [self._tag(t) for t in CLOSE]
+        self._refuse_wordless()
         self.piecewise = all(
             np.array_equal(np.concatenate(self.encode(list(p))), self.encode(["".join(p)])[0])
             for p in _PROBES
         )
+
+    def _refuse_wordless(self) -> None:
+        try:
+            self._plain.encode(_PROBES[0][0], add_special_tokens=False)
+        except Exception:  # tokenizers raises plain Exception where a word has no token
+            raise ValueError(
+                "the tokenizer must encode any text, and this one knows whole names alone; a model "
+                "that was trained on codes needs its codes.json beside its tokenizer"
+            ) from None
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text, int32; a special or added token is never among them."""

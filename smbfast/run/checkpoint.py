@@ -23,6 +23,7 @@ from smbfast.model.decoder import HfModule
 from smbfast.model.target import TargetEncoder
 from smbfast.model.vocabulary import grow
 from smbfast.run.optim import trained
+from smbfast.settings.data import VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,8 @@ def export_merged(final: Path, folder: Path, device: torch.device) -> str:
     with committed_folder(folder, replace=True) as staging:
         lm.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        if (final / VOCABULARY).is_file():
+            shutil.copy(final / VOCABULARY, staging / VOCABULARY)
     plain: HfModule = load_lm(str(folder), lm.dtype)
     plain = plain.to(device)
     gap = (plain(input_ids=ids).logits.float() - logits).abs().max().item()

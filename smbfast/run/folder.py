@@ -11,6 +11,7 @@ from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import check_prepared, prepare
 from smbfast.settings import DataSettings, TrainSettings
+from smbfast.settings.data import VOCABULARY
 from smbfast.simulation.dataset import simulate
 
 # settings that may differ when a run resumes, as they change weights only by rounding, if at all
@@ -76,7 +77,8 @@ def _flat(values: object, prefix: str = "") -> dict[str, object]:
 
 def prepared_data(settings: TrainSettings, run: Path) -> tuple[DataSettings, Prepared]:
     """Return the data settings with paths filled in, and the token shards; make what is missing."""
-    data = settings.data.decided(settings.model.path, simulated=settings.data.path is None)
+    backbone = _tokenizer_folder(settings)
+    data = settings.data.decided(backbone, simulated=settings.data.path is None)
     if data.path is None:
         # the name says which cohort it is, so other settings never reuse it
         cohort = run / f"cohort-{settings.cohort.patients}-{settings.cohort.seed}"
@@ -85,10 +87,18 @@ def prepared_data(settings: TrainSettings, run: Path) -> tuple[DataSettings, Pre
         data = data.model_copy(update={"path": str(cohort)})
     if data.prepared and (Path(data.prepared) / "prepare.json").is_file():
         prepared = Prepared.open(Path(data.prepared))
-        check_prepared(prepared, data, settings.model.path)
+        check_prepared(prepared, data, backbone)
         return data, prepared
     out = Path(data.prepared) if data.prepared else run / "prepared"
-    return data, prepare(data, out, settings.model.path, ("train", "tuning"))
+    return data, prepare(data, out, backbone, ("train", "tuning"))
+
+
+def _tokenizer_folder(settings: TrainSettings) -> str | None:
+    """Return what the tokens come from: the backbone, or an adapter that was trained on codes."""
+    adapter = settings.model.adapter
+    if adapter and (Path(adapter) / VOCABULARY).is_file():
+        return adapter
+    return settings.model.path
 
 
 def read_tasks(settings: TrainSettings, data: DataSettings) -> list[tuple[Path, Labels]]:

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from smbfast.base.config import Settings
 
+VOCABULARY = "codes.json"  # the vocabulary of the format codes, beside a tokenizer's files
 LEAST_WINDOW = 128  # tokens, with the format codes
 MOST_IN_A_MOMENT = 84  # events, the most that was seen in demo data
 
@@ -136,9 +137,15 @@ class DataSettings(Settings):
             simulated: whether the patients are simulated, with one visit a day at most.
 
         Raises:
-            ValueError: if windows are too short for the format `codes`.
+            ValueError: if the backbone knows codes and no text, or windows are too short for codes.
         """
-        chosen = self.format or ("text" if backbone else "codes")
+        knows_codes = backbone is not None and (Path(backbone) / VOCABULARY).is_file()
+        chosen = self.format or ("text" if backbone and not knows_codes else "codes")
+        if knows_codes and chosen != "codes":
+            raise ValueError(
+                f"data.format must be codes with {backbone}, which has a vocabulary of codes; got "
+                f"{chosen}"
+            )
         gap_floor = self.gap_floor
         if gap_floor == "auto":
             gap_floor = 360 if simulated else 5

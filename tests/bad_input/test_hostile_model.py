@@ -26,7 +26,7 @@ class Bomb:
 def model_folder(trained: Path, folder: Path) -> Path:
     """A tokenizer and a config, and no weights."""
     folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "codes.json"):
         shutil.copy(trained / "final" / name, folder)
     return folder
 
@@ -79,3 +79,15 @@ def test_a_safetensors_header_that_lies(
     folder = model_folder(trained, tmp_path / "model")
     (folder / "model.safetensors").write_bytes(header + b"{}")
     refused(lambda: train.main(tiny_run(meds, tmp_path / "run", f"--model.path={folder}")), folder)
+
+
+def test_a_model_of_codes_without_its_vocabulary(trained: Path, meds: Path, tmp_path: Path) -> None:
+    folder = model_folder(trained, tmp_path / "model")
+    (folder / "codes.json").unlink()
+    start = lambda: train.main(tiny_run(meds, tmp_path / "run", f"--model.path={folder}"))  # noqa: E731
+    refused(start, "codes.json")
+
+
+def test_a_model_of_codes_asked_for_text(trained: Path, meds: Path, tmp_path: Path) -> None:
+    more = (f"--model.path={trained / 'final'}", "--data.format=text")
+    refused(lambda: train.main(tiny_run(meds, tmp_path / "run", *more)), "data.format", "codes")
