@@ -14,11 +14,13 @@ import torch
 
 from smbfast import objective, reference
 from smbfast.batch import PackedBatch, Timeline
-from smbfast.data.loader import WindowSet, cut_points, make_batch, masked_tokens
+from smbfast.data.loader import make_batch
+from smbfast.data.masking import cut_points, masked_tokens
 from smbfast.data.meds import STATIC, EventBatch, MedsDataset
 from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import prepare
 from smbfast.data.sections import SECTIONS
+from smbfast.data.windows import WindowSet
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.target import TargetEncoder
 from smbfast.run.step import LossScales
@@ -93,7 +95,9 @@ def blocks(folder: Path) -> dict[str, list[str]]:
     prepared = prepare(settings.data, folder / "shards", None, ("train",))
     dataset = MedsDataset.open(folder / "cohort")
     [record] = dataset.batches("train", np.array(SUBJECTS[:1]))
-    windows = WindowSet.of(prepared.shards("train"), settings.data.window, prepared.preamble)
+    windows = WindowSet.of(
+        prepared.shards("train"), settings.data.window, prepared.preamble, objective_settings
+    )
     whole = [w for w in windows if w.labels_from <= 1]
     pair = [next(w for w in whole if w.subject == subject) for subject in SUBJECTS]
     window = pair[0]

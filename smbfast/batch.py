@@ -4,8 +4,8 @@ A pack concatenates sequences without padding (sequence packing). Branches share
 trunk instead of repeating it (shared-prefix, or tree, attention).
 
 Legend: T tokens of the online encoder, U tokens of the target encoder, L lines (one code in one
-bucket, or one event), B buckets, S segments, N labelled tokens, M masked tokens. A "row of T" is a
-token's index in the pack.
+bucket, or one event), B buckets, S segments, N labelled tokens, M masked tokens, R tokens that the
+mask vector replaces. A "row of T" is a token's index in the pack.
 """
 
 from collections.abc import Callable
@@ -108,8 +108,9 @@ class PackedBatch:
     `trunk[:prefix]` and to the branch up to itself (shared-prefix attention).
 
     The online encoder at row `masked_M[m]` of T predicts the target encoder's hidden state at row
-    `target_M[m]` of U, which is the same token unmasked. The id of a masked token is 0 in `ids_T`,
-    so the online encoder cannot read it.
+    `target_M[m]` of U, which is the same token unmasked. The mask vector replaces it, and with
+    `objective.skeleton=hidden` other tokens of the branch as well. The id of a replaced token is 0
+    in `ids_T`, so the online encoder cannot read it.
 
     The CPU makes every index that a step needs, so that nothing waits for a GPU to count.
     """
@@ -119,7 +120,8 @@ class PackedBatch:
     segments: Segments
     labelled_N: Tensor  # int64: rows of T, in trunks, whose next token is predicted
     label_N: Tensor  # int64: that next token
-    masked_M: Tensor  # int64: rows of T, in branches
+    masked_M: Tensor  # int64: rows of T, in branches, that are predicted
+    replaced_R: Tensor  # int64: rows of T, in branches, that read the mask vector: M and others
     target_ids_U: Tensor  # int64: trunks with masked tokens, up to the last masked one
     target_position_U: Tensor  # int64
     target_segments: Segments  # of U: trunks only
@@ -158,7 +160,10 @@ class PackedBatch:
         assert bool((base_T == prefix_S[segment_T]).all())
         assert bool((prefix_S[segment_T[self.labelled_N]] == 0).all())
         assert bool((prefix_S[segment_T[self.masked_M]] > 0).all())
-        assert not bool(self.ids_T[self.masked_M].any())
+        assert bool((prefix_S[segment_T[self.replaced_R]] > 0).all())
+        assert bool((self.replaced_R[1:] > self.replaced_R[:-1]).all())
+        assert bool(torch.isin(self.masked_M, self.replaced_R).all())
+        assert not bool(self.ids_T[self.replaced_R].any())
         assert bool((self.target_segments.host_S6[:, 3] == 0).all())
         assert self.target_segments.tokens == len(self.target_ids_U) == len(self.target_position_U)
         assert len(self.target_M) == len(self.masked_M)
@@ -185,6 +190,7 @@ def pack_segments(
     *,
     next_tokens: list[np.ndarray] | None = None,
     masked: list[list[np.ndarray]] | None = None,
+    replaced: list[list[np.ndarray]] | None = None,
     windows: list[np.ndarray] | None = None,
 ) -> PackedBatch:
     """Pack trunks and their branches, with the indices of what is predicted on them.
@@ -196,6 +202,7 @@ def pack_segments(
             nothing is predicted. With None, nothing is predicted on trunks.
         masked: for each branch of each trunk, the positions of its masked tokens, counted from the
             start of the branch, ascending, at least one. With None, nothing is masked.
+        replaced: likewise, all positions that read the mask vector. With None, the masked ones.
         windows: for each trunk, the unmasked token ids whose beginning it is, which the target
             encoder reads. With None, these are the trunks.
 
@@ -206,13 +213,15 @@ def pack_segments(
     windows = trunks if windows is None else windows
     next_T = np.concatenate([*(next_tokens or []), np.empty(0, np.int64)])
     labelled_N = np.flatnonzero(next_T >= 0)
-    masked_rows, target_rows, targets = [], [], []
+    masked_rows, replaced_rows, target_rows, targets = [], [], [], []
     own_start, target_start = sum(len(t) for t in trunks), 0  # branches lie behind all trunks
-    per_trunk = zip(windows, branches, masked or [[] for _ in trunks], strict=True)
-    for window, own_branches, masks in per_trunk:
+    is_masked, masked = bool(masked), masked or [[] for _ in trunks]
+    per_trunk = zip(windows, branches, masked, replaced or masked, strict=True)
+    for window, own_branches, *positions in per_trunk:
         last = 0
-        for (prefix, ids), mask in zip(own_branches, masks, strict=bool(masked)):
+        for (prefix, ids), mask, other in zip(own_branches, *positions, strict=is_masked):
             masked_rows.append(own_start + mask)
+            replaced_rows.append(own_start + other)
             target_rows.append(target_start + prefix + mask)
             own_start += len(ids)
             last = max(last, prefix + int(mask[-1]) + 1)
@@ -228,6 +237,7 @@ def pack_segments(
         labelled_N=_long(labelled_N),
         label_N=_long(next_T[labelled_N]),
         masked_M=_long(np.concatenate([*masked_rows, none])),
+        replaced_R=_long(np.concatenate([*replaced_rows, none])),
         target_ids_U=target_ids_U,
         target_position_U=target_position_U,
         target_segments=target_segments,

@@ -121,17 +121,17 @@ def predict(encoder: PatientEncoder, online_MD: Tensor) -> Tensor:
 
 
 def _last_visible(batch: PackedBatch) -> Tensor:
-    """Return, for each masked token, the row of U of the last unmasked token before it: [M]."""
+    """Return, for each masked token, the row of U of the last token before it that is read: [M]."""
     spans = batch.segment_tuples
-    # where the branch has no unmasked token yet, this is the last token of its context
+    # where no token of the branch is read yet, this is the last token of its context
     context_T = torch.cat([torch.full_like(batch.ids_T[:n], p - 1) for _, n, _, p in spans])
-    seen_T = batch.position_T.index_copy(0, batch.masked_M, context_T[batch.masked_M])
+    seen_T = batch.position_T.index_copy(0, batch.replaced_R, context_T[batch.replaced_R])
     last_T = torch.cat([torch.cummax(seen_T[s : s + n], 0).values for s, n, _, _ in spans])
     return batch.target_M - (batch.position_T - last_T)[batch.masked_M]
 
 
 def _online(encoder: PatientEncoder, batch: PackedBatch, recompute: Recompute = "none") -> Tensor:
-    pack = (batch.ids_T, batch.position_T, batch.segments, batch.masked_M)
+    pack = (batch.ids_T, batch.position_T, batch.segments, batch.replaced_R)
     return encoder.packed(*pack, recompute=recompute)
 
 

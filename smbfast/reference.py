@@ -99,12 +99,12 @@ def predict(encoder: PatientEncoder, online_MD: Tensor) -> Tensor:
 
 def online_hidden(encoder: PatientEncoder, batch: PackedBatch) -> Tensor:
     """Return the online states of [context | masked future] at the masked tokens, [M, D]."""
-    masked_T = torch.zeros_like(batch.ids_T, dtype=torch.bool)
-    masked_T = masked_T.index_fill(0, batch.masked_M, True)
+    replaced_T = torch.zeros_like(batch.ids_T, dtype=torch.bool)
+    replaced_T = replaced_T.index_fill(0, batch.replaced_R, True)
     branches = branch_rows(batch)
     sequences = [torch.cat([batch.ids_T[prefix], batch.ids_T[own]]) for own, prefix in branches]
-    masks = [torch.cat([masked_T[prefix], masked_T[own]]) for own, prefix in branches]
-    hidden_BTD = encoder.hidden(padded(sequences, 0), padded(masks, False))
+    replaced = [torch.cat([replaced_T[prefix], replaced_T[own]]) for own, prefix in branches]
+    hidden_BTD = encoder.hidden(padded(sequences, 0), padded(replaced, False))
     lengths = [(own.stop - own.start, prefix.stop - prefix.start) for own, prefix in branches]
     states = [h[p : p + n] for h, (n, p) in zip(hidden_BTD, lengths, strict=True)]
     return torch.cat(states)[batch.masked_M - branches[0][0].start]
@@ -130,15 +130,15 @@ def branch_rows(batch: PackedBatch) -> list[tuple[slice, slice]]:
 
 
 def last_visible(batch: PackedBatch) -> list[int]:
-    """Return, for each masked token, the row of U of the last unmasked token before it."""
-    masked, rows = set(batch.masked_M.tolist()), []
+    """Return, for each masked token, the row of U of the last token before it that is read."""
+    replaced, rows = set(batch.replaced_R.tolist()), []
     start_of = {
         row: own.start for own, _ in branch_rows(batch) for row in range(own.start, own.stop)
     }
     for row, target_row in zip(batch.masked_M.tolist(), batch.target_M.tolist(), strict=True):
         back = 1
         # what precedes the first token of a branch is the last token of its context
-        while row - back >= start_of[row] and row - back in masked:
+        while row - back >= start_of[row] and row - back in replaced:
             back += 1
         rows.append(target_row - back)
     return rows

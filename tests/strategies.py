@@ -67,6 +67,7 @@ def objectives(draw: st.DrawFn) -> ObjectiveSettings:
         cuts=draw(st.sampled_from([3, 1])),
         context=draw(st.sampled_from([(0.0, 1.0), (0.25, 0.9)])),
         min_future=draw(st.sampled_from([1, 6])),
+        skeleton=draw(st.sampled_from(["visible", "hidden"])),
         horizon=draw(st.sampled_from([None, 7, 1])),
         sft_labels=draw(st.sampled_from(["all", "future"])),
         target_norm=draw(st.sampled_from(["layer", "none"])),

@@ -90,7 +90,7 @@ def test_the_reference_path(cohort, tmp_path, capsys):
         (["--data.path=nowhere"], "nowhere"),
         (["--model.path=./nowhere"], "model.path"),
         (["--probe.labels=nothing"], "nothing"),
-        (["--objective.min_future=90", "--phases.1.w_sft=0"], "nothing to predict"),
+        (["--objective.min_future=90", "--phases.1.w_sft=0"], "data.bucket"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(cohort, tmp_path, more, message):

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from smbfast import objective, reference
 from smbfast.batch import PackedBatch, Timeline, pack_segments
-from smbfast.data.loader import make_batch, make_micro_batches, make_step
+from smbfast.data.loader import Step, make_batch, make_micro_batches, make_step
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.run.optim import make_optimizer
 from smbfast.run.step import LossScales, Updater, forward_backward
 from smbfast.settings import ObjectiveSettings, OptimSettings
 from tests.strategies import UNITS, objectives, steps
-from tests.tiny import random_window
+from tests.tiny import random_window, window_set
 from tests.two_paths import (
     CASES,
     FP32,
@@ -121,6 +121,7 @@ def test_any_windows_cuts_masks_and_rows(kind, case, windows, form, capacity, we
 
 
 GRID = list(product(UNITS, [1, 3], ["all", "future"], [None, 9], ["layer", "none"]))
+SKELETONS = ["visible", "hidden"]
 
 
 @pytest.mark.parametrize(
@@ -136,6 +137,7 @@ def test_every_setting(place, unit, cuts, labels, horizon, norm):
         sft_labels=labels,
         horizon=horizon,
         target_norm=norm,
+        skeleton=SKELETONS[place // 3 % 2],
         min_future=4,
         span=3,
     )
@@ -145,7 +147,7 @@ def test_every_setting(place, unit, cuts, labels, horizon, norm):
     plans = []
     read = 3 + (wants["sft"] and labels == "all")  # the window without a cut has nothing else
     for tokens, count in ((ROOMY, 1), (1, read)):
-        step = make_step(WINDOWS, form, 0, batch=4, tokens=tokens, seed=0, **wants)
+        step = Step.of(0, make_micro_batches(WINDOWS, form, 0, 0, tokens=tokens, **wants))
         assert len(step.micro_batches) == count and (step.num_masked > 0) == wants["jepa"]
         # every window but one has all its cuts
         branches = 3 * cuts * wants["jepa"]
@@ -167,10 +169,12 @@ def test_packed_equals_one_patient_at_a_time(case, dtype):
         assert_same(run("shared", encoder, target, [packed]), expected, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("skeleton", SKELETONS)
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("case", CASES[::2], ids=str)
-def test_measured_losses_and_states_are_the_same(case, dtype):
-    batch = make_batch(WINDOWS, ObjectiveSettings(min_future=4, cuts=3), 0, 0, jepa=True)
+def test_measured_losses_and_states_are_the_same(case, dtype, skeleton):
+    form = ObjectiveSettings(min_future=4, cuts=3, skeleton=skeleton)
+    batch = make_batch(WINDOWS, form, 0, 0, jepa=True)
     encoder, target = pairs("llama", case)[dtype]
     with torch.no_grad():
         sft, states = objective.measure(encoder, target, batch)
@@ -281,9 +285,9 @@ def trained(path: str, encoder: PatientEncoder, case: Case, tokens: int) -> list
     target = TargetEncoder(encoder, TargetForm(case.form, rank=1, every=4))
     updater = Updater(make_optimizer(encoder, OptimSettings()), clip=1.0)
     losses = partial(PATHS[path], normalize=True)
-    totals = []
+    totals, windows = [], window_set(WINDOWS, form)
     for index in range(30):
-        step = make_step(WINDOWS, form, index, batch=3, tokens=tokens, seed=0, jepa=True)
+        step = make_step(windows, form, index, batch=3, tokens=tokens, seed=0, jepa=True)
         scales = LossScales.of(1.0, 1.0, step.num_labels, step.num_masked)
         summed = forward_backward(losses, encoder, target, step.micro_batches, scales)
         updater.step(1e-3, target, 0.9)

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from smbfast.run.optim import learning_rate, make_optimizer, place, tau, total_steps
-from smbfast.settings import OptimSettings, load
+from smbfast.settings import OptimSettings, PhaseSettings, load
 from tests.tiny import tiny_encoder
 
 SETTINGS = load(
@@ -41,9 +41,24 @@ def test_a_phase_of_one_step_is_its_peak():
 def test_tau_is_fixed_or_linear():
     assert {tau(SETTINGS, s) for s in range(30)} == {0.996}
     moving = load("tiny", ["objective.tau=0.9", "objective.tau_end=1.0"])
-    steps = total_steps(moving)
-    assert tau(moving, 0) == 0.9 and tau(moving, steps - 1) == pytest.approx(1.0)
-    assert tau(moving, 5) == pytest.approx(0.9 + 0.1 * 5 / (steps - 1))
+    values = [tau(moving, s) for s in range(total_steps(moving)) if place(moving, s).phase.w_jepa]
+    expected = [0.9 + 0.1 * i / (len(values) - 1) for i in range(len(values))]
+    assert values == pytest.approx(expected) and values[0] == 0.9
+
+
+def test_tau_moves_at_steps_with_jepa_alone():
+    """Two phases with JEPA, one without before, between and after them."""
+    counts = [(3, 0.0), (4, 1.0), (5, 0.0), (2, 0.5), (1, 0.0)]
+    phases = [
+        PhaseSettings(name=f"p{i}", steps=steps, w_sft=1.0, w_jepa=w_jepa)
+        for i, (steps, w_jepa) in enumerate(counts)
+    ]
+    moving = load("tiny", ["objective.tau=0.5", "objective.tau_end=1.0"])
+    moving = moving.model_copy(update={"phases": phases})
+    with_jepa = [3, 4, 5, 6, 12, 13]
+    assert [tau(moving, s) for s in with_jepa] == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    alone = load("tiny", ["objective.tau=0.5", "objective.tau_end=1.0", "phases.1.steps=1"])
+    assert tau(alone, total_steps(alone) - 1) == 0.5
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -18,7 +18,7 @@ from smbfast.run.startup import losses_of, self_check
 from smbfast.settings import ObjectiveSettings, PhaseSettings, TrainSettings, kernel_choice, load
 from smbfast.simulation.dataset import simulate
 from tests.refusal import refused
-from tests.tiny import random_window
+from tests.tiny import random_window, window_set
 from tests.two_paths import CASES, FP64, assert_same, make_encoder, moved_target, run
 
 WINDOWS = [random_window(s, buckets=b) for s, b in ((1, 6), (2, 5), (3, 7), (4, 1))]
@@ -42,7 +42,9 @@ def settings_of(*more: str) -> TrainSettings:
 def checked(
     encoder: PatientEncoder, target: TargetEncoder | None, phase: str, *more: str
 ) -> dict[str, float]:
-    return self_check(encoder, target, WINDOWS, settings_of(*more), 0, PHASES[phase])
+    settings = settings_of(*more)
+    windows = window_set(WINDOWS, settings.objective)
+    return self_check(encoder, target, windows, settings, 0, PHASES[phase])
 
 
 def held(encoder: PatientEncoder, target: TargetEncoder) -> dict[str, torch.Tensor]:

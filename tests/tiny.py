@@ -6,8 +6,10 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from smbfast.batch import Timeline
+from smbfast.data.timelines import Preamble
+from smbfast.data.windows import WindowSet
 from smbfast.model.backbone import PatientEncoder, lora_config
-from smbfast.settings import LoraSettings
+from smbfast.settings import LoraSettings, ObjectiveSettings
 
 VOCABULARY = 61
 DELIMITERS = [50, 51, 52]  # of the tiny vocabulary: rows that LoRA trains
@@ -43,6 +45,11 @@ def tiny_encoder(kind: str = "qwen3", *, lora: bool = False, seed: int = 0) -> P
                     parameter.normal_(std=0.2)
     encoder = PatientEncoder(lm, 2)
     return encoder
+
+
+def window_set(timelines: list[Timeline], objective: ObjectiveSettings) -> WindowSet:
+    """Their windows, each of which holds a whole timeline."""
+    return WindowSet.of([timelines], 256, Preamble(), objective)
 
 
 def random_window(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.step.rivals import HuggingFace, PaddedBatch, masked_of, padded_batch
+from bench.step.rivals import HuggingFace, PaddedBatch, padded_batch, replaced_of
 from bench.step.variants import BACKWARD, LOSSES, ONLINE, TARGET, Part
 from bench.step.workloads import Workload
 from smbfast.batch import PackedBatch
@@ -72,18 +72,21 @@ def _windows(batch: PackedBatch) -> tuple[PaddedBatch, PaddedBatch]:
 
     Each branch begins with its context, so that a token has the same place in both.
     """
-    masked_T, label_T = masked_of(batch), torch.full_like(batch.ids_T, -1)
+    replaced_T, label_T = replaced_of(batch), torch.full_like(batch.ids_T, -1)
     label_T[batch.labelled_N] = batch.label_N
+    is_masked_T = torch.zeros_like(replaced_T).index_fill(0, batch.masked_M, True)
     length_of = {s: n for s, n, _, prefix in batch.segment_tuples if not prefix}
     row_of = {s: i * max(length_of.values()) for i, s in enumerate(length_of)}  # once padded
     whole, masked = [], []
     for start, length, trunk, prefix in batch.segment_tuples:
         own = slice(start, start + length)
         if not prefix:
-            whole.append((batch.ids_T[own], masked_T[own], label_T[own]))
+            whole.append((batch.ids_T[own], replaced_T[own], label_T[own]))
             continue
         seen = slice(trunk, trunk + prefix)
-        ids, hidden = (torch.cat([x[seen], x[own]]) for x in (batch.ids_T, masked_T))
+        ids, replaced, is_masked = (
+            torch.cat([x[seen], x[own]]) for x in (batch.ids_T, replaced_T, is_masked_T)
+        )
         place = torch.arange(len(ids), device=ids.device) + row_of[trunk]
-        masked.append((ids, hidden, place.masked_fill(~hidden, -1)))
+        masked.append((ids, replaced, place.masked_fill(~is_masked, -1)))
     return padded_batch(whole), padded_batch(masked)

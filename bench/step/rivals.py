@@ -119,7 +119,7 @@ class Padded(HuggingFace):
         super().take(workload)
         trunks, branches, targets, seen = [], [], [], 0
         for batch in self.batches:
-            masked_T, read_T = masked_of(batch), torch.full_like(batch.ids_T, -1)
+            masked_T, read_T = replaced_of(batch), torch.full_like(batch.ids_T, -1)
             read_T[batch.labelled_N] = batch.label_N
             read_T[batch.masked_M] = batch.target_M + seen
             for start, length, trunk, prefix in batch.segment_tuples:
@@ -332,25 +332,27 @@ class Packed(HuggingFace):
 
 def _shared(batch: PackedBatch) -> list[Pass]:
     """Trunks and branches in one forward."""
-    tokens = (batch.ids_T, batch.position_T, batch.segments, masked_of(batch))
+    tokens = (batch.ids_T, batch.position_T, batch.segments, replaced_of(batch))
     return [Pass(*tokens, batch.labelled_N, batch.label_N, batch.masked_M, batch.target_M)]
 
 
 def _two(batch: PackedBatch) -> list[Pass]:
     """The trunks, then each branch behind a copy of its prefix."""
-    masked_T, sequences, masks = masked_of(batch), [], []
+    replaced_T, is_read_T = replaced_of(batch), torch.zeros_like(batch.ids_T, dtype=torch.bool)
+    is_read_T[batch.masked_M] = True
+    sequences, masks, is_read = [], [], []
     for start, length, trunk, prefix in batch.segment_tuples:
         if prefix:
             parts = (slice(trunk, trunk + prefix), slice(start, start + length))
             sequences.append(torch.cat([batch.ids_T[p] for p in parts]))
-            masks.append(torch.cat([masked_T[p] for p in parts]))
+            masks.append(torch.cat([replaced_T[p] for p in parts]))
+            is_read.append(torch.cat([is_read_T[p] for p in parts]))
     trunks = [batch.ids_T[s : s + n] for s, n, _, prefix in batch.segment_tuples if not prefix]
     none = batch.label_N[:0]
-    masked_T = torch.cat(masks)
-    masked_M = masked_T.nonzero()[:, 0]
+    masked_M = torch.cat(is_read).nonzero()[:, 0]
     return [
         Pass(*_packed(trunks), None, batch.labelled_N, batch.label_N, none, none),
-        Pass(*_packed(sequences), masked_T, none, none, masked_M, batch.target_M),
+        Pass(*_packed(sequences), torch.cat(masks), none, none, masked_M, batch.target_M),
     ]
 
 
@@ -360,11 +362,11 @@ def _packed(sequences: list[Tensor]) -> tuple[Tensor, Tensor, Segments]:
     return packed.ids_T, packed.position_T, packed.segments
 
 
-def masked_of(batch: PackedBatch) -> Tensor:
-    """Whether the token of each row is masked."""
-    masked_T = torch.zeros_like(batch.ids_T, dtype=torch.bool)
-    masked_T[batch.masked_M] = True
-    return masked_T
+def replaced_of(batch: PackedBatch) -> Tensor:
+    """Whether each row reads the mask vector."""
+    replaced_T = torch.zeros_like(batch.ids_T, dtype=torch.bool)
+    replaced_T[batch.replaced_R] = True
+    return replaced_T
 
 
 def padded_batch(items: list[tuple[Tensor, Tensor, Tensor]]) -> PaddedBatch:

@@ -4,62 +4,32 @@ The windows of a step are a pure function of (seed, step), and so are their cuts
 (`smbfast.data.masking`). So the step number is the loader's only state, and neither the number of
 workers, nor the size of micro-batches, nor a restart changes what a step trains on.
 
-Legend: W windows, T tokens.
+Legend: W windows, C windows with a cut, T tokens, M masked tokens, R tokens that the mask vector
+replaces.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 
 from smbfast.batch import PackedBatch, Timeline, pack_segments
-from smbfast.data.masking import cut_points, future_end, generator, masked_tokens
+from smbfast.data.draws import permuted, word
+from smbfast.data.masking import (
+    cut_points,
+    future_end,
+    masked_tokens,
+    needs_cuts,
+    replaced_tokens,
+)
 from smbfast.data.packing import online_cost, plan_micro_batches
-from smbfast.data.shards import Shard
-from smbfast.data.timelines import Preamble, training_spans, window_of
+from smbfast.data.windows import WindowSet
 from smbfast.settings import ObjectiveSettings
 
 FIXED = -1  # stands for the step in draws that never change (tuning positions, a sample)
-
-
-@dataclass(frozen=True)
-class WindowSet:
-    """All windows of all timelines in some shards, each once."""
-
-    shards: list[Shard]
-    preamble: Preamble
-    window: int  # context length in tokens
-    place_W5: np.ndarray  # int64: shard, timeline in it, and its tokens: start, end, first new one
-    num_tokens: int  # tokens of all windows
-    num_lost: int  # tokens cut from headers that are longer than a quarter of a window
-
-    @classmethod
-    def of(
-        cls, shards: list[Shard], window: int, preamble: Preamble, stride: int | None = None
-    ) -> "WindowSet":
-        """Cut every timeline into its windows, whose distance is `stride` tokens or a window."""
-        places, num_tokens, num_lost = [], 0, 0
-        for s, shard in enumerate(shards):
-            for t, timeline in enumerate(shard):
-                for span in training_spans(timeline, window, stride or window, preamble):
-                    places.append((s, t, *span))
-                    cut, lost = window_of(timeline, *span, window, preamble)
-                    num_tokens += len(cut)
-                    num_lost += lost
-        place_W5 = np.array(places, np.int64).reshape(-1, 5)
-        return cls(shards, preamble, window, place_W5, num_tokens, num_lost)
-
-    def __len__(self) -> int:
-        return len(self.place_W5)
-
-    def __getitem__(self, index: int) -> Timeline:
-        shard, timeline, start, end, new = self.place_W5[index].tolist()
-        whole = self.shards[shard][timeline]
-        return window_of(whole, start, end, new, self.window, self.preamble)[0]
 
 
 @dataclass(frozen=True)
@@ -84,23 +54,55 @@ class Step:
         )
 
 
-def step_windows(num_windows: int, batch: int, seed: int, step: int) -> np.ndarray:
-    """Return the indices of the windows of a step, int64 [batch].
+def step_windows(
+    windows: WindowSet,
+    objective: ObjectiveSettings,
+    batch: int,
+    seed: int,
+    step: int,
+    *,
+    jepa: bool,
+) -> np.ndarray:
+    """Return the indices of the windows of a step, int64 [W], in a time that `batch` alone decides.
 
-    An epoch has every window once, in an order drawn for that epoch.
+    Where a step needs cuts, these are windows with a cut, one of each length stratum, so that
+    steps have masked tokens in similar numbers. Otherwise they are any windows. W is `batch`, or
+    the number of such windows if there are fewer, and then every step has each of them once.
+
+    Raises:
+        ValueError: if cuts are needed and no window has one.
     """
-    first = step * batch
-    index = np.arange(first, first + batch)
-    orders = (
-        (_epoch(num_windows, seed, i // num_windows), i % num_windows) for i in index.tolist()
-    )
-    return np.array([order[place] for order, place in orders])
+    if needs_cuts(objective, jepa=jepa):
+        windows.require_cuts()
+        places = stratified(windows.num_with_cut, batch, seed, step)
+        return windows.with_cut_C[places].astype(np.int64)
+    return in_turn(len(windows), batch, seed, step)
 
 
-@lru_cache(maxsize=2)
-def _epoch(num_windows: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of the windows in an epoch; the cache draws it once, not at every step."""
-    return generator(seed, "order", epoch).permutation(num_windows)
+def stratified(num: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """Return one place of each of `batch` strata of `range(num)`, int64 [min(batch, num)].
+
+    Strata are runs of places whose sizes differ by one at most. An epoch of a stratum has as many
+    steps as the stratum has places, and each place once, in an order drawn for that epoch.
+    """
+    count = min(batch, num)
+    edges = [s * num // count for s in range(count + 1)]
+    places = []
+    for s, (first, end) in enumerate(pairwise(edges)):
+        epoch, turn = divmod(step, end - first)
+        places.append(first + permuted(turn, end - first, word(seed, "stratum", epoch, s)))
+    return np.array(places, np.int64)
+
+
+def in_turn(num: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """Return the places of a step in `range(num)`, int64 [min(batch, num)].
+
+    An epoch has every place once, in an order drawn for that epoch.
+    """
+    count = min(batch, num)
+    turns = (divmod(i, num) for i in range(step * count, (step + 1) * count))
+    places = [permuted(turn, num, word(seed, "order", epoch)) for epoch, turn in turns]
+    return np.array(places, np.int64)
 
 
 def make_step(
@@ -119,13 +121,14 @@ def make_step(
 
     Args:
         step: number of the step, from 0.
-        batch: number of windows.
+        batch: number of windows; see `step_windows`.
         tokens: online tokens that a micro-batch may hold.
         sft: whether the step has the SFT loss.
         jepa: whether the step has the JEPA loss.
         ratio: the cost of a visible pair over that of a token (`smbfast.data.packing`).
     """
-    chosen = [windows[i] for i in step_windows(len(windows), batch, seed, step)]
+    order = step_windows(windows, objective, batch, seed, step, jepa=jepa)
+    chosen = [windows[i] for i in order.tolist()]
     # so that ties in cost do not depend on the draw
     chosen.sort(key=lambda w: (w.subject, w.start))
     micro_batches = make_micro_batches(
@@ -234,9 +237,8 @@ def make_batch(
 def _cuts(
     window: Timeline, objective: ObjectiveSettings, seed: int, step: int, *, jepa: bool
 ) -> list[int]:
-    # SFT on the future needs the cut as well
-    needs_cuts = jepa or objective.sft_labels == "future"
-    return cut_points(window, objective, seed, step) if needs_cuts else []
+    wanted = needs_cuts(objective, jepa=jepa)
+    return cut_points(window, objective, seed, step) if wanted else []
 
 
 def _packed(
@@ -249,23 +251,35 @@ def _packed(
     sft: bool,
     jepa: bool,
 ) -> PackedBatch:
-    trunks, branches, next_tokens, masked, whole = [], [], [], [], []
+    trunks, next_tokens, whole = [], [], []
+    branches: list[list[tuple[int, np.ndarray]]] = []
+    masked: list[list[np.ndarray]] = []
+    replaced: list[list[np.ndarray]] = []
     for window, cuts in zip(windows, cuts_of, strict=True):
         if not _predicts(cuts, objective, sft=sft):
             continue
         whole.append(window.ids_T)
         trunks.append(window.ids_T if sft else window.ids_T[: cuts[-1]])
         next_tokens.append(_labels(window, objective, cuts) if sft else np.full(cuts[-1], -100))
-        own_branches, masks = [], []
+        branches.append([])
+        masked.append([])
+        replaced.append([])
         for k, cut in enumerate(cuts if jepa else []):
-            mask = masked_tokens(window, cut, objective, seed, step, k) - cut
+            masked_M = masked_tokens(window, cut, objective, seed, step, k)
+            replaced_R = replaced_tokens(window, cut, objective, masked_M) - cut
             future = window.ids_T[cut : future_end(window, cut, objective)].copy()
-            future[mask] = 0  # the online encoder cannot read the id of a masked token
-            own_branches.append((cut, future))
-            masks.append(mask)
-        branches.append(own_branches)
-        masked.append(masks)
-    return pack_segments(trunks, branches, next_tokens=next_tokens, masked=masked, windows=whole)
+            future[replaced_R] = 0  # the online encoder cannot read the id of such a token
+            branches[-1].append((cut, future))
+            masked[-1].append(masked_M - cut)
+            replaced[-1].append(replaced_R)
+    return pack_segments(
+        trunks,
+        branches,
+        next_tokens=next_tokens,
+        masked=masked,
+        replaced=replaced,
+        windows=whole,
+    )
 
 
 def _predicts(cuts: list[int], objective: ObjectiveSettings, *, sft: bool) -> bool:

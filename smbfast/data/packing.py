@@ -57,6 +57,8 @@ def plan_micro_batches(
         )
     if not ((tokens_W > 0).all() and (cost_W > 0).all()):
         raise ValueError("tokens_W and cost_W must all be positive")
+    if ranks == 1 and tokens_W.sum() <= capacity:
+        return [np.arange(len(tokens_W))][: len(tokens_W)]
     fits_W = tokens_W <= capacity
     alone = [[w] for w in np.flatnonzero(~fits_W).tolist()]
     shared = np.flatnonzero(fits_W)

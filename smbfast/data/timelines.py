@@ -55,13 +55,22 @@ class Preamble:
         demographics = timeline.ids_T[: max(0, min(num_demographics, room))]
         return np.concatenate([np.array(begin, np.int32), demographics, age])
 
+    def header_length(self, timeline: Timeline, time: int, window: int) -> int:
+        """Return the number of tokens of `header`, without making them."""
+        first = int(timeline.bucket_time_B[0]) if len(timeline.bucket_time_B) else time
+        num_demographics, own = timeline.header, int(self.begin is not None)
+        if self.age_ids:
+            num_demographics -= len(self.age(timeline.birth, first))
+            own += len(self.age(timeline.birth, time))
+        return own + max(0, min(num_demographics, max(window // 4, 1) - own))
+
     def lead(self, timeline: Timeline, start: int, window: int) -> np.ndarray:
         """Return all that stands before token `start` in the window that begins there.
 
         Within a bucket that is the header, the bucket's date, and the tag of the section if a line
         begins or goes on at `start`.
         """
-        bucket = int(np.searchsorted(timeline.bucket_end_B, start, side="right"))
+        bucket = int(timeline.bucket_end_B.searchsorted(start, side="right"))
         header = self.header(timeline, int(timeline.bucket_time_B[bucket]), window)
         first = timeline.bucket_start(bucket)
         if start == first:
@@ -72,6 +81,20 @@ class Preamble:
         tagged = inside and bool(self.section_ids)
         tag = self.section_ids[timeline.line_section_L[line]] if tagged else date[:0]
         return np.concatenate([header, date, tag])
+
+    def lead_length(self, timeline: Timeline, start: int, window: int) -> int:
+        """Return the number of tokens of `lead`, without making them."""
+        bucket = int(timeline.bucket_end_B.searchsorted(start, side="right"))
+        length = self.header_length(timeline, int(timeline.bucket_time_B[bucket]), window)
+        first = timeline.bucket_start(bucket)
+        if start == first:
+            return length
+        length += min(int(timeline.bucket_head_B[bucket]), start - first)
+        line = int(timeline.line_end_L.searchsorted(start, side="right"))
+        if not self.section_ids or line == len(timeline.line_start_L):
+            return length
+        inside = timeline.line_start_L[line] <= start
+        return length + inside * len(self.section_ids[timeline.line_section_L[line]])
 
 
 def training_spans(
@@ -87,11 +110,13 @@ def training_spans(
         stride: the distance of windows in tokens. With `window` they follow each other. With less,
             a window begins with the last buckets of the one before, about `window - stride` tokens.
     """
-    start_B, end_B = _bucket_bounds(timeline)
     spans: list[tuple[int, int, int]] = []
     start, new, total = timeline.header, timeline.header, len(timeline)
+    if new < total <= new + window - preamble.lead_length(timeline, start, window):
+        return [(start, total, new)]
+    start_B, end_B = _bucket_bounds(timeline)
     while new < total:
-        room = max(window - len(preamble.lead(timeline, start, window)), 1)
+        room = max(window - preamble.lead_length(timeline, start, window), 1)
         end = _training_end(timeline, end_B, start, room, window, preamble)
         if end <= new:  # nothing new fits beside what would be repeated
             start = new
@@ -119,7 +144,7 @@ def _training_end(
     if last == len(end_B):
         return int(end_B[-1])
     first = max(timeline.bucket_start(last), start)
-    most = window - len(preamble.header(timeline, int(timeline.bucket_time_B[last]), window))
+    most = window - preamble.header_length(timeline, int(timeline.bucket_time_B[last]), window)
     if first > start and end_B[last] - first <= most:
         return first  # it fits into the next window
     line = int(np.searchsorted(timeline.line_end_L, limit, side="right")) - 1
@@ -139,7 +164,7 @@ def node_spans(timeline: Timeline, window: int, preamble: Preamble) -> list[tupl
     first, num_buckets = 0, len(end_B)
     while first < num_buckets:
         time = int(timeline.bucket_time_B[first])
-        room = window - len(preamble.header(timeline, time, window))
+        room = window - preamble.header_length(timeline, time, window)
         last = _fits_until(start_B, end_B, first, room)
         if spans and spans[-1][1] == last:  # nothing new fits, so start at the bucket itself
             first = last
@@ -163,13 +188,14 @@ def window_of(
     """
     lead = preamble.lead(timeline, start, window)
     shift = len(lead) - start
-    a = int(np.searchsorted(timeline.bucket_end_B, start, side="right"))
-    b = int(np.searchsorted(timeline.bucket_end_B, end)) + 1
-    la = int(np.searchsorted(timeline.line_end_L, start, side="right"))
-    lb = int(np.searchsorted(timeline.line_start_L, end))
+    a = int(timeline.bucket_end_B.searchsorted(start, side="right"))
+    b = int(timeline.bucket_end_B.searchsorted(end)) + 1
+    la = int(timeline.line_end_L.searchsorted(start, side="right"))
+    lb = int(timeline.line_start_L.searchsorted(end))
     whole = start == timeline.header and new == start
-    cut = replace(
-        timeline,
+    cut = Timeline(
+        subject=timeline.subject,
+        birth=timeline.birth,
         ids_T=np.concatenate([lead, timeline.ids_T[start:end]]),
         header=len(lead),
         bucket_end_B=np.minimum(timeline.bucket_end_B[a:b], end) + shift,
@@ -183,8 +209,7 @@ def window_of(
         # the demographics are new in the first window alone
         labels_from=int(preamble.begin is not None) if whole else new + shift,
     )
-    shown = len(preamble.header(timeline, int(cut.bucket_time_B[0]), window))
-    lost = timeline.header + (preamble.begin is not None) - shown if whole else 0
+    lost = timeline.header + (preamble.begin is not None) - len(lead) if whole else 0
     return cut, max(lost, 0)
 
 

@@ -112,8 +112,8 @@ def full_batch(
 ) -> PackedBatch:
     """Build a micro-batch of `tokens` online tokens with the largest windows, futures and masks."""
     share = 1 - objective.context[0] if jepa else 0.0
-    trunks, branches, next_tokens, masked = [], [], [], []
-    left = tokens
+    trunks, branches, next_tokens, masked, replaced = [], [], [], [], []
+    left, visible = tokens, objective.skeleton == "visible"
     while left > 0:
         length = min(window, max(1, int(left / (1 + share * objective.cuts))))
         future = min(int(share * length), objective.horizon or length, length - 1)
@@ -124,8 +124,11 @@ def full_batch(
         branches.append([(length - future, np.zeros(future, np.int64))] * num_cuts)
         next_tokens.append(np.full(length, 0 if sft else -100))
         masked.append([mask] * num_cuts)
+        replaced.append([mask if visible else np.arange(future)] * num_cuts)
         left -= length + num_cuts * future
-    return pack_segments(trunks, branches, next_tokens=next_tokens, masked=masked)
+    return pack_segments(
+        trunks, branches, next_tokens=next_tokens, masked=masked, replaced=replaced
+    )
 
 
 def choose_micro_tokens(

@@ -5,9 +5,10 @@ import itertools
 import numpy as np
 
 from smbfast.batch import Timeline
-from smbfast.data.loader import FIXED, WindowSet
+from smbfast.data.loader import FIXED
 from smbfast.data.masking import cut_points, masked_tokens
 from smbfast.data.prepared import Prepared
+from smbfast.data.windows import WindowSet
 from smbfast.settings import TrainSettings
 
 HIDDEN = "▒"
@@ -15,16 +16,14 @@ HIDDEN = "▒"
 
 def sample_of(prepared: Prepared, settings: TrainSettings) -> dict:
     """Return a tuning window with a cut: its lines, what is masked, context and future."""
-    windows = WindowSet.of(prepared.shards("tuning"), settings.data.window, prepared.preamble)
     objective, seed = settings.objective, settings.run.seed
-    for index in range(len(windows)):
-        window = windows[index]
-        cuts = cut_points(window, objective, seed, FIXED)
-        if cuts:
-            break
-    else:
+    windows = WindowSet.of(
+        prepared.shards("tuning"), settings.data.window, prepared.preamble, objective
+    )
+    if not windows.num_with_cut:
         return {"lines": [], "note": "no tuning window is long enough for a cut"}
-    cut = cuts[0]
+    window = windows[int(windows.with_cut_C.min())]
+    cut = cut_points(window, objective, seed, FIXED)[0]
     masked = np.zeros(len(window), bool)
     masked[masked_tokens(window, cut, objective, seed, FIXED, 0)] = True
     days = np.searchsorted(window.bucket_end_B, np.arange(len(window)), side="right")

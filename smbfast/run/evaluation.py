@@ -4,8 +4,8 @@ Legend: M masked tokens, D width.
 """
 
 import json
-from functools import partial
 
+import numpy as np
 import torch
 
 from smbfast import objective, reference
@@ -14,6 +14,7 @@ from smbfast.base.parts import is_part
 from smbfast.base.runtime import few
 from smbfast.batch import PackedBatch
 from smbfast.data.loader import FIXED, make_micro_batches
+from smbfast.data.masking import needs_cuts
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import distinct_nodes, node_texts
 from smbfast.model.backbone import PatientEncoder, make_encoder
@@ -32,21 +33,28 @@ def fixed_batches(run: OpenRun) -> dict[bool, list[PackedBatch]]:
     """Return the tuning windows, cuts and masks that every evaluation uses.
 
     The key True has the micro-batches with masked branches, for phases with a target encoder; the
-    key False has those without branches.
+    key False has those without branches. Where cuts are needed, the windows are some with a cut,
+    as in training; if no tuning window has one, JEPA is not evaluated. Windows are spread evenly
+    over the subjects.
     """
     settings, tuning = run.settings, run.tuning
-    count = min(settings.eval.windows, len(tuning))
-    chosen = [tuning[i] for i in torch.linspace(0, len(tuning) - 1, count).long().tolist()]
-    pack = partial(
-        make_micro_batches,
-        chosen,
-        settings.objective,
-        settings.run.seed,
-        FIXED,
-        tokens=run.micro_tokens,
-        ratio=run.shape.attention_ratio,
-    )
-    return {jepa: pack(jepa=jepa) for jepa in (False, True)}
+    batches = {}
+    for jepa in (False, True):
+        usable = np.arange(len(tuning))
+        if needs_cuts(settings.objective, jepa=jepa) and tuning.num_with_cut:
+            usable = np.sort(tuning.with_cut_C)
+        count = min(settings.eval.windows, len(usable))
+        places = np.linspace(0, len(usable) - 1, count).astype(np.int64)
+        batches[jepa] = make_micro_batches(
+            [tuning[i] for i in usable[places].tolist()],
+            settings.objective,
+            settings.run.seed,
+            FIXED,
+            tokens=run.micro_tokens,
+            jepa=jepa,
+            ratio=run.shape.attention_ratio,
+        )
+    return batches
 
 
 @torch.no_grad()

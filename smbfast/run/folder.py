@@ -6,10 +6,10 @@ from pathlib import Path
 from smbfast.base.config import read_toml
 from smbfast.base.files import write_text
 from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits, with_splits
-from smbfast.data.loader import WindowSet
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import check_prepared, prepare
+from smbfast.data.windows import WindowSet
 from smbfast.settings import DataSettings, TrainSettings
 from smbfast.settings.data import VOCABULARY
 from smbfast.simulation.dataset import simulate

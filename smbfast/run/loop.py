@@ -23,7 +23,7 @@ from smbfast.run.metrics import Meter, log_step, open_log
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import due_after, learning_rate, place, tau, total_steps
 from smbfast.run.profile import profiled
-from smbfast.run.startup import checks_itself, layer_dtype, losses_of, refuse_empty, self_check
+from smbfast.run.startup import checks_itself, layer_dtype, losses_of, self_check
 from smbfast.run.step import LossScales, Updater, forward_backward
 from smbfast.settings import TrainSettings
 
@@ -60,7 +60,6 @@ def train(settings: TrainSettings, command: str) -> str:
             if at.begins_phase:
                 health = entry = evaluate(encoder, target, fixed, settings, phase)
                 log.write("eval", step=step, phase=phase.name, **health)
-            refuse_empty(batch, phase)
             if checks_itself(settings) and (at.begins_phase or step == first):
                 gaps = self_check(encoder, target, run.windows, settings, step, phase)
                 log.write("self_check", step=step, phase=phase.name, **gaps)

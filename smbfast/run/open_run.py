@@ -15,8 +15,9 @@ import torch
 from smbfast.base.parts import is_part
 from smbfast.base.runtime import GIB, choose_device, held_memory
 from smbfast.data.labels import Labels
-from smbfast.data.loader import Step, WindowSet, make_step
+from smbfast.data.loader import Step, make_step
 from smbfast.data.prepared import Prepared
+from smbfast.data.windows import WindowSet
 from smbfast.model.backbone import PatientEncoder, make_encoder, parameter_counts
 from smbfast.model.flops import ModelShape
 from smbfast.model.target import TargetEncoder, TargetForm
@@ -24,7 +25,7 @@ from smbfast.run import checkpoint
 from smbfast.run.folder import check_windows, prepared_data, read_tasks, write_status
 from smbfast.run.matmul import Matmul, choose_matmul
 from smbfast.run.optim import make_optimizer, place, total_steps
-from smbfast.run.startup import micro_tokens
+from smbfast.run.startup import micro_tokens, require_cuts
 from smbfast.settings import DataSettings, TrainSettings
 
 Report = Callable[[str, str], None]  # called with the name of a stage and a text about it
@@ -89,10 +90,17 @@ class OpenRun:
             torch.set_num_threads(settings.run.threads)
         data, prepared = prepared_data(settings, folder)
         windows, tuning = (
-            WindowSet.of(prepared.shards(split), data.window, prepared.preamble, data.stride)
+            WindowSet.of(
+                prepared.shards(split),
+                data.window,
+                prepared.preamble,
+                settings.objective,
+                data.stride,
+            )
             for split in ("train", "tuning")
         )
         check_windows(windows, tuning, data.path)
+        require_cuts(windows, settings)
         tasks = read_tasks(settings, data)
         size = f"{len(windows):,} windows, {windows.num_tokens:,} tokens"
         report("data", f"{size}, {len(tasks)} tasks to probe")

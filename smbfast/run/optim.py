@@ -83,11 +83,21 @@ def learning_rate(settings: TrainSettings, at: Place) -> float:
 
 
 def tau(settings: TrainSettings, step: int) -> float:
-    """Return the EMA decay at a step: constant, or linear to `tau_end` over the run."""
-    start, end = settings.objective.tau, settings.objective.tau_end
-    if end is None:
-        return start
-    return start + (end - start) * step / max(total_steps(settings) - 1, 1)
+    """Return the EMA decay at a step: constant, or linear from `tau` to `tau_end`.
+
+    It is `tau` at the first step with JEPA and `tau_end` at the last one; other steps, which have
+    no EMA, do not count.
+    """
+    first, last = settings.objective.tau, settings.objective.tau_end
+    if last is None:
+        return first
+    done, total, begin = 0, 0, 0  # steps with JEPA before this one and in all, first of the phase
+    for phase in settings.phases:
+        if phase.w_jepa > 0:
+            done += min(max(step - begin, 0), phase.steps)
+            total += phase.steps
+        begin += phase.steps
+    return first + (last - first) * min(done / max(total - 1, 1), 1.0)
 
 
 def make_optimizer(encoder: PatientEncoder, optim: OptimSettings) -> torch.optim.AdamW:

@@ -19,6 +19,7 @@ from smbfast.base.progress import duration
 from smbfast.base.runtime import GIB, choose_device, held_memory, reset_peak_memory
 from smbfast.batch import PackedBatch
 from smbfast.data.loader import Step
+from smbfast.data.masking import needs_cuts
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.memory import predict_peak
 from smbfast.model.target import TargetEncoder
@@ -107,10 +108,11 @@ class _Stages:
 
 
 def _plans(run: OpenRun) -> Iterator[PhasePlan]:
-    settings, first = run.settings, 0
-    epoch = -(-len(run.windows) // settings.optim.batch)
+    settings, windows, first = run.settings, run.windows, 0
     for phase in settings.phases:
-        look = min(LOOK, epoch, phase.steps)
+        cut = needs_cuts(settings.objective, jepa=phase.w_jepa > 0)
+        num_windows = windows.num_with_cut if cut else len(windows)
+        look = min(LOOK, -(-num_windows // settings.optim.batch), phase.steps)
         first_step, largest, tokens = None, None, 0
         for index in range(first, first + look):
             step = run.make_step(index)
@@ -119,11 +121,7 @@ def _plans(run: OpenRun) -> Iterator[PhasePlan]:
             for micro in step.micro_batches:
                 if largest is None or micro.segments.tokens > largest.segments.tokens:
                     largest = micro
-        if not (first_step and largest and (phase.w_sft > 0 or first_step.num_masked)):
-            raise ValueError(
-                f"phase `{phase.name}` has a step with nothing to predict: raise data.window or "
-                "optim.batch, or lower objective.min_future"
-            )
+        assert first_step is not None and largest is not None  # windows and steps are not empty
         yield PhasePlan(phase, first, first_step, largest, tokens / look)
         first += phase.steps
 

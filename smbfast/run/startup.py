@@ -14,7 +14,9 @@ from torch import Tensor
 
 from smbfast import objective, reference
 from smbfast.batch import PackedBatch
-from smbfast.data.loader import Step, WindowSet, make_batch, step_windows
+from smbfast.data.loader import make_batch, step_windows
+from smbfast.data.masking import needs_cuts
+from smbfast.data.windows import WindowSet
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.memory import (
     MOST,
@@ -50,14 +52,13 @@ def checks_itself(settings: TrainSettings) -> bool:
     return settings.objective.self_check and settings.objective.path == "shared"
 
 
-def refuse_empty(step: Step, phase: PhaseSettings) -> None:
-    """Raise a ValueError if a step has nothing to predict."""
-    if phase.w_sft == 0 and step.num_masked == 0:
-        raise ValueError(
-            f"step {step.index + 1} has nothing to predict: no masked token, and phase "
-            f"`{phase.name}` has no SFT loss; raise data.window or optim.batch, "
-            "or lower objective.min_future"
-        )
+def require_cuts(windows: WindowSet, settings: TrainSettings) -> None:
+    """Raise a ValueError if a phase trains on windows with a cut alone and there is none.
+
+    With one, every step of such a phase has masked tokens or labels.
+    """
+    if any(needs_cuts(settings.objective, jepa=phase.w_jepa > 0) for phase in settings.phases):
+        windows.require_cuts()
 
 
 def micro_tokens(
@@ -193,14 +194,13 @@ def _slice(
     windows: WindowSet, settings: TrainSettings, step: int, phase: PhaseSettings
 ) -> PackedBatch:
     seed, form = settings.run.seed, settings.objective
-    order = step_windows(len(windows), settings.optim.batch, seed, step)
     sft, jepa = phase.w_sft > 0, phase.w_jepa > 0
+    order = step_windows(windows, form, settings.optim.batch, seed, step, jepa=jepa)
     singles = [
         (window, make_batch([window], form, seed, step, sft=sft, jepa=jepa))
-        for window in sorted((windows[i] for i in order), key=len)
+        for window in sorted((windows[i] for i in order.tolist()), key=len)
     ]
-    # if no window has a cut, there is still SFT to compare
-    usable = [s for s in singles if s[1].num_masked] or [s for s in singles if s[1].num_labels]
+    usable = [s for s in singles if s[1].num_masked or s[1].num_labels]
     ends = np.cumsum([batch.segments.tokens for _, batch in usable])
     chosen = [window for window, _ in usable[: int(np.searchsorted(ends, SLICE)) + 1]]
     return make_batch(chosen, form, seed, step, sft=sft, jepa=jepa)

@@ -168,6 +168,14 @@ class ObjectiveSettings(Settings):
         "are never masked. A larger share leaves less of the future visible and is harder; 1 masks "
         "every eligible token.",
     )
+    skeleton: Literal["visible", "hidden"] = Field(
+        "visible",
+        description="What a masked future shows beside its events: dates, section tags, gaps, ages "
+        "and demographics. `visible` leaves them as they are, so the model sees when something "
+        "happens and of which kind, as in the paper. `hidden` replaces them by the mask vector "
+        "too; only the events that are not masked are read then, and with objective.mask_ratio=1 "
+        "nothing but the length of the future is known. They are never predicted.",
+    )
     mask_unit: Literal["token", "event", "span"] = Field(
         "token",
         description="What is masked as one piece: single tokens, as in the paper; an event, which "
@@ -232,9 +240,10 @@ class ObjectiveSettings(Settings):
         None,
         ge=0,
         le=1,
-        description="Decay of the EMA teacher at the last step of the run. It is reached in a "
-        "straight line from objective.tau at the first step, over all phases; `none` leaves the "
-        "decay at objective.tau throughout.",
+        description="Decay of the EMA teacher at the last step with JEPA. It is reached in a "
+        "straight line from objective.tau at the first step with JEPA; steps of phases without "
+        "JEPA, which have no teacher, do not count. `none` leaves the decay at objective.tau "
+        "throughout.",
     )
     target_form: Literal["auto", "merged", "tracked"] = Field(
         "auto",
