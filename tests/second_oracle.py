@@ -21,7 +21,8 @@ class Patient:
 
     ids: np.ndarray
     labelled: np.ndarray  # positions whose token is predicted from the one before
-    cuts: list[tuple[int, np.ndarray]] = field(default_factory=list)  # end of future, masked
+    # end of the future, positions that are predicted, and all that read the mask vector
+    cuts: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
 
 
 def hidden_states(lm: nn.Module, **inputs: Tensor) -> Tensor:
@@ -66,16 +67,19 @@ class Oracle:
             log_probability = self.lm(input_ids=ids[None]).logits[0].log_softmax(-1)
             for position in patient.labelled.tolist():
                 sft = sft - log_probability[position - 1, ids[position]]
-            for end, masked in patient.cuts:
-                jepa = jepa + self.masked_loss(ids[:end], masked.tolist(), norm)
+            for end, masked, replaced in patient.cuts:
+                positions = masked.tolist(), replaced.tolist()
+                jepa = jepa + self.masked_loss(ids[:end], *positions, norm)
         labels = sum(len(p.labelled) for p in patients)
-        positions = sum(len(m) for p in patients for _, m in p.cuts)
+        positions = sum(len(m) for p in patients for _, m, _ in p.cuts)
         return w_sft * sft / max(labels, 1) + w_jepa * jepa / max(positions, 1)
 
-    def masked_loss(self, ids: Tensor, masked: list[int], norm: bool) -> Tensor:
+    def masked_loss(
+        self, ids: Tensor, masked: list[int], replaced: list[int], norm: bool
+    ) -> Tensor:
         """The sum over masked positions of the squared error, a mean over the width."""
         embedded = list(self.lm.get_input_embeddings()(ids))
-        for position in masked:
+        for position in replaced:
             embedded[position] = self.mask_vector
         online = hidden_states(self.lm, inputs_embeds=torch.stack(embedded)[None])
         target = hidden_states(self.teacher, input_ids=ids[None])

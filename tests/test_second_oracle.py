@@ -30,10 +30,19 @@ def patients_of(form: ObjectiveSettings, step: int) -> list[Patient]:
         # demographics that are repeated in a later window were predicted in an earlier one
         first = window.header if window.start else 1
         first = cuts[0] if form.sft_labels == "future" else first
-        masks = [
-            (future_end(window, cut, form), masked_tokens(window, cut, form, 0, step, k))
-            for k, cut in enumerate(cuts)
-        ]
+        masks = []
+        for k, cut in enumerate(cuts):
+            end, masked = (
+                future_end(window, cut, form),
+                masked_tokens(window, cut, form, 0, step, k),
+            )
+            replaced = masked
+            if form.skeleton == "hidden":
+                pairs = zip(window.line_start_L, window.line_end_L, strict=True)
+                events = {p for start, stop in pairs for p in range(start, stop)}
+                others = [p for p in range(cut, end) if p not in events]
+                replaced = np.sort(np.append(masked, others))
+            masks.append((end, masked, replaced.astype(np.int64)))
         patients.append(Patient(window.ids_T, np.arange(first, len(window)), masks))
     return patients
 
@@ -54,7 +63,13 @@ def test_three_steps_are_those_of_transformers_and_peft(kind, case, path):
     """Losses, gradient norms, every weight and the average, through three steps in fp64."""
     norm = case.tie
     labels = "all" if kind == "qwen3" else "future"
-    form = ObjectiveSettings(min_future=4, cuts=2, sft_labels=labels, horizon=None if norm else 9)
+    form = ObjectiveSettings(
+        min_future=4,
+        cuts=2,
+        sft_labels=labels,
+        horizon=None if norm else 9,
+        skeleton="hidden" if case.lora == norm else "visible",
+    )
     encoder = make_encoder(kind, lora=case.lora, tie=case.tie, dtype=FP64)
     other = twin(encoder)
     # of full rank, so that a tracked average discards nothing
