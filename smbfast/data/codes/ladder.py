@@ -69,7 +69,7 @@ def shared_names(
                 members[name].add(code)
 
     walk(walks)
-    failing = {n for n, codes in members.items() if not _ten(rare[c] for c in codes)}
+    failing = {n for n, codes in members.items() if not ten_subjects(rare[c] for c in codes)}
     while failing:
         # a name waits while a code that now stands at another failing name could still come to it
         waits = {n for f in failing for c in members[f] for n in walks[c] if n != f} & failing
@@ -80,7 +80,7 @@ def shared_names(
         failing -= fallen
         touched = {n for c in moved if (n := at[c]) is not None and n in members}
         failing -= touched
-        failing |= {n for n in touched if not _ten(rare[c] for c in members[n])}
+        failing |= {n for n in touched if not ten_subjects(rare[c] for c in members[n])}
     return {n: sorted(members[n]) for n in sorted(members)}
 
 
@@ -122,7 +122,7 @@ def _without_ten(walks: dict[str, list[str]], rare: Mapping[str, list[int] | Non
     return {n for n, have in below.items() if have is not None}
 
 
-def _ten(groups: Iterable[list[int] | None]) -> bool:
+def ten_subjects(groups: Iterable[list[int] | None]) -> bool:
     """Whether the union of groups of subjects has ten; None is a group that has."""
     union: set[int] = set()
     for ids in groups:
