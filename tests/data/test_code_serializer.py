@@ -242,19 +242,22 @@ def test_births() -> None:
     untimed = [event("2150-01-31", "LAB//GLU"), event(None, BIRTH)]
     alone = [event("2150-01-31", BIRTH)]
     twice = [event("2100-01-31", BIRTH), event("2101-01-31", BIRTH), early[0]]
+    static = [event(None, "GENDER//F"), event("2100-01-31", BIRTH)]
     serializer = code_serializer()
-    cohort = serializer.timelines(batch_of(late, early, untimed, alone, twice))
-    assert [t.subject for t in cohort] == [1, 2, 3, 4, 5]
+    cohort = serializer.timelines(batch_of(late, early, untimed, alone, twice, twice, static))
+    assert [t.subject for t in cohort] == [1, 2, 3, 4, 5, 6, 7]
     assert [lines_of(serializer, t) for t in cohort] == [
         [[], ["LAB//GLU"]],
         [["<age 0>"], ["LAB//GLU"]],
         [[], ["LAB//GLU"]],
         [[]],
         [["<age 49>"], ["LAB//GLU"]],  # three hours before 50 years of 365.2425 days
+        [["<age 49>"], ["LAB//GLU"]],
+        [["GENDER//F"]],
     ]
-    times = [UNKNOWN, us("2150-01-31"), UNKNOWN, us("2150-01-31"), us("2100-01-31")]
+    times = [UNKNOWN, us("2150-01-31"), UNKNOWN, us("2150-01-31"), *[us("2100-01-31")] * 3]
     assert [t.birth for t in cohort] == times
-    assert serializer.counts["late_births"] == 1 and serializer.counts["events"] == 9
+    assert serializer.counts["late_births"] == 1 and serializer.counts["events"] == 14
 
 
 def test_subjects_without_a_timed_event_have_no_bucket() -> None:

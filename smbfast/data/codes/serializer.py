@@ -179,8 +179,8 @@ def _order(batch: EventBatch, moments: _Moments, section_N: np.ndarray) -> np.nd
         used, text_K = np.unique(batch.text_N[tied_K], return_inverse=True)
         names = ["" if t < 0 else batch.texts[t] for t in used.tolist()]
         rank = np.empty(len(used), np.int64)
-        places = sorted(range(len(used)), key=lambda i: (used[i] >= 0, names[i]))
-        rank[places] = np.arange(len(used))
+        # -1 is the first of `used`, and a sort is stable: no text stands before an empty one
+        rank[sorted(range(len(used)), key=names.__getitem__)] = np.arange(len(used))
         by_K = np.lexsort((rank[text_K], batch.value_N[tied_K], key_N[tied_K]))
         order_N[tied_N] = tied_K[by_K]
     return order_N
@@ -221,7 +221,7 @@ def _cut(
     row_S = offset_S1[:-1] + np.diff(static_N1[offset_S1])  # the first event that has a time
     first_S, stop_S = np.searchsorted(row_M, row_S), np.searchsorted(row_M, offset_S1[1:])
     # the age at the first moment is part of the header
-    aged_S = (first_S < stop_S) & (np.append(age_M, -1)[first_S] >= 0)
+    aged_S = (first_S < stop_S) & (birth_S != UNKNOWN)
     header_S = end_N1[row_S] - begin_S + aged_S
     end_M, head_M = line_end_N[last_M], np.zeros(len(row_M), np.uint16)
     table = (subject_S, birth_S, header_S, begin_S, end_S, first_S, stop_S, row_S, offset_S1[1:])
