@@ -264,8 +264,8 @@ DECODER = [
         "query-norm-of-keys",
         "Qwen3 norms queries with the weight of its keys",
         "smbfast/model/decoder.py",
-        "(attention.q_norm.weight, attention.k_norm.weight)",
-        "(attention.k_norm.weight, attention.k_norm.weight)",
+        "(attention.q_norm, attention.k_norm)",
+        "(attention.k_norm, attention.k_norm)",
         EQUIVALENCE,
     ),
     mutant(
@@ -299,6 +299,14 @@ DECODER = [
         "if adapter is None or (row_RD is None and table.disable_adapters):",
         "if adapter is None:",
         "tests/test_embed.py::test_the_untrained_encoder_is_that_of_a_second_load",
+    ),
+    mutant(
+        "packed-embeddings-in-fp32",
+        "the packed forward of a model that computes in bf16 reads fp32 embeddings",
+        "smbfast/model/backbone.py",
+        "return self._narrow(table(ids_T))",
+        "return table(ids_T)",
+        "tests/test_bf16_compute.py::test_a_forward_is_that_of_the_model_in_bf16[llama-True]",
     ),
     mutant(
         "bins-alike",

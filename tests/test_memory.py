@@ -38,7 +38,7 @@ def encoder_of(kind: str, width: int, layers: int, vocabulary: int) -> PatientEn
     )
     if kind == "lora":
         lm = get_peft_model(lm, lora_config(lm, LoraSettings(), [1, 2]))
-    return PatientEncoder(lm, 2)
+    return PatientEncoder(lm, 2, torch.bfloat16 if kind == "bf16" else None)
 
 
 def objective(recompute: str):
@@ -95,7 +95,7 @@ def test_cpu_within_20_percent_of_peak_resident_memory(kind, recompute):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("recompute", ["none", "full"])
-@pytest.mark.parametrize("kind", ["lora", "whole"])
+@pytest.mark.parametrize("kind", ["lora", "whole", "bf16"])
 def test_gpu_within_10_percent_of_the_allocators_peak(kind, recompute):
     train(kind, recompute, 64, 1, 256, "cuda")
     gc.collect()

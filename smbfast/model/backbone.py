@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from smbkernels.attention import Segments
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
 from transformers.utils import logging as transformers_logging
 
@@ -25,6 +26,8 @@ from smbfast.batch import NewToken
 from smbfast.model.decoder import HfModule, PackedDecoder, Recompute
 from smbfast.model.vocabulary import fit_vocabulary
 from smbfast.settings import LoraSettings, TrainSettings
+
+WIDE = 512  # smallest width of a model trained whole that computes in bf16 on a GPU: our choice
 
 transformers_logging.disable_progress_bar()  # progress bars clutter the log of a job
 
@@ -47,9 +50,25 @@ class Predictor(nn.Sequential):
 class PatientEncoder(nn.Module):
     """The online encoder: backbone, predictor and mask vector, which hold all trained weights."""
 
-    def __init__(self, lm: PreTrainedModel | PeftModel, predictor_layers: int) -> None:
+    def __init__(
+        self,
+        lm: PreTrainedModel | PeftModel,
+        predictor_layers: int,
+        compute: torch.dtype | None = None,
+    ) -> None:
+        """Take a causal LM over.
+
+        Args:
+            lm: with LoRA, or one whose weights are all trained.
+            predictor_layers: number of linears in the predictor.
+            compute: dtype to which layers and embeddings are cast in each forward, so that weights
+                in fp32 keep what an update adds and products are bf16's. None computes with the
+                weights as they are, and is the only choice with LoRA.
+        """
         super().__init__()
         self.lm = lm
+        assert compute is None or not self.is_lora
+        self.compute = compute
         table_VD: Tensor = _embeddings(self.base).weight
         self.width = table_VD.shape[-1]
         self.predictor = Predictor(self.width, predictor_layers)
@@ -63,6 +82,12 @@ class PatientEncoder(nn.Module):
     def is_lora(self) -> bool:
         """Whether the base is frozen and a LoRA adapter is trained."""
         return isinstance(self.lm, PeftModel)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the layers compute in."""
+        dtype: torch.dtype = next(self.decoder.parameters()).dtype
+        return self.compute or dtype
 
     @property
     def base(self) -> PreTrainedModel:
@@ -93,7 +118,7 @@ class PatientEncoder(nn.Module):
 
     def embed(self, ids_BT: Tensor, masked_BT: Tensor | None = None) -> Tensor:
         """Return input embeddings [B, T, D], with the mask vector where `masked_BT` is true."""
-        embedded_BTD = _embeddings(self.base)(ids_BT)
+        embedded_BTD = self._narrow(_embeddings(self.base)(ids_BT))
         if masked_BT is None:
             return embedded_BTD
         vector_D = self.mask_vector.to(embedded_BTD.dtype)
@@ -105,7 +130,7 @@ class PatientEncoder(nn.Module):
         Sequences are padded on the right. No real position sees the padding, so attention needs no
         mask for it.
         """
-        return decode(self.decoder, self.embed(ids_BT, masked_BT))
+        return decode(self.decoder, self.embed(ids_BT, masked_BT), self.compute)
 
     def packed(
         self,
@@ -146,7 +171,7 @@ class PatientEncoder(nn.Module):
         table = _embeddings(self.base)
         adapter = getattr(table, "token_adapter", None)
         if adapter is None or (row_RD is None and table.disable_adapters):
-            return table(ids_T)
+            return self._narrow(table(ids_T))
         embedded_TD = F.embedding(ids_T, adapter.base_layer.weight)
         slot_T = self._trained_tokens(adapter, ids_T.device)[1][ids_T]
         if row_RD is None:
@@ -167,6 +192,9 @@ class PatientEncoder(nn.Module):
         weight_VD = adapter.base_layer.weight
         token_R = self._trained_tokens(adapter, weight_VD.device)[0]
         return weight_VD, token_R, adapter.trainable_tokens_delta["default"]
+
+    def _narrow(self, embedded: Tensor) -> Tensor:
+        return embedded if self.compute is None else embedded.to(self.compute)
 
     def _trained_tokens(self, adapter: HfModule, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return ids [R] of trained rows, and each token's index among them or -1: [V]."""
@@ -191,9 +219,17 @@ class PatientEncoder(nn.Module):
         return list(adapter.token_indices["default"]), adapter.trainable_tokens_delta["default"]
 
 
-def decode(decoder: HfModule, embedded_BTD: Tensor) -> Tensor:
-    """Return hidden states after the final norm, [B, T, D], by transformers' own forward."""
-    return decoder(inputs_embeds=embedded_BTD, use_cache=False).last_hidden_state
+def decode(decoder: HfModule, embedded_BTD: Tensor, compute: torch.dtype | None = None) -> Tensor:
+    """Return hidden states after the final norm, [B, T, D], by transformers' own forward.
+
+    Args:
+        compute: dtype of the copies of the weights that it reads; None for the weights themselves.
+    """
+    inputs = {"inputs_embeds": embedded_BTD, "use_cache": False}
+    if compute is None:
+        return decoder(**inputs).last_hidden_state
+    weights = {n: p.to(compute) for n, p in decoder.named_parameters()}
+    return functional_call(decoder, weights, (), inputs).last_hidden_state
 
 
 def make_encoder(
@@ -202,7 +238,9 @@ def make_encoder(
     device: torch.device,
     new_tokens: Sequence[NewToken] = (),
 ) -> PatientEncoder:
-    """Return the online encoder at the start of training, in the dtype of the settings.
+    """Return the online encoder at the start of training, in the dtypes of the settings.
+
+    A frozen base is in the dtype that it computes in; weights that are all trained are fp32.
 
     Args:
         new_tokens: those that the tokenizer has and the backbone does not know; LoRA trains their
@@ -214,20 +252,26 @@ def make_encoder(
     """
     torch.manual_seed(settings.run.seed)
     lm: PreTrainedModel | PeftModel
-    if settings.model.path is None:
-        lm = _from_scratch(settings, tokenizer)
-    else:
+    compute = None
+    if settings.trains == "lora":
+        assert settings.model.path is not None
         base = load_lm(settings.model.path, _dtype(settings, device))
         fit_vocabulary(base, tokenizer, new_tokens)
-        is_lora, ids = settings.trains == "lora", [token.id for token in new_tokens]
-        lm = _with_adapter(base, settings, ids) if is_lora else base.float()
+        lm = _with_adapter(base, settings, [token.id for token in new_tokens])
+    else:
+        if settings.model.path is None:
+            lm = _from_scratch(settings, tokenizer)
+        else:
+            lm = load_lm(settings.model.path, torch.float32)
+            fit_vocabulary(lm, tokenizer, new_tokens)
+        compute = compute_dtype(settings.model.dtype, lm.config.hidden_size, device)
     _check_embeddings_and_logits(lm)
     if lm.config.max_position_embeddings < settings.data.window:
         raise ValueError(
             f"data.window must be at most {lm.config.max_position_embeddings}, the positions of "
             f"this backbone, got {settings.data.window}"
         )
-    return PatientEncoder(lm, settings.objective.predictor_layers).to(device)
+    return PatientEncoder(lm, settings.objective.predictor_layers, compute).to(device)
 
 
 def _check_embeddings_and_logits(lm: PreTrainedModel | PeftModel) -> None:
@@ -277,6 +321,19 @@ def _dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
     if settings.model.dtype != "auto":
         return getattr(torch, settings.model.dtype)
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def compute_dtype(chosen: str, width: int, device: torch.device) -> torch.dtype | None:
+    """Return what a model that is trained whole computes in, if not with its fp32 weights.
+
+    Args:
+        chosen: `model.dtype`: `auto` is bfloat16 on a GPU from a width of `WIDE` on.
+        width: of its hidden states.
+        device: that it is trained on.
+    """
+    if chosen == "auto":
+        chosen = "bfloat16" if device.type == "cuda" and width >= WIDE else "float32"
+    return torch.bfloat16 if chosen == "bfloat16" else None
 
 
 def _from_scratch(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -6,6 +6,10 @@ weights in their place. Only the sequence of calls is ours: all between the prod
 of `smbkernels`, and LoRA linears that read the same input are one call. The reference path runs
 transformers' own forward of the same modules.
 
+A weight is read in the dtype of the stream: a model that is trained whole may compute in bf16 on
+weights in fp32, whose gradients are then fp32 as well. (Adapters stay as they are beside a base in
+bf16; `lora_linear` sees to them.)
+
 The residual stream is carried as two tensors, what was summed and the output that is still to be
 added, so that each addition is one pass with the norm after it.
 
@@ -138,7 +142,8 @@ def _sum(stream: Stream) -> Tensor:
 @is_part("norm")
 def _norm(norm: HfModule, stream: Stream) -> tuple[Tensor, Tensor]:
     """The sum of a stream, and its RMSNorm."""
-    return add_rms_norm(*stream, norm.weight, eps=norm.variance_epsilon)
+    weight_D = norm.weight.to(stream[0].dtype)
+    return add_rms_norm(*stream, weight_D, eps=norm.variance_epsilon)
 
 
 @is_part("attention")
@@ -154,9 +159,11 @@ def _attention(
         projected = _linears(x_TD, attention.q_proj, attention.k_proj, attention.v_proj)
     q_THC, k_TGC, v_TGC = (y.unflatten(-1, (-1, C)) for y in projected)
     if hasattr(attention, "q_norm"):  # Qwen3
-        norms = (attention.q_norm.weight, attention.k_norm.weight)
+        q_norm_C, k_norm_C = (
+            norm.weight.to(x_TD.dtype) for norm in (attention.q_norm, attention.k_norm)
+        )
         eps = attention.q_norm.variance_epsilon
-        q_THC, k_TGC = qk_norm_rope(q_THC, k_TGC, *norms, *rotary, eps=eps)
+        q_THC, k_TGC = qk_norm_rope(q_THC, k_TGC, q_norm_C, k_norm_C, *rotary, eps=eps)
     else:
         q_THC, k_TGC = qk_norm_rope(q_THC, k_TGC, None, None, *rotary)
     # under autocast linears return its dtype, RoPE the wider one of its cosines
@@ -200,7 +207,8 @@ def _linears(x_TK: Tensor, *modules: HfModule) -> list[Tensor]:
     for module in modules:
         if module not in output_of:
             base = _base(module)
-            output_of[module] = linear(x_TK, base.weight, base.bias)
+            bias_N = None if base.bias is None else base.bias.to(x_TK.dtype)
+            output_of[module] = linear(x_TK, base.weight.to(x_TK.dtype), bias_N)
     return [output_of[m] for m in modules]
 
 

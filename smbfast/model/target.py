@@ -207,7 +207,9 @@ class TargetEncoder:
 
     def _weights(self) -> dict[str, Tensor]:
         if self._read is None:
-            self._read = {n: w for part in self.parts for n, w in part.weights().items()}
+            read = {n: w for part in self.parts for n, w in part.weights().items()}
+            compute = self.encoder.compute
+            self._read = read if compute is None else {n: w.to(compute) for n, w in read.items()}
         return self._read
 
     def _run(self, run: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
@@ -254,7 +256,7 @@ def _slots(decoder: HfModule, names: list[str]) -> dict[str, list[Slot]]:
 
 
 def target_bytes(encoder: PatientEncoder, form: TargetForm) -> int:
-    """Return the bytes that the averages of a target of this form take."""
+    """Return the bytes that the averages of a target of this form take, and copies to compute."""
     total, tracked = 0, form.resolved(encoder).name == "tracked"
     for source in _sources(encoder):
         weight = source.weight
@@ -263,7 +265,8 @@ def target_bytes(encoder: PatientEncoder, form: TargetForm) -> int:
             (n, r), k = b.shape, a.shape[1]
             total += 4 * (n + k) * form.columns(n, k, r)
         else:
-            total += max(4, weight.element_size()) * weight.numel()
+            copied = 0 if encoder.compute is None else encoder.compute.itemsize
+            total += (max(4, weight.element_size()) + copied) * weight.numel()
     return total
 
 

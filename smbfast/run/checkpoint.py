@@ -246,7 +246,9 @@ def restore_final(
     if is_lora:
         grow(base, record["vocabulary"])
         lm = load_adapter(base, str(folder), trainable=True)
-    encoder = PatientEncoder(lm, record["predictor_layers"]).to(device)
+    computes = getattr(torch, record.get("compute", record["dtype"]))  # older records lack it
+    narrow = None if computes == dtype else computes
+    encoder = PatientEncoder(lm, record["predictor_layers"], narrow).to(device)
     extra = load_file(folder / "predictor.safetensors")
     encoder.predictor.load_state_dict(_part(extra, "predictor."))
     with torch.no_grad():

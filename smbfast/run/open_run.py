@@ -212,6 +212,7 @@ def _model_record(run: OpenRun, step: int) -> dict:
         "trains": settings.trains,
         "backbone": _lasting(settings.model.path),
         "dtype": str(next(run.encoder.decoder.parameters()).dtype).removeprefix("torch."),
+        "compute": str(run.encoder.dtype).removeprefix("torch."),
         "vocabulary": len(prepared.tokenizer),
         "predictor_layers": settings.objective.predictor_layers,
         "window": run.data.window,

@@ -31,17 +31,18 @@ class ModelSettings(Settings):
     train: Literal["lora", "all"] | None = Field(
         None,
         description="Which weights are trained. `lora` freezes the backbone and trains small "
-        "low-rank adapters, `all` trains every weight in float32. `none` means `lora` if "
+        "low-rank adapters, `all` trains every weight, held in float32. `none` means `lora` if "
         "model.path is given and `all` for a model made from scratch.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Number format of a pretrained backbone's frozen weights under LoRA, and of "
-        "its computation; adapters and predictor are float32. `auto` is bfloat16 on a GPU and "
-        "float32 on a CPU; bfloat16 needs half the memory for the backbone. Choose float32 to "
-        "rule out rounding, if the memory allows it. With model.train=all the backbone is loaded "
-        "in this format and then converted to float32, so set float32 there to lose no digits. A "
-        "model made from scratch is always float32.",
+        description="Number format that the backbone computes in; adapters, predictor and whatever "
+        "else is trained are stored and updated in float32. Under LoRA it is also the format of "
+        "the frozen weights: `auto` is bfloat16 on a GPU and float32 on a CPU, and bfloat16 needs "
+        "half the memory for the backbone. Where all weights are trained (a model made from "
+        "scratch, or model.train=all) they are float32, and are copied to bfloat16 for each "
+        "forward: `auto` does so on a GPU if the hidden states are at least 512 wide. Choose "
+        "float32 to rule out rounding, if time and memory allow it.",
     )
     recompute: Literal["none", "mlp", "full"] = Field(
         "none",
