@@ -1,17 +1,24 @@
-"""python -m bench.prepare: events a second of `smbfast.prepare`, and whether its memory is flat.
+"""python -m bench.prepare: events a second of `smbfast.prepare` on one core, and its peak memory.
 
 On simulated patients (default), or on a MEDS folder repeated with other subject ids and jittered
-values (`--data=FOLDER --copies=N`), so that lines repeat no more than they do in real data.
-Tokenization and writing are counted; BPE training is not; starting worker processes is.
+values (`--data=FOLDER`), so that lines repeat no more than they do in real data. Whole processes
+are measured, start-up included, on a small input and on one that is `copies` times as large: the
+difference of the two has no start-up in it. With `--peer`, meds-torch-data's preprocessing reads
+the same folders in the same rounds.
 """
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from random import Random
+from statistics import median
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,36 +27,46 @@ from pydantic import Field
 
 from bench import records
 from smbfast.base.config import Settings, command_line
-from smbfast.base.runtime import git_state, versions
+from smbfast.data.splits import SPLITS
 from smbfast.simulation.dataset import simulate
 
-# in a process of its own, so that the peak memory is that of preparing alone
-CHILD = """
-import json, resource, sys, time
-import smbfast.data.preparing as preparing
-from smbfast.prepare import main
-
-make_shards, spent = preparing._make_shards, []
-
-def timed(*arguments):
-    start = time.perf_counter()
-    made = make_shards(*arguments)
-    spent.append(time.perf_counter() - start)
-    return made
-
-preparing._make_shards = timed
-main(sys.argv[1:])
-own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(json.dumps({"seconds": spent[0], "peak_mib": max(own, workers) / 1024}))
+PROG = "python -m bench.prepare"
+OURS, PEER = "smbfast", "meds-torch-data"
+PEER_COMMAND = "MTD_preprocess"  # beside the interpreter of its environment
+# events a second of one core, the release bar of the format
+BARS = {"codes": 250_000}
+# of the peaks on the large and on the small input: buffers that a small input does not fill may
+# make a difference, an input that is held whole would show as nearly `copies` (our choice)
+FLAT = 1.25
+ONE_CORE = {
+    **dict.fromkeys(("OMP_NUM_THREADS", "POLARS_MAX_THREADS", "RAYON_NUM_THREADS"), "1"),
+    "TOKENIZERS_PARALLELISM": "false",
+}
+# Runs a command on one core and prints what it and all its children took. It is a small process of
+# its own because Linux counts the memory of whoever starts a process as a peak of that process.
+LAUNCHER = """
+import json, os, sys, time
+os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+start = time.perf_counter()
+child = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+status, usage = os.wait4(child, 0)[1:]
+print(json.dumps({
+    "code": os.waitstatus_to_exitcode(status),
+    "wall_s": time.perf_counter() - start,
+    "cpu_s": usage.ru_utime + usage.ru_stime,
+    "peak_mib": usage.ru_maxrss / 1024,
+}))
 """
 
 
 class PrepareBench(Settings):
-    """Measure how many events a second `smbfast.prepare` turns into token shards.
+    """Measure how many events a second of one core `smbfast.prepare` turns into token shards.
 
-    It also prints the peak memory of preparing all of the data and of preparing a part of it, which
-    should be about the same.
+    Every process is held to one core and measured whole, with its children: CPU seconds, wall
+    seconds, and the resident peak of its largest process. The rate without start-up is that of the
+    events by which the large input exceeds the small one. Memory is flat if the peak hardly differs
+    between the two. A rate below the bar of its format, or memory that is not flat, ends with
+    status 1.
     """
 
     epilog: ClassVar[str] = """Examples
@@ -57,7 +74,11 @@ class PrepareBench(Settings):
   Simulated patients, for which nothing needs to be downloaded:
     python -m bench.prepare --patients=20000
 
-  A dataset of your own, repeated six times:
+  Both formats, beside a peer in an environment of its own:
+    python -m venv peer && peer/bin/pip install meds-torch-data==0.9.0
+    python -m bench.prepare --format=text,codes --peer=peer/bin/python --save
+
+  A dataset of your own, and the same six times over:
     python -m bench.prepare --data=MEDS_FOLDER --copies=6"""
 
     data: str | None = Field(
@@ -66,18 +87,71 @@ class PrepareBench(Settings):
         "patients instead.",
     )
     copies: int = Field(
-        4,
-        ge=1,
-        description="How often the training split of `data` is repeated. Each copy has other "
-        "subject ids and slightly other values. Without `data` it has no effect.",
+        6,
+        ge=2,
+        description="How many times the large input is as large as the small one. With `data`, "
+        "each copy of its training split has other subject ids and slightly other values.",
     )
     patients: int = Field(
         250_000,
         ge=1000,
-        description="Number of simulated patients, who have about 35 events each. With `data` it "
-        "has no effect.",
+        description="Number of simulated patients of the large input, who have about 35 events "
+        "each. With `data` it has no effect.",
     )
-    save: bool = Field(False, description="Append the result to bench/results/prepare.jsonl.")
+    format: list[str] = Field(
+        [],
+        description="Formats to measure, as `python -m smbfast.prepare` takes them. If the list is "
+        "empty, its default is measured.",
+    )
+    peer: Path | None = Field(
+        None,
+        description="Python interpreter of an environment in which meds-torch-data is installed; "
+        "its command MTD_preprocess is measured as well. `none` measures no peer.",
+    )
+    rounds: int = Field(
+        1,
+        ge=1,
+        description="Rounds of measuring, each with all commands on both inputs in a shuffled "
+        "order. Medians are printed.",
+    )
+    limit: int = Field(
+        3600,
+        ge=1,
+        description="Seconds after which a process is ended. A peer that is ended or fails is "
+        "marked, and nothing is lost by it.",
+    )
+    save: bool = Field(False, description="Append the results to bench/results/prepare.jsonl.")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a process and its children took."""
+
+    cpu_s: float
+    wall_s: float
+    peak_mib: float  # resident, of the largest of them
+
+
+@dataclass
+class Tool:
+    """A command that prepares a folder, and its costs on the small and on the large input."""
+
+    name: str
+    format: str
+    command: Callable[[Path, Path], list[str]]  # of the input and of the output
+    check: Callable[[Path, Path], None]  # raises a ValueError unless all of the input was prepared
+    environment: dict[str, str]
+    costs: dict[str, list[Cost]] = field(default_factory=lambda: {"part": [], "whole": []})
+    reason: str = ""  # why it was not measured
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.format}".strip()
+
+    def of(self, size: str, what: str) -> float:
+        """The median over rounds."""
+        return median(getattr(cost, what) for cost in self.costs[size])
 
 
 def repeat(source: Path, out: Path, copies: int) -> None:
@@ -102,47 +176,223 @@ def repeat(source: Path, out: Path, copies: int) -> None:
             pq.write_table(table, out / "data" / "train" / f"{copy}-{file.name}")
 
 
-def measure(data: Path, work: Path) -> dict:
-    """Prepare `data` once: events, seconds of the shards, peak memory of one process."""
-    arguments = [f"--path={data}", f"--out={work}", "--splits=train"]
-    done = subprocess.run(
-        [sys.executable, "-c", CHILD, *arguments], capture_output=True, text=True, check=True
-    )
-    cost = json.loads(done.stdout.strip().splitlines()[-1])
-    counts = json.loads((work / "prepare.json").read_text())["counts"]["train"]
-    rate = round(counts["events"] / cost["seconds"])
-    return {"events": counts["events"], "tokens": counts["tokens"], "events_per_s": rate, **cost}
+def files_of(folder: Path) -> list[Path]:
+    """The event files of a MEDS folder."""
+    return sorted((folder / "data").glob("*/*.parquet"))
+
+
+def num_events(folder: Path) -> int:
+    """Rows of all event files."""
+    return sum(pq.read_metadata(file).num_rows for file in files_of(folder))
+
+
+def run(command: list[str], environment: dict[str, str], limit: float) -> Cost:
+    """Run a command on one core.
+
+    Raises:
+        ValueError: it failed, or did not end within `limit` seconds.
+    """
+    with tempfile.TemporaryFile("w+") as said:
+        launched = subprocess.Popen(
+            [sys.executable, "-S", "-E", "-c", LAUNCHER, *command],
+            env=os.environ | ONE_CORE | environment,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+            start_new_session=True,  # so that what it has started can be ended with it
+        )
+        try:
+            out = launched.communicate(timeout=limit)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(launched.pid, 9)
+            launched.communicate()
+            raise ValueError(f"{Path(command[0]).name} did not end in {limit:g} s") from None
+        said.seek(0)
+        cost = json.loads(out.splitlines()[-1])
+        if cost.pop("code"):
+            lines = said.read().strip().splitlines() or ["no message"]
+            raise ValueError(f"{' '.join(command[:3])} failed: {lines[-1][:200]}")
+    return Cost(**cost)
+
+
+def ours(form: str) -> Tool:
+    """`smbfast.prepare` in a format; in its default one if the name is empty."""
+
+    def command(data: Path, out: Path) -> list[str]:
+        splits = ",".join(s for s in SPLITS if (data / "data" / s).is_dir())
+        words = [f"--path={data}", f"--out={out}", f"--splits={splits}", "--workers=1"]
+        words += [f"--format={form}"] if form else []
+        return [sys.executable, "-m", "smbfast.prepare", *words]
+
+    def check(data: Path, out: Path) -> None:
+        counts = json.loads((out / "prepare.json").read_text())["counts"].values()
+        seen, given = sum(c["events"] for c in counts), num_events(data)
+        if seen != given:
+            raise ValueError(f"smbfast.prepare must count all {given:,} events, got {seen:,}")
+        tool.extra["tokens"] = sum(c["tokens"] for c in counts)  # of the latest, the large one
+
+    tool = Tool(OURS, form, command, check, {})
+    return tool
+
+
+def peer(python: Path) -> Tool:
+    """meds-torch-data's preprocessing, as its documentation runs it.
+
+    Raises:
+        ValueError: there is no such command beside the interpreter.
+    """
+    program = python.parent / PEER_COMMAND
+    if not program.is_file():
+        raise ValueError(f"`peer` must have {PEER_COMMAND} beside it; {python} has not")
+    code = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in %r}))"
+    names = ("meds-torch-data", "MEDS-transforms", "polars")
+    asked = subprocess.run([python, "-c", code % (names,)], capture_output=True, text=True)
+    if asked.returncode:
+        raise ValueError(f"`peer` must be a Python with {names[0]}; {python} is not")
+
+    def command(data: Path, out: Path) -> list[str]:
+        return [str(program), f"MEDS_dataset_dir={data}", f"output_dir={out}"]
+
+    def check(data: Path, out: Path) -> None:
+        made, given = len(list((out / "data").glob("*/*.nrt"))), len(files_of(data))
+        if made != given:
+            raise ValueError(f"{PEER_COMMAND} must make a tensor file of all {given}, made {made}")
+
+    # it finds the programs of its stages on the path, and must not find our packages
+    path = f"{python.parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = {"PATH": path, "PYTHONPATH": ""}
+    extra = {"peer_versions": json.loads(asked.stdout)}
+    return Tool(PEER, "", command, check, environment, extra=extra)
+
+
+def measure(tools: list[Tool], inputs: dict[str, Path], rounds: int, limit: float) -> None:
+    """All tools on both inputs in turn; what a peer cannot do is its reason.
+
+    Args:
+        inputs: the folders `part` and `whole`.
+
+    Raises:
+        ValueError: ours failed.
+    """
+    random = Random(0)
+    for _ in range(rounds):
+        for size, data in inputs.items():  # the small one first, where a mistake shows early
+            for tool in random.sample(tools, len(tools)):
+                if tool.reason:
+                    continue
+                out = data.parent / "out"
+                try:
+                    cost = run(tool.command(data, out), tool.environment, limit)
+                    tool.check(data, out)
+                except ValueError as error:
+                    if tool.name == OURS:
+                        raise
+                    tool.reason = f"{error} on the {size} input"
+                else:
+                    tool.costs[size].append(cost)
+                    print(f"{tool.label}, {size}: {cost.cpu_s:.1f} CPU s", file=sys.stderr)
+                shutil.rmtree(out, ignore_errors=True)
+
+
+def result(tool: Tool, events: dict[str, int], first: Tool) -> dict[str, Any]:
+    """What a record says of a tool.
+
+    Args:
+        events: of the inputs `part` and `whole`.
+        first: with which it is compared.
+    """
+    about: dict[str, Any] = {
+        "tool": tool.name,
+        "format": tool.format or None,
+        "events": events["whole"],
+        "events_part": events["part"],
+        **tool.extra,
+    }
+    measured = {
+        f"{what}{end}": tool.of(size, what)
+        for size, end in (("whole", ""), ("part", "_part"))
+        for what in ("cpu_s", "wall_s", "peak_mib")
+        if tool.costs[size]
+    }
+    if tool.reason:
+        return about | measured | {"not_measured": tool.reason}
+    more = tool.of("whole", "cpu_s") - tool.of("part", "cpu_s")
+    rate = (events["whole"] - events["part"]) / more if more > 0 else None
+    return {
+        **about,
+        **measured,
+        "rounds": len(tool.costs["whole"]),
+        "cpu_s_rounds": {size: [c.cpu_s for c in costs] for size, costs in tool.costs.items()},
+        "events_per_cpu_s": events["whole"] / tool.of("whole", "cpu_s"),
+        "marginal_events_per_cpu_s": rate,
+        "start_up_cpu_s": rate and tool.of("part", "cpu_s") - events["part"] / rate,
+        "peak_growth": tool.of("whole", "peak_mib") / tool.of("part", "peak_mib"),
+        "cpu_over_first": tool.of("whole", "cpu_s") / first.of("whole", "cpu_s"),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """For people; of all figures those that are compared."""
+    cells = [
+        ["", "CPU s 1x", "CPU s", "wall s", "events/CPU s", "marginal", "MiB 1x", "MiB", "CPU"]
+    ]
+    for r in rows:
+        label = f"{r['tool']} {r['format'] or ''}".strip()
+        if "not_measured" in r:
+            cells.append([label, f"not measured: {r['not_measured']}"])
+            continue
+        figures = [f"{r[key]:.1f}" for key in ("cpu_s_part", "cpu_s", "wall_s")]
+        for key in ("events_per_cpu_s", "marginal_events_per_cpu_s"):
+            figures.append("below noise" if r[key] is None else f"{r[key]:,.0f}")
+        figures += [f"{r['peak_mib_part']:.0f}", f"{r['peak_mib']:.0f}"]
+        cells.append([label, *figures, f"{r['cpu_over_first']:.2f} x"])
+    return records.columns(cells, "  ")
+
+
+def judged(row: dict[str, Any]) -> list[tuple[str, bool]]:
+    """Each bar of ours with what was reached, and whether it is met."""
+    form, rate, growth = row["format"], row["marginal_events_per_cpu_s"], row["peak_growth"]
+    line = f"{form or 'prepare'}: peak memory {growth:.2f} x, at most {FLAT} x"
+    lines = [(line, growth <= FLAT)]
+    if form in BARS:
+        reached = "below noise" if rate is None else f"{rate:,.0f} events/s"
+        line = f"{form}: {reached} a core without start-up, at least {BARS[form]:,}"
+        lines.append((line, rate is not None and rate >= BARS[form]))
+    return lines
+
+
+def _inputs(settings: PrepareBench, work: Path) -> dict[str, Path]:
+    inputs = {"part": work / "part", "whole": work / "whole"}
+    for size, share in (("part", settings.copies), ("whole", 1)):
+        if settings.data:
+            repeat(Path(settings.data), inputs[size], settings.copies // share)
+        else:
+            simulate(inputs[size], settings.patients // share, 0)
+    return inputs
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings = command_line(PrepareBench, argv, prog="python -m bench.prepare")
+    settings = command_line(PrepareBench, argv, prog=PROG)
+    stamp = records.stamp("prepare", "cpu") | {"threads": 1}  # of the processes that are measured
+    stamp["data"] = Path(settings.data).name if settings.data else "simulated"
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        results = {}
-        for name, share in (("part", 10), ("whole", 1)):
-            if settings.data:
-                copies = max(settings.copies // share, 1)
-                repeat(Path(settings.data), work / name, copies)
-            else:
-                simulate(work / name, settings.patients // share, 0)
-            results[name] = measure(work / name, work / f"{name}-shards")
-    record = {
-        "bench": "prepare",
-        "data": Path(settings.data).name if settings.data else "simulated",
-        **results["whole"],
-        "share": f"{results['part']['events'] / results['whole']['events']:.0%}",
-        "peak_mib_part": results["part"]["peak_mib"],
-        "versions": versions(),
-        "git": git_state(),
-        "at": time.strftime("%Y-%m-%d"),
-    }
-    print(
-        f"{record['data']}: {record['events']:,} events, {record['tokens']:,} tokens in "
-        f"{record['seconds']:.1f} s: {record['events_per_s']:,} events/s; peak memory of a process "
-        f"{record['peak_mib']:.0f} MiB ({record['peak_mib_part']:.0f} on {record['share']} of it)"
-    )
+        try:
+            tools = [ours(form) for form in settings.format or [""]]
+            tools += [peer(settings.peer)] if settings.peer else []
+            inputs = _inputs(settings, Path(folder))
+            events = {size: num_events(data) for size, data in inputs.items()}
+            measure(tools, inputs, settings.rounds, settings.limit)
+        except ValueError as error:
+            raise SystemExit(f"{PROG}: {error}") from None
+    rows = [result(tool, events, tools[0]) for tool in tools]
+    print(f"{stamp['data']}: {events['part']:,} events (1x) and {events['whole']:,}, one core")
+    print(table(rows))
+    verdicts = [v for row in rows if row["tool"] == OURS for v in judged(row)]
+    print("\n".join(f"{line}: {'met' if met else 'NOT MET'}" for line, met in verdicts))
     if settings.save:
-        records.append("prepare", [record])
+        records.append("prepare", [stamp | row for row in rows])
+    if not all(met for _, met in verdicts):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
