@@ -25,7 +25,7 @@ from bench.fakegpu.launches import recorded
 from bench.fakegpu.ledger import Ledger
 from bench.step import workloads
 
-SIZES = ("QWEN3_8B", "QWEN3_1B7", "QWEN3_0B6")
+SIZES = ("QWEN3_8B", "QWEN3_1B7", "QWEN3_0B6", "QWEN3_8B_ROWS")
 
 
 def is_rehearsed() -> bool:

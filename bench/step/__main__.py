@@ -25,12 +25,13 @@ Makes = dict[str, Make | str]  # by variant: what builds it, or why it is not ru
 
 
 class StepBench(Settings):
-    """Measure a whole training step on ten workloads, ours against its rivals.
+    """Measure a whole training step on thirteen workloads, ours against its rivals.
 
     A step is the online forwards, the target forward, losses, backward, clipping, AdamW and the
-    average of the target. The workloads are W1 to W6, K8 (eight cuts a window) and E8 (the
-    embeddings of eight decision nodes a window); bench/README.md describes them. Models have random
-    weights: at full size on a GPU, at reduced width on a CPU.
+    average of the target. The workloads are W1 to W6, K8 (eight cuts a window), E8 (the
+    embeddings of eight decision nodes a window), and C1, C1-8 and C2 in the format `codes`;
+    bench/README.md describes them. Models have random weights: at full size on a GPU, at reduced
+    width on a CPU.
 
     Each variant first has to reproduce the losses, the gradients and the moved target of the
     reference. One that does not is not timed, and the command then exits with status 1. So it does
@@ -106,6 +107,12 @@ Examples
         ge=0,
         description="Threads of the CPU. 0 leaves the number to torch, and is one thread with "
         "`quick`.",
+    )
+    cpu_time: bool = Field(
+        False,
+        description="On a CPU, take the CPU seconds of the process instead of those of the clock, "
+        "for a machine that does other work as well. Meant for one thread: waiting threads may "
+        "count as busy.",
     )
     quick: bool = Field(
         False,
@@ -227,12 +234,14 @@ def _measured(
         if r.times and device == "cpu" and settings.memory and not settings.quick:
             r.step_mib = memory(r.workload.name, r.variant, quick=False)
         if settings.save:  # at once: what comes later may end the process
-            records.append("step", [stamp | record(r, best, ours)])
+            clock = {"clock": "cpu" if settings.cpu_time and device == "cpu" else "wall"}
+            records.append("step", [stamp | clock | record(r, best, ours)])
 
     for workload, makes in plan:
         if not settings.quick:  # what else runs on the machine comes and goes
             best |= {dtype: b.raised(ceiling(clock, dtype)) for dtype, b in best.items()}
-        measured = measure(workload, device, makes, rounds, progress.add, pairs=pairs, done=done)
+        how = {"pairs": pairs, "cpu_time": settings.cpu_time}
+        measured = measure(workload, device, makes, rounds, progress.add, **how, done=done)
         print(f"\n{table(measured, best)}\n", flush=True)
         results += measured
     return results, best

@@ -77,6 +77,8 @@ def _reason(name: str, workload: Workload, device: str) -> str:
     """Why a variant is not run on a workload; empty: it is."""
     if name.startswith("E1") and not fits(workload):
         return "its sequences have several lengths, which B0 pads"
+    if workload.size.whole and name.endswith("bf16"):
+        return "no weight is frozen, and what is trained is fp32"
     if device == "cuda":
         only_on_cpu = name.endswith(("bf16", "oneDNN"))
         return "on a GPU every variant computes in bf16" if only_on_cpu else ""

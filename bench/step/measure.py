@@ -85,10 +85,15 @@ Done = Callable[[Result, Result | None], None]
 
 
 class Parts:
-    """Milliseconds of the parts of a step; a part within another is not counted in that one."""
+    """Milliseconds of the parts of a step; a part within another is not counted in that one.
 
-    def __init__(self, device: str) -> None:
+    Args:
+        cpu_time: of a CPU, the seconds of all its threads instead of those of the clock.
+    """
+
+    def __init__(self, device: str, *, cpu_time: bool = False) -> None:
         self.gpu = device == "cuda"
+        self.clock = time.process_time if cpu_time else time.perf_counter
         self.names = ["other"]
         self.marks: list[tuple[str, Any]] = []
         self._mark()
@@ -109,7 +114,7 @@ class Parts:
             now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
         else:
-            now = time.perf_counter()
+            now = self.clock()
         self.marks.append((self.names[-1], now))
 
     def read(self) -> dict[str, float]:
@@ -146,6 +151,7 @@ def measure(
     advance: Advance = lambda num_tokens: None,
     *,
     pairs: bool = False,
+    cpu_time: bool = False,
     done: Done = lambda result, ours: None,
 ) -> list[Result]:
     """All variants of a workload. What is wrong is not timed; what fails ends no other variant.
@@ -153,6 +159,7 @@ def measure(
     Args:
         advance: is called with the tokens of each of `num_steps`, in the order of the work.
         pairs: at most two variants are in memory at a time, ours and a rival.
+        cpu_time: times are CPU seconds of the process, for a machine that does other work.
         done: is called once for each variant, as soon as there is nothing more to measure of it,
             or of ours beside the first rival; with the result of ours, if there is one.
     """
@@ -160,6 +167,7 @@ def measure(
     fp32 = TOLERANCE[torch.float32]
     results = {name: Result(workload, name, fp32) for name in makes}
     session = _Session(workload, device, makes, results, rounds, advance)
+    session.cpu_time = cpu_time
     names = []
     for name, make in makes.items():
         if isinstance(make, str):
@@ -193,6 +201,7 @@ class _Session:
     ) -> None:
         self.workload, self.device, self.makes, self.results = workload, device, makes, results
         self.rounds, self.advance = rounds, advance
+        self.cpu_time = False
         self.ready: dict[str, Variant] = {}
         self.tried: set[str] = set()
         self.encoder: PatientEncoder | None = None
@@ -274,7 +283,7 @@ class _Session:
     def _step(self, name: str) -> None:
         with self._guarded(name), self.ready[name].arithmetic():
             gc.collect()
-            parts = Parts(self.device)
+            parts = Parts(self.device, cpu_time=self.cpu_time)
             self.ready[name].step(parts)
             self.results[name].times.append(parts.read())
 
@@ -314,7 +323,7 @@ def outcome(variant: Variant, workload: Workload) -> dict[str, Tensor]:
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in variant.encoder.named_parameters():
-            if "lora_" in name:
+            if parameter.requires_grad and name.startswith("lm."):
                 parameter.add_(torch.randn_like(parameter), alpha=0.01)
     variant.take(workload)
     return variant.outcome()

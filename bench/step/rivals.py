@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.helpers import disable_input_dtype_casting
+from peft.tuners.lora import LoraLayer
 from smbkernels.attention import Segments
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -64,17 +64,17 @@ class HuggingFace(Variant):
         self.target = self.teacher.lm
         self.foreach = foreach
         self.gpu = self.parameters[0].is_cuda
-        self.autocast = self.gpu or bf16
         self.layers = list(encoder.lora_layers().values())
+        self.autocast = self.dtype == torch.bfloat16  # of frozen weights
         if checkpoint:
             encoder.base.gradient_checkpointing_enable({"use_reentrant": False})
             encoder.train()
 
     def update(self, tau: float) -> None:
-        self.teacher.update(self.layers, tau, foreach=self.foreach)
+        self.teacher.update(tau, foreach=self.foreach)
 
     def averages(self) -> list[Tensor]:
-        return [*self.teacher.lm.parameters(), *self.teacher.masters]
+        return self.teacher.averages()
 
     @contextmanager
     def forward(self, part: Part, name: str) -> Iterator[None]:
@@ -84,7 +84,7 @@ class HuggingFace(Variant):
                 yield
                 return
             with torch.autocast("cuda" if self.gpu else "cpu", torch.bfloat16):
-                with disable_input_dtype_casting(self.encoder.lm):
+                with _without_casts(self.layers):
                     yield
 
     def sft(self, hidden_ND: Tensor, label_N: Tensor) -> Tensor:
@@ -173,6 +173,21 @@ class Padded(HuggingFace):
                 loss.backward()
             jepa = jepa + loss.detach()
         return sft, jepa
+
+
+@contextmanager
+def _without_casts(layers: list[LoraLayer]) -> Iterator[None]:
+    """Adapters take their input as it is: autocast casts it.
+
+    It is `peft.helpers.disable_input_dtype_casting`, which fails where token rows are trained.
+    """
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True
 
 
 def _varlen(module, query, key, value, attention_mask, *, parts, scaling, **_):

@@ -116,11 +116,12 @@ class Variant:
     def outcome(self) -> dict[str, Tensor]:
         """What every variant has to agree on: losses, gradients, and the target once it moved."""
         outcome = dict(zip(("SFT loss", "JEPA loss"), self.accumulate(untimed), strict=True))
-        for kind, lora in (("LoRA gradients", True), ("other gradients", False)):
-            named = self.encoder.named_parameters()
-            mine = [p for n, p in named if p.requires_grad and ("lora_" in n) == lora]
-            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in mine]
-            outcome[kind] = torch.cat([g.flatten() for g in grads])
+        by_kind: dict[str, list[Tensor]] = {}
+        for name, p in self.encoder.named_parameters():
+            if p.requires_grad:
+                grad = torch.zeros_like(p) if p.grad is None else p.grad
+                by_kind.setdefault(_kind(name), []).append(grad.flatten())
+        outcome |= {f"{kind} gradients": torch.cat(grads) for kind, grads in by_kind.items()}
         self.optimizer.zero_grad(set_to_none=True)
         self.update(0.5)
         outcome["JEPA loss of a moved target"] = self.accumulate(untimed)[1]
@@ -140,6 +141,14 @@ class Variant:
         moments = [t for state in self.optimizer.state.values() for t in state.values()]
         tensors = [*self.encoder.parameters(), *self.averages(), *moments]
         return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def _kind(name: str) -> str:
+    """Whose parameter it is; the gradients of a kind are compared together."""
+    for part, kind in (("lora_", "LoRA"), ("trainable_tokens", "token row"), ("lm.", "backbone")):
+        if part in name:
+            return kind
+    return "other"
 
 
 class Smbfast(Variant):

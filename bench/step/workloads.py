@@ -4,10 +4,13 @@ Windows have headers, buckets, tags and lines, so that cuts and masks are drawn 
 training, by the seed of the workload: every variant reads the same trunks, cuts and masks. On a CPU
 models and windows are smaller than on a GPU; `Workload.scaled` says from what.
 
+Windows of text are whole buckets of equal length. Those of the format `codes` are moments, each a
+gap token and then events of one token: any length, and a cut after any of them.
+
 Legend: W windows, T tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +26,10 @@ from smbfast.settings import LoraSettings, ObjectiveSettings
 BUCKET = 16  # tokens: a tag, two lines of seven tokens, a tag; a header is as long
 LINE = (BUCKET - 2) // 2
 SPECIAL = 3  # ids below are not drawn
+CODES_HEADER = 6  # tokens: begin, four of demographics, age
+CODES_FIXED = 150  # ids of the fixed alphabet of `codes`: structure, gaps, ages; codes come behind
+CODES_GAPS = 30  # of it, those that may be gaps
+MOST_EVENTS = 6  # of a moment
 DAY = 86_400_000_000  # microseconds
 # of padded batches of 8 windows of log-normal lengths (sigma 0.8, cap 4 medians): the mean of
 # 100,000 drawn; a workload takes a draw that is as full, neither a lucky nor an unlucky one
@@ -43,9 +50,14 @@ class Size:
     ffn: int
     vocabulary: int
     tied: bool = False
+    whole: bool = False  # made from scratch, all weights trained
+    rows: int = 0  # the last of the vocabulary, token rows that are trained beside LoRA
 
     def encoder(self, device: str) -> PatientEncoder:
-        """LoRA (r 16, seven linears), not zero, on a frozen base: bf16 on a GPU, fp32 on a CPU."""
+        """LoRA (r 16, seven linears), not zero, on a frozen base: bf16 on a GPU, fp32 on a CPU.
+
+        One that is trained whole has no LoRA, and is fp32 everywhere.
+        """
         torch.manual_seed(0)
         config = Qwen3Config(
             vocab_size=self.vocabulary,
@@ -58,10 +70,13 @@ class Size:
             max_position_embeddings=1 << 16,
             tie_word_embeddings=self.tied,
         )
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        half = device == "cuda" and not self.whole
+        dtype = torch.bfloat16 if half else torch.float32
         with torch.device(device):
             lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-            lm = get_peft_model(lm, lora_config(lm, LoraSettings(r=16, alpha=32), []))
+            if not self.whole:
+                rows = list(range(self.vocabulary - self.rows, self.vocabulary))
+                lm = get_peft_model(lm, lora_config(lm, LoraSettings(r=16, alpha=32), rows))
             encoder = PatientEncoder(lm, 2)
         with torch.no_grad():
             for layer in encoder.lora_layers().values():
@@ -74,7 +89,20 @@ QWEN3_1B7 = Size("Qwen3-1.7B", 2048, 28, 16, 8, 128, 6144, 151936, tied=True)
 QWEN3_0B6 = Size("Qwen3-0.6B", 1024, 28, 16, 8, 128, 3072, 151936, tied=True)
 WIDTH_512 = Size("width 512", 512, 6, 8, 4, 64, 1536, 8192)
 WIDTH_256 = Size("width 256", 256, 6, 4, 2, 64, 768, 8192)
+# that of the default preset
+SCRATCH = Size("width 96, all trained", 96, 3, 2, 1, 48, 256, 3000, tied=True, whole=True)
+NEW_ROWS = 2000
+QWEN3_8B_ROWS = replace(
+    QWEN3_8B, name="Qwen3-8B, 2,000 rows", vocabulary=151936 + NEW_ROWS, rows=NEW_ROWS
+)
+WIDTH_512_ROWS = replace(
+    WIDTH_512, name="width 512, 2,000 rows", vocabulary=8192 + NEW_ROWS, rows=NEW_ROWS
+)
 TINY = Size("width 32", 32, 2, 2, 1, 16, 64, 64)
+TINY_SCRATCH = replace(
+    TINY, name="width 32, all trained", vocabulary=CODES_FIXED + 50, tied=True, whole=True
+)
+TINY_ROWS = replace(TINY, name="width 32, 200 rows", vocabulary=64 + 200, rows=200)
 
 
 @dataclass(frozen=True)
@@ -83,12 +111,13 @@ class Workload:
 
     name: str
     size: Size
-    lengths: tuple[int, ...]  # tokens of each window, multiples of BUCKET
+    lengths: tuple[int, ...]  # tokens of each window; in text multiples of BUCKET
     context: tuple[float, float]  # share of a window before a cut
     micro: int  # windows of a micro-batch
     cuts: int = 1
     horizon: int | None = None
     nodes: int = 0  # decision nodes to embed in each window, instead of a training step
+    codes: bool = False  # windows of the format `codes`, not text
     scaled: str = ""  # from what, on a CPU
 
     @property
@@ -109,12 +138,17 @@ class Workload:
         else:
             parts.append(f"c = {low:g}" if low == high else f"c in [{low:g}, {high:g}]")
         parts += [f"K = {self.cuts}, horizon {self.horizon}"] if self.cuts > 1 else []
+        parts += ["codes"] if self.codes else []
         parts.append(self.size.name)
         return ", ".join(parts) + (f" (scaled from {self.scaled})" if self.scaled else "")
 
     def windows(self) -> list[Timeline]:
         """Patients of random tokens."""
-        return [window(i, n, self.size.vocabulary) for i, n in enumerate(self.lengths)]
+        size, lengths = self.size, enumerate(self.lengths)
+        if self.codes:
+            first = size.vocabulary - size.rows if size.rows else SPECIAL
+            return [moments(i, n, first, size.vocabulary) for i, n in lengths]
+        return [window(i, n, size.vocabulary) for i, n in lengths]
 
     def batches(self) -> list[PackedBatch]:
         """The micro-batches of a step, with all labels and half of each future masked."""
@@ -124,8 +158,13 @@ class Workload:
         return [make_batch(g, objective, 0, 0, jepa=True) for g in groups]
 
     def slice(self, longest: int, *, micro: int) -> "Workload":
-        """Its two shortest windows, cut to `longest` tokens: to compare with the reference."""
-        lengths = tuple(min(n, longest) for n in sorted(self.lengths)[:2])
+        """Its shortest windows, cut to `longest` tokens: to compare with the reference.
+
+        There are two of them, or as many as have together twice as many tokens.
+        """
+        cut = [min(n, longest) for n in sorted(self.lengths)]
+        num_windows = max(2, int((np.cumsum(cut) <= 2 * longest).sum()))
+        lengths = tuple(cut[:num_windows])
         horizon = self.horizon and min(self.horizon, longest // 8)
         changed = {"lengths": lengths, "horizon": horizon, "micro": micro}
         return Workload(**{**self.__dict__, **changed})
@@ -148,6 +187,47 @@ def window(subject: int, length: int, vocabulary: int) -> Timeline:
         line_start_L=line,
         line_end_L=line + LINE,
         line_time_L=np.repeat(time, 2),
+        line_section_L=np.full(len(line), SECTIONS.index("measurements"), np.uint8),
+    )
+
+
+def moments(subject: int, length: int, first: int, vocabulary: int) -> Timeline:
+    """A window of the format `codes`, full to its last token.
+
+    A header; then moments of 1 to 6 events, each event a line of one token. Every moment but the
+    first begins with a gap token, which is no line. Age tokens within a window, at most one in a
+    year, are left out.
+
+    Args:
+        first: the lowest id of the format, whose fixed alphabet comes before its codes.
+        vocabulary: the id after the highest.
+    """
+    random = np.random.default_rng(subject)
+    ids_T = random.integers(first + CODES_FIXED, vocabulary, length, dtype=np.int32)
+    ids_T[:CODES_HEADER] = first + np.arange(CODES_HEADER)
+    at = CODES_HEADER
+    ends: list[int] = []
+    gaps: list[int] = []
+    while at < length:
+        if ends:
+            gaps.append(at)
+        # a gap is never the last token
+        at = min(at + bool(ends) + int(random.integers(1, MOST_EVENTS + 1)), length)
+        ends.append(at if length - at > 1 else length)
+        at = ends[-1]
+    ids_T[gaps] = first + CODES_HEADER + random.integers(0, CODES_GAPS, len(gaps))
+    line = np.setdiff1d(np.arange(CODES_HEADER, length), gaps).astype(np.int32)
+    end = np.array(ends, np.int32)
+    time = np.cumsum(random.integers(1, 90, len(ends))) * DAY
+    return Timeline(
+        subject=subject,
+        ids_T=ids_T,
+        header=CODES_HEADER,
+        bucket_end_B=end,
+        bucket_time_B=time,
+        line_start_L=line,
+        line_end_L=line + 1,
+        line_time_L=time[np.searchsorted(end, line, side="right")],
         line_section_L=np.full(len(line), SECTIONS.index("measurements"), np.uint8),
     )
 
@@ -199,6 +279,34 @@ def log_normal(num_windows: int, median: int) -> tuple[int, ...]:
     return min(draws, key=lambda lengths: abs(padded_fill(lengths) - TYPICAL_FILL))
 
 
+def short(num_windows: int) -> tuple[int, ...]:
+    """Lengths of whole records like those of the simulator, in codes: log-normal, median 46.
+
+    Sigma is 0.8, from 22 to 256 tokens. Of 100 draws the one whose padded batches are as full as
+    the median of all.
+    """
+    draws = []
+    for seed in range(100):
+        drawn = 46 * np.exp(0.8 * np.random.default_rng(seed).standard_normal(num_windows))
+        draws.append(tuple(np.clip(drawn, 22, 256).astype(int).tolist()))
+    return sorted(draws, key=padded_fill)[50]
+
+
+def in_codes(size: Size, rows: Size, *, num_windows: int, longest: int) -> list[Workload]:
+    """Many short records for a model made from scratch, and full windows for LoRA.
+
+    Args:
+        rows: a backbone with new token rows, one for each code.
+        num_windows: full ones of `longest` tokens, 8 in a micro-batch.
+    """
+    context = ObjectiveSettings().context
+    return [
+        Workload("C1", size, short(32), context, 32, codes=True),
+        Workload("C1-8", size, short(8), context, 8, codes=True),
+        Workload("C2", rows, (longest,) * num_windows, context, min(num_windows, 8), codes=True),
+    ]
+
+
 def on_cuda() -> list[Workload]:
     """At full size. About 8k tokens of trunks in a micro-batch, so that rivals fit in memory."""
     mixed = log_normal(12, 2048)
@@ -213,6 +321,7 @@ def on_cuda() -> list[Workload]:
         Workload("W6-0.6B", QWEN3_0B6, mixed, (0.3, 0.9), 3),
         Workload("K8", QWEN3_8B, eight, (0.3, 0.875), 1, cuts=8, horizon=512),
         Workload("E8", QWEN3_8B, eight, (0.5, 0.5), 4, nodes=8),
+        *in_codes(SCRATCH, QWEN3_8B_ROWS, num_windows=64, longest=512),
     ]
 
 
@@ -236,6 +345,12 @@ def on_cpu(*, quick: bool) -> list[Workload]:
         Workload("W1-256", small, alike, (0.5, 0.5), num_windows),
         Workload("W2-256", small, alike, (0.75, 0.75), num_windows),
         Workload("E8", large, alike, (0.5, 0.5), num_windows, nodes=8, scaled=full),
+        *in_codes(
+            TINY_SCRATCH if quick else SCRATCH,
+            TINY_ROWS if quick else WIDTH_512_ROWS,
+            num_windows=num_windows if quick else 8,
+            longest=n if quick else 512,
+        ),
     ]
 
 
