@@ -225,6 +225,7 @@ def moments(subject: int, length: int, first: int, vocabulary: int) -> Timeline:
         header=CODES_HEADER,
         bucket_end_B=end,
         bucket_time_B=time,
+        bucket_head_B=np.zeros(len(end), np.uint16),
         line_start_L=line,
         line_end_L=line + 1,
         line_time_L=time[np.searchsorted(end, line, side="right")],
