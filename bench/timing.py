@@ -224,13 +224,18 @@ def peak_mib(call: Call, device: str) -> float | None:
     return max(peak, 0) / MIB
 
 
-def ceiling(clock: Clock, dtype: torch.dtype, *, seconds: float = 1.5) -> Ceiling:
+def ceiling(
+    clock: Clock, dtype: torch.dtype, *, seconds: float = 1.5, cpu_time: bool = False
+) -> Ceiling:
     """Measure the best bandwidth of three access patterns, and the rate of a large matmul.
 
     The rate is that of `smbfast.base.runtime.matmul_rate`, which a training run logs as `matmul`:
     on a CPU of the faster of two libraries; records before it say none, and hold torch's own.
     Records whose `git` is 350b7de or 36594bb hold another figure: the 20 % quantile of products
     that took turns with the patterns, of 2048 x 2048 matrices on a CPU.
+
+    Args:
+        cpu_time: the seconds of a product are those of the process on the CPU.
     """
     device = clock.device
     num_elements = (256 if device == "cuda" else 64) * MIB  # of 4 bytes
@@ -246,5 +251,6 @@ def ceiling(clock: Clock, dtype: torch.dtype, *, seconds: float = 1.5) -> Ceilin
     times = clock.interleaved(calls, seconds=seconds)
     # the quick end: a floor is what the machine can do when nothing disturbs it
     patterns = {name: moved[name] / times[name].p20 * 1e3 for name in moved}
-    rate = matmul_rate(torch.device(device), dtype)
+    now = time.process_time if cpu_time else time.perf_counter
+    rate = matmul_rate(torch.device(device), dtype, now=now)
     return Ceiling(max(patterns.values()), patterns, rate.flops, rate.library)

@@ -45,6 +45,7 @@ from bench.step.workloads import (
     workloads,
 )
 from bench.timing import Ceiling
+from smbfast.base.runtime import matmul_rate
 from smbfast.model.flops import ModelShape, head_flops, target_flops
 
 BEST = Ceiling(bandwidth=1e10, patterns={"copy": 1e10}, matmul=1e11)
@@ -236,7 +237,7 @@ def test_a_wrong_rival_is_not_timed(make, name):
 
 
 def test_a_run_with_a_wrong_rival_fails(monkeypatch, capsys):
-    monkeypatch.setattr(entry, "ceiling", lambda *_: BEST)
+    monkeypatch.setattr(entry, "ceiling", lambda *_, **__: BEST)
     monkeypatch.setattr(entry, "variants", lambda *_, **__: {"B1": Still})
     with pytest.raises(SystemExit, match="W1 B1 wrong: JEPA loss of a moved target off by"):
         entry.main(["--quick", "--only=W1"])
@@ -270,6 +271,12 @@ def test_parts_may_be_cpu_seconds(monkeypatch):
     with part("losses"):  # from 1 to 2, read at 3
         pass
     assert part.read() == {"other": 2e3, "losses": 1e3}
+
+
+def test_the_rate_of_products_is_that_of_the_clock_it_is_given():
+    now = iter(range(100))
+    rate = matmul_rate(torch.device("cpu"), torch.float32, now=lambda: float(next(now)))
+    assert rate.flops == 2 * 1024**3  # a second each
 
 
 def test_causal_attention_is_counted_as_what_it_sees():
@@ -327,7 +334,7 @@ def test_targets_are_judged_by_medians():
 @pytest.mark.slow
 def test_a_quick_run_writes_table_records_and_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records, "RESULTS", tmp_path)
-    monkeypatch.setattr(entry, "ceiling", lambda *_: BEST)
+    monkeypatch.setattr(entry, "ceiling", lambda *_, **__: BEST)
     entry.main(["--quick", "--only=W1,E8", "--rivals=B1,B4,B3", "--ablate=", "--save"])
     out = capsys.readouterr().out
     assert "B3       not measured: FlexAttention has no backward on a CPU" in out
@@ -421,7 +428,7 @@ def test_a_result_is_saved_before_the_next_is_measured(tmp_path, monkeypatch):
 
     makes = {"E1": Plain, "B1": interrupted, OURS: Smbfast}
     monkeypatch.setattr(records, "RESULTS", tmp_path)
-    monkeypatch.setattr(entry, "ceiling", lambda *_: BEST)
+    monkeypatch.setattr(entry, "ceiling", lambda *_, **__: BEST)
     monkeypatch.setattr(entry, "variants", lambda *_, **__: makes)
     with pytest.raises(KeyboardInterrupt):
         entry.main(["--quick", "--only=W1", "--pairs", "--save"])
@@ -432,7 +439,7 @@ def test_a_result_is_saved_before_the_next_is_measured(tmp_path, monkeypatch):
 
 def test_a_share_above_the_ceiling_fails_the_run(monkeypatch):
     """A share of the ceiling above 1 is a mistake in counting, however fast the machine is."""
-    monkeypatch.setattr(entry, "ceiling", lambda *_: replace(BEST, matmul=1.0))
+    monkeypatch.setattr(entry, "ceiling", lambda *_, **__: replace(BEST, matmul=1.0))
     monkeypatch.setattr(entry, "variants", lambda *_, **__: {OURS: Smbfast})
     with pytest.raises(SystemExit, match=r"W1 B4 reaches \d+ % of the matmul ceiling"):
         entry.main(["--quick", "--only=W1"])

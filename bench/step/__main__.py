@@ -4,6 +4,7 @@ See bench/README.md for the workloads, the variants, and what is compared before
 """
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -215,7 +216,9 @@ def _measured(
         not isinstance(make, str) and n.endswith("bf16") for _, m in plan for n, make in m.items()
     ):
         kinds = [torch.float32, torch.bfloat16]
-    best = {dtype: ceiling(clock, dtype) for dtype in kinds}
+    cpu_time = settings.cpu_time and device == "cpu"
+    measured_by = partial(ceiling, clock, cpu_time=cpu_time)
+    best = {dtype: measured_by(dtype) for dtype in kinds}
     print(
         f"{device}: {_machine(stamp)}, load {stamp['load']}; torch {stamp['versions']['torch']}; "
         f"git {stamp['git']}; "
@@ -234,13 +237,13 @@ def _measured(
         if r.times and device == "cpu" and settings.memory and not settings.quick:
             r.step_mib = memory(r.workload.name, r.variant, quick=False)
         if settings.save:  # at once: what comes later may end the process
-            clock = {"clock": "cpu" if settings.cpu_time and device == "cpu" else "wall"}
-            records.append("step", [stamp | clock | record(r, best, ours)])
+            kind = {"clock": "cpu" if cpu_time else "wall"}
+            records.append("step", [stamp | kind | record(r, best, ours)])
 
     for workload, makes in plan:
         if not settings.quick:  # what else runs on the machine comes and goes
-            best |= {dtype: b.raised(ceiling(clock, dtype)) for dtype, b in best.items()}
-        how = {"pairs": pairs, "cpu_time": settings.cpu_time}
+            best |= {dtype: b.raised(measured_by(dtype)) for dtype, b in best.items()}
+        how = {"pairs": pairs, "cpu_time": cpu_time}
         measured = measure(workload, device, makes, rounds, progress.add, **how, done=done)
         print(f"\n{table(measured, best)}\n", flush=True)
         results += measured

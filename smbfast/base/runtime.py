@@ -135,11 +135,20 @@ class MatmulRate:
     library: str  # that reached it
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> MatmulRate:
+def matmul_rate(
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float = 0.2,
+    now: Callable[[], float] = time.perf_counter,
+) -> MatmulRate:
     """Return the FLOP/s of a large matrix product on this device, by the fastest library there is.
 
     It is the best of several products after a warm-up, of matrices of 8192 x 8192 on a GPU and
     1024 x 1024 on a CPU, where fp32 products of torch's own choice and of oneDNN take turns.
+
+    Args:
+        seconds: of measuring.
+        now: the clock, in seconds.
     """
     n = 8192 if device.type == "cuda" else 1024
     left, right = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -153,10 +162,10 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) 
     while not all(times.values()) or sum(map(sum, times.values())) < seconds:
         for name, product in products.items():
             wait()
-            start = time.perf_counter()
+            start = now()
             product()
             wait()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(now() - start)
     best = min(times, key=lambda name: min(times[name]))
     return MatmulRate(2 * n**3 / min(times[best]), best)
 
