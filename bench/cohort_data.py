@@ -23,10 +23,9 @@ from transformers import AutoTokenizer
 
 from smbfast.base.files import committed_folder
 from smbfast.batch import Timeline
+from smbfast.data.formats import read_encoding, serializer_of
 from smbfast.data.meds import MedsDataset
-from smbfast.data.prepared import serializer_of
 from smbfast.data.splits import SPLITS
-from smbfast.data.tokens import TextEncoder
 from smbfast.probing.features import join
 from smbfast.simulation.dataset import simulate
 
@@ -125,10 +124,11 @@ def bag_of_tokens(
     Raises:
         ValueError: this version cannot read the format of the model.
     """
-    record = json.loads((final / "smbfast.json").read_text())
+    # records of the first version do not name their format, which was the paper's
+    record = {"data_format": "text-paper", **json.loads((final / "smbfast.json").read_text())}
     tokenizer = AutoTokenizer.from_pretrained(final, local_files_only=True)
     dataset = MedsDataset.open(data)
-    serializer = serializer_of(dataset, TextEncoder(tokenizer, record["delimiters"]), record)
+    serializer = serializer_of(dataset, read_encoding(final, tokenizer, record), record)
     order_K = np.lexsort((time_K, subject_K))
     sorted_K = subject_K[order_K]
     ever: list[np.ndarray] = [np.empty(0, np.int64)] * len(subject_K)
