@@ -144,22 +144,25 @@ def _in_demographics(layout: Layout) -> np.ndarray:
 
 
 def _element_tokens(layout: Layout) -> list[Counter[str]]:
-    """The tokens of each distinct piece by element."""
+    """The tokens of each distinct piece by element.
+
+    A colon or comma that is one token with the bracket before it counts as a separator.
+    """
     is_line_U = np.zeros(len(layout.strings), bool)
     is_line_U[layout.piece_P[layout.line_P >= 0]] = True
-    counts = []
+    element_U = []
     for text, ids, is_line in zip(layout.strings, layout._table_ids(), is_line_U, strict=True):
         if text.startswith("\0"):
-            counts.append(Counter({"tags": len(ids)}))
+            element_U.append(Counter({"tags": len(ids)}))
         elif not is_line:
-            counts.append(Counter({"headers": len(ids)}))
+            element_U.append(Counter({"headers": len(ids)}))
         else:
             # a value begins with a space, and a name never does
             inner = "values" if text.startswith(" ") else "names"
             end = text[-1]
             last = "newlines" if end == "\n" else "separators" if end in ":," else inner
-            counts.append(Counter({inner: len(ids) - 1}) + Counter({last: 1}))
-    return counts
+            element_U.append(Counter({inner: len(ids) - 1}) + Counter({last: 1}))
+    return element_U
 
 
 def shown(results: list[dict[str, Any]]) -> str:

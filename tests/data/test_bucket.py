@@ -1,6 +1,7 @@
 """The choice of the bucket: the longest with which enough tokens can be cut."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from smbfast.data import bucket as own
 from smbfast.data.bucket import BUCKETS, choose_bucket, sampled_subjects, share_with_cut, why
-from smbfast.data.meds import EventBatch
+from smbfast.data.meds import EventBatch, MedsDataset
+from smbfast.data.preparing import prepare
 from smbfast.data.serialize import Bucket, Serializer
-from smbfast.settings import ObjectiveSettings
-from tests.data.event_tables import Event, batch_of, event, our_bpe, serializer_of
+from smbfast.settings import DataSettings, ObjectiveSettings
+from smbfast.simulation.dataset import simulate
+from tests.data.event_tables import Event, batch_of, event, one_subject, our_bpe, serializer_of
 
 OURS = our_bpe()
 
@@ -102,3 +105,23 @@ def test_the_sample_is_spread_over_all_subjects(monkeypatch: pytest.MonkeyPatch)
 def test_a_split_without_events_is_refused() -> None:
     with pytest.raises(ValueError, match="must have an event with a time"):
         choose_bucket(InMemory([event(None, "GENDER//F")]), make, 4096)
+
+
+@pytest.mark.parametrize("form", ["text", "text-paper"])
+def test_preparing_takes_what_was_chosen_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    simulate(tmp_path / "cohort", 60, 0)
+    data = DataSettings(path=str(tmp_path / "cohort"), format=form, vocab_size=500, window=256)
+    made = prepare(data, tmp_path / "out", None, ("train",))
+    assert "data.bucket=auto is `day`, the longest" in capsys.readouterr().err
+    assert (made.options["bucket"], made.options["format"]) == ("day", form)
+    assert bool(made.preamble.age_ids) == (form == "text")
+    # shards that are there keep their bucket: nothing is chosen again
+    monkeypatch.setattr("smbfast.data.fitting.choose_bucket", None)
+    assert prepare(data, tmp_path / "out", None, ("train",)).options == made.options
+    dataset = MedsDataset.open(data.folder)
+    batch = next(dataset.batches("train"))
+    serializer = made.serializer(dataset)
+    (first,) = serializer.timelines(one_subject(batch, 0))
+    assert np.array_equal(first.ids_T, made.shards("train")[0][0].ids_T)
