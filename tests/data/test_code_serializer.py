@@ -66,6 +66,7 @@ def lines_of(serializer: CodeSerializer, timeline: Timeline) -> list[list[str]]:
     names = [t.name for t in serializer.vocabulary.tokens]
     first = serializer.vocabulary.first_id
     ends = [0, timeline.header, *timeline.bucket_end_B.tolist()]
+    assert ends[-1] == len(timeline)
     return [[names[i - first] for i in timeline.ids_T[a:b]] for a, b in pairwise(ends)]
 
 
