@@ -61,11 +61,9 @@ def age_line(years: int) -> str:
 
 def age_at(birth: int, time: int) -> str:
     """Return the line of the age at `time`, microseconds since 1970; empty where it is unknown."""
-    return (
-        ""
-        if birth == UNKNOWN or time < birth
-        else age_line(min((time - birth) // YEAR, MOST_YEARS))
-    )
+    if birth == UNKNOWN or time < birth:
+        return ""
+    return age_line(min((time - birth) // YEAR, MOST_YEARS))
 
 
 def dates(time_K: np.ndarray, bucket: str) -> tuple[list[str], np.ndarray]:

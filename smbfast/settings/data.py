@@ -17,7 +17,7 @@ class DataSettings(Settings):
 
     In the format `codes` each event is one token, in strict order of time. In the text formats the
     events of a patient are sorted into buckets, which are spans of time such as a day, and each
-    bucket is written as text: its date, then sections such as conditions or drugs with one line
+    bucket is written as text: its time, then sections such as conditions or drugs with one line
     for each code. The tokens of all events or buckets, in order, are the patient's timeline. A
     window is the part of a timeline that one forward sees; a long timeline has several.
 
@@ -194,7 +194,7 @@ class PrepareSettings(DataSettings):
     was stopped, give it again: it goes on with the files that are left.
 
     The events of a patient are sorted into buckets, which are spans of time such as a day. Each
-    bucket is written as text: its date, then sections such as conditions or drugs with one line
+    bucket is written as text: its time, then sections such as conditions or drugs with one line
     for each code.
     """
 
@@ -219,7 +219,8 @@ class PrepareSettings(DataSettings):
     window: int = Field(
         1024,
         ge=64,
-        description="Without effect in this command: the shards hold whole timelines, and training "
+        description="The context length for which `bucket=auto` chooses a bucket; give that of the "
+        "training. It has no other effect here: the shards hold whole timelines, and training "
         "cuts them into windows of its own context length, --data.window.",
     )
     out: str = Field(
