@@ -90,14 +90,7 @@ class OpenRun:
             torch.set_num_threads(settings.run.threads)
         data, prepared = prepared_data(settings, folder)
         windows, tuning = (
-            WindowSet.of(
-                prepared.shards(split),
-                data.window,
-                prepared.preamble,
-                settings.objective,
-                data.stride,
-            )
-            for split in ("train", "tuning")
+            _windows(settings, data, prepared, split) for split in ("train", "tuning")
         )
         check_windows(windows, tuning, data.path)
         require_cuts(windows, settings)
@@ -203,6 +196,14 @@ class OpenRun:
         checkpoint.save_final(
             folder, self.encoder, target, prepared.tokenizer, record, prepared.vocabulary_file
         )
+
+
+def _windows(
+    settings: TrainSettings, data: DataSettings, prepared: Prepared, split: str
+) -> WindowSet:
+    """Return the windows of a split, which overlap only if a stride says so."""
+    shards, preamble = prepared.shards(split), prepared.preamble
+    return WindowSet.of(shards, data.window, preamble, settings.objective, data.stride)
 
 
 def _model_record(run: OpenRun, step: int) -> dict:

@@ -207,7 +207,8 @@ class ObjectiveSettings(Settings):
         16,
         ge=1,
         description="Smallest number of tokens that must follow a cut; later places of a window "
-        "are not cut. Lower it if windows are so short that steps have nothing to mask.",
+        "are not cut. Windows without a permitted cut have no part in JEPA, so lower it if most "
+        "windows are that short.",
     )
     horizon: int | None = Field(
         None,

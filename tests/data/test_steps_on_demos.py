@@ -14,7 +14,7 @@ from tests.data.event_tables import DATA
 pytestmark = pytest.mark.slow
 
 # format and bucket; a format that has no buckets of its own is here once
-FORMATS = [("text-paper", "day"), ("text-paper", "hour")]
+FORMATS = [("text-paper", "day"), ("text-paper", "hour"), ("codes", "day")]
 STEPS = 150
 
 
