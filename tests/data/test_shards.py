@@ -71,8 +71,9 @@ def test_round_trip(timelines: list[Timeline], tmp_path: Path) -> None:
     for got, expected in zip(shard, timelines, strict=True):
         assert_same_timeline(got, expected)
         for name, dtype in FIELDS.items():
-            assert isinstance(getattr(got, name), np.memmap) and getattr(got, name).dtype == dtype
-            assert not getattr(got, name).flags.writeable
+            array = getattr(got, name)
+            assert array.dtype == dtype and not array.flags.writeable
+            assert type(array) is np.ndarray and isinstance(array.base.base, np.memmap)
     assert shard.index == {
         "timelines": 3,
         "tokens": sum(map(len, timelines)),
