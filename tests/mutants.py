@@ -237,8 +237,8 @@ LEAKS = [
         "node-sees-its-whole-bucket",
         "the bucket of a decision node counts as complete",
         "smbfast/data/nodes.py",
-        "np.searchsorted(timeline.bucket_time_B, key)",
-        'np.searchsorted(timeline.bucket_time_B, key, side="right")',
+        "np.searchsorted(timeline.bucket_time_B, key_K)",
+        'np.searchsorted(timeline.bucket_time_B, key_K, side="right")',
         MOMENT,
     ),
     mutant(
