@@ -12,19 +12,24 @@ def main(argv: list[str] | None = None) -> None:
     """The command: arguments, one call of `smbfast.data.preparing`, what it counted."""
     settings = command_line(PrepareSettings, argv, prog="python -m smbfast.prepare")
     with entry("smbfast.prepare", stopped="the same command goes on"):
+        from smbfast.data.explaining import explained
         from smbfast.data.preparing import prepare
 
         start = time.monotonic()
         prepared = prepare(settings, Path(settings.out), settings.tokenizer, tuple(settings.splits))
+        seconds = time.monotonic() - start
+        table = explained(prepared, settings) if settings.explain else []
     counts = prepared.counts
     print(
         f"prepared {counts['subjects']:,} subjects, {counts['events']:,} events, "
         f"{counts['tokens']:,} tokens ({prepared.format_text}) in "
-        f"{time.monotonic() - start:.1f} s: {prepared.folder}"
+        f"{seconds:.1f} s: {prepared.folder}"
     )
     print(prepared.left_out())
     if prepared.record["unmapped"]:
         print(f"families of codes without a section rule: {prepared.record['unmapped']}")
+    if table:
+        print("", *table, sep="\n")
 
 
 if __name__ == "__main__":

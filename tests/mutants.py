@@ -30,7 +30,8 @@ ALONE = ["-n", "0"] if find_spec("xdist") else []
 TESTS_FAILED = 1  # exit code of pytest; others say that no test could be run
 EQUIVALENCE = "tests/test_equivalence.py::test_adapters_alone[1.0-none]"
 MEASURED = (
-    "tests/test_equivalence.py::test_measured_losses_and_states_are_the_same[lora-merged-tied-fp64]"
+    "tests/test_equivalence.py::test_measured_losses_and_states_are_the_same"
+    "[lora-merged-tied-fp64-visible]"
 )
 THREE_STEPS = (
     "tests/test_second_oracle.py::test_three_steps_are_those_of_transformers_and_peft"

@@ -203,6 +203,9 @@ class PrepareSettings(DataSettings):
   Prepare a dataset for a small model, whose tokenizer is trained on the data itself:
     python -m smbfast.prepare --path=MEDS_FOLDER --out=shards --vocab_size=2048
 
+  See how its codes become tokens:
+    python -m smbfast.prepare --path=MEDS_FOLDER --out=shards --explain
+
   Prepare it for a pretrained backbone, with its tokenizer and hourly buckets:
     python -m smbfast.prepare --path=MEDS_FOLDER --out=shards --tokenizer=Qwen/Qwen3-8B \\
         --bucket=hour"""
@@ -233,6 +236,13 @@ class PrepareSettings(DataSettings):
         description="Folder or Hugging Face Hub name of a tokenizer, normally that of the "
         "pretrained backbone to be trained. `none` trains a byte-level BPE tokenizer of "
         "`vocab_size` tokens on the train split, for a model made from scratch.",
+    )
+    explain: bool = Field(
+        False,
+        description="Whether to print how the codes of the train split became tokens: a row for "
+        "each family of codes with its section, its tokens and bins, its share of the events, and "
+        "the shares that have the token of an ancestor, of the beginning of the code, of the "
+        "family or of the section. Families of fewer than ten patients are not shown.",
     )
     splits: list[Literal["train", "tuning", "held_out"]] = Field(
         ["train", "tuning"],
