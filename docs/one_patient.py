@@ -2,10 +2,11 @@
 
 python docs/one_patient.py
 
-Legend: T tokens of the packed row.
+Legend: T tokens of a window or of the packed row.
 """
 
 import tempfile
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 from smbfast import objective, reference
 from smbfast.batch import PackedBatch, Timeline
+from smbfast.data.codes import CodeVocabulary
 from smbfast.data.loader import make_batch
 from smbfast.data.masking import cut_points, masked_tokens
 from smbfast.data.meds import STATIC, EventBatch, MedsDataset
@@ -24,13 +26,13 @@ from smbfast.data.windows import WindowSet
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.target import TargetEncoder
 from smbfast.run.step import LossScales
-from smbfast.settings import load
+from smbfast.settings import TrainSettings, load
 from smbfast.simulation.dataset import simulate
 
-SUBJECTS = 41, 8  # the patient that is shown, and one that shares the row
+SUBJECTS = 13, 45  # the patient that is shown, and one that shares the row
 SETTINGS = [
-    "data.format=text",
-    "data.window=96",
+    "data.window=128",
+    "data.gap_floor=360",  # what `auto` is for a simulated cohort
     "data.vocab_size=2048",
     "objective.cuts=2",
     "run.device=cpu",
@@ -38,40 +40,106 @@ SETTINGS = [
 SEED = STEP = 0
 
 
-def events(batch: EventBatch, last: int) -> list[str]:
-    """A line for each event up to the time `last`: time, code and value, as MEDS has them."""
-    lines = ["time        code                       numeric_value"]
+@dataclass(frozen=True)
+class Shown:
+    """The two patients in one format."""
+
+    settings: TrainSettings
+    prepared: Prepared
+    pair: list[Timeline]  # their windows, each a whole record
+
+    @classmethod
+    def of(cls, folder: Path, form: str) -> "Shown":
+        """Prepare the cohort that lies in `folder` and cut it into windows."""
+        settings = load(
+            "tiny", [*SETTINGS, f"data.format={form}", f"data.path={folder / 'cohort'}"]
+        )
+        prepared = prepare(settings.data, folder / form, None, ("train",))
+        windows = WindowSet.of(
+            prepared.shards("train"),
+            settings.data.window,
+            prepared.preamble,
+            settings.objective,
+        )
+        made = (windows[index] for index in range(len(windows)))
+        of_subject = {w.subject: w for w in made if w.subject in SUBJECTS}
+        return cls(settings, prepared, [of_subject[s] for s in SUBJECTS])
+
+    @property
+    def window(self) -> Timeline:
+        """The window of the patient that is shown."""
+        return self.pair[0]
+
+    def cuts(self) -> list[int]:
+        """Return the cuts of the window in the step that is shown."""
+        return cut_points(self.window, self.settings.objective, SEED, STEP)
+
+    def marked(self, names: list[str]) -> list[str]:
+        """Return the names of the window's tokens, with a star where the first cut masks them."""
+        masked = masked_tokens(self.window, self.cuts()[0], self.settings.objective, SEED, STEP, 0)
+        return [f"{name}*" if i in masked else name for i, name in enumerate(names)]
+
+    def told_cuts(self) -> list[str]:
+        """A line about the cuts."""
+        return [
+            f"cuts at {self.cuts()}, of {len(self.window)} tokens; "
+            f"vocabulary {len(self.prepared.tokenizer)}"
+        ]
+
+
+def minute(time: int) -> str:
+    """A time in microseconds since 1970 as a date and a clock."""
+    return str(np.datetime64(time, "us").astype("M8[m]")).replace("T", " ")
+
+
+def events(batch: EventBatch) -> list[str]:
+    """A line for each event: time, code and value, as MEDS has them."""
+    lines = ["time              code                          numeric_value"]
     for time, code, value in zip(batch.time_N, batch.code_N, batch.value_N, strict=True):
-        if time > last:
-            break
-        day = "" if time == STATIC else str(np.datetime64(int(time), "us").astype("M8[D]"))
+        at = "" if time == STATIC else minute(int(time))
         number = "" if np.isnan(value) else f"{value:g}"
-        lines.append(f"{day:<10}  {batch.codes[code]:<25}  {number}".rstrip())
+        lines.append(f"{at:<16}  {batch.codes[code]:<28}  {number}".rstrip())
     return lines
 
 
-def text(prepared: Prepared, record: str, window: Timeline) -> list[str]:
-    """The text of the window, which is the beginning of that of the record."""
-    shown = prepared.tokenizer.decode(window.ids_T[1:])  # without the begin token
-    if not record.startswith(shown):
-        raise ValueError("the tokens of a first window must be the beginning of the record's text")
-    return shown.splitlines()
+def code_tokens(shown: Shown) -> list[str]:
+    """A line for each moment of a window: where it begins, its time, and its tokens."""
+    vocabulary, window = shown.prepared.encoding, shown.window
+    assert isinstance(vocabulary, CodeVocabulary)
+    names = [vocabulary.tokens[i - vocabulary.first_id].name for i in window.ids_T.tolist()]
+    marked = shown.marked(names)
+    lines = [f"  0  {'header':<16}  {' | '.join(marked[: window.header])}"]
+    for start, end, time in zip(
+        [window.header, *window.bucket_end_B[:-1].tolist()],
+        window.bucket_end_B.tolist(),
+        window.bucket_time_B.tolist(),
+        strict=True,
+    ):
+        lines.append(f"{start:3d}  {minute(time)}  {' | '.join(marked[start:end])}")
+    return lines
 
 
-def tokens(prepared: Prepared, window: Timeline, masked_T: np.ndarray) -> list[str]:
+def text(shown: Shown, dataset: MedsDataset, record: EventBatch) -> list[str]:
+    """The text of the window, which is that of the record."""
+    [written] = shown.prepared.serializer(dataset).texts(record)
+    decoded = str(shown.prepared.tokenizer.decode(shown.window.ids_T[1:]))  # without <|begin|>
+    if decoded != written:
+        raise ValueError("the tokens of the window must be the text of the record")
+    return decoded.splitlines()
+
+
+def text_tokens(shown: Shown) -> list[str]:
     """A line for each stretch of a window: where it begins, what it is, and its tokens."""
+    window, tokenizer = shown.window, shown.prepared.tokenizer
     edges = {0, len(window), window.header, *window.bucket_end_B.tolist()}
     edges |= {*window.line_start_L.tolist(), *window.line_end_L.tolist()}
     section_of = dict(zip(window.line_start_L.tolist(), window.line_section_L, strict=True))
-    ends = sorted(edges)
+    marked = shown.marked([repr(tokenizer.decode([i]))[1:-1] for i in window.ids_T.tolist()])
     lines = []
-    for start, end in pairwise(ends):
+    for start, end in pairwise(sorted(edges)):
         kind = f"line, {SECTIONS[section_of[start]]}" if start in section_of else "header and tags"
         kind = "before the buckets" if start < window.header else kind
-        words = [repr(prepared.tokenizer.decode([int(i)]))[1:-1] for i in window.ids_T[start:end]]
-        marks = ["*" if masked else "" for masked in masked_T[start:end]]
-        shown = "|".join(f"{word}{mark}" for word, mark in zip(words, marks, strict=True))
-        lines.append(f"{start:3d}  {kind:<20}  {shown}")
+        lines.append(f"{start:3d}  {kind:<20}  {'|'.join(marked[start:end])}")
     return lines
 
 
@@ -89,32 +157,23 @@ def segments(batch: PackedBatch) -> list[str]:
 
 def blocks(folder: Path) -> dict[str, list[str]]:
     """What is printed, by heading; the cohort and its shards are written to `folder`."""
-    settings = load("tiny", [*SETTINGS, f"data.path={folder / 'cohort'}"])
-    objective_settings = settings.objective
     simulate(folder / "cohort", 60, SEED)
-    prepared = prepare(settings.data, folder / "shards", None, ("train",))
     dataset = MedsDataset.open(folder / "cohort")
     [record] = dataset.batches("train", np.array(SUBJECTS[:1]))
-    windows = WindowSet.of(
-        prepared.shards("train"), settings.data.window, prepared.preamble, objective_settings
-    )
-    whole = [w for w in windows if w.labels_from <= 1]
-    pair = [next(w for w in whole if w.subject == subject) for subject in SUBJECTS]
-    window = pair[0]
-    cuts = cut_points(window, objective_settings, SEED, STEP)
-    masked_T = np.zeros(len(window), bool)
-    masked_T[masked_tokens(window, cuts[0], objective_settings, SEED, STEP, 0)] = True
-    batch = make_batch(pair, objective_settings, SEED, STEP, jepa=True)
-    shown = {
-        "events": events(record, int(window.line_time_L.max())),
-        "text": text(prepared, prepared.serializer(dataset).texts(record)[0], window),
-        "tokens": tokens(prepared, window, masked_T),
-        "cuts": [f"cuts at {cuts}, of {len(window)} tokens; vocabulary {len(prepared.tokenizer)}"],
+    codes, lines = Shown.of(folder, "codes"), Shown.of(folder, "text")
+    batch = make_batch(codes.pair, codes.settings.objective, SEED, STEP, jepa=True)
+    encoder = make_encoder(codes.settings, codes.prepared.tokenizer, torch.device("cpu"))
+    return {
+        "events": events(record),
+        "tokens": code_tokens(codes),
+        "cuts": codes.told_cuts(),
         "segments": segments(batch),
         "counts": counts(batch),
+        "losses": losses(encoder, batch),
+        "text": text(lines, dataset, record),
+        "text_tokens": text_tokens(lines),
+        "text_cuts": lines.told_cuts(),
     }
-    encoder = make_encoder(settings, prepared.tokenizer, torch.device("cpu"))
-    return shown | {"losses": losses(encoder, batch)}
 
 
 def counts(batch: PackedBatch) -> list[str]:
