@@ -15,7 +15,7 @@ import numpy as np
 from smbfast.batch import UNKNOWN, Timeline
 from smbfast.data.births import births, without_late_births
 from smbfast.data.meds import STATIC, EventBatch
-from smbfast.data.sections import SECTIONS, family
+from smbfast.data.sections import SECTIONS
 from smbfast.data.style import SPAN, age_at, dates, number, times_since
 from smbfast.data.tokens import CLOSE, OPEN
 
@@ -125,9 +125,7 @@ class Layout:
         self.code_L = code[new_line][place_L]
         self.time_L = np.full(len(first_L), STATIC, np.int64)
         np.maximum.at(self.time_L, self.line_E, np.where(header_N, STATIC, time_N)[self.event_E])
-        rare_C = np.bincount(code_N[~ruled_C[code_N]], minlength=len(ruled_C))
-        for index in np.flatnonzero(rare_C).tolist():
-            serializer.unmapped[family(batch.codes[index])] += int(rare_C[index])
+        serializer.unmapped.add(batch, ruled_C)
 
     def _items(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
         """Return whether each event has a value and whether that is a number (both bool [E]), the

@@ -33,6 +33,7 @@ from smbfast.data.sections import SectionMap
 from smbfast.data.shards import ShardWriter
 from smbfast.data.splits import SPLITS
 from smbfast.data.tokens import load_tokenizer
+from smbfast.data.unmapped import Unmapped
 from smbfast.settings import DataSettings
 
 
@@ -95,7 +96,7 @@ def _prepare(
         "meds_version": dataset.version,
         "shards": shards,
         "counts": {s: dict(c) for s, c in counts.items()},
-        "unmapped": _frequent(unmapped),
+        "unmapped": unmapped.shown(),
     }
     write_text(out / "prepare.json", json.dumps(record, indent=1))
     return Prepared.open(out)
@@ -172,7 +173,7 @@ def _data_digest(dataset: MedsDataset, splits: tuple[str, ...]) -> str:
 
 def _make_shards(
     data: DataSettings, dataset: MedsDataset, out: Path, splits: tuple[str, ...]
-) -> tuple[dict[str, list[str]], dict[str, Counter[str]], Counter[str]]:
+) -> tuple[dict[str, list[str]], dict[str, Counter[str]], Unmapped]:
     jobs = [
         (split, f"{split}/{index}", file)
         for split in splits
@@ -201,7 +202,7 @@ def _make_shards(
             _make_shard(dataset, serializer, split, file, out / name, progress)
     shards: dict[str, list[str]] = {s: [] for s in splits}
     counts: dict[str, Counter[str]] = {s: Counter() for s in splits}
-    unmapped: Counter[str] = Counter()
+    unmapped = Unmapped()
     for split, name, _ in jobs:
         index = json.loads((out / name / "index.json").read_text())
         shards[split].append(name)
@@ -262,12 +263,5 @@ def _make_shard(
             if progress:
                 progress.add(len(batch.time_N))
         writer.close(
-            split=split, counts=dict(serializer.counts), unmapped=dict(serializer.unmapped)
+            split=split, counts=dict(serializer.counts), unmapped=serializer.unmapped.record()
         )
-
-
-def _frequent(unmapped: Counter[str]) -> dict[str, int]:
-    """Return families of codes by events; those with 10 or fewer are shown as one, `(rare)`."""
-    shown = {k: n for k, n in unmapped.most_common() if n > 10}
-    rare = sum(unmapped.values()) - sum(shown.values())
-    return shown | ({"(rare)": rare} if rare else {})

@@ -30,6 +30,7 @@ from smbfast.data.sections import SectionMap
 from smbfast.data.style import SPAN, STYLES, Format, Style, age_line, short_names
 from smbfast.data.timelines import MOST_YEARS, Preamble
 from smbfast.data.tokens import TextEncoder
+from smbfast.data.unmapped import Unmapped
 
 Bucket = Literal["day", "hour", "moment"]
 VERSION = 1  # of the text format: part of every fingerprint
@@ -62,7 +63,7 @@ class Serializer:
         self.options = options or SerializerOptions()
         self.style = style or STYLES[self.options.format]
         self.counts: Counter[str] = Counter()
-        self.unmapped: Counter[str] = Counter()  # events by family of code, fallback rule alone
+        self.unmapped = Unmapped()  # events of codes that only the fallback rule maps
         self.preamble = _preamble(encoder, self.style)
         self._sections = sections
         self._descriptions = descriptions

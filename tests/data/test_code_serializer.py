@@ -76,7 +76,7 @@ def test_a_patient_by_hand(vocabulary: CodeVocabulary) -> None:
     header, *moments = (" ".join(line) for line in lines_of(serializer, timeline))
     assert "\n".join([f"<begin> {header}", *moments]) == NAMES
     assert timeline.birth == us("2100-05-02 03:00")
-    assert serializer.counts["events"] == len(PATIENT) and not serializer.unmapped
+    assert serializer.counts["events"] == len(PATIENT) and not serializer.unmapped.events
     (names,) = serializer.texts(batch_of(PATIENT))
     assert " ".join(["<begin>", *names]) == NAMES.replace("\n", " ")
 
@@ -286,7 +286,7 @@ def test_codes_that_no_rule_maps_are_counted_by_family() -> None:
     events = [event("2150-01-31", "ODD//a"), event(None, "ODD//b"), event("2150-01-31", "LAB//x")]
     serializer = code_serializer()
     serializer.timelines(batch_of(events, events))
-    assert serializer.unmapped == {"ODD": 4}
+    assert serializer.unmapped.events == {"ODD": 4}
 
 
 def test_a_fingerprint_changes_with_whatever_changes_tokens() -> None:

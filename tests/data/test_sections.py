@@ -118,7 +118,7 @@ def test_what_no_rule_matched_is_counted_by_family_alone() -> None:
     serializer = serializer_of(our_bpe())
     events = [event("2150-01-31", c) for c in ("zz//secret//1", "zz//secret//2", "yy|3", "LAB//1")]
     (text,) = serializer.texts(batch_of(events))
-    assert serializer.unmapped == {"zz": 2, "yy": 1}
+    assert serializer.unmapped.events == {"zz": 2, "yy": 1}
     assert "<observations>zz//secret//1\n" in text
     assert [family(c) for c in ("a//b", "a/b", "a|b", "a:b", "a b")] == [*"aaaa", "(no prefix)"]
 

@@ -145,7 +145,7 @@ def test_the_text_of_a_patient() -> None:
     assert serializer.texts(batch_of(PATIENT)) == [BY_DAY]
     assert serializer.counts["events"] == len(PATIENT)
     assert (serializer.counts["values_left_out"], serializer.counts["texts_cut"]) == (2, 0)
-    assert not serializer.unmapped
+    assert not serializer.unmapped.events
 
 
 def test_the_worked_example_of_the_layout() -> None:

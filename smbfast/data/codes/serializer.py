@@ -24,8 +24,9 @@ from smbfast.data.births import births, without_late_births
 from smbfast.data.codes.alphabet import GAP_EDGES
 from smbfast.data.codes.vocabulary import CodeVocabulary
 from smbfast.data.meds import STATIC, EventBatch
-from smbfast.data.sections import SECTIONS, family
+from smbfast.data.sections import SECTIONS
 from smbfast.data.timelines import MOST_YEARS, YEAR, Preamble
+from smbfast.data.unmapped import Unmapped
 
 VERSION = 1  # of the format `codes`: part of every fingerprint
 _LATEST = int(np.iinfo(np.int64).max)
@@ -45,7 +46,7 @@ class CodeSerializer:
         self.vocabulary = vocabulary
         self.gap_floor = gap_floor
         self.counts: Counter[str] = Counter()
-        self.unmapped: Counter[str] = Counter()  # events by family of code, fallback rule alone
+        self.unmapped = Unmapped()  # events of codes that only the fallback rule maps
         self.preamble = code_preamble(vocabulary)
         self._ruled: dict[str, bool] = {}
 
@@ -101,11 +102,7 @@ class CodeSerializer:
         for code in batch.codes:
             if code not in self._ruled:
                 self._ruled[code] = vocabulary.sections(code, vocabulary.parents.get(code))[1]
-        unruled_C = ~np.array([self._ruled[c] for c in batch.codes], bool)
-        if unruled_C.any():
-            count_C = np.bincount(batch.code_N, minlength=len(unruled_C)) * unruled_C
-            for c in np.flatnonzero(count_C).tolist():
-                self.unmapped[family(batch.codes[c])] += int(count_C[c])
+        self.unmapped.add(batch, np.array([self._ruled[c] for c in batch.codes], bool))
 
 
 def code_preamble(vocabulary: CodeVocabulary) -> Preamble:
