@@ -58,7 +58,7 @@ def read_encoding(
     Raises:
         ValueError: the vocabulary of the format codes is missing or damaged.
     """
-    if record["data_format"] == "codes":
+    if record.get("data_format") == "codes":  # an earlier version's record does not have it
         return CodeVocabulary.read(folder / VOCABULARY)
     return TextEncoder(tokenizer, record["delimiters"])
 

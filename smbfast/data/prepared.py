@@ -39,19 +39,23 @@ class Prepared:
         """Open a finished folder.
 
         Raises:
-            ValueError: the folder is missing or unfinished, or its tokenizer is not the one that
-                its shards were made with.
+            ValueError: the folder is missing or unfinished, an earlier version wrote it, or its
+                tokenizer is not the one that its shards were made with.
         """
         folder = Path(folder)
         try:
             record = json.loads((folder / "prepare.json").read_text())
             made_by, delimiters = record["encoder"], record["delimiters"]
-            record["data_format"]
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(
                 f"{folder} must be a finished folder of `python -m smbfast.prepare`; it has no "
                 "readable prepare.json"
             ) from None
+        if "data_format" not in record:
+            raise ValueError(
+                f"{folder} was prepared by an earlier version, whose record has no data_format; "
+                "prepare the data again, into another folder"
+            )
         verify_folder(folder / "tokenizer")
         tokenizer, _ = load_tokenizer(str(folder / "tokenizer"), delimiters)
         encoding = read_encoding(folder / "tokenizer", tokenizer, record)

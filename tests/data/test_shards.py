@@ -12,6 +12,8 @@ import pytest
 from smbfast.base.files import committed_folder
 from smbfast.batch import Timeline
 from smbfast.data import preparing
+from smbfast.data.formats import read_encoding
+from smbfast.data.formats import serializer_of as serializer_of_record
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import prepare
@@ -243,6 +245,23 @@ def test_held_out_rows_beyond_subject_ids_are_not_read(tmp_path: Path, split: st
     else:  # the damage is real: where rows are read, it is found
         with pytest.raises(ValueError, match="train"):
             prepared(data, tmp_path / "out")
+
+
+def test_a_folder_of_an_earlier_version_is_refused_as_that(tmp_path: Path) -> None:
+    folder = prepared(write_meds(tmp_path / "meds"), tmp_path / "out").folder
+    record = json.loads((folder / "prepare.json").read_text())
+    del record["data_format"]
+    (folder / "prepare.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="prepared by an earlier version"):
+        Prepared.open(folder)
+
+
+def test_a_model_of_an_earlier_version_is_refused_as_that(tmp_path: Path) -> None:
+    made = prepared(write_meds(tmp_path / "meds"), tmp_path / "out")
+    earlier = {k: v for k, v in made.record.items() if k != "data_format"} | {"format": 1}
+    encoding = read_encoding(made.folder / "tokenizer", made.tokenizer, earlier)
+    with pytest.raises(ValueError, match="format of text-paper must be 2, the record says 1"):
+        serializer_of_record(MedsDataset.open(tmp_path / "meds"), encoding, earlier)
 
 
 def test_another_tokenizer_or_other_settings_are_refused(tmp_path: Path) -> None:
