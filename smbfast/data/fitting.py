@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -150,8 +151,14 @@ def code_statistics(data: DataSettings, dataset: MedsDataset) -> CodeStatistics:
 
 def _count(data: DataSettings, file: str) -> CodeStatistics:
     statistics = CodeStatistics(text_chars=data.text_chars)
-    _add_file(statistics, MedsDataset.open(data.folder), Path(file))
+    _add_file(statistics, _opened(data.folder), Path(file))
     return statistics
+
+
+@cache
+def _opened(folder: Path) -> MedsDataset:
+    """Open a dataset once in a worker process: it reads the subjects of every file."""
+    return MedsDataset.open(folder)
 
 
 def _add_file(statistics: CodeStatistics, dataset: MedsDataset, file: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from smbfast.base.files import verify_folder
+from smbfast.base.runtime import few
 from smbfast.batch import NewToken
 from smbfast.data.formats import (
     VOCABULARY,
@@ -117,20 +118,20 @@ class Prepared:
             shares = (f"{name} {counts[name] / events:.2%}" for name in SHARED)
             parts.append(f"events on a shared token: {', '.join(shares)}")
             parts += [
-                f"numbers without a bin {counts['numbers_without_bin']:,}",
-                f"text values in no token {counts['texts_without_token']:,}, and "
-                f"{counts['texts_dropped_for_number']:,} beside a number",
+                f"numbers without a bin {few(counts['numbers_without_bin'])}",
+                f"text values in no token {few(counts['texts_without_token'])}, and "
+                f"{few(counts['texts_dropped_for_number'])} beside a number",
             ]
         else:
             most = self.record["options"]["values_per_line"]
             if most is not None:
                 parts.append(
-                    f"values beyond the latest {most} of a line {counts['values_left_out']:,}"
+                    f"values beyond the latest {most} of a line {few(counts['values_left_out'])}"
                 )
-            parts.append(f"texts cut {counts['texts_cut']:,}")
+            parts.append(f"texts cut {few(counts['texts_cut'])}")
         parts += [
-            f"values that were NaN or infinite {counts['nonfinite_values']:,}",
-            f"births after a subject's first event {counts['late_births']:,}",
+            f"values that were NaN or infinite {few(counts['nonfinite_values'])}",
+            f"births after a subject's first event {few(counts['late_births'])}",
         ]
         return "; ".join(parts)
 
