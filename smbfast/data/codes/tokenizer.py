@@ -36,10 +36,11 @@ def code_tokenizer(vocabulary: CodeVocabulary) -> PreTrainedTokenizerFast:
 def with_codes(tokenizer: PreTrainedTokenizerBase, vocabulary: CodeVocabulary) -> list[str]:
     """Add the tokens of a vocabulary to a pretrained tokenizer; return their names.
 
-    The id of a token is `first_id` plus its place in the vocabulary.
+    The id of a token is `first_id` plus its place in the vocabulary. A name that the tokenizer
+    knows, such as a code that is a word or the delimiter of a section, gets asterisks.
 
     Raises:
-        ValueError: `first_id` is not the size of the tokenizer, or the tokenizer knows a name.
+        ValueError: `first_id` is not the size of the tokenizer.
     """
     if vocabulary.first_id != len(tokenizer):
         raise ValueError(
@@ -47,13 +48,14 @@ def with_codes(tokenizer: PreTrainedTokenizerBase, vocabulary: CodeVocabulary) -
             f"got {vocabulary.first_id}"
         )
     names = [token.name for token in vocabulary.tokens]
-    known = tokenizer.get_vocab()
-    present = [i for i, name in enumerate(names) if name in known]
-    if present:
-        raise ValueError(
-            f"the tokenizer must know no name of the vocabulary of codes; it knows {len(present)}, "
-            f"the first is the token at place {present[0]}"
-        )
+    known = tokenizer.get_vocab().keys()
+    taken = known | set(names)
+    for i, name in enumerate(names):
+        if name in known:  # an id that has a meaning already is not the code's
+            while name in taken:
+                name += "*"
+            names[i] = name
+            taken.add(name)
     # not normalized: names that only look alike stay apart
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
     expected = list(range(vocabulary.first_id, vocabulary.first_id + len(names)))
