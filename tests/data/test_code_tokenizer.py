@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from smbfast.data.codes import CodeVocabulary
 from smbfast.data.codes.tokenizer import code_tokenizer, with_codes
-from smbfast.data.tokens import Delimiters, save_tokenizer
+from smbfast.data.tokens import save_tokenizer
 from tests.data.code_tables import fitted_on
 from tests.data.event_tables import event, family_tokenizer
 
@@ -60,10 +60,10 @@ def test_tokens_are_added_to_a_backbone_s(family: str, tmp_path: Path) -> None:
     tokenizer, _ = family_tokenizer(family, tmp_path / "a", "text")
     size, text = len(tokenizer), "Glucose: 101, 5 mg"
     ids = tokenizer(text)["input_ids"]
-    names = (n for n in NAMES if n not in ("K", " K"))
-    vocabulary = vocabulary_of(*names, first_id=size)
+    assert "K" in tokenizer.get_vocab() or family == "sentencepiece"
+    vocabulary = vocabulary_of(*NAMES, "µg", "Glucose", first_id=size)
     added = with_codes(tokenizer, vocabulary)
-    assert added == [token.name for token in vocabulary.tokens]
+    assert added == [f"⟦{token.name}⟧" for token in vocabulary.tokens]
     save_tokenizer(tokenizer, tmp_path / "b")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "b")
     assert len(loaded) == size + len(added)
@@ -72,24 +72,26 @@ def test_tokens_are_added_to_a_backbone_s(family: str, tmp_path: Path) -> None:
     assert loaded(text)["input_ids"] == ids
 
 
-@pytest.mark.parametrize("delimiters", ["text", "special"])
-def test_names_that_a_backbone_knows_get_ids_of_their_own(
-    tmp_path: Path, delimiters: Delimiters
-) -> None:
-    """A code that is a word of the backbone, and sections whose delimiters it has."""
-    tokenizer, _ = family_tokenizer("qwen", tmp_path / "a", delimiters)
-    before = tokenizer.get_vocab()
-    vocabulary = vocabulary_of("K", "K*", "K***", first_id=len(tokenizer))
-    added = with_codes(tokenizer, vocabulary)
-    names = [token.name for token in vocabulary.tokens]
-    assert {"K**", "K*", "K***"} <= set(added) and len(set(added)) == len(names)
-    changed = [name for name, new in zip(names, added, strict=True) if name != new]
-    assert changed == [name for name in names if name in before] and "K" in changed
-    assert ("<drugs>*" in added) == (delimiters == "special")
-    save_tokenizer(tokenizer, tmp_path / "b")
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "b").get_vocab()
-    assert [loaded[name] for name in added] == list(range(len(before), len(loaded)))
-    assert before.items() <= loaded.items()
+def test_a_backbone_may_know_names_of_the_alphabet(tmp_path: Path) -> None:
+    tokenizer, _ = family_tokenizer("qwen", tmp_path, "text")
+    known = ["<pad>", "<begin>", "<age 47>", "LAB//t"]
+    tokenizer.add_tokens(known)
+    ids = tokenizer.convert_tokens_to_ids(known)
+    vocabulary = vocabulary_of(first_id=len(tokenizer))
+    with_codes(tokenizer, vocabulary)
+    assert len(tokenizer) == vocabulary.first_id + len(vocabulary)
+    assert tokenizer.convert_tokens_to_ids(known) == ids
+    assert tokenizer.decode(vocabulary.pad) == "⟦<pad>⟧"
+
+
+def test_names_that_a_backbone_knows_are_refused(tmp_path: Path) -> None:
+    tokenizer, _ = family_tokenizer("qwen", tmp_path, "text")
+    tokenizer.add_tokens(["⟦K⟧"])
+    vocabulary = vocabulary_of("K", first_id=len(tokenizer))
+    with pytest.raises(ValueError, match=r"must know no name .* it knows 1,") as refusal:
+        with_codes(tokenizer, vocabulary)
+    assert "K" not in str(refusal.value).split()
+    assert len(tokenizer) == vocabulary.first_id
 
 
 def test_another_first_id_is_refused(tmp_path: Path) -> None:

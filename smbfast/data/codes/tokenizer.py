@@ -34,10 +34,11 @@ def code_tokenizer(vocabulary: CodeVocabulary) -> PreTrainedTokenizerFast:
 
 
 def with_codes(tokenizer: PreTrainedTokenizerBase, vocabulary: CodeVocabulary) -> list[str]:
-    """Add the tokens of a vocabulary to a pretrained tokenizer; return their names.
+    """Add the tokens of a vocabulary to a pretrained tokenizer; return their names there.
 
-    The id of a token is `first_id` plus its place in the vocabulary. A name that the tokenizer
-    knows, such as a code that is a word or the delimiter of a section, gets asterisks.
+    The id of a token is `first_id` plus its place in the vocabulary. Its name stands in brackets
+    (our choice), such as `⟦LAB//GLU < 7⟧`. Without them it could be a word that the tokenizer
+    knows, such as `<pad>` or a short code, and would be found within plain text.
 
     Raises:
         ValueError: `first_id` is not the size of the tokenizer.
@@ -47,15 +48,14 @@ def with_codes(tokenizer: PreTrainedTokenizerBase, vocabulary: CodeVocabulary) -
             f"`first_id` of the vocabulary must be {len(tokenizer)}, the size of the tokenizer; "
             f"got {vocabulary.first_id}"
         )
-    names = [token.name for token in vocabulary.tokens]
-    known = tokenizer.get_vocab().keys()
-    taken = known | set(names)
-    for i, name in enumerate(names):
-        if name in known:  # an id that has a meaning already is not the code's
-            while name in taken:
-                name += "*"
-            names[i] = name
-            taken.add(name)
+    names = [f"⟦{token.name}⟧" for token in vocabulary.tokens]
+    known = tokenizer.get_vocab()
+    present = [i for i, name in enumerate(names) if name in known]
+    if present:
+        raise ValueError(
+            f"the tokenizer must know no name of the vocabulary of codes; it knows {len(present)}, "
+            f"the first is the token at place {present[0]}: name a backbone without tokens of codes"
+        )
     # not normalized: names that only look alike stay apart
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in names])
     expected = list(range(vocabulary.first_id, vocabulary.first_id + len(names)))
