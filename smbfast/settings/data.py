@@ -193,17 +193,15 @@ class PrepareSettings(DataSettings):
     to training as --data.prepared=OUT together with the same settings of the text. If the command
     was stopped, give it again: it goes on with the files that are left.
 
-    The events of a patient are sorted into buckets, which are spans of time such as a day. Each
-    bucket is written as text: its time, then sections such as conditions or drugs with one line
-    for each code.
+    Without a tokenizer the format is `codes`: each event becomes one token, of a vocabulary that
+    is fitted on the train split. With the tokenizer of a pretrained backbone the format is `text`:
+    events are sorted into buckets, which are spans of time such as a day, and each bucket is
+    written as its time and sections such as conditions or drugs with one line for each code.
     """
 
     epilog: ClassVar[str] = """Examples
 
-  Prepare a dataset for a small model, whose tokenizer is trained on the data itself:
-    python -m smbfast.prepare --path=MEDS_FOLDER --out=shards --vocab_size=2048
-
-  See how its codes become tokens:
+  Prepare a dataset for a small model made from scratch, and see how its codes become tokens:
     python -m smbfast.prepare --path=MEDS_FOLDER --out=shards --explain
 
   Prepare it for a pretrained backbone, with its tokenizer and hourly buckets:
@@ -234,8 +232,9 @@ class PrepareSettings(DataSettings):
     tokenizer: str | None = Field(
         None,
         description="Folder or Hugging Face Hub name of a tokenizer, normally that of the "
-        "pretrained backbone to be trained. `none` trains a byte-level BPE tokenizer of "
-        "`vocab_size` tokens on the train split, for a model made from scratch.",
+        "pretrained backbone to be trained. `none` is for a model made from scratch: "
+        "a vocabulary of codes is fitted on the train split, or with a text format a byte-level "
+        "BPE tokenizer of `vocab_size` tokens is trained on it.",
     )
     explain: bool = Field(
         False,

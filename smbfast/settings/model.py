@@ -134,11 +134,12 @@ class ObjectiveSettings(Settings):
     """The two losses: where a record is cut, what is masked and what JEPA has to predict.
 
     SFT (supervised fine-tuning) is next-token prediction on a window. JEPA predicts hidden states
-    instead of tokens. A cut, always at the end of a bucket, splits a window into the context the
-    model sees and the future it must predict. Part of the future is masked, and a small predictor
-    must give, at each masked token, the hidden state that the EMA teacher computes from the
-    unmasked window. The EMA teacher, also called the target encoder, is an exponential moving
-    average of the weights of the encoder in training, the online encoder.
+    instead of tokens. A cut splits a window into the context the model sees and the future it must
+    predict; it lies at the end of a bucket, in the format codes at any event time. Part of the
+    future is masked, and a small predictor must give, at each masked token, the hidden state that
+    the EMA teacher computes from the unmasked window. The EMA teacher, also called the target
+    encoder, is an exponential moving average of the weights of the encoder in training, the online
+    encoder.
 
     The window as it is forms a trunk; the masked future of each cut is a branch, which sees the
     trunk up to the cut and itself. Trunks and branches of many patients lie in one row without
@@ -165,8 +166,8 @@ class ObjectiveSettings(Settings):
         gt=0,
         le=1,
         description="Share of the eligible tokens of a future that are masked, at least one for "
-        "each cut. Eligible are the tokens of event lines; dates, section tags and demographics "
-        "are never masked. A larger share leaves less of the future visible and is harder; 1 masks "
+        "each cut. Eligible are the tokens of events; dates, section tags, gaps, ages and "
+        "demographics are never masked. A larger share leaves less of the future visible and is harder; 1 masks "
         "every eligible token.",
     )
     skeleton: Literal["visible", "hidden"] = Field(
