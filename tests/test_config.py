@@ -196,11 +196,11 @@ def test_help_shows_the_values_of_the_preset_it_names():
     default, lora = run_help([], "p"), run_help(["lora", "--help"], "p")
     assert "default 4096, set by preset lora (1024 without it)" in lines_of(lora, "data.window")
     assert "default lora, set by preset lora (none without it)" in lines_of(lora, "model.train")
-    assert "default 512, set by preset default" in lines_of(default, "data.window")
+    assert "default 256, set by preset default" in lines_of(default, "data.window")
     assert "default 16;" not in lora and "default 8, set by" in lines_of(lora, "optim.batch")
     assert lines_of(default, "lora.r") == lines_of(lora, "lora.r")
     assert "phases.1:  name=jepa  steps=1200  w_sft=0.1  w_jepa=1  lr=none  warmup=100" in lora
-    assert "phases.1:  name=jepa  steps=150  w_sft=0.1  w_jepa=1  lr=0.001  warmup=20" in default
+    assert "phases.1:  name=jepa  steps=250  w_sft=0.1  w_jepa=1  lr=0.001  warmup=20" in default
 
 
 def test_help_shows_overrides_and_files(tmp_path):

@@ -167,8 +167,8 @@ class ObjectiveSettings(Settings):
         le=1,
         description="Share of the eligible tokens of a future that are masked, at least one for "
         "each cut. Eligible are the tokens of events; dates, section tags, gaps, ages and "
-        "demographics are never masked. A larger share leaves less of the future visible and is harder; 1 masks "
-        "every eligible token.",
+        "demographics are never masked. A larger share leaves less of the future visible and is "
+        "harder; 1 masks every eligible token.",
     )
     skeleton: Literal["visible", "hidden"] = Field(
         "visible",
