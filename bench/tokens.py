@@ -3,7 +3,8 @@
 Counts what training reads: all tokens of the windows of the training split, with what each window
 repeats at its start, by a BPE trained on that same text as `smbfast.prepare` trains it. The rows
 below the two formats are `text-paper` with one element written as `text` does, and `text` with one
-element written as `text-paper` does.
+element written as `text-paper` does. In the format `codes` an event's token counts as its name, and
+gaps and birthdays as headers.
 
 Legend: P pieces of a layout, U distinct ones.
 """
@@ -23,6 +24,10 @@ from bench import records
 from smbfast.base.config import Settings, command_line
 from smbfast.base.runtime import git_state, versions
 from smbfast.data.bucket import tokenizer_of
+from smbfast.data.codes.serializer import CodeSerializer
+from smbfast.data.codes.statistics import CodeStatistics
+from smbfast.data.codes.vocabulary import CodeVocabulary
+from smbfast.data.formats import MINUTE
 from smbfast.data.layout import Layout
 from smbfast.data.meds import EventBatch, MedsDataset
 from smbfast.data.sections import SectionMap
@@ -51,8 +56,11 @@ class TokensBench(Settings):
     python -m bench.tokens ../shared/data/eicu-demo --buckets=hour,moment --single=false"""
 
     data: list[str] = Field(min_length=1, description="Folders of the MEDS datasets.")
-    formats: list[Literal["text-paper", "text"]] = Field(
-        ["text-paper", "text"], min_length=1, description="Values of data.format to count."
+    formats: list[Literal["text-paper", "text", "codes"]] = Field(
+        ["text-paper", "text", "codes"], min_length=1, description="Values of data.format to count."
+    )
+    gap_floors: list[int] = Field(
+        [5, 360], min_length=1, description="With the format codes: values of data.gap_floor."
     )
     buckets: list[Literal["day", "hour", "moment"]] = Field(
         ["day"], min_length=1, description="Values of data.bucket to count."
@@ -72,8 +80,8 @@ class TokensBench(Settings):
 
 def styles(formats: list[str], single: bool) -> dict[str, tuple[str, Style]]:
     """Format and style of each row of the table, by its name."""
-    rows = {form: (form, STYLES[form]) for form in formats}
-    for form in formats if single else []:
+    rows = {form: (form, STYLES[form]) for form in formats if form in STYLES}
+    for form in list(rows) if single else []:
         other = LEAN if form == "text-paper" else PAPER
         for field in fields(Style):
             change = {field.name: getattr(other, field.name)}
@@ -115,6 +123,42 @@ def count(
         "tokens_per_event": sum(spent.values()) / events,
         "by_element": {element: n / events for element, n in spent.items()},
     }
+
+
+def count_codes(
+    dataset: MedsDataset, vocabulary: CodeVocabulary, gap_floor: int, settings: TokensBench
+) -> dict[str, Any]:
+    """Tokens an event of the format codes, as `count` returns them; `gap_floor` is in minutes."""
+    serializer = CodeSerializer(vocabulary, gap_floor=gap_floor * MINUTE)
+    spent: Counter[str] = Counter(dict.fromkeys((*ELEMENTS, REPEATED), 0))
+    preamble, window, num_subjects = serializer.preamble, settings.window, 0
+    for batch in _batches(dataset, settings):
+        for timeline in serializer.timelines(batch):
+            num_subjects += 1
+            num_events = len(timeline.line_start_L)
+            spent["names"] += num_events
+            spent["demographics, age"] += timeline.header
+            spent["headers"] += len(timeline) - timeline.header - num_events
+            spans = training_spans(timeline, window, window, preamble)
+            cuts = (window_of(timeline, *span, window, preamble)[0] for span in spans)
+            spent[REPEATED] += sum(map(len, cuts)) - (len(timeline) if spans else 0)
+    events = serializer.counts["events"]
+    return {
+        "vocabulary": len(vocabulary),
+        "subjects": num_subjects,
+        "events": events,
+        "tokens_per_event": sum(spent.values()) / events,
+        "by_element": {element: n / events for element, n in spent.items()},
+    }
+
+
+def fitted(dataset: MedsDataset) -> CodeVocabulary:
+    """The vocabulary of codes of the train split."""
+    statistics = CodeStatistics()
+    for batch in dataset.batches("train"):
+        statistics.add(batch)
+    about = SectionMap.read(), dataset.descriptions, dataset.parents
+    return CodeVocabulary.fit(statistics, *about)
 
 
 def _batches(dataset: MedsDataset, settings: TokensBench) -> Iterator[EventBatch]:
@@ -171,7 +215,7 @@ def shown(results: list[dict[str, Any]]) -> str:
     for result in results:
         parts = [f"{result['by_element'][e]:.2f}" for e in (*ELEMENTS, REPEATED)]
         about = [result["data"], result["bucket"], result["layout"]]
-        rows.append([*about, f"{result['tokens_per_event']:.2f}", *parts])
+        rows.append([*about, f"{result['tokens_per_event']:.3f}", *parts])
     return records.columns(rows)
 
 
@@ -194,6 +238,13 @@ def main(argv: list[str] | None = None) -> None:
                 results.append({**about, "layout": layout, "window": settings.window, **counted})
                 print(f"{results[-1]['data']}, {bucket}, {layout}: ", end="", file=sys.stderr)
                 print(f"{counted['tokens_per_event']:.2f}", file=sys.stderr, flush=True)
+        if "codes" in settings.formats:
+            vocabulary = fitted(dataset)
+            for floor in settings.gap_floors:
+                about = {"bench": "tokens", "data": Path(folder).name, "bucket": "", "window": 0}
+                layout = f"codes, gaps from {floor} min"
+                counted = count_codes(dataset, vocabulary, floor, settings)
+                results.append({**about, "layout": layout, "window": settings.window, **counted})
     print(shown(results))
     if settings.save:
         made = {"versions": versions(), "git": git_state(), "at": time.strftime("%Y-%m-%d")}

@@ -28,8 +28,10 @@ def test_elements_add_up_and_are_recorded(
     options = ["--vocab_size=500", "--window=256", "--subjects=20", "--save"]
     tokens.main([str(cohort), "--buckets=day,hour", "--single=false", *options])
     lines = [json.loads(line) for line in (tmp_path / "tokens.jsonl").read_text().splitlines()]
+    codes = [f"codes, gaps from {minutes} min" for minutes in (5, 360)]
     assert [(x["bucket"], x["layout"]) for x in lines] == [
-        (bucket, layout) for bucket in ("day", "hour") for layout in ("text-paper", "text")
+        *((bucket, layout) for bucket in ("day", "hour") for layout in ("text-paper", "text")),
+        *(("", layout) for layout in codes),
     ]
     printed = capsys.readouterr().out
     for line in lines:
@@ -40,11 +42,15 @@ def test_elements_add_up_and_are_recorded(
         assert line["subjects"] == 20 and line["data"] == "cohort" and line["window"] == 256
         # no name or value of the simulation needs a colon or comma in `text`
         none = {e for e, n in line["by_element"].items() if n == 0}
-        assert none == ({"separators"} if line["layout"] == "text" else set())
+        if line["layout"] in codes:
+            assert none == {"tags", "values", "separators", "newlines"}
+        else:
+            assert none == ({"separators"} if line["layout"] == "text" else set())
         assert f"{line['tokens_per_event']:.2f}" in printed
     paper, lean = lines[:2]
     assert lean["tokens_per_event"] < paper["tokens_per_event"]
-    assert lean["events"] == paper["events"]
+    assert lines[-1]["tokens_per_event"] < lines[-2]["tokens_per_event"] < lean["tokens_per_event"]
+    assert len({line["events"] for line in lines}) == 1
 
 
 @pytest.mark.parametrize("form", ["text-paper", "text"])
