@@ -46,7 +46,7 @@ def test_elements_add_up_and_are_recorded(
             assert none == {"tags", "values", "separators", "newlines"}
         else:
             assert none == ({"separators"} if line["layout"] == "text" else set())
-        assert f"{line['tokens_per_event']:.2f}" in printed
+        assert f"{line['tokens_per_event']:.3f}" in printed
     paper, lean = lines[:2]
     assert lean["tokens_per_event"] < paper["tokens_per_event"]
     assert lines[-1]["tokens_per_event"] < lines[-2]["tokens_per_event"] < lean["tokens_per_event"]
