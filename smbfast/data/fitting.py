@@ -76,6 +76,9 @@ def fit_encoding(
 
     Returns:
         The records of the tokens that are new to a backbone (`smbfast.batch.NewToken`).
+
+    Raises:
+        ValueError: the settings name other section rules than those of a backbone's vocabulary.
     """
     if not folder.is_dir():
         with committed_folder(folder, private=True) as staging:
@@ -100,7 +103,13 @@ def _fit_codes(
     known = Path(backbone) / VOCABULARY if backbone else None
     if tokenizer is not None and known is not None and known.is_file():
         # the backbone was trained on codes: its own vocabulary goes on, and nothing is new
-        CodeVocabulary.read(known).save(staging / VOCABULARY)
+        vocabulary = CodeVocabulary.read(known)
+        if data.sections and vocabulary.sections.fingerprint() != sections.fingerprint():
+            raise ValueError(
+                f"data.sections must be the rules by which the vocabulary of {backbone} was made; "
+                f"{data.sections} holds others. Leave it out to go on with that vocabulary"
+            )
+        vocabulary.save(staging / VOCABULARY)
         save_tokenizer(tokenizer, staging)
         return []
     statistics = code_statistics(data, dataset)

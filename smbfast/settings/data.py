@@ -1,5 +1,6 @@
 """Settings of the data: what a run trains on, and the commands `prepare` and `simulate`."""
 
+import json
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -65,8 +66,9 @@ class DataSettings(Settings):
     gap_floor: int | Literal["auto"] = Field(
         "auto",
         description="With format `codes`: the shortest time between two moments, in minutes, that "
-        "has a token of its own. Shorter gaps have none, which saves tokens. `auto` is 5 minutes, "
-        "and 360 for a simulated cohort, whose visits last a day.",
+        "has a token of its own. Shorter gaps have none, which saves tokens. `auto` is what a "
+        "model that knows codes was trained with, else 5 minutes, and 360 for a simulated cohort, "
+        "whose visits last a day.",
     )
     max_codes: int = Field(
         32768,
@@ -149,6 +151,8 @@ class DataSettings(Settings):
         gap_floor = self.gap_floor
         if gap_floor == "auto":
             gap_floor = 360 if simulated else 5
+            if backbone is not None and knows_codes:
+                gap_floor = _trained_floor(Path(backbone), gap_floor)
         if chosen == "codes" and self.window < LEAST_WINDOW:
             raise ValueError(
                 f"data.window must be at least {LEAST_WINDOW} with data.format=codes, because a "
@@ -161,6 +165,16 @@ class DataSettings(Settings):
         """The folder of the dataset; call it once `path` is known (a simulated cohort fills it)."""
         assert self.path is not None
         return Path(self.path)
+
+
+def _trained_floor(model: Path, default: int) -> int:
+    """Return the shortest gap that a model was trained with, if its folder tells it."""
+    try:
+        record = json.loads((model / "smbfast.json").read_text(encoding="utf-8"))
+        floor = record["options"]["gap_floor"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return default
+    return floor if isinstance(floor, int) and floor >= 0 else default
 
 
 class CohortSettings(Settings):

@@ -1,13 +1,18 @@
 """What a process that counts codes reads, and what is said of few."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from smbfast.data import fitting
+from smbfast.data.codes.tokenizer import code_tokenizer
 from smbfast.data.meds import MedsDataset
 from smbfast.data.preparing import prepare
+from smbfast.data.tokens import save_tokenizer
 from smbfast.settings import DataSettings
+from tests.data.code_tables import fitted_on
+from tests.data.event_tables import event
 from tests.factory import SPLITS, at, split_rows, subject_rows, write_meds, write_table
 
 
@@ -33,6 +38,41 @@ def test_a_process_opens_a_dataset_once_for_all_its_files(
     parts = [fitting._count(settings, str(file)) for file in files]
     assert len(files) == len(SPLITS["train"]) > 1 and opened == [data]
     assert sum(part.num_events for part in parts) == whole.num_events
+
+
+def trained_on_codes(folder: Path, gap_floor: int) -> str:
+    """As much of a finished model as preparing its next data reads."""
+    folder.mkdir()
+    vocabulary = fitted_on([event("2150-01-31", "LAB//x")])
+    vocabulary.save(folder / "codes.json")
+    save_tokenizer(code_tokenizer(vocabulary), folder)
+    record = {"options": {"gap_floor": gap_floor}}
+    (folder / "smbfast.json").write_text(json.dumps(record))
+    return str(folder)
+
+
+def test_gaps_go_on_as_a_backbone_was_trained(tmp_path: Path) -> None:
+    model = trained_on_codes(tmp_path / "model", 360)
+    settings = DataSettings(path=str(write_meds(tmp_path / "meds")), workers=1)
+    assert settings.decided(model).gap_floor == 360
+    made = prepare(settings, tmp_path / "out", model, ("train",))
+    assert made.options["gap_floor"] == 360
+    chosen = settings.model_copy(update={"gap_floor": 60})
+    assert chosen.decided(model).gap_floor == 60
+    assert settings.decided(None).gap_floor == 5
+    (tmp_path / "model" / "smbfast.json").unlink()  # as in an export
+    assert settings.decided(model).gap_floor == 5
+
+
+def test_other_section_rules_than_a_backbone_s_are_refused(tmp_path: Path) -> None:
+    model = trained_on_codes(tmp_path / "model", 5)
+    rules = tmp_path / "sections.toml"
+    rules.write_text('fallback = "notes"\n[sections]\ndrugs = ["LAB"]\n')
+    data = write_meds(tmp_path / "meds")
+    settings = DataSettings(path=str(data), sections=str(rules), workers=1)
+    with pytest.raises(ValueError, match=r"data\.sections must be the rules"):
+        prepare(settings, tmp_path / "out", model, ("train",))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("form", ["codes", "text"])
