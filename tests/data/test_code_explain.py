@@ -86,6 +86,16 @@ def test_the_table_of_a_text_format() -> None:
     ]
 
 
+def test_the_complement_of_a_share_that_few_stand_behind_is_not_told() -> None:
+    """Three subjects have codes of a family that a parent's rule maps to the fallback's section."""
+    cohort = [[event(0, f"ODD//{n}"), event(1, "ODD//x")] for n in range(20)]
+    for few, cells in ((3, ["100.0%", "*"]), (12, ["100.0%", "70.0%"])):
+        rows = text_summary(counted(*cohort), MAP, {f"ODD//{n}": ["EXAM"] for n in range(few)})
+        lines = explain_text([asdict(row) for row in rows], COUNTS)
+        assert lines[1].split() == ["ODD", "observations", "21", *cells]
+        assert lines[2].split() == ["total", "21", "100.0%", cells[1].replace("*", "-")]
+
+
 codes = ("LAB//a", "LAB//b", "DRUG//a", "DRUG//b|c", "ODD//a", "ODD//b|c", "DIAGNOSIS//a")
 cohorts = st.lists(
     st.lists(st.sampled_from(codes).map(lambda code: event(0, code)), min_size=1, max_size=4),

@@ -70,7 +70,13 @@ def text_summary(
 
     `rungs["section"]` are the events that no rule maps.
     """
-    return summary(_Rules(sections, parents), statistics)
+    rows = summary(_Rules(sections, parents), statistics)
+    own, unruled = RUNGS[OWN], RUNGS[SECTION]
+    for row in rows:
+        # events of a text row are mapped or not, so a share of either tells the other
+        if own in row.few and unruled not in row.few and row.rungs[unruled]:
+            row.few.append(unruled)
+    return rows
 
 
 def explain_text(families: Sequence[Mapping[str, Any]], counts: Mapping[str, int]) -> list[str]:
