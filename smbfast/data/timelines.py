@@ -252,8 +252,9 @@ def node_timeline(timeline: Timeline, complete: int, tail: Timeline | None) -> T
 def node_window(record: Timeline, window: int, preamble: Preamble) -> tuple[Timeline, int]:
     """Return the earliest window with all of a record's last bucket, and how many tokens were lost.
 
-    Tokens are lost in two cases: a bucket that is longer than the window loses its oldest lines,
-    and a header that is longer than a quarter of the window loses its end.
+    Tokens are lost in two cases: a bucket that is longer than the window loses its oldest lines
+    (and the beginning of the newest one, if that alone is longer), and a header that is longer than
+    a quarter of the window loses its end.
 
     Raises:
         ValueError: if the record has no bucket, because the node is before the first event.
@@ -285,10 +286,16 @@ def _fits_until(start_B: np.ndarray, end_B: np.ndarray, first: int, room: int) -
 def _without_oldest_lines(timeline: Timeline, window: int) -> Timeline:
     length_L = timeline.line_end_L - timeline.line_start_L
     oldest = np.lexsort((timeline.line_start_L, timeline.line_time_L))
-    gone = int(np.searchsorted(np.cumsum(length_L[oldest]), len(timeline) - window)) + 1
+    surplus, upto_L = len(timeline) - window, np.cumsum(length_L[oldest], dtype=np.int64)
+    gone = int(np.searchsorted(upto_L, surplus)) + 1
     keep_L = np.ones(len(length_L), bool)
-    keep_L[oldest[:gone]] = False
     keep_T = np.ones(len(timeline), bool)
+    if gone == len(oldest) and surplus < upto_L[-1]:
+        # the newest line is too long by itself: its latest values stay
+        gone -= 1
+        end = int(timeline.line_end_L[oldest[-1]]) - int(upto_L[-1] - surplus)
+        keep_T[timeline.line_start_L[oldest[-1]] : end] = False
+    keep_L[oldest[:gone]] = False
     for start, end in zip(
         timeline.line_start_L[~keep_L], timeline.line_end_L[~keep_L], strict=True
     ):

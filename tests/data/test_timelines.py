@@ -293,6 +293,18 @@ def test_a_long_bucket_loses_its_oldest_lines() -> None:
     assert cut.bucket_time_B.tolist() == [0]
 
 
+@pytest.mark.parametrize("sizes", [[200], [200, 30, 7]])
+def test_of_a_line_longer_than_a_window_the_latest_values_stay(sizes: list[int]) -> None:
+    timeline = timeline_of([sizes])  # the first line is the newest, from token 6 on
+    cut, lost = node_window(timeline, 90, PLAIN)
+    tags = len(timeline) - sum(sizes) - 6
+    held = 90 - 6 - tags
+    keep = [*range(6), *range(206 - held, 206), *range(len(timeline) - tags, len(timeline))]
+    assert cut.ids_T.tolist() == [100 + i for i in keep] and lost == len(timeline) - 90
+    assert lines(cut) == [(6, 6 + held)] and cut.line_time_L.tolist() == [500]
+    assert cut.bucket_end_B.tolist() == [90]
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=2, max_size=20),
