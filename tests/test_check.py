@@ -10,7 +10,7 @@ from smbfast.simulation.dataset import simulate
 
 pytestmark = pytest.mark.slow
 
-SHORT = ["--probe.labels=[]", "--data.window=96", "--run.threads=1"]
+SHORT = ["--probe.labels=[]", "--data.window=128", "--run.threads=1"]
 STAGES = ["data", "model", "kernels", "memory", "plan", "worst pack", "self-check", "time"]
 
 
@@ -42,11 +42,28 @@ def test_every_stage_of_a_run_that_may_start(cohort, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     told = [line[:11].strip() for line in lines[1:-1] if "  ok  " in line]
     assert told == [*STAGES, "checkpoint"]
+    assert "an event" in lines[1] and "have a cut" in lines[1]
+    assert "jepa masks" in lines[5] and "positions a step" in lines[5]
     assert "predicted" in lines[6] and "measured" in lines[6]
     assert "sft" in lines[8] and "jepa" in lines[8] and "without evaluations" in lines[8]
     assert "the same bit for bit" in lines[9]
     assert lines[-1].startswith("ready")
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["prepared"]
+
+
+def test_what_jepa_cannot_see_is_warned_of(cohort, tmp_path, capsys):
+    check(cohort, tmp_path / "a")
+    assert "warning" not in capsys.readouterr().err
+    check(cohort, tmp_path / "b", "--objective.min_future=90")
+    told = capsys.readouterr()
+    assert "of the tokens lie in windows with a cut" in told.err and "data.window" in told.err
+    assert told.out.splitlines()[-1].startswith("ready")
+
+
+def test_a_vocabulary_that_knows_few_codes_is_warned_of(cohort, tmp_path, capsys):
+    check(cohort, tmp_path / "run", "--data.max_codes=1")
+    err = capsys.readouterr().err
+    assert "have only the token of their section" in err and "ten training subjects" in err
 
 
 def test_a_run_is_left_as_it_is(cohort, run, capsys):
@@ -90,7 +107,9 @@ def test_the_reference_path(cohort, tmp_path, capsys):
         (["--data.path=nowhere"], "nowhere"),
         (["--model.path=./nowhere"], "model.path"),
         (["--probe.labels=nothing"], "nothing"),
-        (["--objective.min_future=90", "--phases.1.w_sft=0"], "data.bucket"),
+        (["--data.window=96"], "at least 128"),
+        (["--data.stride=129"], "data.stride must be at most data.window, 128"),
+        (["--objective.min_future=120", "--phases.1.w_sft=0"], "data.bucket"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(cohort, tmp_path, more, message):

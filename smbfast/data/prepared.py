@@ -108,6 +108,16 @@ class Prepared:
         name, bucket = self.record["data_format"], self.record["options"].get("bucket")
         return f"{name} by {bucket}" if bucket else name
 
+    @property
+    def size_text(self) -> str:
+        """The format and its tokens an event in words."""
+        return f"{self.format_text}, {self.tokens_an_event:.2f} an event"
+
+    @property
+    def share_of_sections(self) -> float:
+        """Share of events of which a model learns the section alone; 0 in the text formats."""
+        return self.counts["section"] / max(self.counts["events"], 1)
+
     def left_out(self) -> str:
         """Return a line about what of the events does not reach the model as it is."""
         counts = self.counts

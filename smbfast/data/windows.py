@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from smbfast.base.runtime import few
 from smbfast.batch import Timeline
 from smbfast.data.masking import have_cut
 from smbfast.data.shards import Shard
@@ -94,9 +95,10 @@ class WindowSet:
         """Raise a ValueError unless at least one window has a cut."""
         if not self.num_with_cut:
             raise ValueError(
-                f"JEPA, and SFT on the future alone, need training windows with a cut; none of "
-                f"{len(self):,} has one. Choose a finer data.bucket, raise data.window, or lower "
-                "objective.min_future"
+                "JEPA, and SFT on the future alone, need training windows with a cut; none of "
+                f"{few(len(self))} has one. Lower objective.min_future or train with SFT alone "
+                "(`python -m smbfast.train sft`); if records are longer than windows, raise "
+                "data.window or, in a text format, choose a finer data.bucket"
             )
 
 

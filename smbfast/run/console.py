@@ -9,12 +9,26 @@ from rich.text import Text
 
 from smbfast.base.progress import duration
 from smbfast.base.runtime import GIB, few, git_state, versions
+from smbfast.data.codes.vocabulary import (
+    NUMBERS_WITHOUT_BIN,
+    TEXTS_DROPPED,
+    TEXTS_WITHOUT_TOKEN,
+)
+from smbfast.data.masking import needs_cuts
+from smbfast.data.prepared import SHARED
 from smbfast.model.backbone import parameter_counts
 from smbfast.model.decoder import HfModule
 from smbfast.model.target import target_bytes
 from smbfast.reporting.runlog import GOOD_RATIO, HALF
-from smbfast.run.open_run import OpenRun
+from smbfast.run.open_run import OpenRun, cuts_text
 from smbfast.run.optim import total_steps
+
+_LEFT_OUT = {  # what the formats count, by whether they are codes
+    False: ("values_left_out", "texts_cut"),
+    True: (*SHARED, NUMBERS_WITHOUT_BIN, TEXTS_WITHOUT_TOKEN, TEXTS_DROPPED),
+}
+_MANY = 0.1  # share of events on the token of a section from which on a run warns: our choice
+_FEW_CUT = 0.5  # share of tokens in windows with a cut below which a run warns: our choice
 
 
 def header(run: OpenRun) -> dict:
@@ -27,6 +41,7 @@ def header(run: OpenRun) -> dict:
         lm: HfModule = run.encoder.lm
         how = f"LoRA r{lm.peft_config['default'].r}"
     first = run.progress.step
+    warn_of_data(run)
     _card(
         [
             ("run", f"{run.folder}  ({'resumed after step ' + str(first) if first else 'new'})"),
@@ -74,10 +89,11 @@ def _data_record(run: OpenRun) -> dict:
         "tokens": {s: c.get("tokens", 0) for s, c in per_split.items()},
         "windows": len(run.windows),
         "window_tokens": run.windows.num_tokens,
+        "windows_with_cut": run.windows.num_with_cut,
+        "window_tokens_with_cut": run.windows.num_tokens_with_cut,
         "tokens_lost": run.windows.num_lost,
         "unmapped_share": round(unmapped, 6),
-        "values_left_out": counts["values_left_out"],
-        "texts_cut": counts["texts_cut"],
+        **{name: counts[name] for name in _LEFT_OUT[run.prepared.record["data_format"] == "codes"]},
         "nonfinite_values": counts["nonfinite_values"],
     }
 
@@ -88,17 +104,35 @@ def _data_rows(run: OpenRun, data: dict) -> list[tuple[str, str]]:
         (
             "data",
             f"{few(subjects['train'])} train / {few(subjects.get('tuning', 0))} tuning subjects, "
-            f"{_si(tokens)} tokens ({run.prepared.format_text}, "
-            f"{run.prepared.tokens_an_event:.2f} an event), vocabulary "
+            f"{_si(tokens)} tokens ({run.prepared.size_text}), vocabulary "
             f"{len(run.prepared.tokenizer):,}",
         ),
         (
             "windows",
-            f"{len(run.windows):,} of up to {settings.window} tokens; "
+            f"{few(len(run.windows))} of up to {settings.window} tokens; {cuts_text(run.windows)}; "
             f"{run.windows.num_lost / max(tokens, 1):.2%} of tokens lost to long demographics",
         ),
         ("left out", run.prepared.left_out()),
     ]
+
+
+def warn_of_data(run: OpenRun) -> None:
+    """Warn if the vocabulary knows too few of the codes, or if JEPA sees too few of the tokens."""
+    sections = run.prepared.share_of_sections
+    if sections > _MANY:
+        _warning(
+            f"{sections:.1%} of the events have only the token of their section, because the "
+            "vocabulary knows neither their codes nor families: a vocabulary comes from the data "
+            "that a model was made with, and needs ten training subjects for each code"
+        )
+    share = run.windows.num_tokens_with_cut / max(run.windows.num_tokens, 1)
+    objective, phases = run.settings.objective, run.settings.phases
+    if share < _FEW_CUT and any(needs_cuts(objective, jepa=p.w_jepa > 0) for p in phases):
+        _warning(
+            f"{share:.1%} of the tokens lie in windows with a cut, and steps with JEPA or on the "
+            "future alone read no others: raise data.window, lower objective.min_future or, in a "
+            "text format, choose a finer data.bucket"
+        )
 
 
 def _step_rows(run: OpenRun, trained: int) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from smbfast.base.parts import is_part
-from smbfast.base.runtime import GIB, choose_device, held_memory
+from smbfast.base.runtime import GIB, choose_device, few, held_memory
 from smbfast.data.labels import Labels
 from smbfast.data.loader import Step, make_step
 from smbfast.data.prepared import Prepared
@@ -95,8 +95,8 @@ class OpenRun:
         check_windows(windows, tuning, data.path)
         require_cuts(windows, settings)
         tasks = read_tasks(settings, data)
-        size = f"{len(windows):,} windows, {windows.num_tokens:,} tokens"
-        report("data", f"{size}, {len(tasks)} tasks to probe")
+        size = f"{few(len(windows))} windows, {windows.num_tokens:,} tokens ({prepared.size_text})"
+        report("data", f"{size}; {cuts_text(windows)}; {len(tasks)} tasks to probe")
         bytes_before = held_memory(device)
         encoder = make_encoder(settings, prepared.tokenizer, device, prepared.new_tokens)
         optimizer = make_optimizer(encoder, settings.optim)
@@ -196,6 +196,13 @@ class OpenRun:
         checkpoint.save_final(
             folder, self.encoder, target, prepared.tokenizer, record, prepared.vocabulary_file
         )
+
+
+def cuts_text(windows: WindowSet) -> str:
+    """Return in words how much of the windows can be cut into context and future."""
+    of_windows = windows.num_with_cut / max(len(windows), 1)
+    of_tokens = windows.num_tokens_with_cut / max(windows.num_tokens, 1)
+    return f"{of_windows:.1%} of windows have a cut, with {of_tokens:.1%} of tokens"
 
 
 def _windows(

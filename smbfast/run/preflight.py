@@ -24,7 +24,7 @@ from smbfast.model.backbone import PatientEncoder
 from smbfast.model.memory import predict_peak
 from smbfast.model.target import TargetEncoder
 from smbfast.objective import Losses
-from smbfast.run import checkpoint
+from smbfast.run import checkpoint, console
 from smbfast.run.folder import earlier
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import trained
@@ -50,6 +50,7 @@ class PhasePlan:
     step: Step  # that step
     largest: PackedBatch  # the micro-batch with the most online tokens
     mean_tokens: float  # online tokens per step
+    masked: list[int]  # number of masked positions of each step that was inspected
 
     @property
     def scales(self) -> LossScales:
@@ -69,6 +70,7 @@ def check(settings: TrainSettings) -> None:
     print(f"checking {settings.preset} on {device}; {settings.folder} is {state}", flush=True)
     stages = _Stages()
     run = OpenRun.open(settings, set_aside=False, report=stages.done)
+    console.warn_of_data(run)
     with run.matmul.used():
         _go_through(run, stages)
     print(f"ready: python -m smbfast.train {settings.preset} starts", flush=True)
@@ -81,7 +83,8 @@ def _go_through(run: OpenRun, stages: "_Stages") -> None:
     plan = max(plans, key=lambda p: p.largest.segments.tokens)
     segments = plan.largest.segments
     num_segments = len(plan.largest.segment_tuples)
-    stages.done("plan", f"largest pack {segments.tokens:,} tokens, {num_segments} segments")
+    pack = f"largest pack {segments.tokens:,} tokens, {num_segments} segments"
+    stages.done("plan", "; ".join([pack, *_masked(plans)]))
     losses, target = losses_of(settings), run.take_target()
     if target is None and any(p.phase.w_jepa > 0 for p in plans):
         target = TargetEncoder(run.encoder, run.target_form)
@@ -113,17 +116,30 @@ def _plans(run: OpenRun) -> Iterator[PhasePlan]:
         cut = needs_cuts(settings.objective, jepa=phase.w_jepa > 0)
         num_windows = windows.num_with_cut if cut else len(windows)
         look = min(LOOK, -(-num_windows // settings.optim.batch), phase.steps)
+        masked: list[int] = []
         first_step, largest, tokens = None, None, 0
         for index in range(first, first + look):
             step = run.make_step(index)
             first_step = first_step or step
             tokens += sum(m.segments.tokens for m in step.micro_batches)
+            masked.append(step.num_masked)
             for micro in step.micro_batches:
                 if largest is None or micro.segments.tokens > largest.segments.tokens:
                     largest = micro
         assert first_step is not None and largest is not None  # windows and steps are not empty
-        yield PhasePlan(phase, first, first_step, largest, tokens / look)
+        yield PhasePlan(phase, first, first_step, largest, tokens / look, masked)
         first += phase.steps
+
+
+def _masked(plans: list[PhasePlan]) -> Iterator[str]:
+    """Yield how many positions the steps of each phase with JEPA mask."""
+    for plan in plans:
+        if plan.phase.w_jepa > 0:
+            mean = sum(plan.masked) / len(plan.masked)
+            yield (
+                f"{plan.phase.name} masks {mean:,.0f} positions a step, {min(plan.masked):,} to "
+                f"{max(plan.masked):,} in the first {len(plan.masked)}"
+            )
 
 
 def _largest_pack(

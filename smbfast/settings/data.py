@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from smbfast.base.config import Settings
 
@@ -131,6 +131,13 @@ class DataSettings(Settings):
         "with it.",
     )
 
+    @field_validator("gap_floor")
+    @classmethod
+    def _no_negative_gap(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 0:
+            raise ValueError("must be 0 minutes or more, or auto")
+        return value
+
     def decided(self, backbone: str | None, *, simulated: bool = False) -> Self:
         """Return the settings with the format and the shortest gap decided.
 
@@ -139,8 +146,14 @@ class DataSettings(Settings):
             simulated: whether the patients are simulated, with one visit a day at most.
 
         Raises:
-            ValueError: if the backbone knows codes and no text, or windows are too short for codes.
+            ValueError: if the backbone knows codes and no text, windows are too short for codes, or
+                the stride would leave tokens out.
         """
+        if self.stride is not None and self.stride > self.window:
+            raise ValueError(
+                f"data.stride must be at most data.window, {self.window}, or tokens between "
+                f"windows would be left out; got {self.stride}"
+            )
         knows_codes = backbone is not None and (Path(backbone) / VOCABULARY).is_file()
         chosen = self.format or ("text" if backbone and not knows_codes else "codes")
         if knows_codes and chosen != "codes":

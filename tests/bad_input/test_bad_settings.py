@@ -114,6 +114,7 @@ def test_an_unknown_preset(name: str) -> None:
         ("--model.adapter=x", ("model.adapter", "model.path")),
         ("--model.train=lora", ("model.train", "model.path")),
         ("--data.window=8", ("data.window", "64")),
+        ("--data.gap_floor=-1", ("data.gap_floor", "0 minutes or more", "got -1")),
         ("--data.bucket=week", ("data.bucket", "day", "hour", "moment")),
         ("--data.window=", ("data.window",)),
         ("--run.resume=maybe", ("run.resume", "auto", "never")),

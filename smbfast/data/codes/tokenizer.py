@@ -41,7 +41,7 @@ def with_codes(tokenizer: PreTrainedTokenizerBase, vocabulary: CodeVocabulary) -
     knows, such as `<pad>` or a short code, and would be found within plain text.
 
     Raises:
-        ValueError: `first_id` is not the size of the tokenizer.
+        ValueError: `first_id` is not the size of the tokenizer, or the tokenizer knows a name.
     """
     if vocabulary.first_id != len(tokenizer):
         raise ValueError(
