@@ -114,9 +114,10 @@ class Prepared:
         return f"{self.format_text}, {self.tokens_an_event:.2f} an event"
 
     @property
-    def share_of_sections(self) -> float:
-        """Share of events of which a model learns the section alone; 0 in the text formats."""
-        return self.counts["section"] / max(self.counts["events"], 1)
+    def share_coarse(self) -> float:
+        """Share of events on the token of a family or a section; 0 in the text formats."""
+        counts = self.counts
+        return (counts["family"] + counts["section"]) / max(counts["events"], 1)
 
     def left_out(self) -> str:
         """Return a line about what of the events does not reach the model as it is."""

@@ -27,7 +27,7 @@ _LEFT_OUT = {  # what the formats count, by whether they are codes
     False: ("values_left_out", "texts_cut"),
     True: (*SHARED, NUMBERS_WITHOUT_BIN, TEXTS_WITHOUT_TOKEN, TEXTS_DROPPED),
 }
-_MANY = 0.1  # share of events on the token of a section from which on a run warns: our choice
+_MANY = 0.2  # share of events on the token of a family or section, above it a run warns: our choice
 _FEW_CUT = 0.5  # share of tokens in windows with a cut below which a run warns: our choice
 
 
@@ -118,12 +118,12 @@ def _data_rows(run: OpenRun, data: dict) -> list[tuple[str, str]]:
 
 def warn_of_data(run: OpenRun) -> None:
     """Warn if the vocabulary knows too few of the codes, or if JEPA sees too few of the tokens."""
-    sections = run.prepared.share_of_sections
-    if sections > _MANY:
+    coarse = run.prepared.share_coarse
+    if coarse > _MANY:
         _warning(
-            f"{sections:.1%} of the events have only the token of their section, because the "
-            "vocabulary knows neither their codes nor families: a vocabulary comes from the data "
-            "that a model was made with, and needs ten training subjects for each code"
+            f"{coarse:.1%} of the events have only the token of their family or section, because "
+            "the vocabulary does not know their codes: it comes from the data that a model was "
+            "first trained on, and needs ten training subjects for each code"
         )
     share = run.windows.num_tokens_with_cut / max(run.windows.num_tokens, 1)
     objective, phases = run.settings.objective, run.settings.phases
