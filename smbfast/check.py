@@ -11,11 +11,13 @@ minute, what that training run would do. PRESET is one of
 The exit code is 0 if the run may start; otherwise it is 1, and one line says what to change.
 
 The stages
-  data        Read the MEDS folder and its labels; prepare the token shards if there are none.
+  data        Read the MEDS folder and its labels; prepare the token shards if there are none;
+              say how many tokens an event takes and how many of the windows have a cut.
   model       Load the tokenizer and the backbone; let LoRA find the layers it adapts.
   kernels     Say which implementation each operation runs on.
   memory      Choose the size of a micro-batch and predict the largest memory of a step.
-  plan        Plan the first steps of each phase and find the largest micro-batch.
+  plan        Plan the first steps of each phase, find the largest micro-batch, and say how many
+              positions a step with JEPA masks.
   worst pack  Run that micro-batch forward and backward; compare its memory with the prediction.
   self-check  Compare the shared forward with the reference.
   time        Time a step of each phase and estimate the whole run.

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
                 pool=settings.pool,
             )
     num_nodes = embedded.counts["embedded"]
-    print(f"embedded {num_nodes:,} nodes of {embedded.num_tasks} tasks: {settings.out}")
+    print(f"embedded {few(num_nodes)} nodes of {embedded.num_tasks} tasks: {settings.out}")
     print(", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in embedded.counts.items()))
 
 

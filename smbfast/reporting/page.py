@@ -310,6 +310,7 @@ def _line(line: Record) -> Record:
     kind = line.get("kind")
     return {
         "text": str(line.get("text")),
+        "truth": str(line.get("truth") or ""),
         "kind": kind if kind in ("header", "tag", "line", "demographics") else "line",
         "masked": line.get("masked") is True,
     }
