@@ -319,7 +319,7 @@ def test_peak_memory_of_a_call():
 def test_the_ceiling_has_the_matmul_rate_that_training_logs(monkeypatch):
     monkeypatch.setattr(timing, "MIB", 1 << 10)
     monkeypatch.setattr(
-        timing, "matmul_rate", lambda device, dtype: MatmulRate((device.type, dtype), "oneDNN")
+        timing, "matmul_rate", lambda device, dtype, **_: MatmulRate((device.type, dtype), "oneDNN")
     )
     best = timing.ceiling(timing.Clock("cpu"), F32, seconds=0.0)
     assert (best.matmul, best.library) == (("cpu", F32), "oneDNN")
