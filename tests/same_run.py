@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMON = ["--data.window=96", "--eval.every=3", "--run.save_every=2", "--run.log_every=1"]
+COMMON = ["--data.window=128", "--eval.every=3", "--run.save_every=2", "--run.log_every=1"]
 WHOLE = ["--phases.0.steps=3", "--phases.1.steps=4", "--cohort.patients=60", "--run.keep=9"]
 LORA = ["--phases.0.steps=4", "--phases.1.steps=4", "--model.train=lora", "--probe.labels=[]"]
 # what a clock, a memory meter, a machine or a path decides

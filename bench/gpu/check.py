@@ -43,12 +43,15 @@ def _differences(
 ) -> tuple[dict[str, Any], str]:
     """Of losses and gradients; or why they are too large. `plain` runs on its reference."""
     from bench.step.workloads import window
+    from smbfast.data.timelines import Preamble
+    from smbfast.data.windows import WindowSet
     from smbfast.run.startup import self_check
     from smbfast.settings import PhaseSettings, load
 
     tokens, vocabulary = bench.sizes.checked, len(encoder.head_VD)
-    windows: Any = [window(i, tokens, vocabulary) for i in range(2)]
     settings = load("tiny", ["--optim.batch=2", f"--data.window={tokens}"])
+    timelines = [window(i, tokens, vocabulary) for i in range(2)]
+    windows = WindowSet.of([timelines], tokens, Preamble(), settings.objective)
     phase = PhaseSettings(name="both", steps=1, w_sft=1.0, w_jepa=1.0)
     try:
         with use(**{plain: "torch"}) if plain else nullcontext():
