@@ -185,8 +185,10 @@ def dataset_of(name: str) -> tuple[MedsDataset, Nodes, PreTrainedTokenizerBase]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bucket", "every"), [("day", 1), ("hour", 12), ("moment", 25)])
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("form", "bucket", "every"),
+    [("text", "day", 1), ("text", "hour", 12), ("text", "moment", 25), ("text-paper", "day", 12)],
+)
 @pytest.mark.parametrize("name", DATASETS)
 def test_every_label(name: str, form: str, bucket: str, every: int) -> None:
     dataset, nodes, tokenizer = dataset_of(name)
