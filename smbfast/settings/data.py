@@ -88,10 +88,10 @@ class DataSettings(Settings):
     )
     delimiters: Literal["special", "text"] = Field(
         "special",
-        description="How section tags such as <drugs> enter the vocabulary. `special` adds each "
-        "tag as one new token, whose embedding is trained; `text` writes tags as ordinary text, "
-        "which takes several tokens for each but leaves the vocabulary of a pretrained backbone as "
-        "it is.",
+        description="With the text formats: how section tags such as <drugs> enter the vocabulary. "
+        "`special` adds each tag as one new token, whose embedding is trained; `text` writes tags "
+        "as ordinary text, which takes several tokens for each but leaves the vocabulary of a "
+        "pretrained backbone as it is.",
     )
     sections: str | None = Field(
         None,
@@ -115,10 +115,10 @@ class DataSettings(Settings):
     vocab_size: int = Field(
         4096,
         ge=400,
-        description="The largest number of tokens in the byte-level BPE tokenizer that is trained "
-        "on the train split when there is no pretrained backbone. A larger vocabulary makes "
-        "sequences shorter and the embedding table larger. It has no effect with a pretrained "
-        "backbone, which brings its own tokenizer.",
+        description="With the text formats: the largest number of tokens in the byte-level BPE "
+        "tokenizer that is trained on the train split when there is no pretrained backbone. A "
+        "larger vocabulary makes sequences shorter and the embedding table larger. It has no "
+        "effect with a pretrained backbone, which brings its own tokenizer.",
     )
     workers: int = Field(
         0,
