@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -279,4 +280,6 @@ def pack(run: Run, most: int = 15 << 20) -> str:
 
 def restore(run: Run, archive: Path) -> None:
     """Unpack what `pack` made on an earlier machine."""
-    shutil.unpack_archive(archive, run.work / "caches", filter="data")
+    # Python has filters since 3.11.4, and here the archive is our own
+    safely: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+    shutil.unpack_archive(archive, run.work / "caches", **safely)
