@@ -23,6 +23,7 @@ from pydantic import Field
 from bench import records
 from smbfast.base.config import Settings, command_line
 from smbfast.base.runtime import git_state, versions
+from smbfast.batch import Timeline
 from smbfast.data.bucket import tokenizer_of
 from smbfast.data.codes.serializer import CodeSerializer
 from smbfast.data.codes.statistics import CodeStatistics
@@ -33,7 +34,7 @@ from smbfast.data.meds import EventBatch, MedsDataset
 from smbfast.data.sections import SectionMap
 from smbfast.data.serialize import Serializer, SerializerOptions
 from smbfast.data.style import LEAN, PAPER, Style
-from smbfast.data.timelines import training_spans, window_of
+from smbfast.data.timelines import Preamble, training_spans, window_of
 from smbfast.data.tokens import TextEncoder, train_tokenizer
 
 ELEMENTS = ("headers", "tags", "names", "values", "separators", "newlines", "demographics, age")
@@ -107,22 +108,14 @@ def count(
         spent.update(_elements(layout))
         timelines = layout.timelines()
         num_subjects += len(timelines)
-        preamble, window = serializer.preamble, settings.window
+        preamble = serializer.preamble
         for timeline in timelines:
             # the age is the end of the header, and no piece of the layout
             first = timeline.bucket_time_B[:1].tolist()
             spent["demographics, age"] += sum(len(preamble.age(timeline.birth, t)) for t in first)
-            spans = training_spans(timeline, window, window, preamble)
-            cuts = (window_of(timeline, *span, window, preamble)[0] for span in spans)
-            spent[REPEATED] += sum(map(len, cuts)) - (len(timeline) if spans else 0)
+            spent[REPEATED] += _num_repeated(timeline, settings.window, preamble)
     events = serializer.counts["events"]
-    return {
-        "vocabulary": len(tokenizer),
-        "subjects": num_subjects,
-        "events": events,
-        "tokens_per_event": sum(spent.values()) / events,
-        "by_element": {element: n / events for element, n in spent.items()},
-    }
+    return {"vocabulary": len(tokenizer), "subjects": num_subjects, **_an_event(spent, events)}
 
 
 def count_codes(
@@ -131,7 +124,7 @@ def count_codes(
     """Tokens an event of the format codes, as `count` returns them; `gap_floor` is in minutes."""
     serializer = CodeSerializer(vocabulary, gap_floor=gap_floor * MINUTE)
     spent: Counter[str] = Counter(dict.fromkeys((*ELEMENTS, REPEATED), 0))
-    preamble, window, num_subjects = serializer.preamble, settings.window, 0
+    preamble, num_subjects = serializer.preamble, 0
     for batch in _batches(dataset, settings):
         for timeline in serializer.timelines(batch):
             num_subjects += 1
@@ -139,13 +132,20 @@ def count_codes(
             spent["names"] += num_events
             spent["demographics, age"] += timeline.header
             spent["headers"] += len(timeline) - timeline.header - num_events
-            spans = training_spans(timeline, window, window, preamble)
-            cuts = (window_of(timeline, *span, window, preamble)[0] for span in spans)
-            spent[REPEATED] += sum(map(len, cuts)) - (len(timeline) if spans else 0)
+            spent[REPEATED] += _num_repeated(timeline, settings.window, preamble)
     events = serializer.counts["events"]
+    return {"vocabulary": len(vocabulary), "subjects": num_subjects, **_an_event(spent, events)}
+
+
+def _num_repeated(timeline: Timeline, window: int, preamble: Preamble) -> int:
+    """The tokens of a timeline's windows beyond its own."""
+    spans = training_spans(timeline, window, window, preamble)
+    cuts = (window_of(timeline, *span, window, preamble)[0] for span in spans)
+    return sum(map(len, cuts)) - (len(timeline) if spans else 0)
+
+
+def _an_event(spent: Counter[str], events: int) -> dict[str, Any]:
     return {
-        "vocabulary": len(vocabulary),
-        "subjects": num_subjects,
         "events": events,
         "tokens_per_event": sum(spent.values()) / events,
         "by_element": {element: n / events for element, n in spent.items()},

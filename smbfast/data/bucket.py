@@ -14,7 +14,7 @@ from smbfast.data.masking import allowed_cuts
 from smbfast.data.meds import EventBatch, MedsDataset
 from smbfast.data.serialize import Bucket, Serializer
 from smbfast.data.timelines import training_spans, window_of
-from smbfast.data.tokens import TextEncoder, train_tokenizer
+from smbfast.data.tokens import TextEncoder, lines_of, train_tokenizer
 from smbfast.settings import ObjectiveSettings
 
 BUCKETS: tuple[Bucket, ...] = ("day", "hour", "moment")  # the coarsest first
@@ -83,18 +83,8 @@ def tokenizer_of(
     serializer: Serializer, batches: Iterator[EventBatch], vocab_size: int
 ) -> PreTrainedTokenizerBase:
     """Train a BPE on the text that `serializer` makes of `batches`, as preparing a dataset does."""
-    return train_tokenizer(_lines(serializer, batches), vocab_size)
-
-
-def _lines(serializer: Serializer, batches: Iterator[EventBatch]) -> Iterator[str]:
-    num_characters = 0
-    for batch in batches:
-        for text in serializer.texts(batch):
-            # a line once per subject: what one patient repeats is not frequent
-            yield from dict.fromkeys(text.splitlines(keepends=True))
-            num_characters += len(text)
-            if num_characters > CHARACTERS:
-                return
+    texts = (text for batch in batches for text in serializer.texts(batch))
+    return train_tokenizer(lines_of(texts, CHARACTERS), vocab_size)
 
 
 def share_with_cut(

@@ -28,7 +28,13 @@ from smbfast.data.formats import VOCABULARY, make_serializer, options_of
 from smbfast.data.meds import MedsDataset
 from smbfast.data.sections import SectionMap
 from smbfast.data.serialize import Bucket, Serializer
-from smbfast.data.tokens import TextEncoder, load_tokenizer, save_tokenizer, train_tokenizer
+from smbfast.data.tokens import (
+    TextEncoder,
+    lines_of,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
 from smbfast.settings import DataSettings
 
 BPE_CHARACTERS = 8_000_000  # text that a tokenizer is trained on: our choice
@@ -221,13 +227,6 @@ def training_lines(dataset: MedsDataset, serializer: Serializer) -> Iterator[str
     """Yield lines of training subjects, the same number of characters of each file."""
     files = dataset.splits["train"]
     for file in files:
-        budget = BPE_CHARACTERS // len(files)
-        for batch in dataset.file_batches(file, "train"):
-            for text in serializer.texts(batch):
-                budget -= len(text)
-                # a line once per subject: what one patient repeats is not frequent
-                yield from dict.fromkeys(text.splitlines(keepends=True))
-                if budget < 0:
-                    break
-            if budget < 0:
-                break
+        batches = dataset.file_batches(file, "train")
+        texts = (text for batch in batches for text in serializer.texts(batch))
+        yield from lines_of(texts, BPE_CHARACTERS // len(files))

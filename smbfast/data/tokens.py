@@ -7,7 +7,7 @@ alone misses added tokens that are not marked special). Delimiters are single ad
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,6 +95,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         bos_token="<|begin|>",
         extra_special_tokens=[*OPEN, *CLOSE],
     )
+
+
+def lines_of(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """Yield the lines of texts to train a tokenizer on, until `characters` have been read.
+
+    A line comes once per text: what one patient repeats is not frequent.
+    """
+    for text in texts:
+        yield from dict.fromkeys(text.splitlines(keepends=True))
+        characters -= len(text)
+        if characters < 0:
+            return
 
 
 class TextEncoder:
