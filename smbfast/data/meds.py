@@ -9,8 +9,9 @@ No error of this file carries a cell: only file, row number, column and type.
 Legend: N events, S subjects of a batch (S1 = S + 1 offsets).
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from smbfast.data.parquet import TEXT, column_names, is_text, open_parquet, read_columns, strings
+from smbfast.base.files import digest_of
+from smbfast.data.parquet import (
+    TEXT,
+    column_names,
+    is_text,
+    open_parquet,
+    parquet_buffer,
+    read_columns,
+    strings,
+)
 from smbfast.data.splits import SPLITS, find_splits
 
 STATIC: int = int(np.iinfo(np.int64).min)  # the time of an event that has none
@@ -62,15 +72,31 @@ class MedsDataset:
 
     path: Path
     splits: dict[str, list[Path]]
-    descriptions: dict[str, str]
-    parents: dict[str, list[str]]
+    descriptions: Mapping[str, str]
+    parents: Mapping[str, list[str]]
     version: str
     split_of: dict[str, np.ndarray] | None = None  # only where folders do not name the splits
     subjects_of: dict[Path, np.ndarray] = field(default_factory=dict)
+    buffers: dict[Path, pa.Buffer] = field(default_factory=dict)  # parquet in memory, of tables
 
     @classmethod
-    def open(cls, path: Path) -> "MedsDataset":
+    def open(
+        cls,
+        path: Path,
+        *,
+        index: Path | None = None,
+        split: tuple[float, float, float] | None = None,
+        need_train: bool = True,
+    ) -> "MedsDataset":
         """Check a MEDS folder and index its subjects (one pass over `subject_id` alone).
+
+        Args:
+            index: a private folder in which the subjects of each file are written once and read by
+                later openings; None reads them from the files.
+            split: the fractions of train, tuning and held_out of a dataset without splits, whose
+                subjects are then divided by a hash of their id.
+            need_train: whether the split `train` must have subjects. Without it, subjects whose
+                split is not known are in the split "".
 
         Raises:
             ValueError: the folder is missing or not MEDS, a column is missing or of a wrong type,
@@ -82,13 +108,30 @@ class MedsDataset:
             raise ValueError(
                 f"{path} must be the folder of a MEDS dataset; there is no such folder"
             )
-        if not (path / "data").is_dir():
+        if need_train and not (path / "data").is_dir():
             raise ValueError(
                 f"{path} must be a MEDS dataset, with data/train/*.parquet; it has no folder data/"
             )
-        splits, split_of = find_splits(path)
+        splits, split_of = find_splits(path, need_train=need_train)
         descriptions, parents = _read_codes(path / "metadata" / "codes.parquet")
         dataset = cls(path, splits, descriptions, parents, _version(path), split_of)
+        dataset._index_subjects()
+        if need_train and len(dataset.subjects(meds.train_split)) == 0:
+            raise ValueError(
+                f"{path} must have subjects in its split `{meds.train_split}`; it has none"
+            )
+        return dataset
+
+    @classmethod
+    def of_table(cls, events: pa.Table, codes: pa.Table | None = None) -> "MedsDataset":
+        """Return the dataset of one table of events in memory, all in the split ""."""
+        file = Path("the table of events")
+        names = Path("the table of codes")
+        descriptions, parents = (
+            ({}, {}) if codes is None else _read_codes(names, parquet_buffer(codes))
+        )
+        buffers = {file: parquet_buffer(events)}
+        dataset = cls(Path(), {"": [file]}, descriptions, parents, "unknown", buffers=buffers)
         dataset._index_subjects()
         return dataset
 
@@ -101,6 +144,21 @@ class MedsDataset:
         """Return how many subjects are in none of the three splits, and so never read."""
         everyone = {f: len(ids) for f, ids in self.subjects_of.items()}
         return sum(everyone.values()) - sum(len(self.subjects(s)) for s in SPLITS)
+
+    def digest(self, splits: tuple[str, ...]) -> str:
+        """Return a digest of `splits`: of every byte of their files and of what is said of codes
+        and splits."""
+        parts = [
+            (split, str(file.relative_to(self.path)), file_digest(file))
+            for split in splits
+            for file in self.splits[split]
+        ]
+        tables = (self.path / "metadata" / n for n in ("codes.parquet", "subject_splits.parquet"))
+        return digest_of(parts, [file_digest(t) for t in tables if t.is_file()])
+
+    def num_rows(self, file: Path) -> int:
+        """Return the number of rows of a file."""
+        return open_parquet(file, self.buffers.get(file)).metadata.num_rows
 
     def batches(self, split: str, subjects: np.ndarray | None = None) -> Iterator[EventBatch]:
         """Yield all events of a split (of `subjects` only, if given), whole subjects at a time."""
@@ -117,7 +175,8 @@ class MedsDataset:
         if len(wanted) == 0:
             return
         everyone = len(wanted) == len(self.subjects_of[file])
-        yield from _read_file(file, None if everyone else np.sort(wanted))
+        parquet = open_parquet(file, self.buffers.get(file))
+        yield from _read_file(file, parquet, None if everyone else np.sort(wanted))
 
     def _selected(self, ids: np.ndarray, split: str) -> np.ndarray:
         return ids if self.split_of is None else ids[np.isin(ids, self.split_of[split])]
@@ -128,10 +187,10 @@ class MedsDataset:
             for file in files:
                 if file in self.subjects_of:
                     continue
-                ids = _subjects_of(file)
+                ids = _subjects_of(file, open_parquet(file, self.buffers.get(file)))
                 both = np.intersect1d(ids, seen)
                 if len(both):
-                    first = _row_of(file, int(both[0]))
+                    first = _row_of(file, open_parquet(file), int(both[0]))
                     other = next(f for f, s in self.subjects_of.items() if both[0] in s)
                     raise ValueError(
                         f"{file}: the subject of row {first} must stand in one file and one split "
@@ -139,10 +198,11 @@ class MedsDataset:
                     )
                 seen = np.concatenate([seen, ids])
                 self.subjects_of[file] = ids
-        if len(self.subjects(meds.train_split)) == 0:
-            raise ValueError(
-                f"{self.path} must have subjects in its split `{meds.train_split}`; it has none"
-            )
+
+
+def file_digest(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _version(path: Path) -> str:
@@ -152,13 +212,16 @@ def _version(path: Path) -> str:
         return "unknown"
 
 
-def _read_codes(file: Path) -> tuple[dict[str, str], dict[str, list[str]]]:
-    if not file.is_file():
+def _read_codes(
+    file: Path, buffer: pa.Buffer | None = None
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    if buffer is None and not file.is_file():
         return {}, {}
     table = read_columns(
         file,
         {"code": TEXT, "description": (*TEXT, pa.null(), None)},
         optional={"parent_codes"},
+        buffer=buffer,
     )
     nullable = strings(file, table["code"])
     codes = [c for c in nullable if c is not None]
@@ -207,9 +270,8 @@ def _check_schema(file: Path, schema: pa.Schema) -> list[str]:
     return columns
 
 
-def _subjects_of(file: Path) -> np.ndarray:
+def _subjects_of(file: Path, parquet: pq.ParquetFile) -> np.ndarray:
     """Return the subjects of a file in order; the rows of each must stand together."""
-    parquet = open_parquet(file)
     _check_schema(file, parquet.schema_arrow)
     runs: list[np.ndarray] = []
     for start, column in _batches(parquet, file, ["subject_id"]):
@@ -226,7 +288,7 @@ def _subjects_of(file: Path) -> np.ndarray:
     ids = np.concatenate(runs) if runs else np.empty(0, np.int64)
     unique, count = np.unique(ids, return_counts=True)
     if len(unique) != len(ids):
-        row = _row_of(file, int(unique[np.argmax(count > 1)]), second_run=True)
+        row = _row_of(file, parquet, int(unique[np.argmax(count > 1)]), second_run=True)
         raise ValueError(
             f"{file}: all rows of a subject must stand together; "
             f"row {row} goes on with a subject that had ended"
@@ -234,9 +296,9 @@ def _subjects_of(file: Path) -> np.ndarray:
     return ids
 
 
-def _row_of(file: Path, subject: int, *, second_run: bool = False) -> int:
+def _row_of(file: Path, parquet: pq.ParquetFile, subject: int, *, second_run: bool = False) -> int:
     ids = np.concatenate(
-        [b["subject_id"].to_numpy() for _, b in _batches(open_parquet(file), file, ["subject_id"])]
+        [b["subject_id"].to_numpy() for _, b in _batches(parquet, file, ["subject_id"])]
     )
     rows = np.flatnonzero(ids == subject)
     gaps = np.flatnonzero(np.diff(rows) > 1)
@@ -256,8 +318,9 @@ def _batches(
         raise ValueError(f"{file} is damaged: row {row} and later cannot be read") from None
 
 
-def _read_file(file: Path, wanted: np.ndarray | None) -> Iterator[EventBatch]:
-    parquet = open_parquet(file)
+def _read_file(
+    file: Path, parquet: pq.ParquetFile, wanted: np.ndarray | None
+) -> Iterator[EventBatch]:
     columns = _check_schema(file, parquet.schema_arrow)
     held: list[pa.RecordBatch] = []  # rows of a subject that may go on in the next batch
     held_rows = 0

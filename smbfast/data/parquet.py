@@ -8,14 +8,26 @@ import pyarrow.parquet as pq
 TEXT = (pa.string(), pa.large_string())
 
 
-def open_parquet(file: Path) -> pq.ParquetFile:
+def parquet_buffer(table: pa.Table) -> pa.Buffer:
+    """Return a table in memory as the bytes of a parquet file, so that both are read alike."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def open_parquet(file: Path, buffer: pa.Buffer | None = None) -> pq.ParquetFile:
     """Open a parquet file.
+
+    Args:
+        buffer: the bytes of the file, if they are in memory; `file` is then its name in errors.
 
     Raises:
         ValueError: the file, which is named, is missing or cannot be read.
     """
     try:
-        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        parquet = pq.ParquetFile(
+            file if buffer is None else buffer, page_checksum_verification=True
+        )
         _ = parquet.schema_arrow.names  # damaged names are not UTF-8
         return parquet
     except FileNotFoundError:
@@ -25,18 +37,23 @@ def open_parquet(file: Path) -> pq.ParquetFile:
 
 
 def read_columns(
-    file: Path, wanted: dict[str, tuple], *, optional: set[str] | None = None
+    file: Path,
+    wanted: dict[str, tuple],
+    *,
+    optional: set[str] | None = None,
+    buffer: pa.Buffer | None = None,
 ) -> pa.Table:
     """Read columns of a small parquet file.
 
     Args:
         wanted: for each column the types that it may have; a `None` among them lets it be missing.
         optional: columns that are read as they are where the file has them.
+        buffer: see `open_parquet`.
 
     Raises:
         ValueError: the file is unreadable, or a column is missing or of another type.
     """
-    parquet = open_parquet(file)
+    parquet = open_parquet(file, buffer)
     schema = parquet.schema_arrow
     columns = [c for c in (optional or ()) if c in schema.names]
     for name, types in wanted.items():

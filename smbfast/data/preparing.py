@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from smbfast.base.files import committed_folder, digest_of, verify_folder, write_text
+from smbfast.base.files import committed_folder, verify_folder, write_text
 from smbfast.base.progress import Progress
 from smbfast.data.fitting import PARALLEL_ROWS, decided_options, fit_encoding
 from smbfast.data.formats import (
@@ -109,7 +109,7 @@ def _source(
     assert data.format is not None
     made = f"bpe of {data.vocab_size}" if data.format != "codes" else "codes"
     return {
-        "data": _data_digest(dataset, splits),
+        "data": dataset.digest(splits),
         "data_format": data.format,
         "format": VERSIONS[data.format],
         "options": options_of(data),
@@ -158,17 +158,6 @@ def check_prepared(prepared: Prepared, data: DataSettings, backbone: str | None)
             f"data.prepared {prepared.folder} was made from other settings ({changed} differ); "
             "prepare it again or take them back"
         )
-
-
-def _data_digest(dataset: MedsDataset, splits: tuple[str, ...]) -> str:
-    """Return a digest of names, sizes and footers of the files; another export changes it."""
-    parts = []
-    for split in splits:
-        for file in dataset.splits[split]:
-            meta = pq.read_metadata(file)
-            groups = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
-            parts.append((split, file.name, file.stat().st_size, meta.num_rows, groups))
-    return digest_of(parts, dataset.descriptions, dataset.parents)
 
 
 def _make_shards(

@@ -16,6 +16,7 @@ Legend: N events, C codes.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -53,8 +54,8 @@ class Serializer:
         self,
         encoder: TextEncoder,
         sections: SectionMap,
-        descriptions: dict[str, str],
-        parents: dict[str, list[str]] | None = None,
+        descriptions: Mapping[str, str],
+        parents: Mapping[str, list[str]] | None = None,
         options: SerializerOptions | None = None,
         style: Style | None = None,
     ) -> None:

@@ -17,7 +17,9 @@ from smbfast.data.parquet import TEXT, read_columns, strings
 SPLITS: tuple[str, ...] = (meds.train_split, meds.tuning_split, meds.held_out_split)
 
 
-def find_splits(path: Path) -> tuple[dict[str, list[Path]], dict[str, np.ndarray] | None]:
+def find_splits(
+    path: Path, *, need_train: bool = True
+) -> tuple[dict[str, list[Path]], dict[str, np.ndarray] | None]:
     """Return the files of each split and, where no folders name the splits, the subjects of each.
 
     Raises:
@@ -27,7 +29,9 @@ def find_splits(path: Path) -> tuple[dict[str, list[Path]], dict[str, np.ndarray
     splits = {s: _parquets(folder / s) for s in SPLITS}
     if any(splits.values()):
         return splits, None
-    files = _parquets(folder)
+    files = _parquets(folder if folder.is_dir() else path)
+    if not need_train and files and not (path / "metadata" / "subject_splits.parquet").is_file():
+        return {"": files}, None
     table = path / "metadata" / "subject_splits.parquet"
     if not files:
         raise ValueError(

@@ -38,6 +38,13 @@ class DataSettings(Settings):
         "that `python -m smbfast.prepare` wrote, they are checked against the settings and used; "
         "if not, they are written there. `none` means the folder `prepared` inside the run folder.",
     )
+    split: tuple[float, float, float] | None = Field(
+        None,
+        description="Fractions of the patients that become train, tuning and held_out, for a "
+        "dataset that has no splits, such as 0.8,0.1,0.1. A hash of the patient's id decides, so "
+        "that a patient stays in one split whatever the other patients are. `none` means that the "
+        "dataset has splits of its own, which are never divided anew.",
+    )
     window: int = Field(
         1024,
         ge=64,
