@@ -15,7 +15,7 @@ or a .toml file of your own, which may begin from a preset with the line base = 
 it the preset `default` is used. In a file, a setting that is none is left out.
 
   --print            Print the settings of the run as TOML, and stop.
-  --resume=never     Short for --run.resume=never.
+  --resume=never     Short for --run.resume=never; likewise --resume=restart.
   --export=merged    Short for --run.export=merged.
   --profile=3        Short for --run.profile=3.
 

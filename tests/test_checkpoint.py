@@ -31,7 +31,7 @@ def test_a_loaded_checkpoint_takes_the_next_step_that_was_saved(form, tmp_path):
     for seed in range(3):
         take_step(encoder, updater, target, seed)
     checkpoint.save(tmp_path, 3, encoder, target, updater.optimizer, {"seconds": 1.5}, keep=2)
-    newest = checkpoint.latest(tmp_path)
+    newest, _ = checkpoint.latest(tmp_path)
     assert newest is not None and (newest.record["step"], newest.record["seconds"]) == (3, 1.5)
     optimizer = make_optimizer(other, OptimSettings())
     resumed = checkpoint.load(newest, other, optimizer)
@@ -54,6 +54,6 @@ def test_one_damaged_bit_is_passed_over(name: str, tmp_path: Path, capsys):
     content = bytearray((folder / name).read_bytes())
     content[-2] ^= 1
     (folder / name).write_bytes(content)
-    newest = checkpoint.latest(tmp_path, set_aside=False)
+    newest, _ = checkpoint.latest(tmp_path)
     assert newest is not None and newest.record["step"] == 1
     assert "SHA-256" in capsys.readouterr().err

@@ -9,12 +9,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+FORMAT = 1  # of a manifest
+
+
+class ForeignFormat(ValueError):
+    """A file of a format that another version writes: whole, and not to be read by this one."""
 
 
 @contextmanager
@@ -73,14 +78,24 @@ def verify_folder(path: Path) -> dict[str, Any]:
     """Check every file of a committed folder against its manifest and return the manifest.
 
     Raises:
-        ValueError: if the manifest is missing, or a file is missing, or its size or content differ.
+        ValueError: if the manifest is missing or names no file, or a file is missing, or its size
+            or content differ.
+        ForeignFormat: if the manifest has the format of another version.
     """
     path = Path(path)
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        version = manifest["format"]
         entries = [(name, size, digest) for name, (size, digest) in manifest["files"].items()]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ValueError(f"{path} must hold a readable {MANIFEST}; it was not finished") from None
+    if version != FORMAT:
+        raise ForeignFormat(
+            f"{path / MANIFEST} has format {version!r}, and this version reads {FORMAT} alone; use "
+            "the version that wrote it"
+        )
+    if not entries:
+        raise ValueError(f"{path / MANIFEST} must name the files beside it; it names none")
     for name, size, digest in entries:
         file = path / name
         if ".." in Path(name).parts or Path(name).is_absolute():
@@ -90,6 +105,28 @@ def verify_folder(path: Path) -> dict[str, Any]:
         if _sha256(file) != digest:
             raise ValueError(f"{file} does not match the SHA-256 of its manifest: it is damaged")
     return manifest
+
+
+def require_files(manifest: dict[str, Any], path: Path, names: Iterable[str]) -> None:
+    """Raise a ValueError if a manifest, as `verify_folder` returns it, lacks one of these files."""
+    missing = [name for name in names if name not in manifest["files"]]
+    if missing:
+        raise ValueError(f"{path / MANIFEST} must name {missing[0]}; it does not")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object; it does not")
+    return content
 
 
 def cannot_write(error: OSError) -> str:
@@ -116,7 +153,7 @@ def _seal(folder: Path, private: bool) -> None:
         _fsync(file)
         files[str(file.relative_to(folder))] = (file.stat().st_size, _sha256(file))
     (folder / MANIFEST).touch(0o600 if private else 0o666)
-    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1))
+    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
     _fsync(folder / MANIFEST)
     for sub in [p for p in folder.rglob("*") if p.is_dir()]:
         _fsync(sub)

@@ -1,11 +1,13 @@
 """Checkpoints to resume a run from, and the final folder that PEFT and transformers load.
 
 Everything is safetensors or JSON, and nothing is ever unpickled. A checkpoint is a committed folder
-`step-000123/`. A damaged one is skipped with a message, and the next older one is used. The step is
+`step-000123/`. A damaged one is skipped with a message, and the next older one is used; one of
+another format is refused. Which run it is of is the matter of `smbfast.run.identity`. The step is
 the loader's only state, and draws are seeded by identity, so a checkpoint holds no random state.
 """
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import dataclass
@@ -13,17 +15,31 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from smbfast.base.files import committed_folder, verify_folder
+from smbfast.base.digests import check_weights
+from smbfast.base.files import (
+    MANIFEST,
+    ForeignFormat,
+    committed_folder,
+    read_json,
+    require_files,
+    verify_folder,
+)
 from smbfast.model.backbone import PatientEncoder, load_adapter, load_lm, merged
 from smbfast.model.decoder import HfModule
 from smbfast.model.target import TargetEncoder
 from smbfast.model.vocabulary import grow
+from smbfast.run.model_record import FORMAT, check_record
 from smbfast.run.optim import trained
 from smbfast.settings.data import VOCABULARY
+
+_NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})$")
+# what transformers, PEFT and this file read of a final folder, by the end of the name
+_READ = (".json", ".safetensors", ".jinja", ".model")
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,11 @@ class Checkpoint:
 
     folder: Path
     record: dict
+
+    @property
+    def step(self) -> int:
+        """The number of steps done."""
+        return self.record["step"]
 
 
 def save(
@@ -53,7 +74,7 @@ def save(
     Raises:
         ValueError: if a tensor is not finite. Then nothing is written and older checkpoints stay.
     """
-    folder = run / "checkpoints" / f"step-{step:06d}"
+    folder = run / "checkpoints" / _name(step)
     tensors = {f"model.{n}": p.detach() for n, p in trained(encoder).items()}
     moments, steps = _optimizer_state(encoder, optimizer)
     tensors |= moments
@@ -69,28 +90,77 @@ def save(
     with committed_folder(folder, replace=True) as staging:
         save_file(_contiguous(tensors), staging / "state.safetensors")
         (staging / "record.json").write_text(json.dumps(content, indent=1))
-    for old in [f for f in _folders(run) if f != folder][: -keep + 1 or None]:
+    for old in [f for f in folders(run) if f != folder][: -keep + 1 or None]:
         _remove(old)
     return folder
 
 
-def latest(run: Path, *, set_aside: bool = True) -> Checkpoint | None:
-    """Return the newest checkpoint that verifies, or None.
+def latest(run: Path) -> tuple[Checkpoint | None, list[Path]]:
+    """Return the newest checkpoint that is intact, or None, and the damaged ones that are newer.
 
-    A damaged one is named on stderr. With `set_aside` it is also renamed to `damaged-step-...`, so
-    that it does not count among the checkpoints to keep.
+    A damaged one is named on stderr; see `set_aside`.
+
+    Raises:
+        ForeignFormat: if the newest that is not damaged has the format of another version.
     """
-    for folder in reversed(_folders(run)):
+    damaged: list[Path] = []
+    for folder in reversed(folders(run)):
         try:
-            verify_folder(folder)
-            return Checkpoint(folder, json.loads((folder / "record.json").read_text()))
+            return _verified(folder), damaged
+        except ForeignFormat:
+            raise
         except ValueError as error:
             print(f"smbfast: skipping a damaged checkpoint: {error}", file=sys.stderr)
-            if set_aside:
-                aside = folder.with_name(f"damaged-{folder.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-    return None
+            damaged.append(folder)
+    return None, damaged
+
+
+def _verified(folder: Path) -> Checkpoint:
+    """Read a checkpoint's record once all its bytes are those that were written."""
+    require_files(verify_folder(folder), folder, ("state.safetensors", "record.json"))
+    record = read_json(folder / "record.json")
+    identity = record.get("identity")
+    version = identity.get("format_version") if isinstance(identity, dict) else FORMAT
+    if version != FORMAT:
+        raise ForeignFormat(
+            f"{folder} has format {version}, and this version reads {FORMAT} alone; go on with the "
+            "version that wrote it"
+        )
+    step, updates = record.get("step"), record.get("target_updates")
+    whole = isinstance(step, int) and isinstance(record.get("metrics_offset", 0), int)
+    whole = whole and isinstance(record.get("optimizer_steps"), dict)
+    if not whole or not isinstance(updates, int | None):
+        raise ValueError(f"{folder / 'record.json'} must be the record of a checkpoint; it is not")
+    if folder.name != _name(record["step"]):
+        raise ValueError(f"{folder} must be of the step that it is named by, got {step}")
+    return Checkpoint(folder, record)
+
+
+def set_aside(damaged: list[Path]) -> None:
+    """Rename damaged checkpoints, so that they do not count among those that stay."""
+    for folder in damaged:
+        folder.rename(_free(folder.with_name(f"damaged-{folder.name}")))
+
+
+def leave_behind(run: Path) -> None:
+    """Rename all checkpoints, also damaged ones, so that the run begins again at step 0."""
+    for folder in [*folders(run), *were_damaged(run)]:
+        name = folder.name.removeprefix("damaged-")
+        folder.rename(_free(folder.with_name(f"unused-{name}")))
+
+
+def were_damaged(run: Path) -> list[Path]:
+    """Return the checkpoints that `set_aside` has renamed."""
+    return sorted((run / "checkpoints").glob("damaged-step-*"))
+
+
+def _free(folder: Path) -> Path:
+    """Return the path, with a number behind it if it exists already."""
+    number, free = 1, folder
+    while free.exists():
+        number += 1
+        free = folder.with_name(f"{folder.name}-{number}")
+    return free
 
 
 def load(
@@ -101,23 +171,38 @@ def load(
     Raises:
         ValueError: if names or shapes are not those of this model.
     """
-    tensors = load_file(checkpoint.folder / "state.safetensors")
+    tensors, record = _tensors(checkpoint.folder / "state.safetensors"), checkpoint.record
     restore(encoder, _part(tensors, "model."), checkpoint.folder)
+    averages = _part(tensors, "target.")
+    _require_state(checkpoint, tensors, averages)
     parameters = trained(encoder)
     for name, parameter in parameters.items():
-        steps = checkpoint.record["optimizer_steps"].get(name)
+        steps = record["optimizer_steps"].get(name)
         if steps is not None:
             optimizer.state[parameter] = {
                 "step": torch.tensor(float(steps), device=parameter.device),
                 "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
                 "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
             }
-    averages = _part(tensors, "target.")
     if not averages:
         return None
     target = TargetEncoder.of_state(encoder, averages)
-    target.updates = checkpoint.record["target_updates"]
+    target.updates = record["target_updates"]
     return target
+
+
+def _require_state(
+    checkpoint: Checkpoint, tensors: dict[str, Tensor], averages: dict[str, Tensor]
+) -> None:
+    """Raise a ValueError unless the tensors are those that the record says were saved."""
+    steps, updates = checkpoint.record["optimizer_steps"], checkpoint.record["target_updates"]
+    moments = {f"{kind}.{name}" for name in steps for kind in ("exp_avg", "exp_avg_sq")}
+    saved = {name for name in tensors if name.startswith(("exp_avg.", "exp_avg_sq."))}
+    if moments != saved or (updates is None) != (not averages):
+        raise ValueError(
+            f"{checkpoint.folder} must hold the optimizer's moments and the target encoder that "
+            "its record.json says were saved; it does not"
+        )
 
 
 def restore(encoder: PatientEncoder, state: dict[str, Tensor], source: Path) -> None:
@@ -216,8 +301,18 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
 
 
-def _folders(run: Path) -> list[Path]:
-    return sorted(f for f in (run / "checkpoints").glob("step-??????") if f.is_dir())
+def folders(run: Path) -> list[Path]:
+    """Return the folders of a run's checkpoints in the order of their steps."""
+    names = (run / "checkpoints").glob("step-*")
+    return sorted((f for f in names if _NAME.match(f.name) and f.is_dir()), key=_step_of)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _remove(folder: Path) -> None:
@@ -227,36 +322,94 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(trash)
 
 
+def verified_final(folder: Path) -> dict:
+    """Return the record of a final folder, `smbfast.json`, whose files are all as written.
+
+    Raises:
+        ValueError: if it is no final folder, a file is damaged or missing, a file that would be
+            read is not in the manifest, or the record is not one that this version can use.
+    """
+    folder = Path(folder)
+    if not (folder / "smbfast.json").is_file():
+        raise ValueError(f"{folder} must be the `final` folder of a run; it has no smbfast.json")
+    manifest = verify_folder(folder)
+    require_files(manifest, folder, ("smbfast.json", "predictor.safetensors"))
+    record = check_record(folder / "smbfast.json")
+    is_lora = record["trains"] == "lora"
+    needed = ("adapter_config.json", "adapter_model.safetensors") if is_lora else ("config.json",)
+    require_files(manifest, folder, needed)
+    for file in sorted(folder.iterdir()):
+        known = file.name in manifest["files"] or file.name == MANIFEST
+        if file.name.endswith(_READ) and not known:
+            raise ValueError(f"{file} must be named by {MANIFEST}, or it could not be trusted")
+    return record
+
+
 def restore_final(
     folder: Path, device: torch.device
 ) -> tuple[PatientEncoder, TargetEncoder | None, dict]:
     """Load the encoder of a final folder, its target encoder or None, and its record.
 
     Raises:
-        ValueError: if it is no final folder, is damaged, or its backbone cannot be found.
+        ValueError: if it is no final folder, is damaged, its record and its tensors do not fit
+            each other, or its backbone cannot be read or is not the one it was trained on.
     """
     folder = Path(folder)
-    if not (folder / "smbfast.json").is_file():
-        raise ValueError(f"{folder} must be the `final` folder of a run; it has no smbfast.json")
-    manifest = verify_folder(folder)
-    record = json.loads((folder / "smbfast.json").read_text())
+    record = verified_final(folder)
+    extra = _tensors(folder / "predictor.safetensors")
+    _require_sizes(folder, record, extra)
     is_lora, dtype = record["trains"] == "lora", getattr(torch, record["dtype"])
+    if is_lora and (warning := check_weights(record, record["backbone"])):
+        print(f"smbfast: {warning}", file=sys.stderr)
     base = load_lm(record["backbone"] if is_lora else str(folder), dtype)
     lm: PreTrainedModel | PeftModel = base
     if is_lora:
         grow(base, record["vocabulary"])
         lm = load_adapter(base, str(folder), trainable=True)
-    computes = getattr(torch, record.get("compute", record["dtype"]))  # older records lack it
+    computes = getattr(torch, record.get("compute") or record["dtype"])  # older records lack it
     narrow = None if computes == dtype else computes
-    encoder = PatientEncoder(lm, record["predictor_layers"], narrow).to(device)
-    extra = load_file(folder / "predictor.safetensors")
-    encoder.predictor.load_state_dict(_part(extra, "predictor."))
-    with torch.no_grad():
-        encoder.mask_vector.copy_(extra["mask_vector"])
-    if "target.safetensors" not in manifest["files"]:
+    try:
+        encoder = PatientEncoder(lm, record["predictor_layers"], narrow).to(device)
+        encoder.predictor.load_state_dict(_part(extra, "predictor."))
+        with torch.no_grad():
+            encoder.mask_vector.copy_(extra["mask_vector"])
+    except (KeyError, RuntimeError):
+        raise ValueError(
+            f"{folder / 'predictor.safetensors'} must hold the predictor and the mask vector of "
+            "this model; it does not"
+        ) from None
+    if not (folder / "target.safetensors").is_file():
         return encoder, None, record
-    target = TargetEncoder.of_state(encoder, load_file(folder / "target.safetensors"))
+    try:
+        target = TargetEncoder.of_state(encoder, _tensors(folder / "target.safetensors"))
+    except (KeyError, RuntimeError, IndexError):
+        raise ValueError(
+            f"{folder / 'target.safetensors'} must hold the averages of this model; it does not"
+        ) from None
     return encoder, target, record
+
+
+def _require_sizes(folder: Path, record: dict, extra: dict[str, Tensor]) -> None:
+    """Raise a ValueError if the record asks for other sizes than the tokenizer and tensors have.
+
+    So nothing is made of a size that only a record claims.
+    """
+    layers = sum(name.endswith(".weight") for name in _part(extra, "predictor."))
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for key, size in (("predictor_layers", layers), ("vocabulary", len(tokenizer))):
+        if record[key] != size:
+            raise ValueError(
+                f"{folder / 'smbfast.json'}: {key} must be {size}, as the files beside it have it, "
+                f"got {record[key]}"
+            )
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """Read a file of tensors; a ValueError if it is not safetensors."""
+    try:
+        return load_file(file)
+    except SafetensorError:
+        raise ValueError(f"{file} must be a safetensors file; it is not") from None
 
 
 @torch.no_grad()

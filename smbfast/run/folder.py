@@ -1,15 +1,18 @@
 """The folder of a run: which run it holds, the status of that run, and its data."""
 
 import json
+import sys
 from pathlib import Path
 
 from smbfast.base.config import read_toml
-from smbfast.base.files import write_text
+from smbfast.base.files import read_json, write_text
 from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits, with_splits
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import check_prepared, prepare
 from smbfast.data.windows import WindowSet
+from smbfast.run import checkpoint
+from smbfast.run.model_record import FORMAT
 from smbfast.settings import DataSettings, TrainSettings
 from smbfast.settings.data import VOCABULARY
 from smbfast.simulation.dataset import simulate
@@ -32,37 +35,130 @@ FREE_KEYS = (
     "run.profile",
     "probe.",
 )
+LOCATIONS = ("data.path", "data.prepared")  # may differ too where a checkpoint's digests agree
 
 
 def earlier(run: Path, settings: TrainSettings) -> str:
     """Return how far this run is in the folder: "new" (not begun), "resumed" or "done".
 
+    A run is done if its status says so and its folder `final` is whole; if that is not, it goes on
+    from its last checkpoint and writes `final` again. Where the data lie may differ on a resume,
+    because a checkpoint records what they are.
+
     Raises:
-        ValueError: if the folder holds another run, or any run with `run.resume=never`.
+        ValueError: if the folder holds another run, or any run with `run.resume=never`, or
+            checkpoints of a run whose `config.toml` is missing, unless `run.resume=restart`.
     """
-    config = run / "config.toml"
+    config, resume = run / "config.toml", settings.run.resume
     if not config.is_file():
+        if resume != "restart" and (left := _left_by_a_run(run)):
+            raise ValueError(
+                f"{run} holds {left} and no config.toml, so it cannot be said of which settings "
+                "they are; put the file back, name another --run.dir, or train from step 0 in "
+                "this folder with --resume=restart"
+            )
         return "new"
-    if settings.run.resume == "never":
+    if resume == "never":
         raise ValueError(
             f"{run} already holds a run and run.resume is never; name another --run.dir"
         )
-    # a setting that did not exist when the run began counts as its default
-    known = TrainSettings.model_construct().model_dump(mode="json", exclude={"phases"})
-    then = _flat(known) | _flat(read_toml(config))
-    now = _flat(settings.model_dump(mode="json"))
-    keys = [k for k in {**then, **now} if not k.startswith(FREE_KEYS)]
-    changed = [f"{k}: {then.get(k)} -> {now.get(k)}" for k in keys if then.get(k) != now.get(k)]
+    then, now = _flat(read_toml(config)), _flat(settings.model_dump(mode="json"))
+    done = status_of(run).get("state") == "done"
+    problem = _final_problem(run) if done else None
+    moved = set() if done and not problem else {k for k in LOCATIONS if then.get(k) and now.get(k)}
+    changed = changed_settings(
+        {k: v for k, v in then.items() if k not in moved},
+        {k: v for k, v in now.items() if k not in moved},
+    )
     if changed:
         raise ValueError(
             f"{run} holds a run with other settings; name another --run.dir, or take back\n  "
             + "\n  ".join(changed)
         )
+    if problem:
+        print(
+            f"smbfast: {run} says that it is done, but {problem}; it goes on from its last "
+            "checkpoint and writes `final` again",
+            file=sys.stderr,
+        )
+    return "done" if done and not problem else "resumed"
+
+
+def compared_settings(settings: TrainSettings) -> dict[str, object]:
+    """Return the settings that a checkpoint must agree with, by dotted key.
+
+    Left out are those that may differ, and where data lie: a digest says what they are.
+    """
+    flat = _flat(settings.model_dump(mode="json"))
+    return {k: v for k, v in flat.items() if k not in LOCATIONS and not k.startswith(FREE_KEYS)}
+
+
+def changed_settings(then: dict[str, object], now: dict[str, object]) -> list[str]:
+    """Return the settings that differ, as `key: before -> now`, without those that may.
+
+    A setting that did not exist when the run began counts as its default.
+    """
+    known = TrainSettings.model_construct().model_dump(mode="json", exclude={"phases"})
+    then = {k: v for k, v in _flat(known).items() if k not in LOCATIONS} | then
+    keys = [k for k in {**then, **now} if not k.startswith(FREE_KEYS)]
+    return [f"{k}: {then.get(k)} -> {now.get(k)}" for k in keys if then.get(k) != now.get(k)]
+
+
+def _left_by_a_run(run: Path) -> str | None:
+    """Return what a run has left in the folder that another must not go on from, or None."""
+    if checkpoint.folders(run) or checkpoint.were_damaged(run):
+        return "checkpoints"
+    if (run / "final").is_dir():
+        return "the folder final"
+    return "the status of a run" if status_of(run).get("step") else None
+
+
+def status_of(run: Path) -> dict:
+    """Return what `status.json` holds, empty if it cannot be read."""
     try:
-        state = json.loads((run / "status.json").read_text())["state"]
-    except (OSError, ValueError, KeyError):
-        state = "unknown"
-    return "done" if state == "done" else "resumed"
+        return read_json(run / "status.json")
+    except ValueError:
+        return {}
+
+
+def run_id(run: Path) -> str | None:
+    """Return the id in `run.json`, or None if there is no such file."""
+    file = run / "run.json"
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        name, version = content["run"], content["format"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        name, version = None, FORMAT
+    if version != FORMAT:
+        raise ValueError(f"{file} has format {version}, and this version reads {FORMAT} alone")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{file} must hold the id of the run, as JSON; put it back or name another --run.dir"
+        )
+    return name
+
+
+def _final_problem(run: Path) -> str | None:
+    """Return in words why `final` of a finished run cannot be believed, or None.
+
+    Raises:
+        ValueError: if it is intact and of another run.
+    """
+    final = run / "final"
+    try:
+        record = checkpoint.verified_final(final)
+    except ValueError as error:
+        return str(error)
+    mine, theirs = run_id(run), record.get("run")
+    if mine != theirs:
+        raise ValueError(
+            f"{final} is of run {theirs or 'of an earlier version'}, and {run} holds run "
+            f"{mine or 'of an earlier version'}; move that folder away, and the same command "
+            "writes its own"
+        )
+    return None
 
 
 def _flat(values: object, prefix: str = "") -> dict[str, object]:
@@ -77,6 +173,7 @@ def _flat(values: object, prefix: str = "") -> dict[str, object]:
 
 def prepared_data(settings: TrainSettings, run: Path) -> tuple[DataSettings, Prepared]:
     """Return the data settings with paths filled in, and the token shards; make what is missing."""
+    _refuse_adapter_as_backbone(settings)
     backbone = _tokenizer_folder(settings)
     data = settings.data.decided(backbone, simulated=settings.data.path is None)
     if data.path is None:
@@ -91,6 +188,20 @@ def prepared_data(settings: TrainSettings, run: Path) -> tuple[DataSettings, Pre
         return data, prepared
     out = Path(data.prepared) if data.prepared else run / "prepared"
     return data, prepare(data, out, backbone, ("train", "tuning"))
+
+
+def _refuse_adapter_as_backbone(settings: TrainSettings) -> None:
+    path = settings.model.path
+    if not path or not (Path(path) / "adapter_config.json").is_file():
+        return
+    try:
+        base = read_json(Path(path) / "adapter_config.json").get("base_model_name_or_path")
+    except ValueError:
+        base = None
+    raise ValueError(
+        f"model.path {path} holds a LoRA adapter and no backbone; give both, as "
+        f"--model.path={base or 'BACKBONE'} --model.adapter={path}"
+    )
 
 
 def _tokenizer_folder(settings: TrainSettings) -> str | None:

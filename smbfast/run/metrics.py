@@ -1,6 +1,7 @@
 """metrics.jsonl, TensorBoard events and the step line of a run."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -8,8 +9,6 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
-from smbfast.base.config import to_toml
-from smbfast.base.files import write_text
 from smbfast.base.progress import duration
 from smbfast.base.runtime import MatmulRate, peak_memory_gib
 from smbfast.data.loader import Step
@@ -39,7 +38,7 @@ class MetricsLog:
 
     def write(self, kind: str, **values: object) -> None:
         """Write one line; numbers of steps and evaluations also become TensorBoard scalars."""
-        self._file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self._file.write(json.dumps(legal({"kind": kind, **values}), allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
             if kind in ("step", "eval") and isinstance(value, float):
@@ -49,6 +48,15 @@ class MetricsLog:
         """Flush and close both."""
         self._file.close()
         self._board.close()
+
+
+def legal(value: object) -> object:
+    """Return what JSON can hold: a number that is not finite becomes null, which readers know."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: legal(inner) for key, inner in value.items()}
+    return [legal(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 class Meter:
@@ -108,8 +116,8 @@ def open_log(run: OpenRun) -> MetricsLog:
     """Open the log of a run and print the header; a new run also writes `config.toml`."""
     progress = run.progress
     log = MetricsLog(run.folder, progress.metrics_offset, progress.step)
-    if not progress.step:  # from here on, the folder belongs to this run
-        write_text(run.folder / "config.toml", to_toml(run.settings))
+    if not progress.step:
+        run.begin()
     header = console.header(run)
     if not progress.step:
         log.write("header", **header)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from smbfast.base.config import to_toml
+from smbfast.base.files import write_text
 from smbfast.base.parts import is_part
 from smbfast.base.runtime import GIB, choose_device, few, held_memory
 from smbfast.data.labels import Labels
@@ -23,6 +25,7 @@ from smbfast.model.flops import ModelShape
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.run import checkpoint
 from smbfast.run.folder import check_windows, prepared_data, read_tasks, write_status
+from smbfast.run.identity import Identity, newest_checkpoint
 from smbfast.run.matmul import Matmul, choose_matmul
 from smbfast.run.optim import make_optimizer, place, total_steps
 from smbfast.run.startup import micro_tokens, require_cuts
@@ -58,6 +61,7 @@ class OpenRun:
     prepared: Prepared
     windows: WindowSet
     tuning: WindowSet
+    identity: Identity  # recorded by checkpoints and models
     tasks: list[tuple[Path, Labels]]  # probed at the end, but read now to find mistakes early
     encoder: PatientEncoder
     optimizer: torch.optim.Optimizer
@@ -97,11 +101,16 @@ class OpenRun:
         tasks = read_tasks(settings, data)
         size = f"{few(len(windows))} windows, {windows.num_tokens:,} tokens ({prepared.size_text})"
         report("data", f"{size}; {cuts_text(windows)}; {len(tasks)} tasks to probe")
+        # before a large model is loaded; that of the hub may be on this machine only after it
+        identity = Identity.of(settings, prepared)
+        identity, newest = newest_checkpoint(settings, identity, set_aside=set_aside)
         bytes_before = held_memory(device)
         encoder = make_encoder(settings, prepared.tokenizer, device, prepared.new_tokens)
+        identity = identity.with_backbone(settings)
         optimizer = make_optimizer(encoder, settings.optim)
         target, progress = None, Progress()
-        if newest := checkpoint.latest(folder, set_aside=set_aside):
+        if newest:
+            identity.require(newest)
             target = checkpoint.load(newest, encoder, optimizer)
             progress = Progress.of(newest.record)
         report("model", _model_text(encoder, len(prepared.tokenizer), progress.step))
@@ -118,6 +127,7 @@ class OpenRun:
             prepared=prepared,
             windows=windows,
             tuning=tuning,
+            identity=identity,
             tasks=tasks,
             encoder=encoder,
             optimizer=optimizer,
@@ -134,6 +144,11 @@ class OpenRun:
         """Hand over the checkpoint's target encoder, so that the caller alone decides its life."""
         target, self.target = self.target, None
         return target
+
+    def begin(self) -> None:
+        """Write the id and the settings of a new run: from here on the folder is this run's."""
+        self.identity.write(self.folder)
+        write_text(self.folder / "config.toml", to_toml(self.settings))
 
     @property
     def folder(self) -> Path:
@@ -179,6 +194,7 @@ class OpenRun:
     def save(self, target: TargetEncoder | None, step: int, offset: int, command: str) -> None:
         """Write a checkpoint after `step` steps, when metrics.jsonl has `offset` bytes."""
         record = {
+            **self.identity.record(),
             "metrics_offset": offset,
             "best": self.progress.best,
             "micro_tokens": self.micro_tokens,
@@ -233,6 +249,7 @@ def _model_record(run: OpenRun, step: int) -> dict:
         "options": prepared.options,
         "matmul": run.progress.matmul,
         "step": step,
+        **run.identity.of_model(),
     }
 
 

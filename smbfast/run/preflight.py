@@ -219,7 +219,7 @@ def _round_trip(run: OpenRun, target: TargetEncoder | None) -> str:
             for parameter in trained(encoder).values():
                 parameter.zero_()
         optimizer.state.clear()
-        newest = checkpoint.latest(Path(folder))
+        newest, _ = checkpoint.latest(Path(folder))
         if newest is None:
             raise ValueError(f"a checkpoint written under {run.folder} must verify; it does not")
         target = checkpoint.load(newest, encoder, optimizer)

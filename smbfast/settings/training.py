@@ -284,10 +284,15 @@ class RunSettings(Settings):
         "model with the LoRA adapters added into its weights. It works for a finished run too, by "
         "the same command with --export=merged, which is short for this key.",
     )
-    resume: Literal["auto", "never"] = Field(
+    resume: Literal["auto", "never", "restart"] = Field(
         "auto",
         description="What happens if the run folder already holds a run. `auto` continues it, or "
-        "says that it is finished; `never` stops with an error. --resume=never is short for it.",
+        "says that it is finished; `never` stops with an error. A run is continued only from an "
+        "intact checkpoint of its own, with the data, the token shards, the tokenizer and the "
+        "backbone that it was made with; anything else is refused by name. `restart` does as "
+        "`auto`, but where no checkpoint can be used it renames them all, so that they begin "
+        "with `unused`, and trains from step 0 again. Other settings are refused in any case. "
+        "--resume=never is short for it.",
     )
 
 
