@@ -53,13 +53,12 @@ def choose_bucket(
     for bucket in BUCKETS:
         serializer = make_serializer(bucket)
         if vocab_size is not None:
-            batches = dataset.batches("train", subjects)
+            batches = dataset.batches("train", subjects, text_chars=serializer.text_chars)
             tokenizer = tokenizer_of(serializer, batches, vocab_size)
             delimiters = serializer.encoder.delimiters
             serializer = serializer.with_encoder(TextEncoder(tokenizer, delimiters))
-        shares[bucket] = share_with_cut(
-            serializer, dataset.batches("train", subjects), window, stride, objective
-        )
+        batches = dataset.batches("train", subjects, text_chars=serializer.text_chars)
+        shares[bucket] = share_with_cut(serializer, batches, window, stride, objective)
         if shares[bucket] >= ENOUGH:
             break
     return bucket, shares

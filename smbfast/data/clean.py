@@ -21,8 +21,31 @@ _AGE = re.compile(r"^Age(?= |$)")
 
 
 def clean(text: str, limit: int | None = None) -> str:
-    """Replace newlines, control and invisible characters by single spaces; cut at `limit`."""
-    return _HIDDEN.sub(" ", text).strip()[:limit].rstrip()
+    """Replace newlines, control and invisible characters by single spaces; cut at `limit`.
+
+    Of a long text no more is read than is returned, but for what is not seen.
+    """
+    if limit is None:
+        return _HIDDEN.sub(" ", text).strip()
+    return _beginning(text, limit)[:limit].rstrip()
+
+
+def shortened(text: str, limit: int) -> tuple[str, bool]:
+    """Return `clean(text, limit)`, and whether more of the text would be seen."""
+    # of two characters behind the limit one is seen: spaces are single
+    head = _beginning(text, limit + 2)
+    return head[:limit].rstrip(), len(head) > limit
+
+
+def _beginning(text: str, least: int) -> str:
+    """Return the cleaned beginning of a text, at least so long; all of it if it is shorter."""
+    read = 2 * least + 32
+    while read < len(text):
+        head = _HIDDEN.sub(" ", text[:read]).lstrip()
+        if len(head) >= least:
+            return head
+        read *= 2
+    return clean(text)
 
 
 def line_head(text: str) -> str:

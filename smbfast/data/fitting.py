@@ -177,7 +177,7 @@ def _opened(folder: Path) -> MedsDataset:
 
 
 def _add_file(statistics: CodeStatistics, dataset: MedsDataset, file: Path) -> None:
-    for batch in dataset.file_batches(file, "train"):
+    for batch in dataset.file_batches(file, "train", text_chars=statistics.text_chars):
         statistics.add(batch)
 
 

@@ -147,7 +147,7 @@ class Layout:
         unique_U, item_E = np.unique(key_E, return_inverse=True)
         first_U = np.full(len(unique_U), len(key_E), np.int64)
         np.minimum.at(first_U, item_E, np.arange(len(key_E)))
-        texts: dict[int, str] = {}
+        texts: dict[int, tuple[str, bool]] = {}
         strings = []
         for key, row in zip(unique_U.tolist(), first_U.tolist(), strict=True):
             parts = []
@@ -161,8 +161,10 @@ class Layout:
                 if text >= 0:
                     if text not in texts:
                         texts[text] = self.serializer.text_value(batch.texts[text])
-                    parts.append(texts[text])
+                    parts.append(texts[text][0])
             strings.append(" ".join(p for p in parts if p))
+        cut = [text for text, (_, longer) in texts.items() if longer]
+        self.serializer.counts["texts_cut"] += int(np.isin(text_E[valued], cut).sum())
         has_U = np.array([bool(s) for s in strings], bool)
         return has_U[item_E], number_E, item_E, strings
 

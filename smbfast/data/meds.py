@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from smbfast.base.files import digest_of
+from smbfast.data.long_texts import gathered, rows_at_once
 from smbfast.data.parquet import (
     TEXT,
     column_names,
@@ -35,7 +36,6 @@ from smbfast.data.splits import SPLITS, find_splits
 
 STATIC: int = int(np.iinfo(np.int64).min)  # the time of an event that has none
 BIRTH = meds.birth_code
-ROWS = 1 << 18  # rows decoded at once: bounds memory whatever the size of a file
 
 
 @dataclass(frozen=True)
@@ -160,13 +160,29 @@ class MedsDataset:
         """Return the number of rows of a file."""
         return open_parquet(file, self.buffers.get(file)).metadata.num_rows
 
-    def batches(self, split: str, subjects: np.ndarray | None = None) -> Iterator[EventBatch]:
-        """Yield all events of a split (of `subjects` only, if given), whole subjects at a time."""
+    def batches(
+        self,
+        split: str,
+        subjects: np.ndarray | None = None,
+        *,
+        text_chars: int | None = None,
+    ) -> Iterator[EventBatch]:
+        """Yield all events of a split (of `subjects` only, if given), whole subjects at a time.
+
+        Args:
+            text_chars: how many characters of a text will be used. Longer texts may come without
+                what `smbfast.data.clean.shortened` does not need; None brings them whole.
+        """
         for file in self.splits[split]:
-            yield from self.file_batches(file, split, subjects)
+            yield from self.file_batches(file, split, subjects, text_chars=text_chars)
 
     def file_batches(
-        self, file: Path, split: str, subjects: np.ndarray | None = None
+        self,
+        file: Path,
+        split: str,
+        subjects: np.ndarray | None = None,
+        *,
+        text_chars: int | None = None,
     ) -> Iterator[EventBatch]:
         """Yield the events of one file, as `batches` does for all."""
         wanted = self._selected(self.subjects_of[file], split)
@@ -176,7 +192,7 @@ class MedsDataset:
             return
         everyone = len(wanted) == len(self.subjects_of[file])
         parquet = open_parquet(file, self.buffers.get(file))
-        yield from _read_file(file, parquet, None if everyone else np.sort(wanted))
+        yield from _read_file(file, parquet, None if everyone else np.sort(wanted), text_chars)
 
     def _selected(self, ids: np.ndarray, split: str) -> np.ndarray:
         return ids if self.split_of is None else ids[np.isin(ids, self.split_of[split])]
@@ -310,7 +326,7 @@ def _batches(
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     row = 0
     try:
-        for batch in parquet.iter_batches(batch_size=ROWS, columns=columns):
+        for batch in parquet.iter_batches(rows_at_once(parquet, columns), columns=columns):
             if batch.num_rows:
                 yield row, batch
             row += batch.num_rows
@@ -319,22 +335,31 @@ def _batches(
 
 
 def _read_file(
-    file: Path, parquet: pq.ParquetFile, wanted: np.ndarray | None
+    file: Path, parquet: pq.ParquetFile, wanted: np.ndarray | None, text_chars: int | None
 ) -> Iterator[EventBatch]:
     columns = _check_schema(file, parquet.schema_arrow)
-    held: list[pa.RecordBatch] = []  # rows of a subject that may go on in the next batch
+    held: list[pa.Table] = []  # rows of a subject that may go on in the next table
     held_rows = 0
-    for start, batch in _batches(parquet, file, columns):
-        ids = batch["subject_id"].to_numpy()
+    for start, table in _tables(file, _batches(parquet, file, columns), text_chars):
+        ids = table["subject_id"].to_numpy()
         whole = _last_run_start(ids)
         if whole > 0 or (held and held[0]["subject_id"][0].as_py() != ids[0]):
-            yield from _decode(file, start - held_rows, [*held, batch.slice(0, whole)], wanted)
+            yield from _decode(file, start - held_rows, [*held, table.slice(0, whole)], wanted)
             held, held_rows = [], 0
-        held.append(batch.slice(whole))
-        held_rows += batch.num_rows - whole
+        held.append(table.slice(whole))
+        held_rows += len(table) - whole
     if held:
         total = parquet.metadata.num_rows
         yield from _decode(file, total - held_rows, held, wanted)
+
+
+def _tables(
+    file: Path, batches: Iterator[tuple[int, pa.RecordBatch]], text_chars: int | None
+) -> Iterator[tuple[int, pa.Table]]:
+    try:
+        yield from gathered(batches, text_chars)
+    except pa.ArrowInvalid:
+        raise ValueError(f"{file} is damaged: it holds text that is not UTF-8") from None
 
 
 def _last_run_start(ids: np.ndarray) -> int:
@@ -343,10 +368,10 @@ def _last_run_start(ids: np.ndarray) -> int:
 
 
 def _decode(
-    file: Path, start: int, batches: list[pa.RecordBatch], wanted: np.ndarray | None
+    file: Path, start: int, tables: list[pa.Table], wanted: np.ndarray | None
 ) -> Iterator[EventBatch]:
     """Yield rows of whole subjects as one EventBatch; `start` is the row number of the first."""
-    table = pa.Table.from_batches([b for b in batches if b.num_rows])
+    table = pa.concat_tables([t for t in tables if len(t)])
     if table["code"].null_count:
         row = start + int(np.argmax(table["code"].is_null().to_numpy()))
         raise ValueError(f"{file}: row {row} must have a `code`, it is null")

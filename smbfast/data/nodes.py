@@ -86,7 +86,9 @@ def node_texts(
     known = 0
     for split in [s for s in dataset.splits if s in nodes.split_K]:  # "" is an unknown subject's
         mine = nodes.split_K == split
-        for batch in dataset.batches(split, np.unique(nodes.subject_K[mine])):
+        for batch in dataset.batches(
+            split, np.unique(nodes.subject_K[mine]), text_chars=serializer.text_chars
+        ):
             timelines = serializer.timelines(batch)
             births = np.array([c == BIRTH for c in batch.codes])[batch.code_N]
             timed_N = (batch.time_N != STATIC) & ~births

@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 TEXT = (pa.string(), pa.large_string())
+BUFFER = 1 << 20  # bytes of a column read at once: its chunk may be larger than the memory
 
 
 def parquet_buffer(table: pa.Table) -> pa.Buffer:
@@ -25,9 +26,8 @@ def open_parquet(file: Path, buffer: pa.Buffer | None = None) -> pq.ParquetFile:
         ValueError: the file, which is named, is missing or cannot be read.
     """
     try:
-        parquet = pq.ParquetFile(
-            file if buffer is None else buffer, page_checksum_verification=True
-        )
+        source = file if buffer is None else buffer
+        parquet = pq.ParquetFile(source, page_checksum_verification=True, buffer_size=BUFFER)
         _ = parquet.schema_arrow.names  # damaged names are not UTF-8
         return parquet
     except FileNotFoundError:

@@ -243,7 +243,7 @@ def _make_shard(
     serializer.unmapped.clear()
     with committed_folder(folder, private=True) as staging:
         writer = ShardWriter(staging)
-        for batch in dataset.file_batches(file, split):
+        for batch in dataset.file_batches(file, split, text_chars=serializer.text_chars):
             for timeline in serializer.timelines(batch):
                 if len(timeline.bucket_end_B):
                     writer.add(timeline)

@@ -24,7 +24,7 @@ import numpy as np
 
 from smbfast.base.files import digest_of
 from smbfast.batch import Timeline
-from smbfast.data.clean import clean, lean_head, line_head, without_tags
+from smbfast.data.clean import clean, lean_head, line_head, shortened, without_tags
 from smbfast.data.layout import Layout
 from smbfast.data.meds import BIRTH, EventBatch
 from smbfast.data.sections import SectionMap
@@ -102,6 +102,11 @@ class Serializer:
         """Return the text of each subject, whose token ids `timelines` returns."""
         return Layout(self, batch).texts()
 
+    @property
+    def text_chars(self) -> int:
+        """The length to which a text value is cut."""
+        return self.options.text_chars
+
     def bucket_key(self, time_N: np.ndarray) -> np.ndarray:
         """Return the beginning of the bucket of each time, int64 [N] microseconds since 1970."""
         span = SPAN[self.options.bucket]
@@ -123,13 +128,13 @@ class Serializer:
             [k[2] for k in known],
         )
 
-    def text_value(self, text: str) -> str:
-        """Return a text value in the form in which it may stand in a line."""
-        text = clean(text)
-        if len(text) > self.options.text_chars:
-            self.counts["texts_cut"] += 1
-            text = text[: self.options.text_chars].rstrip()
-        return without_tags(text) if self.encoder.delimiters == "text" else text
+    def text_value(self, text: str) -> tuple[str, bool]:
+        """Return a text value in the form in which it may stand in a line, and whether it is cut.
+
+        What stands behind the part that is written makes no difference.
+        """
+        text, cut = shortened(text, self.options.text_chars)
+        return without_tags(text) if self.encoder.delimiters == "text" else text, cut
 
     def _name(self, code: str) -> str:
         return clean(self._descriptions.get(code) or code, 200)

@@ -66,7 +66,8 @@ def count_codes(
     vocabulary: dict[str, int] = {}
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for split in SPLITS:
-        for number, batch in enumerate(dataset.batches(split, subjects=np.unique(subject_K))):
+        batches = dataset.batches(split, np.unique(subject_K), text_chars=0)  # no text is used
+        for number, batch in enumerate(batches):
             progress(f"{split}, batch {number + 1}")
             new_C = [vocabulary.setdefault(code, len(vocabulary)) for code in batch.codes]
             code_C, width = np.array(new_C, np.int64), max(1, len(vocabulary))

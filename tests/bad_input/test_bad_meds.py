@@ -152,7 +152,7 @@ def test_null_code_and_null_subject(tmp_path: Path, column: int) -> None:
 def test_null_code_in_a_later_row_group_names_the_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("smbfast.data.meds.ROWS", 16)
+    monkeypatch.setattr("smbfast.data.long_texts.ROWS", 16)
     rows = split_rows("train")
     rows[101] = (*rows[101][:2], None, CANARY_VALUE, CANARY)
     prepare_refuses(secret_meds(tmp_path / "data", train=rows), "row 101 ", "`code`")

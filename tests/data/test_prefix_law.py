@@ -64,7 +64,7 @@ class InMemory:
     def __init__(self, batch: EventBatch) -> None:
         self.batch = batch
 
-    def batches(self, split: str, subjects: np.ndarray) -> Iterator[EventBatch]:
+    def batches(self, split: str, subjects: np.ndarray, *, text_chars: int) -> Iterator[EventBatch]:
         yield self.batch
 
 

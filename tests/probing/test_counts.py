@@ -22,7 +22,7 @@ class Events:
     splits: dict[str, list[list[tuple[int, int, str]]]]
     path: Path = Path("memory")
 
-    def batches(self, split: str, subjects: np.ndarray | None = None):
+    def batches(self, split: str, subjects: np.ndarray | None = None, text_chars: int = 0):
         for rows in self.splits.get(split, []):
             rows = [row for row in rows if row[0] in subjects]
             if rows:

@@ -74,6 +74,11 @@ class CodeSerializer:
         lead = self._leads(moments)
         return _cut(batch, subject_S, birth_S, moments, lead, token_N, section_N)
 
+    @property
+    def text_chars(self) -> int:
+        """The length to which a text value is cut."""
+        return self.vocabulary.text_chars
+
     def texts(self, batch: EventBatch) -> list[list[str]]:
         """Return the names of each subject's tokens."""
         first, tokens = self.vocabulary.first_id, self.vocabulary.tokens
