@@ -3,6 +3,8 @@
 import sys
 
 from smbfast.base.entry import entry
+from smbfast.base.locks import locked
+from smbfast.base.ours import require_run_folder
 from smbfast.settings import kernel_choice, load, presets, run_arguments, run_help
 
 EPILOG = f"""This command takes the arguments of python -m smbfast.train and tries, in about a
@@ -40,13 +42,15 @@ def main(argv: list[str] | None = None) -> None:
             print(run_help(argv, "python -m smbfast.check", EPILOG))
             return
         settings = load(*run_arguments(argv))
-        from smbkernels import use
+        require_run_folder(settings.folder)
+        with locked(settings.folder, "smbfast.check"):  # a run under way is left alone
+            from smbkernels import use
 
-        from smbfast.run.preflight import check
+            from smbfast.run.preflight import check
 
-        everywhere, by_op = kernel_choice(settings.kernels)
-        with use(everywhere, **by_op):
-            check(settings)
+            everywhere, by_op = kernel_choice(settings.kernels)
+            with use(everywhere, **by_op):
+                check(settings)
 
 
 if __name__ == "__main__":

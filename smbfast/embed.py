@@ -11,20 +11,21 @@ def main(argv: list[str] | None = None) -> None:
     """The command: arguments, a model, one call of `smbfast.probing.embedding`, what it counted."""
     settings = command_line(EmbedSettings, argv, prog="python -m smbfast.embed")
     with entry("smbfast.embed"):
+        from smbfast.base.files import standing
         from smbfast.base.runtime import choose_device, few
         from smbfast.probing.embedding import embed_labels
         from smbfast.run.checkpoint import restore_final
         from smbfast.run.matmul import recorded
 
-        device = choose_device(settings.device)
-        encoder, target, record = restore_final(Path(settings.model), device)
+        device, model = choose_device(settings.device), standing(Path(settings.model))
+        encoder, target, record = restore_final(model, device)
         with recorded(record.get("matmul"), device):
             embedded = embed_labels(
                 encoder,
                 target,
                 record,
                 device,
-                tokenizer=Path(settings.model),
+                tokenizer=model,
                 data=Path(settings.data),
                 labels=settings.labels,
                 out=Path(settings.out),

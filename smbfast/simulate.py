@@ -8,7 +8,7 @@ from smbfast.settings import SimulateSettings
 def main(argv: list[str] | None = None) -> None:
     """The command: arguments and one call of `smbfast.simulation.dataset`."""
     config = command_line(SimulateSettings, argv, prog="python -m smbfast.simulate")
-    with entry("smbfast.simulate"):
+    with entry("smbfast.simulate", private=False):  # nobody real
         from smbfast.simulation.dataset import simulate
 
         simulate(

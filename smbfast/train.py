@@ -7,8 +7,17 @@ from functools import partial
 
 from smbfast.base.config import to_toml
 from smbfast.base.entry import entry
+from smbfast.base.locks import locked
+from smbfast.base.ours import require_run_folder
 from smbfast.base.progress import duration
-from smbfast.settings import kernel_choice, load, presets, run_arguments, run_help
+from smbfast.settings import (
+    TrainSettings,
+    kernel_choice,
+    load,
+    presets,
+    run_arguments,
+    run_help,
+)
 
 EPILOG = f"""PRESET is one of {", ".join(presets())},
 or a .toml file of your own, which may begin from a preset with the line base = "default". Without
@@ -33,6 +42,7 @@ Examples
   See the settings of a preset with their explanations:
     python -m smbfast.train lora --help"""
 PREEMPTED = 75  # EX_TEMPFAIL: run it again
+_entry = partial(entry, "smbfast.train", stopped="the same command goes on", status=PREEMPTED)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -41,8 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     prog = "python -m smbfast.train"
     name, words = run_arguments([a for a in argv if a != "--print"])
     command, start = shlex.join([*prog.split(), name, *words]), time.monotonic()
-    stopped = partial(entry, "smbfast.train", stopped="the same command goes on", status=PREEMPTED)
-    with stopped():
+    with _entry():
         if {"-h", "--help"} & set(argv):
             print(run_help(argv, prog, EPILOG))
             return
@@ -50,23 +59,29 @@ def main(argv: list[str] | None = None) -> None:
         if "--print" in argv:
             print(to_toml(settings), end="")
             return
-        from smbkernels import use
+        require_run_folder(settings.folder)
+        with locked(settings.folder, "smbfast.train"):  # before the imports that take seconds
+            _run(settings, command, start)
 
-        from smbfast.base.runtime import choose_device
-        from smbfast.run import console, loop
-        from smbfast.run.folder import earlier, write_end
 
-        if earlier(settings.folder, settings) == "done":
-            loop.export(settings, choose_device(settings.run.device))
-            console.already_done(settings.folder)
-            return
+def _run(settings: TrainSettings, command: str, start: float) -> None:
+    from smbkernels import use
+
+    from smbfast.base.runtime import choose_device
+    from smbfast.run import console, loop
+    from smbfast.run.folder import earlier, write_end
+
+    if earlier(settings.folder, settings) == "done":
+        loop.export(settings, choose_device(settings.run.device))
+        console.already_done(settings.folder)
+        return
     # from here on how it ends is written to the run's status
-    with stopped(on_end=partial(write_end, settings)):
+    with _entry(on_end=partial(write_end, settings)):
         everywhere, by_op = kernel_choice(settings.kernels)
         with use(everywhere, **by_op):
             outcome = loop.train(settings, command)
-    if outcome == "preempted":
-        raise SystemExit(PREEMPTED)
+        if outcome == "preempted":
+            raise SystemExit(PREEMPTED)
     print(f"total {duration(time.monotonic() - start)}")
 
 

@@ -1,6 +1,6 @@
 """How every command ends: one line for an error that a user can correct, a traceback for a bug.
 
-It imports only the standard library and `files`, so that `--help` is quick.
+It imports only the standard library and files of this folder, so that `--help` is quick.
 """
 
 import os
@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
-from smbfast.base.files import cannot_write
+from smbfast.base.disk import cannot_write, system_error
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_PATIENCE = 2  # signals that ask; the next one ends the process
 
 
 class RunFailed(RuntimeError):
@@ -25,11 +28,13 @@ def entry(
     stopped: str = "nothing was written",
     status: int = 1,
     on_end: Callable[[str], None] | None = None,
+    private: bool = True,
 ) -> Iterator[None]:
     """Run the work of command `prog`; if it fails, end the process with one line on stderr.
 
     The exit status after an error is 1. An error that is not listed below is a bug and keeps its
-    traceback. SIGTERM stops the work as Ctrl-C does.
+    traceback. SIGTERM and SIGUSR1 stop the work as Ctrl-C does. A second signal interrupts what the
+    first one began; a third ends the process.
 
     Args:
         prog: the beginning of the line, such as `smbfast.embed`.
@@ -37,55 +42,97 @@ def entry(
         status: the exit status after an interrupt.
         on_end: called before the exit with "failed", or with "preempted" after an interrupt, so a
             run can write its status. A `SystemExit` inside the block does not call it.
+        private: whether only the user may read the files that are written: they are about patients.
 
     Raises:
         SystemExit: for `ValueError`, `RunFailed`, `OSError`, `BrokenProcessPool` and
-            `KeyboardInterrupt`.
+            `KeyboardInterrupt`, and for a full disk in the words of any library.
     """
     on_end = on_end or _nothing
-    try:
-        with _terminate_as_interrupt():
+    with _modes(private), _signals(prog, status) as signals:
+        try:
             yield
-    except SystemExit:
-        raise
-    except (ValueError, RunFailed) as error:
-        on_end("failed")
-        raise SystemExit(f"{prog}: {error}") from None
-    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
-        on_end("failed")
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # so that the flush at exit works
-        raise SystemExit(1) from None
-    except OSError as error:
-        on_end("failed")
-        raise SystemExit(f"{prog}: {cannot_write(error)}") from None
-    except BrokenProcessPool:
-        on_end("failed")
-        raise SystemExit(
-            f"{prog}: a worker process was killed, perhaps because memory ran out; the same "
-            "command goes on, with fewer `workers` if you set them"
-        ) from None
-    except KeyboardInterrupt:
-        on_end("preempted")
-        print(f"\n{prog}: stopped; {stopped}", file=sys.stderr)  # the terminal has printed ^C
-        raise SystemExit(status) from None
-    except BaseException:
-        on_end("failed")
-        raise
+        except SystemExit:
+            raise
+        except (ValueError, RunFailed) as error:
+            on_end("failed")
+            raise SystemExit(f"{prog}: {error}") from None
+        except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
+            on_end("failed")
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # so that the flush at exit works
+            raise SystemExit(1) from None
+        except BrokenProcessPool:
+            on_end("failed")
+            raise SystemExit(
+                f"{prog}: a worker process was killed, perhaps because memory ran out; the same "
+                "command goes on, with fewer `workers` if you set them"
+            ) from None
+        except KeyboardInterrupt:
+            signals.ignore()
+            on_end("preempted")
+            print(f"\n{prog}: stopped; {stopped}", file=sys.stderr)  # the terminal has printed ^C
+            raise SystemExit(status) from None
+        except BaseException as error:
+            on_end("failed")
+            known = system_error(error)
+            if known is None:
+                raise
+            raise SystemExit(f"{prog}: {cannot_write(known)}") from None
+
+
+class _Signals:
+    """Turns signals into KeyboardInterrupt, and ends the process if they are not heard."""
+
+    def __init__(self, status: int) -> None:
+        self.count, self._status, self._ignored = 0, status, False
+
+    def handle(self, number: int, frame: object) -> None:
+        self.count += 1
+        if self.count > _PATIENCE:
+            os._exit(self._status)  # what is on the disk is whole at any moment
+        if not self._ignored:
+            raise KeyboardInterrupt
+
+    def ignore(self) -> None:
+        """Let the way out be interrupted no more."""
+        self._ignored = True
 
 
 @contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt in the block, if this is the main thread."""
+def _signals(prog: str, status: int) -> Iterator[_Signals]:
+    """Handle signals in the block, if this is the main thread."""
+    signals = _Signals(status)
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield signals
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {number: signal.signal(number, signals.handle) for number in SIGNALS}
+    ends = False
+    try:
+        yield signals
+    except SystemExit as stop:
+        ends = stop.code == status
+        raise
+    finally:
+        spec = getattr(sys.modules["__main__"], "__spec__", None)
+        if ends and spec is not None and spec.name == prog:
+            signals.ignore()  # until the process has ended, its exit status stays what it is
+        else:
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def _modes(private: bool) -> Iterator[None]:
+    """Let new files be 0600 and new folders 0700 in the block, if `private`."""
+    before = os.umask(0o077)
+    if not private:
+        os.umask(before)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        os.umask(before)
 
 
 def _nothing(state: str) -> None:

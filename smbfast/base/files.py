@@ -1,20 +1,44 @@
 """Writes files and folders atomically: after a crash there is the old or the new one, whole.
 
-A folder is written into `name.tmp/`. Then every file is fsynced, a manifest with sizes and SHA-256
-is written last, the folder is fsynced and renamed, and its parent is fsynced. Safetensors and
-parquet files have no checksum of their own, so readers call `verify_folder` first.
+What is written lies first in a folder of its own beside its target, `NAME.<16 hex digits>.tmp/`,
+which nobody else can open and which holds a marker (`smbfast.base.staging`). Then every file is
+fsynced, a manifest with sizes and SHA-256 is written last, the folder is fsynced and put in its
+place, and its parent is fsynced. Safetensors and parquet files have no checksum of their own, so
+readers call `verify_folder` first.
+
+Nothing that was not written here is removed. Notes (`*.md`, `*.txt`) are for people to edit: the
+manifest does not vouch for them, and an edited one outlives the folder it lies in, as does any
+other file that somebody has put there.
 """
 
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "manifest.json"
+from smbfast.base import replace as replacing
+from smbfast.base.disk import cannot_write, system_error
+from smbfast.base.replace import MANIFEST, fsync, is_note, put, sha256
+from smbfast.base.staging import staged, standing
+
+__all__ = [
+    "MANIFEST",
+    "ForeignFormat",
+    "cannot_write",
+    "committed_file",
+    "committed_folder",
+    "digest_of",
+    "read_json",
+    "remove_folder",
+    "require_files",
+    "standing",
+    "verify_folder",
+    "write_text",
+]
+
 FORMAT = 1  # of a manifest
 
 
@@ -24,58 +48,54 @@ class ForeignFormat(ValueError):
 
 @contextmanager
 def committed_folder(path: Path, *, replace: bool = False, private: bool = False) -> Iterator[Path]:
-    """Yield `path.tmp/`; on success it becomes `path` with a manifest, on failure it is removed.
+    """Yield a folder to fill; on success it becomes `path` with a manifest, else it is removed.
 
     Args:
-        replace: whether to replace an existing folder, which stays until the new one is whole.
+        replace: whether to replace an existing folder, which stays until the new one is whole. What
+            others have put into it, and notes that they have edited, are carried into the new one.
+            If that is not possible, because a file has the name of a new one, the whole folder is
+            set aside under another name, which is said.
         private: whether to make files 0600 and the folder 0700, for data of patients.
 
     Raises:
         ValueError: if `path` exists and `replace` is false.
+        OSError: if a library cannot write, whatever its own error is; it names the file.
     """
-    path = Path(path)
-    retired = path.with_name(path.name + ".old")
-    if retired.exists() and not path.exists():  # a crash between the two renames below
-        os.rename(retired, path)
-    if path.exists() and not replace:
-        raise ValueError(f"{path} must not exist yet; remove it or name another folder")
-    staging = path.with_name(path.name + ".tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True, mode=0o700 if private else 0o777)
-    try:
-        yield staging
-        _seal(staging, private)
-        if path.exists():
-            shutil.rmtree(retired, ignore_errors=True)
-            os.rename(path, retired)
-            os.rename(staging, path)
-            shutil.rmtree(retired, ignore_errors=True)
-        else:
-            os.rename(staging, path)
-        _fsync(path.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    path = _followed(path)
+    with staged(path) as staging:
+        if os.path.lexists(path) and not replace:
+            raise ValueError(f"{path} must not exist yet; remove it or name another folder")
+        content = staging / path.name
+        with _named(content, path):
+            content.mkdir(mode=0o700 if private else 0o777)
+            yield content
+            _seal(content, private)
+            put(content, path)
 
 
 @contextmanager
 def committed_file(path: Path, *, private: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed over `path`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(path.name + ".tmp")
-    try:
-        if private:
-            staging.touch(0o600)
-        yield staging
-        _fsync(staging)
-        os.rename(staging, path)
-        _fsync(path.parent)
-    finally:
-        staging.unlink(missing_ok=True)
+    """Yield a temporary path; on success the file there is fsynced and renamed to `path`.
+
+    Raises:
+        OSError: if a library cannot write, whatever its own error is; it names `path`.
+    """
+    path = _followed(path)
+    with staged(path) as staging:
+        content = staging / path.name
+        with _named(content, path):
+            if private:
+                os.close(os.open(content, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            yield content
+            fsync(content)
+            os.rename(content, path)
+            fsync(path.parent)
 
 
 def verify_folder(path: Path) -> dict[str, Any]:
     """Check every file of a committed folder against its manifest and return the manifest.
+
+    Notes are not checked.
 
     Raises:
         ValueError: if the manifest is missing or names no file, or a file is missing, or its size
@@ -100,9 +120,11 @@ def verify_folder(path: Path) -> dict[str, Any]:
         file = path / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise ValueError(f"{path / MANIFEST} names a file outside its folder")
+        if is_note(name):  # manifests of earlier versions list them
+            continue
         if not file.is_file() or file.stat().st_size != size:
             raise ValueError(f"{file} must hold {size} bytes as its manifest says; it does not")
-        if _sha256(file) != digest:
+        if sha256(file) != digest:
             raise ValueError(f"{file} does not match the SHA-256 of its manifest: it is damaged")
     return manifest
 
@@ -129,9 +151,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def cannot_write(error: OSError) -> str:
-    """Return the reason and the file of an operating system's error, for a message."""
-    return f"{error.strerror or type(error).__name__}: {error.filename or 'a file'}"
+def remove_folder(path: Path) -> None:
+    """Remove a committed folder, which is not found by its name from then on.
+
+    Files of others that lie in it stay in `path.left-1`. What cannot be removed now is removed by
+    the next write.
+    """
+    with suppress(OSError), staged(path) as staging:
+        replacing.remove_folder(path, staging)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -145,29 +172,38 @@ def digest_of(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def _followed(path: Path) -> Path:
+    """Return where a link points to: what is written goes there, and the link stays."""
+    path = Path(path)
+    return path.resolve() if path.is_symlink() else path
+
+
+@contextmanager
+def _named(content: Path, path: Path) -> Iterator[None]:
+    """Let an error of the system name the file by where it would have been."""
+    try:
+        yield
+    except Exception as error:
+        known = system_error(error)
+        if known is None:
+            raise
+        name = Path(os.fsdecode(known.filename or content))
+        if name.is_relative_to(content):
+            name = path / name.relative_to(content)
+        raise OSError(known.errno, known.strerror, str(name)) from None
+
+
 def _seal(folder: Path, private: bool) -> None:
-    files = {}
+    """Write the manifest, after every file is on the disk."""
+    files: dict[str, tuple[int, str]] = {}
+    notes: dict[str, tuple[int, str]] = {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         if private:
             file.chmod(0o600)
-        _fsync(file)
-        files[str(file.relative_to(folder))] = (file.stat().st_size, _sha256(file))
+        fsync(file)
+        name = str(file.relative_to(folder))
+        (notes if is_note(name) else files)[name] = (file.stat().st_size, sha256(file))
+    manifest = {"format": FORMAT, "files": files} | ({"notes": notes} if notes else {})
     (folder / MANIFEST).touch(0o600 if private else 0o666)
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-    _fsync(folder / MANIFEST)
-    for sub in [p for p in folder.rglob("*") if p.is_dir()]:
-        _fsync(sub)
-    _fsync(folder)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    fsync(folder / MANIFEST)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,10 +19,14 @@ from smbkernels.matmul.products import missing
 from smbkernels.matmul.products import times as times_by_onednn
 from torch import Tensor
 
+from smbfast.base.entry import SIGNALS
+from smbfast.base.helpers import helper
+
 GIB = 1 << 30
 # the first is today's name, the second that of earlier versions of torch, which is read too
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 EXPANDABLE = "expandable_segments:True"
+_GIT_PATIENCE = 3  # seconds
 _PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "numpy", "pyarrow", "meds")
 
 
@@ -77,21 +82,28 @@ def versions() -> dict[str, str]:
     return version_of
 
 
+@cache
 def git_state() -> str:
-    """Return the commit of this checkout, with "+changes" if there are any; "" outside one."""
+    """Return the commit of this checkout, with "+changes" if there are any; "" outside one.
+
+    If git fails or does not answer, that is said and the answer is "".
+    """
     root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10
+            ["git", "-C", str(root), *args],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_GIT_PATIENCE,
         )
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    try:
+    with helper("git", "the run's record has no commit"):
         commit = git("rev-parse", "--short", "HEAD") if (root / ".git").exists() else ""
         return commit + ("+changes" if commit and git("status", "--porcelain") else "")
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+    return ""
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -181,7 +193,7 @@ def library(device: torch.device, dtype: torch.dtype) -> str:
 
 
 class StopFlag:
-    """Is set by the first SIGTERM, SIGINT or SIGUSR1; the second one ends the process at once."""
+    """Is set by the first SIGTERM, SIGINT or SIGUSR1; the second one interrupts the step."""
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -199,9 +211,8 @@ class StopFlag:
 def stop_on_signals() -> Iterator[StopFlag]:
     """Yield a flag that signals set while the block runs; outside the main thread it stays off."""
     flag = StopFlag()
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     try:
-        before = {n: signal.signal(n, flag._handle) for n in numbers}
+        before = {n: signal.signal(n, flag._handle) for n in SIGNALS}
     except ValueError:  # not the main thread
         yield flag
         return

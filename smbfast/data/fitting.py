@@ -7,10 +7,8 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from smbfast.base.files import committed_folder, verify_folder
 from smbfast.base.progress import Progress
+from smbfast.base.workers import worker_pool
 from smbfast.batch import NewToken
 from smbfast.data.bucket import choose_bucket, why
 from smbfast.data.codes.statistics import CodeStatistics
@@ -151,7 +150,7 @@ def code_statistics(data: DataSettings, dataset: MedsDataset) -> CodeStatistics:
     workers = min(data.workers or os.cpu_count() or 1, len(files))
     total = CodeStatistics(text_chars=data.text_chars)
     if workers > 1 and sum(rows.values()) > PARALLEL_ROWS:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with worker_pool(workers) as pool:
             # merged in the order of the files, so the result does not depend on the processes
             counted = pool.map(_count, [data] * len(files), [str(file) for file in files])
             for file, statistics in zip(files, counted, strict=True):

@@ -11,11 +11,16 @@ replaces.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice, pairwise
+from threading import Thread, current_thread
 
 import numpy as np
 
+from smbfast.base.entry import RunFailed
+from smbfast.base.helpers import reason
 from smbfast.batch import PackedBatch, Timeline, pack_segments
 from smbfast.data.draws import permuted, word
 from smbfast.data.masking import (
@@ -29,6 +34,7 @@ from smbfast.data.packing import online_cost, plan_micro_batches
 from smbfast.data.windows import WindowSet
 from smbfast.settings import ObjectiveSettings
 
+_LOOK = 1.0  # seconds after which a wait looks at its threads
 FIXED = -1  # stands for the step in draws that never change (tuning positions, a sample)
 
 
@@ -193,6 +199,9 @@ def prefetched(
     Args:
         workers: the number of threads, and of finished steps that may wait.
         pin: whether to copy batches into page-locked memory, for a GPU.
+
+    Raises:
+        RunFailed: if the threads have ended, or none can be started.
     """
     ready: deque[Future[Step]] = deque()
     ahead = iter(make)
@@ -201,15 +210,43 @@ def prefetched(
         step = make_one()
         return _pinned(step) if pin else step
 
-    with ThreadPoolExecutor(workers) as pool:
+    threads: list[Thread] = []
+    pool = ThreadPoolExecutor(workers, initializer=lambda: threads.append(current_thread()))
+    try:
+        _submit(pool, ready, (partial(made, f) for f in islice(ahead, 2 * workers)))
+        while ready:
+            step = _result(ready.popleft(), threads)
+            _submit(pool, ready, (partial(made, f) for f in islice(ahead, 1)))
+            yield step
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _submit(
+    pool: ThreadPoolExecutor, ready: deque[Future[Step]], jobs: Iterable[Callable[[], Step]]
+) -> None:
+    for job in jobs:
         try:
-            ready.extend(pool.submit(made, f) for f in islice(ahead, 2 * workers))
-            while ready:
-                step = ready.popleft().result()
-                ready.extend(pool.submit(made, f) for f in islice(ahead, 1))
-                yield step
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            ready.append(pool.submit(job))
+        except RuntimeError as error:  # the system starts no more threads
+            raise RunFailed(f"the loader cannot make the next step: {reason(error)}") from None
+
+
+def _result(future: Future[Step], threads: list[Thread]) -> Step:
+    """Wait for a step, and look now and then whether anybody makes it."""
+    while True:
+        ended = threads and not any(thread.is_alive() for thread in threads)
+        try:
+            return future.result(timeout=0 if ended else _LOOK)
+        except NotYet:
+            if future.done():  # the job itself has raised it
+                raise
+            if ended:
+                raise RunFailed("the loader's threads have ended without the next step") from None
+        except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
+            if future.done():  # raised in the thread
+                raise RunFailed(f"a thread of the loader ended: {reason(error)}") from None
+            raise
 
 
 def _pinned(step: Step) -> Step:

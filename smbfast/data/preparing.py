@@ -9,14 +9,17 @@ import os
 import shutil
 import sys
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures import as_completed
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
 from smbfast.base.files import committed_folder, verify_folder, write_text
+from smbfast.base.locks import locked
+from smbfast.base.ours import prepared_entries, require_prepared_folder
 from smbfast.base.progress import Progress
+from smbfast.base.workers import worker_pool
 from smbfast.data.fitting import PARALLEL_ROWS, decided_options, fit_encoding
 from smbfast.data.formats import (
     VERSIONS,
@@ -47,14 +50,26 @@ def prepare(
             settings.
     """
     out = Path(out)
+    require_prepared_folder(out)
     fresh = not out.exists()
-    try:
-        return _prepare(data.decided(tokenizer), out, tokenizer, splits)
-    except ValueError:
-        # once the data is mended its digest is another: nothing of this could be gone on with
-        if fresh:
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+    with locked(out, "smbfast.prepare"):
+        try:
+            return _prepare(data.decided(tokenizer), out, tokenizer, splits)
+        except ValueError:
+            # once the data is mended its digest is another: nothing of this could be gone on with
+            if fresh:
+                _remove_prepared(out)
+            raise
+
+
+def _remove_prepared(out: Path) -> None:
+    """Remove what was just made, and nothing else."""
+    for entry in prepared_entries(out):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                entry.unlink()
 
 
 def _prepare(
@@ -173,17 +188,13 @@ def _make_shards(
     progress = Progress("smbfast.prepare", sum(rows[f] for _, _, f in todo), "events")
     workers = min(data.workers or os.cpu_count() or 1, len(todo))
     if workers > 1 and sum(rows[f] for _, _, f in todo) > PARALLEL_ROWS:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with worker_pool(workers) as pool:
             running = {
                 pool.submit(_work, data, str(out), split, name, str(file)): file
                 for split, name, file in todo
             }
             for done in as_completed(running):
-                try:
-                    done.result()
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+                done.result()
                 progress.add(rows[running[done]])
     else:
         serializer = _serializer(dataset, out)

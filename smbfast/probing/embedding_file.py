@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smbfast.base.files import committed_file
+from smbfast.base.ours import require_embeddings
 from smbfast.data.nodes import Nodes
 
 _PART = 1 << 24  # bytes of embeddings that are copied at once: a row group
@@ -89,10 +90,12 @@ def embedding_file(path: Path, nodes: Nodes) -> Iterator[EmbeddingFile]:
 
     Raises:
         OSError: if the folder of `path` cannot be written, before anything is computed for it.
+        ValueError: if there is a file of others at `path`.
     """
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    require_embeddings(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent) as unnamed:
         yield EmbeddingFile(path, nodes, unnamed)

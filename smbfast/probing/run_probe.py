@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smbfast.base.files import committed_file
+from smbfast.base.ours import require_replaceable
 from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits, with_splits
 from smbfast.data.meds import MedsDataset
 from smbfast.probing.counts import count_codes
@@ -55,8 +56,11 @@ def run_probe(config: ProbeCommandSettings, say: Callable[[str], None] = print) 
         say(f"probe {time.monotonic() - started:6.1f} s  {text}")
 
     out = config.out or config.embeddings.parent
+    require_replaceable(out / "probe.json")
     dataset = MedsDataset.open(config.data)
     tasks = _read_tasks(config, dataset)
+    for labels in tasks:
+        require_replaceable(out / "predictions" / f"{labels.task}.parquet")
     trained = read_embeddings(config.embeddings)
     untrained = read_embeddings(config.untrained) if config.untrained else None
     rows = [_matched_rows(labels, trained, untrained) for labels in tasks]

@@ -15,6 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from smbfast.base.files import committed_file
+from smbfast.base.ours import require_replaceable
 from smbfast.reporting import figures
 from smbfast.reporting.runlog import (
     Finding,
@@ -47,11 +48,13 @@ def write_report(run: Path) -> Path:
     metrics.jsonl) is said on the page.
 
     Raises:
-        ValueError: the folder is missing or has no metrics.jsonl with a readable line.
+        ValueError: the folder is missing or has no metrics.jsonl with a readable line, or its
+            report.html is of others.
     """
     run = Path(run)
-    page = render(read_run(run))
     path = run / "report.html"
+    require_replaceable(path)
+    page = render(read_run(run))
     with committed_file(path) as staging:
         # lone surrogates are legal in json and in no file
         staging.write_bytes(page.encode("utf-8", errors="replace"))

@@ -26,7 +26,9 @@ from smbfast.base.files import (
     ForeignFormat,
     committed_folder,
     read_json,
+    remove_folder,
     require_files,
+    standing,
     verify_folder,
 )
 from smbfast.model.backbone import PatientEncoder, load_adapter, load_lm, merged
@@ -91,7 +93,7 @@ def save(
         save_file(_contiguous(tensors), staging / "state.safetensors")
         (staging / "record.json").write_text(json.dumps(content, indent=1))
     for old in [f for f in folders(run) if f != folder][: -keep + 1 or None]:
-        _remove(old)
+        remove_folder(old)
     return folder
 
 
@@ -315,13 +317,6 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _remove(folder: Path) -> None:
-    """Rename before deleting, so that a crash never leaves a checkpoint with half its files."""
-    trash = folder.with_name(folder.name + ".trash")
-    folder.rename(trash)
-    shutil.rmtree(trash)
-
-
 def verified_final(folder: Path) -> dict:
     """Return the record of a final folder, `smbfast.json`, whose files are all as written.
 
@@ -354,7 +349,7 @@ def restore_final(
         ValueError: if it is no final folder, is damaged, its record and its tensors do not fit
             each other, or its backbone cannot be read or is not the one it was trained on.
     """
-    folder = Path(folder)
+    folder = standing(Path(folder))
     record = verified_final(folder)
     extra = _tensors(folder / "predictor.safetensors")
     _require_sizes(folder, record, extra)

@@ -10,6 +10,7 @@ import torch
 
 from smbfast import objective, reference
 from smbfast.base.files import write_text
+from smbfast.base.helpers import helper
 from smbfast.base.parts import is_part
 from smbfast.base.runtime import few
 from smbfast.batch import PackedBatch
@@ -118,8 +119,9 @@ def probe_run(run: OpenRun, target: TargetEncoder | None) -> None:
     """Embed decision nodes with the trained and the untrained encoder, and probe both."""
     settings, probe, prepared = run.settings, run.settings.probe, run.prepared
     if settings.data.path is None:
-        sample = sample_of(prepared, settings)
-        write_text(run.folder / "sample.json", json.dumps(sample))
+        with helper("the report's sample"):
+            sample = sample_of(prepared, settings)
+            write_text(run.folder / "sample.json", json.dumps(sample))
     if not run.tasks:
         return
     dataset = MedsDataset.open(run.data.folder)

@@ -250,10 +250,17 @@ def write_status(run: Path, state: str, step: int, command: str) -> None:
 
 def write_end(settings: TrainSettings, state: str) -> None:
     """Set the status of a run that had begun and ended early to `state`."""
+    status = settings.folder / "status.json"
     try:
-        status = settings.folder / "status.json"
-        content = json.loads(status.read_text())
-        if content["state"] == "running":
-            write_text(status, json.dumps({**content, "state": state}, indent=1))
+        before = status.read_text()
+        content = json.loads(before)
+        if content["state"] != "running":
+            return
+        text = json.dumps({**content, "state": state}, indent=1)
+        try:
+            write_text(status, text)
+        except OSError:  # on a full disk, the blocks that the file has are still its own
+            with status.open("r+") as file:
+                file.write(text.ljust(len(before)))
     except (OSError, ValueError, KeyError):
         return  # no run had begun, or its folder is not writable; the caller prints the error

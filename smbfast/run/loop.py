@@ -11,6 +11,7 @@ losses stay on the GPU, and the optimizer's own kernel skips a step whose gradie
 
 import torch
 
+from smbfast.base.helpers import helper
 from smbfast.base.runtime import matmul_rate, stop_on_signals
 from smbfast.data.loader import prefetched
 from smbfast.model.flops import step_flops
@@ -96,7 +97,8 @@ def train(settings: TrainSettings, command: str) -> str:
         probe_run(run, target)
     log.write("end", step=total, seconds=seconds, best=run.progress.best)
     log.close()
-    write_report(run.folder)
+    with helper("the report"):
+        write_report(run.folder)
     write_status(run.folder, "done", total, command)
     console.end_card(run, seconds, health)
     return "done"

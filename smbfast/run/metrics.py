@@ -7,12 +7,11 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
-
 from smbfast.base.progress import duration
 from smbfast.base.runtime import MatmulRate, peak_memory_gib
 from smbfast.data.loader import Step
 from smbfast.run import console
+from smbfast.run.board import Board
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import place, total_steps
 from smbfast.run.step import StepLosses
@@ -28,21 +27,28 @@ class MetricsLog:
         self._path = run / "metrics.jsonl"
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         os.truncate(self._path, min(offset, self._path.stat().st_size))
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1, flush_secs=30)
+        self._board = Board(run / "tensorboard", step + 1)
 
     @property
     def offset(self) -> int:
         """The number of bytes written so far."""
-        self._file.flush()
         return self._path.stat().st_size
 
     def write(self, kind: str, **values: object) -> None:
-        """Write one line; numbers of steps and evaluations also become TensorBoard scalars."""
-        self._file.write(json.dumps(legal({"kind": kind, **values}), allow_nan=False) + "\n")
-        self._file.flush()
+        """Write one line; numbers of steps and evaluations also become TensorBoard scalars.
+
+        Raises:
+            OSError: if the line cannot be written; it names the file.
+        """
+        try:
+            self._file.write(json.dumps(legal({"kind": kind, **values}), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+        step = values.get("step")
         for name, value in values.items():
-            if kind in ("step", "eval") and isinstance(value, float):
-                self._board.add_scalar(f"{kind}/{name}", value, values.get("step"))
+            if kind in ("step", "eval") and isinstance(step, int) and isinstance(value, float):
+                self._board.add(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Flush and close both."""

@@ -5,18 +5,17 @@ writes only the simulated cohort and the token shards, which training then uses.
 an existing run stay as they are.
 """
 
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from smbfast.base.progress import duration
 from smbfast.base.runtime import GIB, choose_device, held_memory, reset_peak_memory
+from smbfast.base.staging import staged
 from smbfast.batch import PackedBatch
 from smbfast.data.loader import Step
 from smbfast.data.masking import needs_cuts
@@ -212,14 +211,14 @@ def _round_trip(run: OpenRun, target: TargetEncoder | None) -> str:
     """Save a checkpoint, verify it, erase the state, load it again, and compare."""
     encoder, optimizer = run.encoder, run.optimizer
     before = _state(encoder, target, optimizer)
-    with tempfile.TemporaryDirectory(prefix="check-", dir=run.folder) as folder:
-        saved = checkpoint.save(Path(folder), 1, encoder, target, optimizer, {}, 1)
+    with staged(run.folder / "check") as folder:
+        saved = checkpoint.save(folder, 1, encoder, target, optimizer, {}, 1)
         size = sum(f.stat().st_size for f in saved.iterdir())
         with torch.no_grad():
             for parameter in trained(encoder).values():
                 parameter.zero_()
         optimizer.state.clear()
-        newest, _ = checkpoint.latest(Path(folder))
+        newest, _ = checkpoint.latest(folder)
         if newest is None:
             raise ValueError(f"a checkpoint written under {run.folder} must verify; it does not")
         target = checkpoint.load(newest, encoder, optimizer)

@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from smbfast.base.files import committed_folder
+from smbfast.base.helpers import helper
 from smbfast.base.parts import PREFIX, naming, part
 from smbfast.data.loader import Step
 from smbfast.run.open_run import OpenRun
@@ -74,10 +76,12 @@ def _profiled(steps: Iterator[Step], run: OpenRun, count: int) -> Iterator[Step]
             at = place(run.settings, index)
             name = at.phase.name
             if recording is not None and (recording.name != name or recording.steps == count):
-                recording.write()
+                with _helper():
+                    recording.write()
                 recording = None
             if recording is None and done[name] == min(1, at.phase.steps - 1):
-                recording = _Recording(name, run)
+                with _helper():
+                    recording = _Recording(name, run)
             with part("data"):
                 step = next(steps)
             yield step
@@ -86,11 +90,16 @@ def _profiled(steps: Iterator[Step], run: OpenRun, count: int) -> Iterator[Step]
             if recording is not None:
                 recording.steps += 1
         if recording is not None:
-            recording.write()
+            with _helper():
+                recording.write()
             recording = None
     finally:
         if recording is not None:  # a signal or an error: an incomplete step has no profile
-            recording.close()
+            with _helper():
+                recording.close()
+
+
+_helper = partial(helper, "the profile")
 
 
 class _Recording:

@@ -16,6 +16,7 @@ from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import prepare
 from smbfast.settings import DataSettings
 from tests.factory import CODES, SPLITS, split_rows, write_codes, write_meds, write_table
+from tests.kills import killed_in_a_write
 from tests.refusal import CANARY, no_canary, nothing_half_written, refused
 
 CANARY_ROWS = [(99, None, f"LAB//{CANARY}", 1.0, CANARY)]
@@ -183,13 +184,15 @@ def test_a_stopped_prepare_goes_on(once: Path, out: Path) -> None:
     before = {n: (out / n / "manifest.json").stat().st_mtime_ns for n in names}
     digests = {n: verify_folder(out / n)["files"] for n in names}
     (out / "prepare.json").unlink()
-    (out / "tuning" / "0").rename(out / "tuning" / "0.tmp")  # as a kill leaves it
+    killed_in_a_write(out / "tuning" / "0")
+    shutil.rmtree(out / "tuning" / "0")
+    (out / "tuning" / "0.tmp").mkdir()  # of others
     again = run(once / "data", out)
     after = {n: (out / n / "manifest.json").stat().st_mtime_ns for n in names}
     assert [n for n in names if after[n] != before[n]] == ["tuning/0"]
     assert {n: verify_folder(out / n)["files"] for n in names} == digests
     assert len(again.shards("tuning")[0]) == len(SPLITS["tuning"])
-    assert not list(out.rglob("*.tmp"))
+    assert list(out.rglob("*.tmp")) == [out / "tuning" / "0.tmp"]
 
 
 def test_a_failure_half_way_leaves_no_shard(

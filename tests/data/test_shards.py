@@ -173,13 +173,13 @@ def test_one_and_two_workers_give_the_same_shards(
     alone = prepared(data, tmp_path / "one").folder
     monkeypatch.setattr(preparing, "PARALLEL_ROWS", 0)
     calls: list[str] = []
-    pool = preparing.ProcessPoolExecutor
+    pool = preparing.worker_pool
 
     def counting(*args: object, **options: object) -> object:
         calls.append("pool")
         return pool(*args, **options)
 
-    monkeypatch.setattr(preparing, "ProcessPoolExecutor", counting)
+    monkeypatch.setattr(preparing, "worker_pool", counting)
     together = prepared(data, tmp_path / "two", workers=2).folder
     assert calls == ["pool"]
     assert content(alone) == content(together)
