@@ -269,6 +269,14 @@ def test_what_a_run_leaves_that_ended_early_is_ours(tmp_path: Path):
     ours.require_run_folder(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["run.json", "status.json"])
+def test_a_run_that_lost_its_settings_is_no_folder_of_others(name: str, tmp_path: Path):
+    """Whether it can go on is asked later, and answered in other words."""
+    known = {"run": "a", "format": 1} | {"state": "running", "step": 1, "command": "x"}
+    (tmp_path / name).write_text(json.dumps(known))
+    ours.require_run_folder(foreign_run(tmp_path, "checkpoints/step-000001/record.json"))
+
+
 def test_notes_beside_a_run_that_has_begun_are_let_be(tmp_path: Path):
     for name in ("config.toml", "notes.md", "final/keep.txt"):
         foreign_run(tmp_path, name)

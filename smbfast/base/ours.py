@@ -18,7 +18,8 @@ _OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9a-f]+|lost\+found|Thumbs\.d
 _EVENTS = re.compile(r"events\.out\.tfevents\..*")
 _COHORT = re.compile(r"cohort-\d+-\d+")
 _PREPARED = ("plan.json", "prepare.json", "tokenizer", "train", "tuning", "held_out")
-_INDEXES = ("source", "windows")  # beside shards; made before them
+_INDEXES = ("source", "windows")  # beside shards, or in a run where those cannot be written
+_DIGESTS = "digests.json"  # of weights, in a run
 _TAIL = 1 << 20  # bytes at the end of a parquet file that are searched for the names of its columns
 _OUTPUTS = ("report.html", "probe.json", "embeddings/*.parquet", "predictions/*.parquet")
 
@@ -26,8 +27,9 @@ _OUTPUTS = ("report.html", "probe.json", "embeddings/*.parquet", "predictions/*.
 def require_run_folder(folder: Path) -> None:
     """Refuse a folder for a run that holds anything of others.
 
-    A run that has begun has a `config.toml`; files of others beside it are never touched, and it is
-    refused only if one has the name of an output. What a run leaves that ended earlier is ours.
+    A run that has begun has a `config.toml`, or lost it and has its id or its status; files of
+    others beside these are never touched, and it is refused only if one has the name of an output.
+    What a run leaves that ended earlier is ours.
 
     Raises:
         ValueError: it names the first such file.
@@ -35,7 +37,7 @@ def require_run_folder(folder: Path) -> None:
     folder = Path(folder)
     if not folder.is_dir():
         return
-    if (folder / "config.toml").is_file():
+    if _has_begun(folder):
         for pattern in _OUTPUTS:
             for file in sorted(folder.glob(pattern)):
                 require_replaceable(file)
@@ -96,11 +98,22 @@ def _require(file: Path, is_ours: Callable[[Path], bool]) -> None:
         )
 
 
+def _has_begun(folder: Path) -> bool:
+    """Whether a run has written what says which run it is, or how far it is."""
+    begun = _json(folder / "run.json").keys() >= {"run", "format"}
+    begun = begun or _json(folder / "status.json").keys() >= {"state", "step", "command"}
+    return begun or (folder / "config.toml").is_file()
+
+
 def _foreign_to_run(entry: Path) -> Path | None:
     """Return what is not ours in an entry of the folder of a run that has not begun, or None."""
     name = entry.name
     if name == LOCK or is_staging(entry):
         return None
+    if name in _INDEXES and entry.is_dir():
+        return None
+    if name == _DIGESTS and entry.is_file():
+        return None if _json(entry) else entry
     if name == "prepared" and entry.is_dir():
         return _foreign_to_prepared(entry)
     if _COHORT.fullmatch(name) and (entry / MANIFEST).is_file():
@@ -141,11 +154,16 @@ def _is_report(file: Path) -> bool:
 
 
 def _is_probe(file: Path) -> bool:
+    return _json(file).keys() >= {"tasks", "protocol"}
+
+
+def _json(file: Path) -> dict:
+    """Return the JSON object in a file, empty if there is none."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(record, dict) and {"tasks", "protocol"} <= record.keys()
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _is_embeddings(file: Path) -> bool:

@@ -51,8 +51,8 @@ def prepare(
     """
     out = Path(out)
     require_prepared_folder(out)
-    fresh = not out.exists()
     with locked(out, "smbfast.prepare"):
+        fresh = not prepared_entries(out)
         try:
             return _prepare(data.decided(tokenizer), out, tokenizer, splits)
         except ValueError:
