@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from smbfast.batch import NewToken
+from smbfast.data.formats import VERSIONS
+from smbfast.data.sections import SectionMap
 from smbfast.model.backbone import PatientEncoder, load_adapter, lora_config, make_encoder
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.model.vocabulary import SHARE, bin_vectors, fit_vocabulary, grow
@@ -199,6 +201,10 @@ def test_two_thousand_rows_are_saved_and_loaded(tie, dtype, tmp_path):
     base = saved_base(tmp_path / "base", tie=tie)
     encoder, target = trained_encoder(base, tokens, f"dtype={dtype}")
     record = {"trains": "lora", "backbone": str(base), "dtype": dtype, "predictor_layers": 2}
+    record |= {"window": 128, "pool": "last", "data_format": "codes", "delimiters": "text"}
+    record |= {"format": VERSIONS["codes"], "encoder": ""}
+    record |= {"section_rules": SectionMap({}, 0).record()}
+    record |= {"options": {"gap_floor": 5, "max_codes": 2000, "text_chars": 64}}
     final = tmp_path / "final"
     tokenizer = tokenizer_of(names_of(tokens))
     save_final(final, encoder, target, tokenizer, {**record, "vocabulary": len(tokenizer)})

@@ -7,10 +7,12 @@ back, so a file of equal size and date is not mistaken for the one before.
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from smbfast.base.files import write_text
 
+CACHE = "digests.json"  # in the folder of a run
 _FORMAT = 1  # of a cache
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _BESIDE = ("config.json", "adapter_config.json", "adapter_model.safetensors")
@@ -131,7 +133,8 @@ def _cached_digests(files: list[Path], cache: Path | None) -> list[str]:
         now[key] = entry
         digests.append(str(entry[3]))
     if cache and now != before:
-        write_text(cache, json.dumps({"format": _FORMAT, "files": now}, indent=1))
+        with suppress(OSError):  # without it the next digest takes longer, and is the same
+            write_text(cache, json.dumps({"format": _FORMAT, "files": now}, indent=1))
     return digests
 
 

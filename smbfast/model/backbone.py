@@ -7,6 +7,7 @@ Legend: B padded sequences, T positions (of a padded sequence, or tokens of a pa
 V vocabulary, M masked tokens, R rows of the token embedding that are trained beside LoRA.
 """
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from smbkernels.attention import Segments
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from smbfast.model.decoder import HfModule, PackedDecoder, Recompute
 from smbfast.model.vocabulary import fit_vocabulary
 from smbfast.settings import LoraSettings, TrainSettings
 
+_MOST_ALPHA = 1e6  # of a LoRA scale; a larger one is a mistake and overflows: our choice
 WIDE = 512  # smallest width of a model trained whole that computes in bf16 on a GPU: our choice
 
 transformers_logging.disable_progress_bar()  # progress bars clutter the log of a job
@@ -301,6 +304,8 @@ def load_lm(path: str, dtype: torch.dtype) -> PreTrainedModel:
         path.startswith((".", "/", "~")) or ("/" in path and Path(path).parent.is_dir())
     ):
         raise ValueError(f"`model.path` {path} must be a folder with a model; there is none")
+    if local:
+        require_layers(Path(path))
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
@@ -315,6 +320,30 @@ def load_lm(path: str, dtype: torch.dtype) -> PreTrainedModel:
             f"`model.path` {path} must be a causal LM that transformers loads from safetensors; "
             f"loading failed with {type(error).__name__}"
         ) from None
+
+
+def require_layers(folder: Path) -> None:
+    """Refuse a configuration that claims more layers than its weights can be of.
+
+    Layers are made before weights are read, and a number in a file of text could ask for any.
+
+    Raises:
+        ValueError: if `num_hidden_layers` is above the number of tensors in the folder.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        layers = config.get("num_hidden_layers", 0)
+        num_tensors = 0
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                num_tensors += len(tensors.keys())
+    except (OSError, ValueError, AttributeError, RecursionError, SafetensorError):
+        return  # loading says what is wrong with it
+    if not isinstance(layers, int) or layers > num_tensors:
+        raise ValueError(
+            f"{folder / 'config.json'}: num_hidden_layers must be at most the number of tensors "
+            f"beside it, {num_tensors}, got {layers}"
+        )
 
 
 def _dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
@@ -398,6 +427,7 @@ def load_adapter(
         )
     try:
         config = PeftConfig.from_pretrained(path)
+        _require_numbers(config, Path(path))
         rows = _rows_of(config, lm)
         wanted = {name: list(dict.fromkeys([*rows[name], *new_tokens])) for name in rows}
         if wanted == rows:
@@ -421,6 +451,17 @@ def load_adapter(
             f"`model.adapter` {path} must be plain LoRA: no dropout, DoRA, bias or modules_to_save"
         )
     return adapted
+
+
+def _require_numbers(config: HfModule, folder: Path) -> None:
+    """Raise a ValueError if ranks are not those of the tensors, or scales are no usual numbers."""
+    with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
+        names = [name for name in tensors.keys() if "lora_A" in name]  # noqa: SIM118
+        ranks = [tensors.get_slice(name).get_shape()[0] for name in names]
+    claimed = [config.r, *config.rank_pattern.values()]
+    scales = [config.lora_alpha, *config.alpha_pattern.values()]
+    if max(claimed) > max(ranks) or not all(0 < scale < _MOST_ALPHA for scale in scales):
+        raise ValueError("rank and scale must be those of the tensors")
 
 
 def _rows_of(config: HfModule, lm: PreTrainedModel) -> dict[str, list[int]]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from smbfast.base.digests import check_weights
+from smbfast.base.digests import CACHE, check_weights, local_model
 from smbfast.base.files import (
     MANIFEST,
     ForeignFormat,
@@ -31,7 +31,7 @@ from smbfast.base.files import (
     standing,
     verify_folder,
 )
-from smbfast.model.backbone import PatientEncoder, load_adapter, load_lm, merged
+from smbfast.model.backbone import PatientEncoder, load_adapter, load_lm, merged, require_layers
 from smbfast.model.decoder import HfModule
 from smbfast.model.target import TargetEncoder
 from smbfast.model.vocabulary import grow
@@ -40,8 +40,11 @@ from smbfast.run.optim import trained
 from smbfast.settings.data import VOCABULARY
 
 _NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})$")
-# what transformers, PEFT and this file read of a final folder, by the end of the name
-_READ = (".json", ".safetensors", ".jinja", ".model")
+# what transformers, PEFT or this file would read of a final folder if it were there
+_READ = re.compile(
+    r".*\.safetensors(\.index\.json)?|((generation|adapter|tokenizer)_)?config\.json|codes\.json|"
+    r"tokenizer\.(json|model)|(special_tokens_map|added_tokens|vocab)\.json|chat_template\..*"
+)
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ def _require_state(
     if moments != saved or (updates is None) != (not averages):
         raise ValueError(
             f"{checkpoint.folder} must hold the optimizer's moments and the target encoder that "
-            "its record.json says were saved; it does not"
+            "its record.json says were saved; it does not. Move it away to go on from an older one"
         )
 
 
@@ -335,8 +338,8 @@ def verified_final(folder: Path) -> dict:
     require_files(manifest, folder, needed)
     for file in sorted(folder.iterdir()):
         known = file.name in manifest["files"] or file.name == MANIFEST
-        if file.name.endswith(_READ) and not known:
-            raise ValueError(f"{file} must be named by {MANIFEST}, or it could not be trusted")
+        if _READ.fullmatch(file.name) and not known:
+            raise ValueError(f"{file} must be named by {MANIFEST}, as it would be read; it is not")
     return record
 
 
@@ -354,9 +357,7 @@ def restore_final(
     extra = _tensors(folder / "predictor.safetensors")
     _require_sizes(folder, record, extra)
     is_lora, dtype = record["trains"] == "lora", getattr(torch, record["dtype"])
-    if is_lora and (warning := check_weights(record, record["backbone"])):
-        print(f"smbfast: {warning}", file=sys.stderr)
-    base = load_lm(record["backbone"] if is_lora else str(folder), dtype)
+    base = load_lm(_backbone(record, folder) if is_lora else str(folder), dtype)
     lm: PreTrainedModel | PeftModel = base
     if is_lora:
         grow(base, record["vocabulary"])
@@ -384,14 +385,33 @@ def restore_final(
     return encoder, target, record
 
 
+def _backbone(record: dict, folder: Path) -> str:
+    """Return the folder of the backbone of an adapter, which is on this machine."""
+    path = local_model(record["backbone"])
+    if path is None:
+        raise ValueError(
+            f"{folder} holds an adapter of {record['backbone']}, which must be on this machine; it "
+            "is not. Put it there, or fetch it with `hf download`"
+        )
+    cache = folder.parent / CACHE  # of the run, where it is still there
+    if warning := check_weights(record, path, cache if cache.is_file() else None):
+        print(f"smbfast: {warning}", file=sys.stderr)
+    return str(path)
+
+
 def _require_sizes(folder: Path, record: dict, extra: dict[str, Tensor]) -> None:
     """Raise a ValueError if the record asks for other sizes than the tokenizer and tensors have.
 
     So nothing is made of a size that only a record claims.
     """
     layers = sum(name.endswith(".weight") for name in _part(extra, "predictor."))
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    for key, size in (("predictor_layers", layers), ("vocabulary", len(tokenizer))):
+    if record["trains"] == "all":
+        require_layers(folder)  # before the tokenizer, which reads the configuration too
+    try:
+        ids = len(AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    except Exception:  # transformers and tokenizers raise many types, also plain ones
+        raise ValueError(f"{folder} must hold a tokenizer that transformers loads") from None
+    for key, size in (("predictor_layers", layers), ("vocabulary", ids)):
         if record[key] != size:
             raise ValueError(
                 f"{folder / 'smbfast.json'}: {key} must be {size}, as the files beside it have it, "

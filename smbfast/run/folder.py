@@ -132,7 +132,10 @@ def run_id(run: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         name, version = None, FORMAT
     if version != FORMAT:
-        raise ValueError(f"{file} has format {version}, and this version reads {FORMAT} alone")
+        raise ValueError(
+            f"{file} has format {version}, and this version reads {FORMAT} alone; name another "
+            "--run.dir"
+        )
     if not isinstance(name, str):
         raise ValueError(
             f"{file} must hold the id of the run, as JSON; put it back or name another --run.dir"

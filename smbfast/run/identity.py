@@ -12,8 +12,8 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from smbfast.base.digests import local_model, short, weights_digest
-from smbfast.base.files import digest_of, write_text
+from smbfast.base.digests import CACHE, local_model, short, weights_digest
+from smbfast.base.files import MANIFEST, digest_of, read_json, write_text
 from smbfast.data.prepared import Prepared
 from smbfast.run import checkpoint
 from smbfast.run.checkpoint import Checkpoint
@@ -21,7 +21,6 @@ from smbfast.run.folder import changed_settings, compared_settings, run_id, stat
 from smbfast.run.model_record import FORMAT
 from smbfast.settings import TrainSettings
 
-_CACHE = "digests.json"  # of single files, so that a large backbone is read once
 _PARTS = {  # of an identity, in the words of a message
     "data": "the MEDS data",
     "shards": "the token shards",
@@ -63,7 +62,7 @@ class Identity:
             shards=_shards_digest(prepared),
             encoder=str(prepared.record["encoder"]),
             backbone=None,
-            adapter=weights_digest(adapter, settings.folder / _CACHE) if adapter else None,
+            adapter=weights_digest(adapter, settings.folder / CACHE) if adapter else None,
             settings=compared_settings(settings),
         )
         path = settings.model.path
@@ -74,7 +73,7 @@ class Identity:
         path = settings.model.path
         if not path:
             return self
-        return replace(self, backbone=weights_digest(path, settings.folder / _CACHE))
+        return replace(self, backbone=weights_digest(path, settings.folder / CACHE))
 
     def record(self) -> dict:
         """Return what a checkpoint records."""
@@ -125,12 +124,12 @@ class Identity:
 
 
 def newest_checkpoint(
-    settings: TrainSettings, identity: Identity, *, set_aside: bool
+    settings: TrainSettings, prepared: Prepared, *, set_aside: bool
 ) -> tuple[Identity, Checkpoint | None]:
-    """Return the checkpoint that a run goes on from, or None at step 0, and the run's identity.
+    """Return the run's identity, and the checkpoint that it goes on from or None at step 0.
 
     With `run.resume=restart`, checkpoints that cannot be gone on with are left behind: then it
-    returns None, and an identity with a new id.
+    returns None, and the identity has a new id.
 
     Args:
         set_aside: whether to rename checkpoints that are damaged or left behind.
@@ -139,7 +138,7 @@ def newest_checkpoint(
         ValueError: if there are checkpoints and none is intact, if the newest intact one is not of
             this run, or if `config.toml` is missing. Then nothing is renamed.
     """
-    run = settings.folder
+    run, identity = settings.folder, Identity.of(settings, prepared)
     try:
         newest = _newest(run, identity, set_aside=set_aside)
     except ValueError as error:
@@ -201,10 +200,9 @@ def _warn_of_log(run: Path, newest: Checkpoint) -> None:
 def _shards_digest(prepared: Prepared) -> str:
     """Return a digest of the bytes of the shards, by their manifests, and of what was fitted."""
     record = prepared.record
-    manifests = {
-        name: json.loads((prepared.folder / name / "manifest.json").read_text())["files"]
-        for split in sorted(record["shards"])
-        for name in record["shards"][split]
-    }
+    names = [name for split in record["shards"].values() for name in split]
+    manifests = [
+        read_json(prepared.folder / name / MANIFEST) for name in names if isinstance(name, str)
+    ]
     fitted = {key: record.get(key) for key in ("data_format", "format", "options", "section_rules")}
     return digest_of(manifests, record["shards"], record["counts"], record["new_tokens"], fitted)

@@ -4,7 +4,7 @@ A folder may come from anywhere, so every key is checked before anything is made
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -71,6 +71,18 @@ class _ModelRecord(_Strict):
     weights_digest: str | None = None
 
 
+_T = TypeVar("_T", bound=BaseModel)
+
+
+def _validated(kind: type[_T], content: dict[str, Any], file: Path, under: str = "") -> _T:
+    try:
+        return kind.model_validate(content)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = under + ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{file}: `{key}` is missing or odd: {first['msg']}") from None
+
+
 def check_record(file: Path) -> dict[str, Any]:
     """Return the record of a model's folder.
 
@@ -85,14 +97,9 @@ def check_record(file: Path) -> dict[str, Any]:
             f"{file} has format_version {version!r}, and this version reads {FORMAT} alone; use "
             "the version that wrote it"
         )
-    try:
-        record = _ModelRecord.model_validate(content)
-        kind = _CodeOptions if record.data_format == "codes" else _TextOptions
-        kind.model_validate(record.options)
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{file}: `{key}` is missing or odd: {first['msg']}") from None
+    record = _validated(_ModelRecord, content, file)
+    options = _CodeOptions if record.data_format == "codes" else _TextOptions
+    _validated(options, record.options, file, "options.")
     if record.trains == "lora" and record.backbone is None:
         raise ValueError(f"{file}: `backbone` must name what the adapter is for; it is null")
     if not all(0 <= section < len(SECTIONS) for section in record.section_rules.rules.values()):

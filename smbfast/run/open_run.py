@@ -24,6 +24,7 @@ from smbfast.model.backbone import PatientEncoder, make_encoder, parameter_count
 from smbfast.model.flops import ModelShape
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.run import checkpoint
+from smbfast.run.checkpoint import Checkpoint
 from smbfast.run.folder import check_windows, prepared_data, read_tasks, write_status
 from smbfast.run.identity import Identity, newest_checkpoint
 from smbfast.run.matmul import Matmul, choose_matmul
@@ -101,18 +102,13 @@ class OpenRun:
         tasks = read_tasks(settings, data)
         size = f"{few(len(windows))} windows, {windows.num_tokens:,} tokens ({prepared.size_text})"
         report("data", f"{size}; {cuts_text(windows)}; {len(tasks)} tasks to probe")
-        # before a large model is loaded; that of the hub may be on this machine only after it
-        identity = Identity.of(settings, prepared)
-        identity, newest = newest_checkpoint(settings, identity, set_aside=set_aside)
+        # before a large model is loaded
+        identity, newest = newest_checkpoint(settings, prepared, set_aside=set_aside)
         bytes_before = held_memory(device)
         encoder = make_encoder(settings, prepared.tokenizer, device, prepared.new_tokens)
-        identity = identity.with_backbone(settings)
+        identity = identity.with_backbone(settings)  # of the hub: it is on this machine only now
         optimizer = make_optimizer(encoder, settings.optim)
-        target, progress = None, Progress()
-        if newest:
-            identity.require(newest)
-            target = checkpoint.load(newest, encoder, optimizer)
-            progress = Progress.of(newest.record)
+        target, progress = _restored(newest, identity, encoder, optimizer)
         report("model", _model_text(encoder, len(prepared.tokenizer), progress.step))
         matmul = choose_matmul(settings, encoder, progress.matmul, progress.step)
         progress.matmul = matmul.saved
@@ -212,6 +208,19 @@ class OpenRun:
         checkpoint.save_final(
             folder, self.encoder, target, prepared.tokenizer, record, prepared.vocabulary_file
         )
+
+
+def _restored(
+    newest: Checkpoint | None,
+    identity: Identity,
+    encoder: PatientEncoder,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[TargetEncoder | None, Progress]:
+    """Load a checkpoint of this run, if there is one; return its target encoder and progress."""
+    if newest is None:
+        return None, Progress()
+    identity.require(newest)
+    return checkpoint.load(newest, encoder, optimizer), Progress.of(newest.record)
 
 
 def cuts_text(windows: WindowSet) -> str:
