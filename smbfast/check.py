@@ -10,11 +10,13 @@ from smbfast.settings import kernel_choice, load, presets, run_arguments, run_he
 EPILOG = f"""This command takes the arguments of python -m smbfast.train and tries, in about a
 minute, what that training run would do. PRESET is one of
 {", ".join(presets())}, or a .toml file of your own.
-The exit code is 0 if the run may start; otherwise it is 1, and one line says what to change.
+The exit code is 0 if the run may start; otherwise it is 1, and one line says what to change. It is
+called ready if nothing was warned of.
 
 The stages
   data        Read the MEDS folder and its labels; prepare the token shards if there are none;
-              say how many tokens an event takes and how many of the windows have a cut.
+              print the data card: what was lost, odd or left out, what each step can predict, and
+              which labels match. Data that a model could not learn from are refused.
   model       Load the tokenizer and the backbone; let LoRA find the layers it adapts.
   kernels     Say which implementation each operation runs on.
   memory      Choose the size of a micro-batch and predict the largest memory of a step.

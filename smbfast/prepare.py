@@ -12,6 +12,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command: arguments, one call of `smbfast.data.preparing`, what it counted."""
     settings = command_line(PrepareSettings, argv, prog="python -m smbfast.prepare")
     with entry("smbfast.prepare", stopped="the same command goes on"):
+        from smbfast.base.runtime import few
         from smbfast.data.explaining import explained
         from smbfast.data.preparing import prepare
 
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
         table = explained(prepared, settings) if settings.explain else []
     counts = prepared.counts
     print(
-        f"prepared {counts['subjects']:,} subjects, {counts['events']:,} events, "
+        f"prepared {few(counts['subjects'])} subjects, {few(counts['events'])} events, "
         f"{counts['tokens']:,} tokens ({prepared.format_text}) in "
         f"{seconds:.1f} s: {prepared.folder}"
     )

@@ -73,7 +73,7 @@ def _run(settings: TrainSettings, command: str, start: float) -> None:
 
     if earlier(settings.folder, settings) == "done":
         loop.export(settings, choose_device(settings.run.device))
-        console.already_done(settings.folder)
+        console.already_done(settings)
         return
     # from here on how it ends is written to the run's status
     with _entry(on_end=partial(write_end, settings)):

@@ -43,6 +43,9 @@ def test_every_stage_of_a_run_that_may_start(cohort, tmp_path, capsys):
     told = [line[:11].strip() for line in lines[1:-1] if "  ok  " in line]
     assert told == [*STAGES, "checkpoint"]
     assert "an event" in lines[1] and "have a cut" in lines[1]
+    card = [line[:13].strip() for line in lines[2:-1] if line.startswith("  ")]
+    assert card[:3] == ["data", "windows", "lost"] and "JEPA" in card
+    lines = [line for line in lines if not line.startswith("  ")]
     assert "jepa masks" in lines[5] and "positions a step" in lines[5]
     assert "predicted" in lines[6] and "measured" in lines[6]
     assert "sft" in lines[8] and "jepa" in lines[8] and "without evaluations" in lines[8]
@@ -57,11 +60,11 @@ def test_what_jepa_cannot_see_is_warned_of(cohort, tmp_path, capsys):
     check(cohort, tmp_path / "b", "--objective.min_future=90")
     told = capsys.readouterr()
     assert "of the tokens lie in windows with a cut" in told.err and "data.window" in told.err
-    assert told.out.splitlines()[-1].startswith("ready")
+    assert "warning" in told.out.splitlines()[-1] and "ready" not in told.out
 
 
 def test_a_vocabulary_that_knows_few_codes_is_warned_of(cohort, tmp_path, capsys):
-    check(cohort, tmp_path / "run", "--data.max_codes=1")
+    check(cohort, tmp_path / "run", "--data.max_codes=16")
     err = capsys.readouterr().err
     assert "only the token of their family or section" in err and "ten training subjects" in err
 

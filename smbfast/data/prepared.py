@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from smbfast.base.counts import share
 from smbfast.base.files import verify_folder
 from smbfast.base.runtime import few
 from smbfast.batch import NewToken
@@ -126,7 +127,7 @@ class Prepared:
         unmapped = sum(self.record["unmapped"].values()) / events
         parts = [f"events of codes without a section rule {unmapped:.2%}"]
         if self.record["data_format"] == "codes":
-            shares = (f"{name} {counts[name] / events:.2%}" for name in SHARED)
+            shares = (f"{name} {share(counts[name], events, 2)}" for name in SHARED)
             parts.append(f"events on a shared token: {', '.join(shares)}")
             parts += [
                 f"numbers without a bin {few(counts['numbers_without_bin'])}",

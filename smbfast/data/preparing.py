@@ -32,6 +32,7 @@ from smbfast.data.formats import (
 )
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
+from smbfast.data.quality import count_quality
 from smbfast.data.sections import SectionMap
 from smbfast.data.shards import ShardWriter
 from smbfast.data.splits import SPLITS
@@ -255,6 +256,7 @@ def _make_shard(
     with committed_folder(folder, private=True) as staging:
         writer = ShardWriter(staging)
         for batch in dataset.file_batches(file, split, text_chars=serializer.text_chars):
+            serializer.counts.update(count_quality(batch, dataset))
             for timeline in serializer.timelines(batch):
                 if len(timeline.bucket_end_B):
                     writer.add(timeline)

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from smbfast.base.counts import FEW_TEXT
 from smbfast.base.files import committed_file
 from smbfast.base.ours import require_replaceable
 from smbfast.reporting import figures
@@ -90,6 +91,8 @@ def render(run: Run) -> str:
         ],
         oracles=any(task["groups"][1] for task in tasks),
         sample=_sample(run),
+        card=_card_rows(run.header),
+        card_warnings=[Finding("warn", text) for text in _card_warnings(run.header)],
         data=_table(run.header.get("data"), people=True),
         model=_table(_about(run.header)),
         versions=_table(run.header.get("versions")),
@@ -109,7 +112,7 @@ def verdict(run: Run) -> Finding:
         parts.append(f"on {count(subjects)} {kind}")
     if (tokens := _training(data, "tokens")) is not None:
         parts.append(
-            f"({count(tokens)} tokens)" if subjects is not None else f"on {tokens:,} tokens"
+            f"({count(tokens)} tokens)" if subjects is not None else f"on {count(tokens)} tokens"
         )
     if seconds := _seconds(run):
         parts.append(f"in {seconds}")
@@ -122,6 +125,8 @@ def verdict(run: Run) -> Finding:
 
 def count(value: object) -> str:
     """Return a count for readers; one of 1 to 10 is only said to be small."""
+    if value == FEW_TEXT:  # a record that holds no small count either
+        return f"≤{SMALL}"
     amount = number(value)
     if not math.isfinite(amount):
         return "–"
@@ -142,9 +147,11 @@ def _steps(run: Run) -> tuple[int, int]:
     return (run.phases[-1].end if run.phases else 0), (int(total) if math.isfinite(total) else 0)
 
 
-def _training(data: Record, key: str) -> int | None:
+def _training(data: Record, key: str) -> int | str | None:
     value = data.get(key)
     value = value.get("train") if isinstance(value, dict) else value
+    if value == FEW_TEXT:
+        return FEW_TEXT
     return int(number(value)) if math.isfinite(number(value)) else None
 
 
@@ -320,8 +327,25 @@ def _line(line: Record) -> Record:
 
 
 def _about(header: Record) -> Record:
-    elsewhere = ("kind", "config", "data", "versions")  # on the page
+    elsewhere = ("kind", "config", "card", "data", "versions")  # on the page
     return {key: value for key, value in header.items() if key not in elsewhere}
+
+
+def _card_rows(header: Record) -> list[Record]:
+    """Return the rows of the data card: name, text, and level, empty where it judges nothing."""
+    return [
+        {
+            "name": str(row.get("name")),
+            "text": str(row.get("text")),
+            "level": row["level"] if row.get("level") in ("good", "warn", "bad") else "",
+        }
+        for row in _dicts(_dict(header.get("card")).get("rows"))
+    ]
+
+
+def _card_warnings(header: Record) -> list[str]:
+    warnings = _dict(header.get("card")).get("warnings")
+    return [str(text) for text in warnings] if isinstance(warnings, list) else []
 
 
 def _table(value: object, prefix: str = "", *, people: bool = False) -> list[tuple[str, str]]:

@@ -1,39 +1,27 @@
 """What a run prints for people: its header, warnings, and the summary at its end."""
 
 import sys
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.text import Text
 
+from smbfast.base.config import read_toml
 from smbfast.base.progress import duration
-from smbfast.base.runtime import GIB, few, git_state, versions
-from smbfast.data.codes.vocabulary import (
-    NUMBERS_WITHOUT_BIN,
-    TEXTS_DROPPED,
-    TEXTS_WITHOUT_TOKEN,
-)
-from smbfast.data.masking import needs_cuts
-from smbfast.data.prepared import SHARED
+from smbfast.base.runtime import GIB, git_state, versions
 from smbfast.model.backbone import parameter_counts
 from smbfast.model.decoder import HfModule
 from smbfast.model.target import target_bytes
 from smbfast.reporting.runlog import GOOD_RATIO, HALF
-from smbfast.run.open_run import OpenRun, cuts_text
+from smbfast.run.data_card import DataCard
+from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import total_steps
-
-_LEFT_OUT = {  # what the formats count, by whether they are codes
-    False: ("values_left_out", "texts_cut"),
-    True: (*SHARED, NUMBERS_WITHOUT_BIN, TEXTS_WITHOUT_TOKEN, TEXTS_DROPPED),
-}
-_MANY = 0.2  # share of events on the token of a family or section, above it a run warns: our choice
-_FEW_CUT = 0.5  # share of tokens in windows with a cut below which a run warns: our choice
+from smbfast.settings import PhaseSettings, TrainSettings
 
 
 def header(run: OpenRun) -> dict:
     """Print the header of a run, and return it as the first record of `metrics.jsonl`."""
-    package_versions, data = versions(), _data_record(run)
+    package_versions = versions()
     trained, total = parameter_counts(run.encoder)
     backbone = run.settings.model.path or "Qwen3 from scratch"
     how = "trained whole"
@@ -41,7 +29,6 @@ def header(run: OpenRun) -> dict:
         lm: HfModule = run.encoder.lm
         how = f"LoRA r{lm.peft_config['default'].r}"
     first = run.progress.step
-    warn_of_data(run)
     _card(
         [
             ("run", f"{run.folder}  ({'resumed after step ' + str(first) if first else 'new'})"),
@@ -57,7 +44,7 @@ def header(run: OpenRun) -> dict:
                 f"{backbone}, {how}: {_si(trained)} of {_si(total)} parameters trained "
                 f"({trained / total:.1%})",
             ),
-            *_data_rows(run, data),
+            *((row.name, row.text) for row in run.card.rows),
             *_step_rows(run, trained),
             (
                 "writes",
@@ -72,67 +59,15 @@ def header(run: OpenRun) -> dict:
         "device": str(run.device),
         "matmul": {"backend": run.progress.matmul, "text": run.matmul.text},
         "model": {"backbone": backbone, "trained": trained, "parameters": total, "how": how},
-        "data": data,
+        "data": run.card.facts,
+        "card": run.card.record,
     }
 
 
-def _data_record(run: OpenRun) -> dict:
-    """Return the counts of the data: what is trained on, and what was left out."""
-    counts, per_split = run.prepared.counts, run.prepared.record["counts"]
-    unmapped = sum(run.prepared.record["unmapped"].values()) / max(counts["events"], 1)
-    return {
-        "simulated": run.settings.data.path is None,
-        "format": run.prepared.record["data_format"],
-        "options": run.prepared.options,
-        "tokens_an_event": round(run.prepared.tokens_an_event, 4),
-        "subjects": {s: c.get("subjects", 0) for s, c in per_split.items()},
-        "tokens": {s: c.get("tokens", 0) for s, c in per_split.items()},
-        "windows": len(run.windows),
-        "window_tokens": run.windows.num_tokens,
-        "windows_with_cut": run.windows.num_with_cut,
-        "window_tokens_with_cut": run.windows.num_tokens_with_cut,
-        "tokens_lost": run.windows.num_lost,
-        "unmapped_share": round(unmapped, 6),
-        **{name: counts[name] for name in _LEFT_OUT[run.prepared.record["data_format"] == "codes"]},
-        "nonfinite_values": counts["nonfinite_values"],
-    }
-
-
-def _data_rows(run: OpenRun, data: dict) -> list[tuple[str, str]]:
-    subjects, tokens, settings = data["subjects"], data["tokens"]["train"], run.settings.data
-    return [
-        (
-            "data",
-            f"{few(subjects['train'])} train / {few(subjects.get('tuning', 0))} tuning subjects, "
-            f"{_si(tokens)} tokens ({run.prepared.size_text}), vocabulary "
-            f"{len(run.prepared.tokenizer):,}",
-        ),
-        (
-            "windows",
-            f"{few(len(run.windows))} of up to {settings.window} tokens; {cuts_text(run.windows)}; "
-            f"{run.windows.num_lost / max(tokens, 1):.2%} of tokens lost to long demographics",
-        ),
-        ("left out", run.prepared.left_out()),
-    ]
-
-
-def warn_of_data(run: OpenRun) -> None:
-    """Warn if the vocabulary knows too few of the codes, or if JEPA sees too few of the tokens."""
-    coarse = run.prepared.share_coarse
-    if coarse > _MANY:
-        _warning(
-            f"{coarse:.1%} of the events have only the token of their family or section, because "
-            "the vocabulary does not know their codes: it comes from the data that a model was "
-            "first trained on, and needs ten training subjects for each code"
-        )
-    share = run.windows.num_tokens_with_cut / max(run.windows.num_tokens, 1)
-    objective, phases = run.settings.objective, run.settings.phases
-    if share < _FEW_CUT and any(needs_cuts(objective, jepa=p.w_jepa > 0) for p in phases):
-        _warning(
-            f"{share:.1%} of the tokens lie in windows with a cut, and steps with JEPA or on the "
-            "future alone read no others: raise data.window, lower objective.min_future or, in a "
-            "text format, choose a finer data.bucket"
-        )
+def show_data(card: DataCard) -> None:
+    """Print the data card and its warnings."""
+    _card([(f"  {row.name}", row.text) for row in card.rows])
+    card.warn()
 
 
 def _step_rows(run: OpenRun, trained: int) -> list[tuple[str, str]]:
@@ -173,6 +108,34 @@ def warn(health: dict, entry: dict) -> None:
             )
 
 
+def warn_of_step(record: dict, phase: PhaseSettings, known: set[tuple[str, str]]) -> None:
+    """Warn if a step trained nothing, once for each reason in each phase.
+
+    Args:
+        record: of the step, as in `metrics.jsonl`.
+        known: phases and reasons that were warned of; what is new is added.
+    """
+    reasons = {
+        "labels": (
+            phase.w_sft > 0 and record["labels"] == 0,
+            "has no token that SFT predicts, so its SFT loss is not one; raise optim.batch",
+        ),
+        "masked": (
+            phase.w_jepa > 0 and record["masked"] == 0,
+            "has no masked token, so JEPA learns nothing from it; raise optim.batch",
+        ),
+        "gradient": (
+            record["grad_norm"] == 0.0,
+            "has a gradient of exactly 0, so nothing is learned; a model whose loss stays where it "
+            "is has died: lower the learning rate and begin again",
+        ),
+    }
+    for name, (wrong, text) in reasons.items():
+        if wrong and (phase.name, name) not in known:
+            known.add((phase.name, name))
+            _warning(f"step {record['step']} of phase {phase.name} {text}")
+
+
 def _warning(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
@@ -190,6 +153,11 @@ def end_card(opened: OpenRun, training: float, health: dict) -> None:
         (f"best {name}", f"step {b['step']}, tuning loss {b['loss']:.4f}: {run}/best/{name}")
         for name, b in best.items()
     ]
+    rows += [
+        (f"best {p.name}", "none: the tuning windows do not measure all losses of this phase")
+        for p in settings.phases
+        if p.name not in best
+    ]
     if health.get("target_rank") is not None:
         rows.append(
             (
@@ -198,8 +166,7 @@ def end_card(opened: OpenRun, training: float, health: dict) -> None:
                 f"{health['ratio']:.2f} of the best trivial predictor's",
             )
         )
-    cohort = f"{run}/cohort-{settings.cohort.patients}-{settings.cohort.seed}"
-    data = settings.data.path or cohort
+    data = settings.data.path or _cohort(settings)
     rows += [
         ("report", f"{run}/report.html"),
         (
@@ -214,9 +181,25 @@ def end_card(opened: OpenRun, training: float, health: dict) -> None:
     _card(rows)
 
 
-def already_done(run: Path) -> None:
-    """Say that a run is finished already."""
+def already_done(settings: TrainSettings) -> None:
+    """Say that a run is finished already, and how to probe labels that it has not probed."""
+    run = settings.folder
     print(f"{run} is finished: {run}/report.html. Name another --run.dir for a new run.")
+    then = (read_toml(run / "config.toml").get("probe") or {}).get("labels")
+    asked = settings.probe.labels or []
+    data = settings.data.path or _cohort(settings)
+    for task in (t for t in asked if t not in (then or [])):
+        if then is None and settings.data.path is None:
+            return  # all tasks of the cohort were probed
+        print(
+            f"labels {task} were not probed by this run, and nothing is probed now. These do it:\n"
+            f"  python -m smbfast.embed --model={run}/final --data={data} --labels={task} --out=F\n"
+            f"  python -m smbfast.probe --embeddings=F --data={data} --labels={task}"
+        )
+
+
+def _cohort(settings: TrainSettings) -> str:
+    return f"{settings.folder}/cohort-{settings.cohort.patients}-{settings.cohort.seed}"
 
 
 def _card(rows: list[tuple[str, str]]) -> None:

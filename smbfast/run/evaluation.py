@@ -69,14 +69,16 @@ def evaluate(
 ) -> dict:
     """Return the losses on the fixed batches and, with a target, its diagnostics and distance.
 
-    `loss` is the weighted sum of the phase, by which the best step of the phase is chosen.
+    `loss` is the weighted sum of the phase, by which the best step of the phase is chosen. It is
+    None if a loss of the phase was not measured, because the tuning windows have no label, or no
+    mask: then no step is the best.
     """
     device = encoder.mask_vector.device
     batches = fixed[target is not None]
     num_labels = sum(b.num_labels for b in batches)
     path = objective if settings.objective.path == "shared" else reference
     measured = [path.measure(encoder, target, b.to(device)) for b in batches]
-    sft = sum(float(total) for total, _ in measured) / max(num_labels, 1)
+    sft = sum(float(total) for total, _ in measured) / num_labels if num_labels else None
     values: dict = {"sft": sft, "jepa": None}
     states_of = [states for _, states in measured if states is not None]
     if target is not None and states_of:
@@ -84,7 +86,10 @@ def evaluate(
         states = JepaStates(**{n: torch.cat([getattr(s, n) for s in states_of]) for n in names})
         normalize = settings.objective.target_norm == "layer"
         values |= diagnose(states, normalize=normalize) | target.measures()
-    values["loss"] = phase.w_sft * sft + phase.w_jepa * (values["jepa"] or 0.0)
+    parts = [(phase.w_sft, values["sft"]), (phase.w_jepa, values["jepa"])]
+    parts = [(weight, loss) for weight, loss in parts if weight > 0]
+    measured_all = all(loss is not None for _, loss in parts)
+    values["loss"] = sum(weight * loss for weight, loss in parts) if measured_all else None
     return values
 
 
@@ -109,8 +114,9 @@ def evaluate_step(
     log.write("eval", step=step, phase=phase.name, **health)
     console.warn(health, entry)
     best = run.progress.best
-    if health["loss"] < best.get(phase.name, {}).get("loss", float("inf")):
-        best[phase.name] = {"loss": health["loss"], "step": step}
+    loss = health["loss"]
+    if loss is not None and loss < best.get(phase.name, {}).get("loss", float("inf")):
+        best[phase.name] = {"loss": loss, "step": step}
         run.save_model(run.folder / "best" / phase.name, target, step)
     return health
 

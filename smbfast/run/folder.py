@@ -12,6 +12,7 @@ from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import check_prepared, prepare
 from smbfast.data.windows import WindowSet
 from smbfast.run import checkpoint
+from smbfast.run.label_card import TaskFacts, require_none
 from smbfast.run.model_record import FORMAT
 from smbfast.settings import DataSettings, TrainSettings
 from smbfast.settings.data import VOCABULARY
@@ -174,8 +175,12 @@ def _flat(values: object, prefix: str = "") -> dict[str, object]:
     return {k: v for name, value in items for k, v in _flat(value, name).items()}
 
 
-def prepared_data(settings: TrainSettings, run: Path) -> tuple[DataSettings, Prepared]:
-    """Return the data settings with paths filled in, and the token shards; make what is missing."""
+def data_of(settings: TrainSettings, run: Path) -> DataSettings:
+    """Return the data settings with format and path filled in; simulate a cohort if there is none.
+
+    Raises:
+        ValueError: if settings of the data contradict each other or the backbone.
+    """
     _refuse_adapter_as_backbone(settings)
     backbone = _tokenizer_folder(settings)
     data = settings.data.decided(backbone, simulated=settings.data.path is None)
@@ -185,12 +190,22 @@ def prepared_data(settings: TrainSettings, run: Path) -> tuple[DataSettings, Pre
         if not cohort.is_dir():
             simulate(cohort, settings.cohort.patients, settings.cohort.seed)
         data = data.model_copy(update={"path": str(cohort)})
+    return data
+
+
+def prepared_data(settings: TrainSettings, data: DataSettings, run: Path) -> Prepared:
+    """Return the token shards of `data`, from `data_of`; make those that are missing.
+
+    Raises:
+        ValueError: if the data are bad, or shards were made from others.
+    """
+    backbone = _tokenizer_folder(settings)
     if data.prepared and (Path(data.prepared) / "prepare.json").is_file():
         prepared = Prepared.open(Path(data.prepared))
         check_prepared(prepared, data, backbone)
-        return data, prepared
+        return prepared
     out = Path(data.prepared) if data.prepared else run / "prepared"
-    return data, prepare(data, out, backbone, ("train", "tuning"))
+    return prepare(data, out, backbone, ("train", "tuning"))
 
 
 def _refuse_adapter_as_backbone(settings: TrainSettings) -> None:
@@ -215,11 +230,16 @@ def _tokenizer_folder(settings: TrainSettings) -> str | None:
     return settings.model.path
 
 
-def read_tasks(settings: TrainSettings, data: DataSettings) -> list[tuple[Path, Labels]]:
-    """Read and check the tasks to probe, before anything is trained.
+def read_tasks(
+    settings: TrainSettings, data: DataSettings
+) -> tuple[list[tuple[Path, Labels]], list[TaskFacts]]:
+    """Read and check the tasks to probe, before anything is prepared or trained.
 
     Args:
-        data: from `prepared_data`, with its path filled in.
+        data: from `data_of`, with its path filled in.
+
+    Returns:
+        Folder and labels of each task, and how its labels fit the data.
 
     Raises:
         ValueError: if a task does not exist, or its labels cannot be used.
@@ -228,12 +248,15 @@ def read_tasks(settings: TrainSettings, data: DataSettings) -> list[tuple[Path, 
     if names is None and settings.data.path is None:
         names = sorted(p.name for p in (root / "labels").iterdir() if p.is_dir())
     if not names:
-        return []
+        return [], []
     dataset = MedsDataset.open(root)
     tasks = [(f, with_splits(read_labels(f), dataset)) for f in find_tasks(names, root)]
-    for _, labels in tasks:
+    facts = [TaskFacts.of(labels, dataset) for _, labels in tasks]
+    for (_, labels), fact in zip(tasks, facts, strict=True):
+        # labels of another dataset have no split where files name none: say that first
+        require_none(fact.refusals())
         require_splits(labels)
-    return tasks
+    return tasks, facts
 
 
 def check_windows(windows: WindowSet, tuning: WindowSet, path: str | None) -> None:

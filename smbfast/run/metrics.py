@@ -24,6 +24,7 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, offset: int = 0, step: int = 0) -> None:
+        self.warned: set[tuple[str, str]] = set()  # see `console.warn_of_step`
         self._path = run / "metrics.jsonl"
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         os.truncate(self._path, min(offset, self._path.stat().st_size))
@@ -163,6 +164,7 @@ def log_step(
         "labels": step.num_labels,
     }
     log.write("step", **record)
+    console.warn_of_step(record, phase, log.warned)
     line = step_line(record, total_steps(run.settings), health if phase.w_jepa > 0 else None)
     print(line, flush=True)
 

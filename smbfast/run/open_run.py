@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from smbfast.base.config import to_toml
 from smbfast.base.files import write_text
 from smbfast.base.parts import is_part
-from smbfast.base.runtime import GIB, choose_device, few, held_memory
+from smbfast.base.runtime import GIB, choose_device, held_memory
 from smbfast.data.labels import Labels
 from smbfast.data.loader import Step, make_step
 from smbfast.data.prepared import Prepared
@@ -25,11 +26,12 @@ from smbfast.model.flops import ModelShape
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.run import checkpoint
 from smbfast.run.checkpoint import Checkpoint
-from smbfast.run.folder import check_windows, prepared_data, read_tasks, write_status
+from smbfast.run.data_card import DataCard, data_card
+from smbfast.run.folder import check_windows, data_of, prepared_data, read_tasks, write_status
 from smbfast.run.identity import Identity, newest_checkpoint
 from smbfast.run.matmul import Matmul, choose_matmul
 from smbfast.run.optim import make_optimizer, place, total_steps
-from smbfast.run.startup import micro_tokens, require_cuts
+from smbfast.run.startup import micro_tokens
 from smbfast.settings import DataSettings, TrainSettings
 
 Report = Callable[[str, str], None]  # called with the name of a stage and a text about it
@@ -63,6 +65,7 @@ class OpenRun:
     windows: WindowSet
     tuning: WindowSet
     identity: Identity  # recorded by checkpoints and models
+    card: DataCard  # of the data, made before the model
     tasks: list[tuple[Path, Labels]]  # probed at the end, but read now to find mistakes early
     encoder: PatientEncoder
     optimizer: torch.optim.Optimizer
@@ -76,13 +79,19 @@ class OpenRun:
 
     @classmethod
     def open(
-        cls, settings: TrainSettings, *, set_aside: bool = True, report: Report | None = None
+        cls,
+        settings: TrainSettings,
+        *,
+        set_aside: bool = True,
+        report: Report | None = None,
+        show: Callable[[DataCard], None] = DataCard.warn,
     ) -> "OpenRun":
         """Prepare the data, make the model, and load the newest checkpoint if there is one.
 
         Args:
             set_aside: whether to rename damaged checkpoints; otherwise they are only skipped.
             report: called after each stage.
+            show: called with the data card, before the model is loaded.
 
         Raises:
             ValueError: if data are bad, or the model or a checkpoint does not load.
@@ -93,15 +102,10 @@ class OpenRun:
         report = report or (lambda _name, _text: None)
         if settings.run.threads:
             torch.set_num_threads(settings.run.threads)
-        data, prepared = prepared_data(settings, folder)
-        windows, tuning = (
-            _windows(settings, data, prepared, split) for split in ("train", "tuning")
-        )
-        check_windows(windows, tuning, data.path)
-        require_cuts(windows, settings)
-        tasks = read_tasks(settings, data)
-        size = f"{few(len(windows))} windows, {windows.num_tokens:,} tokens ({prepared.size_text})"
-        report("data", f"{size}; {cuts_text(windows)}; {len(tasks)} tasks to probe")
+        opened = _open_data(settings)
+        report("data", opened.card.summary)
+        show(opened.card)
+        prepared = opened.prepared
         # before a large model is loaded
         identity, newest = newest_checkpoint(settings, prepared, set_aside=set_aside)
         bytes_before = held_memory(device)
@@ -119,12 +123,8 @@ class OpenRun:
         return cls(
             settings=settings,
             device=device,
-            data=data,
-            prepared=prepared,
-            windows=windows,
-            tuning=tuning,
+            **opened._asdict(),
             identity=identity,
-            tasks=tasks,
             encoder=encoder,
             optimizer=optimizer,
             target=target,
@@ -223,11 +223,27 @@ def _restored(
     return checkpoint.load(newest, encoder, optimizer), Progress.of(newest.record)
 
 
-def cuts_text(windows: WindowSet) -> str:
-    """Return in words how much of the windows can be cut into context and future."""
-    of_windows = windows.num_with_cut / max(len(windows), 1)
-    of_tokens = windows.num_tokens_with_cut / max(windows.num_tokens, 1)
-    return f"{of_windows:.1%} of windows have a cut, with {of_tokens:.1%} of tokens"
+class _OpenData(NamedTuple):
+    """What a run reads."""
+
+    data: DataSettings
+    prepared: Prepared
+    windows: WindowSet
+    tuning: WindowSet
+    card: DataCard
+    tasks: list[tuple[Path, Labels]]
+
+
+def _open_data(settings: TrainSettings) -> _OpenData:
+    """Prepare the data of a run, and refuse them if training would learn nothing from them."""
+    data = data_of(settings, settings.folder)
+    tasks, facts = read_tasks(settings, data)
+    prepared = prepared_data(settings, data, settings.folder)
+    windows, tuning = (_windows(settings, data, prepared, split) for split in ("train", "tuning"))
+    check_windows(windows, tuning, data.path)
+    card = data_card(settings, prepared, windows, tuning, facts)
+    card.require()
+    return _OpenData(data, prepared, windows, tuning, card, tasks)
 
 
 def _windows(

@@ -68,11 +68,15 @@ def check(settings: TrainSettings) -> None:
     device, state = choose_device(settings.run.device), earlier(settings.folder, settings)
     print(f"checking {settings.preset} on {device}; {settings.folder} is {state}", flush=True)
     stages = _Stages()
-    run = OpenRun.open(settings, set_aside=False, report=stages.done)
-    console.warn_of_data(run)
+    run = OpenRun.open(settings, set_aside=False, report=stages.done, show=console.show_data)
     with run.matmul.used():
         _go_through(run, stages)
-    print(f"ready: python -m smbfast.train {settings.preset} starts", flush=True)
+    starts = f"python -m smbfast.train {settings.preset} starts"
+    if number := len(run.card.warnings):
+        one = "1 warning is" if number == 1 else f"{number} warnings are"
+        print(f"{starts}, but {one} above", flush=True)
+        return
+    print(f"ready: {starts}", flush=True)
 
 
 def _go_through(run: OpenRun, stages: "_Stages") -> None:

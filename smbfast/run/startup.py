@@ -15,7 +15,6 @@ from torch import Tensor
 from smbfast import objective, reference
 from smbfast.batch import PackedBatch
 from smbfast.data.loader import make_batch, step_windows
-from smbfast.data.masking import needs_cuts
 from smbfast.data.windows import WindowSet
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.memory import (
@@ -51,15 +50,6 @@ def losses_of(settings: TrainSettings) -> Losses:
 def checks_itself(settings: TrainSettings) -> bool:
     """Whether `self_check` runs before each phase, which needs the shared path."""
     return settings.objective.self_check and settings.objective.path == "shared"
-
-
-def require_cuts(windows: WindowSet, settings: TrainSettings) -> None:
-    """Raise a ValueError if a phase trains on windows with a cut alone and there is none.
-
-    With one, every step of such a phase has masked tokens or labels.
-    """
-    if any(needs_cuts(settings.objective, jepa=phase.w_jepa > 0) for phase in settings.phases):
-        windows.require_cuts()
 
 
 def micro_tokens(
