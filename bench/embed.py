@@ -27,7 +27,7 @@ from smbfast.base.config import Settings, command_line
 from smbfast.base.progress import Progress
 from smbfast.data.labels import find_tasks, read_labels, with_splits
 from smbfast.data.meds import MedsDataset
-from smbfast.data.nodes import Nodes, NodeText, distinct_nodes, node_texts
+from smbfast.data.nodes import SPLIT_NAMES, Nodes, NodeText, distinct_nodes, node_texts
 from smbfast.data.preparing import prepare
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.probing.embedding import Model, embed_nodes, packed_of
@@ -129,7 +129,7 @@ def eight_nodes(size: dict[str, int], window: int, windows: int, work: Path) -> 
     tokenizer = prepare(settings.data, work / "eight-shards", None, ("train",)).tokenizer
     encoder = make_encoder(settings, tokenizer, CPU)
     subject_K, time_K = np.divmod(np.arange(windows * EIGHT), EIGHT)
-    nodes = Nodes(subject_K, time_K, np.full(len(subject_K), "train"))
+    nodes = Nodes(subject_K, time_K, np.ones(len(subject_K), np.int8))
 
     def texts(part: Nodes) -> Iterator[NodeText]:
         for k, (subject, time_) in enumerate(zip(part.subject_K, part.time_K, strict=True)):
@@ -165,7 +165,7 @@ def plain(case: Case, part: Nodes, out: Path) -> None:
     columns = {
         "subject_id": part.subject_K[index_K],
         "prediction_time": part.time_K[index_K].astype("datetime64[us]"),
-        "split": part.split_K[index_K],
+        "split": np.array(SPLIT_NAMES)[part.split_K[index_K]],
         "embedding": vectors,
     }
     pq.write_table(pa.table(columns), out)

@@ -1,4 +1,4 @@
-"""python -m smbfast.embed: a checkpoint and MEDS labels to embeddings at decision nodes."""
+"""python -m smbfast.embed: a trained model and patients' events to embeddings at any moment."""
 
 from pathlib import Path
 
@@ -8,35 +8,29 @@ from smbfast.settings import EmbedSettings
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command: arguments, a model, one call of `smbfast.probing.embedding`, what it counted."""
+    """The command: arguments, a model, one call of `smbfast.serving`, what it counted."""
     settings = command_line(EmbedSettings, argv, prog="python -m smbfast.embed")
     with entry("smbfast.embed"):
-        from smbfast.base.files import standing
-        from smbfast.base.runtime import choose_device, few
-        from smbfast.probing.embedding import embed_labels
-        from smbfast.run.checkpoint import restore_final
-        from smbfast.run.matmul import recorded
+        if Path(settings.out).is_dir():
+            raise ValueError(f"`out` must be a parquet file to write; {settings.out} is a folder")
+        from smbfast.base.runtime import few
+        from smbfast.data.moments import read_moments
+        from smbfast.serving import load
 
-        device, model = choose_device(settings.device), standing(Path(settings.model))
-        encoder, target, record = restore_final(model, device)
-        with recorded(record.get("matmul"), device):
-            embedded = embed_labels(
-                encoder,
-                target,
-                record,
-                device,
-                tokenizer=model,
-                data=Path(settings.data),
-                labels=settings.labels,
-                out=Path(settings.out),
-                which=settings.encoder,
-                path=settings.path,
-                tokens=settings.tokens,
-                pool=settings.pool,
-            )
-    num_nodes = embedded.counts["embedded"]
-    print(f"embedded {few(num_nodes)} nodes of {embedded.num_tasks} tasks: {settings.out}")
-    print(", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in embedded.counts.items()))
+        moments = None if settings.at is None else read_moments(settings.at)
+        model = load(settings.model, path=settings.backbone, device=settings.device)
+        counts = model.write(
+            Path(settings.out),
+            Path(settings.data),
+            labels=settings.labels,
+            at=moments,
+            encoder=settings.encoder,
+            pool=settings.pool,
+            path=settings.path,
+            tokens=settings.tokens,
+        )
+    print(f"embedded {few(counts['embedded'])} nodes: {settings.out}")
+    print(", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in counts.items()))
 
 
 if __name__ == "__main__":

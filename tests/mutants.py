@@ -238,8 +238,8 @@ LEAKS = [
         "node-sees-its-whole-bucket",
         "the bucket of a decision node counts as complete",
         "smbfast/data/nodes.py",
-        "np.searchsorted(timeline.bucket_time_B, key_K)",
-        'np.searchsorted(timeline.bucket_time_B, key_K, side="right")',
+        "bucket_time_B, serializer.bucket_key(time_K))",
+        'bucket_time_B, serializer.bucket_key(time_K), side="right")',
         MOMENT,
     ),
     mutant(
@@ -249,6 +249,14 @@ LEAKS = [
         'time_K[node_J], side="right"',
         'time_K[node_J] + 1, side="right"',
         "tests/probing/test_counts.py::test_no_event_after_the_prediction_time_is_seen",
+    ),
+    mutant(
+        "last-is-a-birth",
+        "`--at=last` takes a birth that is recorded late for a patient's last event",
+        "smbfast/data/moments.py",
+        "np.where(birth_N, STATIC, batch.time_N)",
+        "batch.time_N",
+        "tests/test_serving.py::test_births_are_nobody_s_last_event",
     ),
     mutant(
         "rows-resampled",

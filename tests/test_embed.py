@@ -22,9 +22,10 @@ from torch import Tensor
 import smbfast.train as entry
 from smbfast import embed
 from smbfast.batch import Timeline
-from smbfast.data.labels import read_labels
+from smbfast.data.labels import Labels, read_labels
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import (
+    SPLIT_NAMES,
     Nodes,
     NodeText,
     SharedWindow,
@@ -62,7 +63,7 @@ def listed(texts: list[NodeText]) -> tuple[Nodes, list[NodeText]]:
     subject_K, time_K = np.array(keys, np.int64).reshape(-1, 2).T
     places = {key: k for k, key in enumerate(keys)}
     texts = [replace(t, index=places[t.subject, t.time]) for t in texts]
-    return Nodes(subject_K, time_K, np.full(len(keys), "train")), texts
+    return Nodes(subject_K, time_K, np.ones(len(keys), np.int8)), texts
 
 
 def tables(
@@ -314,7 +315,7 @@ def test_memory_does_not_grow_with_the_number_of_nodes(tmp_path):
         return torch.ones(1, width).expand(len(rows), -1)
 
     def peak(count: int) -> int:
-        nodes = Nodes(np.arange(count), np.zeros(count, np.int64), np.full(count, "train"))
+        nodes = Nodes(np.arange(count), np.zeros(count, np.int64), np.ones(count, np.int8))
         texts = (NodeText(k, k, 0, 0, ids) for k in range(count))
         tracemalloc.start()
         one = {tmp_path / "a": Model(wide)}
@@ -328,6 +329,21 @@ def test_memory_does_not_grow_with_the_number_of_nodes(tmp_path):
         peak(256)  # what is made once in a process
         fewer, more = peak(256), peak(1024)
     assert fewer > 1 << 20 and more < fewer + (2 << 20)
+
+
+def test_distinct_nodes_are_sorted_and_each_once_with_a_split_that_is_known():
+    random = np.random.default_rng(0)
+    subject_N, time_N = random.integers(-3, 3, (2, 400))
+    split_N = np.where(random.random(400) < 0.5, "", np.array(["train", "held_out"])[subject_N % 2])
+    task = Labels("a", "times", subject_N, time_N, split_N)
+    nodes = distinct_nodes([task.take(np.arange(150)), task.take(np.arange(150, 400))])
+    pairs = sorted({*zip(subject_N.tolist(), time_N.tolist(), strict=True)})
+    assert list(zip(nodes.subject_K.tolist(), nodes.time_K.tolist(), strict=True)) == pairs
+    names = [SPLIT_NAMES[i] for i in nodes.split_K]
+    for (subject, time), name in zip(pairs, names, strict=True):
+        known = {*split_N[(subject_N == subject) & (time_N == time)]} - {""}
+        assert {name} == (known or {""})
+    assert nodes.split_K.nbytes == len(pairs) and not len(distinct_nodes([]).time_K)
 
 
 def test_a_full_disk_is_an_error_although_a_part_was_written(tmp_path, monkeypatch):

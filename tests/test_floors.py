@@ -16,6 +16,7 @@ FLOORS = [
     {"data", "model"},
     {"objective", "reference", "simulation", "probing", "reporting"},
     {"run"},
+    {"serving"},
     {"train", "check", "prepare", "simulate", "embed", "probe", "report"},
 ]  # units of a floor do not import each other
 

@@ -28,6 +28,7 @@ class Settings(BaseModel):
         frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False
     )
     epilog: ClassVar[str] = ""  # examples, which end the help of a command
+    aliases: ClassVar[dict[str, str]] = {}  # further names of keys on the command line
 
 
 def command_line(
@@ -80,7 +81,8 @@ def with_overrides(
         if not separator:
             hint = _nearest(name, known_keys(model))
             raise ValueError(f"argument `{text}` must have the form --key=value{hint}")
-        values = _with_override(model, values, name.replace("-", "_"), value)
+        key = name.replace("-", "_")
+        values = _with_override(model, values, model.aliases.get(key, key), value)
     _check_keys(model, values, "")
     return values
 

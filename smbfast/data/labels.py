@@ -31,11 +31,11 @@ class Labels:
     subject_N int64; time_N int64, microseconds since 1970; split_N str, one of `SPLITS` or "" where
     the files do not say (see `with_splits`). Binary: value_N bool. Time to event: duration_N
     float64 days from the prediction time to the event or to censoring, event_N bool (False =
-    censored). The arrays of the other kind are None.
+    censored). The arrays of the other kind are None, and all are where only times were read.
     """
 
     task: str
-    kind: Literal["binary", "time_to_event"]
+    kind: Literal["binary", "time_to_event", "times"]
     subject_N: np.ndarray
     time_N: np.ndarray
     split_N: np.ndarray
@@ -102,13 +102,16 @@ def find_tasks(names: list[str], data: Path) -> list[Path]:
     return paths
 
 
-def read_labels(path: Path) -> Labels:
+def read_labels(path: Path, *, values: bool = True) -> Labels:
     """Read a task: a folder with `{train,tuning,held_out}.parquet`, or with such folders, or any
     parquet files whose splits the dataset knows (`with_splits`); or one parquet file.
 
     Raises ValueError, naming file and row but no value, for: nothing there, an unreadable file, a
     missing or mistyped column, a null, a negative or non-finite duration, a subject and time given
     twice, a subject in two splits, files of two kinds.
+
+    Args:
+        values: whether to read outcomes. Without them a file needs none, and a row may repeat.
     """
     path = Path(path)
     if not path.exists():
@@ -116,7 +119,7 @@ def read_labels(path: Path) -> Labels:
     files = [path] if path.is_file() else _parquet_files(path)
     if not files:
         raise ValueError(f"label folder {path} must hold parquet files (train.parquet, ...); none")
-    tables = [_read_label_file(file) for file in files]
+    tables = [_read_label_file(file, values) for file in files]
     kinds = [kind for kind, _ in tables]
     if len(set(kinds)) > 1:
         other = kinds.index(next(kind for kind in kinds if kind != kinds[0]))
@@ -135,7 +138,8 @@ def read_labels(path: Path) -> Labels:
         split_N=np.repeat(np.array(file_split, dtype="<U16"), sizes),
         **arrays,
     )
-    _refuse_repeats(labels, files, sizes)
+    if values:
+        _refuse_repeats(labels, files, sizes)
     _refuse_two_splits(labels, path)
     return labels
 
@@ -147,7 +151,7 @@ def with_splits(labels: Labels, dataset: MedsDataset) -> Labels:
     files and dataset disagree: splits are by subject and never made anew.
     """
     dataset_N = np.full(len(labels), "", dtype="<U16")
-    for split in SPLITS:
+    for split in (name for name in SPLITS if name in dataset.splits):
         dataset_N[np.isin(labels.subject_N, dataset.subjects(split))] = split
     wrong_N = (dataset_N != "") & (labels.split_N != "") & (labels.split_N != dataset_N)
     if wrong_N.any():
@@ -166,6 +170,14 @@ def require_splits(labels: Labels) -> None:
             f"labels of {labels.task} must have rows in train, tuning and held_out; "
             f"no row in {', '.join(empty)}"
         )
+
+
+def read_nodes(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return subjects (int64 [N]) and prediction times (int64 [N], microseconds since 1970) of a
+    parquet file, whatever else it holds. Raises as `read_labels` does."""
+    table = key_table(file, [])
+    subject_N = integer_column(table, "subject_id", file)
+    return subject_N, time_column(table, "prediction_time", file)
 
 
 def key_table(file: Path, columns: list[str]) -> pa.Table:
@@ -216,8 +228,10 @@ def time_column(table: pa.Table, name: str, file: Path) -> np.ndarray:
 
 
 def _read_label_file(
-    file: Path,
-) -> tuple[Literal["binary", "time_to_event"], dict[str, np.ndarray]]:
+    file: Path, values: bool
+) -> tuple[Literal["binary", "time_to_event", "times"], dict[str, np.ndarray]]:
+    if not values:
+        return "times", dict(zip(("subject_N", "time_N"), read_nodes(file), strict=True))
     names = open_parquet(file).schema_arrow.names
     survival = "duration_days" in names or ("event" in names and "boolean_value" not in names)
     table = key_table(file, ["duration_days", "event"] if survival else ["boolean_value"])

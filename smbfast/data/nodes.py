@@ -17,7 +17,10 @@ from smbfast.data.codes.serializer import CodeSerializer
 from smbfast.data.labels import Labels
 from smbfast.data.meds import BIRTH, STATIC, EventBatch, MedsDataset
 from smbfast.data.serialize import Serializer
-from smbfast.data.timelines import node_timeline, node_window
+from smbfast.data.splits import SPLITS
+from smbfast.data.timelines import node_spans, node_timeline, node_window
+
+SPLIT_NAMES = ("", *SPLITS)  # "" is that of a subject whose split is not known
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Nodes:
 
     subject_K: np.ndarray  # int64
     time_K: np.ndarray  # int64 microseconds since 1970
-    split_K: np.ndarray  # str
+    split_K: np.ndarray  # int8 index into `SPLIT_NAMES`
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,36 @@ class SharedWindow:
 
 def distinct_nodes(tasks: list[Labels]) -> Nodes:
     """Return the nodes of all tasks, each once."""
-    nodes = {
-        (int(s), int(t)): str(split)
-        for task in tasks
-        for s, t, split in zip(task.subject_N, task.time_N, task.split_N, strict=True)
-    }
-    keys = sorted(nodes)
-    pairs = np.array(keys, np.int64).reshape(-1, 2)
-    return Nodes(pairs[:, 0], pairs[:, 1], np.array([nodes[k] for k in keys], dtype=str))
+    if not tasks:
+        return sorted_nodes(*(np.empty(0, t) for t in (np.int64, np.int64, np.int8)))
+    split_N = np.concatenate([split_index(task.split_N) for task in tasks])
+    subject_N, time_N = (
+        np.concatenate([getattr(task, name) for task in tasks]) for name in ("subject_N", "time_N")
+    )
+    return sorted_nodes(subject_N, time_N, split_N)
+
+
+def sorted_nodes(subject_N: np.ndarray, time_N: np.ndarray, split_N: np.ndarray) -> Nodes:
+    """Return nodes in order and each once; of the splits of one node the last that is known.
+
+    Args:
+        subject_N, time_N: int64 [N], in any order; times are microseconds since 1970.
+        split_N: int8 [N], see `Nodes`.
+    """
+    # a stable sort keeps rows of one node in their order; a known split goes behind ""
+    order_N = np.lexsort((split_N > 0, time_N, subject_N))
+    subject_N, time_N = subject_N[order_N], time_N[order_N]
+    last_N = np.ones(len(order_N), bool)
+    last_N[:-1] = (subject_N[1:] != subject_N[:-1]) | (time_N[1:] != time_N[:-1])
+    return Nodes(subject_N[last_N], time_N[last_N], split_N[order_N][last_N])
+
+
+def split_index(name_N: np.ndarray) -> np.ndarray:
+    """Return names of splits as indices into `SPLIT_NAMES`, int8 [N]; 0 for any other name."""
+    index_N = np.zeros(len(name_N), np.int8)
+    for index, name in enumerate(SPLIT_NAMES):
+        index_N[name_N == name] = index
+    return index_N
 
 
 def node_texts(
@@ -84,38 +109,51 @@ def node_texts(
     """
     counts.update(nodes=len(nodes.subject_K), embedded=0, before_first_event=0, tokens_lost=0)
     known = 0
-    for split in [s for s in dataset.splits if s in nodes.split_K]:  # "" is an unknown subject's
-        mine = nodes.split_K == split
-        for batch in dataset.batches(
-            split, np.unique(nodes.subject_K[mine]), text_chars=serializer.text_chars
-        ):
+    subject_S = np.unique(nodes.subject_K)
+    for split in dataset.splits:
+        for batch in dataset.batches(split, subject_S, text_chars=serializer.text_chars):
             timelines = serializer.timelines(batch)
             births = np.array([c == BIRTH for c in batch.codes])[batch.code_N]
             timed_N = (batch.time_N != STATIC) & ~births
             for s, timeline in enumerate(timelines):
-                subject = timeline.subject
                 rows = slice(int(batch.offset_S1[s]), int(batch.offset_S1[s + 1]))
                 # nodes are sorted by subject: no pass over all of them for every subject
-                first, last = np.searchsorted(nodes.subject_K, [subject, subject + 1])
-                at = first + np.flatnonzero(mine[first:last])
-                known += len(at)
-                time_K = nodes.time_K[at]
-                tails: list[Timeline | None] = [None] * len(at)
-                if isinstance(serializer, Serializer):  # in codes every moment is a prefix
-                    tails = _tails(batch, rows, timed_N, serializer, time_K)
-                key_K = serializer.bucket_key(time_K)
-                complete_K = np.searchsorted(timeline.bucket_time_B, key_K)
-                for k, complete, tail in zip(at, complete_K.tolist(), tails, strict=True):
-                    record = node_timeline(timeline, complete, tail)
-                    if not len(record.bucket_end_B):
-                        counts["before_first_event"] += 1
-                        continue
-                    cut, lost = node_window(record, window, serializer.preamble)
-                    counts["tokens_lost"] += lost
-                    counts["embedded"] += 1
-                    time = int(nodes.time_K[k])
-                    yield NodeText(int(k), subject, time, cut.start, cut.ids_T)
+                subject = timeline.subject
+                at = slice(*np.searchsorted(nodes.subject_K, [subject, subject + 1]).tolist())
+                known += at.stop - at.start
+                yield from _subject_texts(
+                    batch, rows, timed_N, timeline, serializer, nodes, at, window, counts
+                )
     counts["unknown_subjects"] = len(nodes.subject_K) - known
+
+
+def _subject_texts(
+    batch: EventBatch,
+    rows: slice,
+    timed_N: np.ndarray,
+    timeline: Timeline,
+    serializer: Serializer | CodeSerializer,
+    nodes: Nodes,
+    at: slice,
+    window: int,
+    counts: dict[str, int],
+) -> Iterator[NodeText]:
+    """Yield the windows of one subject's nodes, `at` in `nodes`, of its events `rows`."""
+    time_K = nodes.time_K[at]
+    tails: list[Timeline | None] = [None] * len(time_K)
+    if isinstance(serializer, Serializer):  # in codes every moment is a prefix
+        tails = _tails(batch, rows, timed_N, serializer, time_K)
+    spans = node_spans(timeline, window, serializer.preamble)
+    complete_K = np.searchsorted(timeline.bucket_time_B, serializer.bucket_key(time_K))
+    for k, complete, tail in zip(range(at.start, at.stop), complete_K.tolist(), tails, strict=True):
+        record = node_timeline(timeline, complete, tail)
+        if not len(record.bucket_end_B):
+            counts["before_first_event"] += 1
+            continue
+        cut, lost = node_window(record, window, serializer.preamble, spans, complete)
+        counts["tokens_lost"] += lost
+        counts["embedded"] += 1
+        yield NodeText(k, timeline.subject, int(nodes.time_K[k]), cut.start, cut.ids_T)
 
 
 def _tails(

@@ -13,7 +13,10 @@ influences which.
 Legend: B buckets, L lines, T tokens, W windows.
 """
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import numpy as np
 
@@ -153,15 +156,21 @@ def _training_end(
     return first if first > start else limit
 
 
-def node_spans(timeline: Timeline, window: int, preamble: Preamble) -> list[tuple[int, int]]:
+def node_spans(
+    timeline: Timeline,
+    window: int,
+    preamble: Preamble,
+    begin: tuple[int, int] | None = None,
+) -> list[tuple[int, int]]:
     """Return the buckets `[first, last)` of each window that decision nodes take, in order.
 
     Args:
         window: context length in tokens, including what the preamble adds.
+        begin: a window of this timeline, all of whose earlier ones are not returned.
     """
     start_B, end_B = _bucket_bounds(timeline)
     spans: list[tuple[int, int]] = []
-    first, num_buckets = 0, len(end_B)
+    first, num_buckets = begin[0] if begin else 0, len(end_B)
     while first < num_buckets:
         time = int(timeline.bucket_time_B[first])
         room = window - preamble.header_length(timeline, time, window)
@@ -249,20 +258,34 @@ def node_timeline(timeline: Timeline, complete: int, tail: Timeline | None) -> T
     )
 
 
-def node_window(record: Timeline, window: int, preamble: Preamble) -> tuple[Timeline, int]:
+def node_window(
+    record: Timeline,
+    window: int,
+    preamble: Preamble,
+    spans: Sequence[tuple[int, int]] = (),
+    complete: int = 0,
+) -> tuple[Timeline, int]:
     """Return the earliest window with all of a record's last bucket, and how many tokens were lost.
 
     Tokens are lost in two cases: a bucket that is longer than the window loses its oldest lines
     (and the beginning of the newest one, if that alone is longer), and a header that is longer than
     a quarter of the window loses its end.
 
+    Args:
+        spans: those of the timeline that the record is a part of (`node_spans`), if they are known,
+            so that they are made once for all of its records.
+        complete: the number of buckets that the record has in common with that timeline.
+
     Raises:
         ValueError: if the record has no bucket, because the node is before the first event.
     """
     if not len(record.bucket_end_B):
         raise ValueError("a decision node must have an event before it; this record has none")
-    spans = node_spans(record, window, preamble)
-    first = next(first for first, last in spans if last == len(record.bucket_end_B))
+    # windows that end before a bucket which both have are the same in both
+    place = bisect_left(spans, complete, key=itemgetter(1))
+    begin = spans[place - 1] if place else None
+    own = node_spans(record, window, preamble, begin)
+    first = next(first for first, last in own if last == len(record.bucket_end_B))
     start, end = record.bucket_start(first), len(record)
     cut, _ = window_of(record, start, end, start, window, preamble)
     # beside the header that a long window has: the first age may have more tokens than this one

@@ -8,7 +8,7 @@ Legend: K nodes, W windows, S branches, T tokens, D width, P sums of consecutive
 prefixes of a trunk.
 """
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
@@ -21,21 +21,10 @@ import numpy as np
 import torch
 from smbkernels.attention import Segments
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from smbfast.base.progress import Progress
 from smbfast.batch import PackedBatch, pack_segments
-from smbfast.data.formats import read_encoding, serializer_of
-from smbfast.data.labels import find_tasks, read_labels, with_splits
-from smbfast.data.meds import MedsDataset
-from smbfast.data.nodes import (
-    Nodes,
-    NodeText,
-    SharedWindow,
-    distinct_nodes,
-    node_texts,
-    shared_windows,
-)
+from smbfast.data.nodes import Nodes, NodeText, SharedWindow, shared_windows
 from smbfast.data.packing import plan_micro_batches
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.decoder import HfModule
@@ -62,12 +51,19 @@ class Packed(Protocol):
     ) -> Tensor: ...
 
 
+class Sink(Protocol):
+    """What takes the embeddings [M, D] of the nodes `index_M`."""
+
+    def put(self, index_M: list[int], values_MD: np.ndarray, /) -> None: ...
+
+
 @dataclass(frozen=True)
 class Model:
-    """A packed forward, and the context that it runs in."""
+    """A packed forward, the context that it runs in, and what its file says of its origin."""
 
     packed: Packed
     scope: Callable[[], AbstractContextManager] = nullcontext
+    origin: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -89,62 +85,6 @@ class Row:
         return [node for window in self.windows for node in window.nodes]
 
 
-@dataclass(frozen=True)
-class Embedded:
-    """What `embed_labels` did, with the counts of `smbfast.data.nodes.node_texts`."""
-
-    num_tasks: int
-    counts: dict[str, int]
-
-
-def embed_labels(
-    encoder: PatientEncoder,
-    target: TargetEncoder | None,
-    record: dict,
-    device: torch.device,
-    *,
-    tokenizer: Path,
-    data: Path,
-    labels: list[str],
-    out: Path,
-    which: Literal["online", "target"],
-    path: Literal["shared", "reference"],
-    tokens: int,
-    pool: Pool | None,
-) -> Embedded:
-    """Embed the distinct nodes of the label files `labels` of the MEDS folder `data`.
-
-    Args:
-        encoder, target, record: a finished run, as `smbfast.run.checkpoint.restore_final` gives it.
-        tokenizer: the folder with the tokenizer of the model, and its vocabulary of codes.
-        labels: task folders, or names under `data`/labels.
-        out: the parquet file to write.
-        which: the encoder that embeds.
-        path: see `packed_of`.
-        tokens: see `embed_nodes`.
-        pool: last token or mean; none: as the run was probed.
-
-    Raises:
-        ValueError: data, labels or a tokenizer that do not fit the model, or see `embed_nodes`.
-    """
-    read = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    dataset = MedsDataset.open(data)
-    serializer = serializer_of(dataset, read_encoding(tokenizer, read, record), record)
-    folders = find_tasks(labels, dataset.path)
-    nodes = distinct_nodes([with_splits(read_labels(folder), dataset) for folder in folders])
-    counts: dict[str, int] = {}
-    embed_nodes(
-        {out: Model(packed_of(encoder, target, which, path))},
-        nodes,
-        node_texts(dataset, serializer, nodes, record["window"], counts),
-        device,
-        tokens=tokens,
-        pool=pool or record["pool"],
-    )
-    return Embedded(len(folders), counts)
-
-
-@torch.inference_mode()
 def embed_nodes(
     models: dict[Path, Model],
     nodes: Nodes,
@@ -156,34 +96,57 @@ def embed_nodes(
 ) -> None:
     """Write the embeddings of `nodes` by each model, with rows in the order of (subject, time).
 
-    Nodes of one window share its trunk. Windows of many patients share a forward of at most
-    `tokens` tokens, on a CPU of at most 1,024; a longer window has a forward of its own.
-
     Args:
         models: by the parquet file that each writes.
-        texts: those of `nodes` that can be embedded, in any order.
+        texts, tokens: see `embed_into`.
 
     Raises:
         ValueError: there is no node, or a model gives states that are not finite. Then nothing is
             written.
     """
-    progress = Progress("smbfast.embed", len(models) * len(nodes.subject_K), "embeddings")
+    with ExitStack() as stack:
+        files = [
+            (stack.enter_context(embedding_file(path, nodes, model.origin)), model)
+            for path, model in models.items()
+        ]
+        embed_into(files, len(nodes.subject_K), texts, device, tokens=tokens, pool=pool)
+        for file, _ in files:
+            file.write()
+
+
+@torch.inference_mode()
+def embed_into(
+    sinks: Sequence[tuple[Sink, Model]],
+    num_nodes: int,
+    texts: Iterator[NodeText],
+    device: torch.device,
+    *,
+    tokens: int,
+    pool: Pool,
+) -> None:
+    """Give each sink the embeddings of its model, in any order.
+
+    Nodes of one window share its trunk. Windows of many patients share a forward of at most
+    `tokens` tokens, on a CPU of at most 1,024; a longer window has a forward of its own.
+
+    Args:
+        num_nodes: how many there are, for the line that says how far it is.
+        texts: those of the nodes that can be embedded, in any order.
+    """
+    progress = Progress("smbfast.embed", len(sinks) * num_nodes, "embeddings")
     most = min(tokens, _MOST_ON_CPU) if device.type == "cpu" else tokens
     stopped = Event()  # after an error or an interrupt no further text is made
     texts = takewhile(lambda _: not stopped.is_set(), texts)
     groups = _groups(shared_windows(texts, tokens), most)
-    with ExitStack() as stack:
-        files = {p: stack.enter_context(embedding_file(p, nodes)) for p in models}
-        for group in stack.enter_context(closing(_ahead(groups, stopped))):
-            for path, model in models.items():
+    with closing(_ahead(groups, stopped)) as ahead:
+        for group in ahead:
+            for sink, model in sinks:
                 with model.scope():
                     for row in group:
                         own = row.nodes
                         values_KD = pooled(model.packed, row, pool, device)
-                        files[path].put([node.index for node in own], values_KD)
+                        sink.put([node.index for node in own], values_KD)
                         progress.add(len(own))
-        for file in files.values():
-            file.write()
 
 
 def _groups(windows: Iterator[SharedWindow], tokens: int) -> Iterator[list[Row]]:

@@ -8,6 +8,7 @@ Legend: K nodes, M nodes of a call, D width.
 """
 
 import errno
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,16 +22,51 @@ import pyarrow.parquet as pq
 
 from smbfast.base.files import committed_file
 from smbfast.base.ours import require_embeddings
-from smbfast.data.nodes import Nodes
+from smbfast.data.nodes import SPLIT_NAMES, Nodes
 
+METADATA = b"smbfast"  # the key of the file's metadata under which its origin stands, as JSON
 _PART = 1 << 24  # bytes of embeddings that are copied at once: a row group
+
+
+class EmbeddingTable:
+    """Embeddings in memory, for as many nodes as fit there."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self._nodes = nodes
+        self._written_K = np.zeros(len(nodes.subject_K), bool)
+        self._value_KD = np.empty((0, 0), np.float32)
+
+    def put(self, index_M: list[int], values_MD: np.ndarray) -> None:
+        """Store the embeddings of the nodes `index_M`.
+
+        Raises:
+            ValueError: if one is not finite.
+        """
+        rows_MD = _checked(values_MD)
+        if not self._value_KD.size:
+            self._value_KD = np.empty((len(self._written_K), rows_MD.shape[1]), np.float32)
+        self._value_KD[index_M] = rows_MD
+        self._written_K[index_M] = True
+
+    def table(self, origin: dict | None = None) -> pa.Table:
+        """Return what a file of the same embeddings would hold.
+
+        Raises:
+            ValueError: if no node has an embedding.
+        """
+        _require_one(self._written_K)
+        index_M = np.flatnonzero(self._written_K)
+        columns = _columns(self._nodes, index_M, self._value_KD[index_M])
+        return pa.table(columns, _schema(self._value_KD.shape[1], origin))
 
 
 class EmbeddingFile:
     """Embeddings on their way into a parquet file."""
 
-    def __init__(self, path: Path, nodes: Nodes, unnamed: BinaryIO) -> None:
-        self.path, self._nodes, self._unnamed = path, nodes, unnamed
+    def __init__(
+        self, path: Path, nodes: Nodes, unnamed: BinaryIO, origin: dict | None = None
+    ) -> None:
+        self.path, self._nodes, self._unnamed, self._origin = path, nodes, unnamed, origin
         self._written_K = np.zeros(len(nodes.subject_K), bool)
         self._width = 0
 
@@ -40,9 +76,7 @@ class EmbeddingFile:
         Raises:
             ValueError: if one is not finite.
         """
-        if not np.isfinite(values_MD).all():
-            raise ValueError("embeddings must be finite; this model gives NaN or infinite states")
-        rows_MD = np.ascontiguousarray(values_MD, np.float32)
+        rows_MD = _checked(values_MD)
         self._width = rows_MD.shape[1]
         for index, row_D in zip(index_M, rows_MD, strict=True):
             done = os.pwrite(self._unnamed.fileno(), row_D.data, index * row_D.nbytes)
@@ -56,12 +90,9 @@ class EmbeddingFile:
         Raises:
             ValueError: if no node has one.
         """
-        if not self._written_K.any():
-            raise ValueError("no decision node of the labels has a subject with events in the data")
+        _require_one(self._written_K)
         with committed_file(self.path, private=True) as staging:
-            vector = pa.list_(pa.float32(), self._width)
-            columns = {"subject_id": pa.int64(), "prediction_time": pa.timestamp("us")}
-            schema = pa.schema({**columns, "split": pa.string(), "embedding": vector})
+            schema = _schema(self._width, self._origin)
             with pq.ParquetWriter(staging, schema, write_page_checksum=True) as writer:
                 for columns_M in self._parts():
                     writer.write_table(pa.table(columns_M, schema))
@@ -76,17 +107,43 @@ class EmbeddingFile:
                 continue
             held = os.pread(self._unnamed.fileno(), size * nbytes, first * nbytes)
             values_MD = np.frombuffer(held, np.float32).reshape(-1, self._width)[index_M - first]
-            yield [
-                pa.array(nodes.subject_K[index_M]),
-                pa.array(nodes.time_K[index_M].astype("datetime64[us]")),
-                pa.array(nodes.split_K[index_M].tolist(), pa.string()),
-                pa.FixedSizeListArray.from_arrays(pa.array(values_MD.ravel()), self._width),
-            ]
+            yield _columns(nodes, index_M, values_MD)
+
+
+def _checked(values_MD: np.ndarray) -> np.ndarray:
+    if not np.isfinite(values_MD).all():
+        raise ValueError("embeddings must be finite; this model gives NaN or infinite states")
+    return np.ascontiguousarray(values_MD, np.float32)
+
+
+def _require_one(written_K: np.ndarray) -> None:
+    if not written_K.any():
+        raise ValueError("no decision node has a subject with events in the data by its time")
+
+
+def _schema(width: int, origin: dict | None) -> pa.Schema:
+    columns = {"subject_id": pa.int64(), "prediction_time": pa.timestamp("us")}
+    vector = pa.list_(pa.float32(), width)
+    schema = pa.schema({**columns, "split": pa.string(), "embedding": vector})
+    return schema if origin is None else schema.with_metadata({METADATA: json.dumps(origin)})
+
+
+def _columns(nodes: Nodes, index_M: np.ndarray, values_MD: np.ndarray) -> list[pa.Array]:
+    split_M = pa.DictionaryArray.from_arrays(nodes.split_K[index_M], list(SPLIT_NAMES))
+    return [
+        pa.array(nodes.subject_K[index_M]),
+        pa.array(nodes.time_K[index_M].astype("datetime64[us]")),
+        split_M.cast(pa.string()),
+        pa.FixedSizeListArray.from_arrays(pa.array(values_MD.ravel()), values_MD.shape[1]),
+    ]
 
 
 @contextmanager
-def embedding_file(path: Path, nodes: Nodes) -> Iterator[EmbeddingFile]:
+def embedding_file(path: Path, nodes: Nodes, origin: dict | None = None) -> Iterator[EmbeddingFile]:
     """Yield a file to fill with embeddings of `nodes`, which are in order; `write` ends it.
+
+    Args:
+        origin: what the embeddings come from, as JSON values: it becomes metadata of the file.
 
     Raises:
         OSError: if the folder of `path` cannot be written, before anything is computed for it.
@@ -98,4 +155,4 @@ def embedding_file(path: Path, nodes: Nodes) -> Iterator[EmbeddingFile]:
     require_embeddings(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent) as unnamed:
-        yield EmbeddingFile(path, nodes, unnamed)
+        yield EmbeddingFile(path, nodes, unnamed, origin)

@@ -1,23 +1,70 @@
 """Reads what a probe needs: embeddings and oracle scores, joined to labels by subject and time.
 
 Shape suffixes: N label rows, M embedding rows, K rows to join with, D embedding width, S distinct
-subjects, T distinct times.
+subjects, T distinct times, C rows of a chunk.
 """
 
+import os
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from scipy.sparse import csr_matrix
 
 from smbfast.data.labels import Labels, integer_column, key_table, time_column
+from smbfast.data.nodes import SPLIT_NAMES, Nodes
+from smbfast.data.parquet import column_names, is_text, open_parquet
 from smbfast.data.splits import SPLITS
+
+_HELD = 1 << 30  # bytes of embeddings in memory; more of them lie in a file: our choice
+_CHUNK = 1 << 26  # bytes of embeddings that are read at once
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a matrix that lies in a file, which a fit reads in chunks.
+
+    matrix_MD: float32, memory-mapped; row_N: int64, the rows of it that these are.
+    """
+
+    matrix_MD: np.ndarray
+    row_N: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The number of rows and of columns."""
+        return len(self.row_N), self.matrix_MD.shape[1]
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return len(self.row_N) * self.matrix_MD.shape[1]
+
+    def __getitem__(self, chosen_N: np.ndarray) -> "Rows":
+        """Return the chosen rows (indices or a mask); nothing is read."""
+        return Rows(self.matrix_MD, self.row_N[chosen_N])
+
+    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield which rows of these, and their values in float64 [C, D]."""
+        size = max(_CHUNK // (8 * self.matrix_MD.shape[1]), 1)
+        for first in range(0, len(self.row_N), size):
+            part = slice(first, min(first + size, len(self.row_N)))
+            yield part, self.matrix_MD[self.row_N[part]].astype(np.float64)
+
+
+Features = np.ndarray | csr_matrix | Rows
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One row per decision node: subject_M int64, time_M int64 microseconds, split_M str,
-    embedding_MD float32, all finite; no node twice."""
+    """One row per decision node: subject_M int64, time_M int64 microseconds, split_M str ("" where
+    it is unknown), embedding_MD float32, all finite; no node twice. Where embedding_MD would take
+    more than `_HELD` bytes it is a memory map."""
 
     path: Path
     subject_M: np.ndarray
@@ -25,29 +72,36 @@ class Embeddings:
     split_M: np.ndarray
     embedding_MD: np.ndarray
 
+    def features(self, row_N: np.ndarray) -> np.ndarray | Rows:
+        """Return the embeddings of rows, float64 [N, D], or `Rows` where they lie in a file."""
+        if isinstance(self.embedding_MD, np.memmap):
+            return Rows(self.embedding_MD, row_N)
+        return self.embedding_MD[row_N].astype(np.float64)
 
-def read_embeddings(path: Path) -> Embeddings:
-    """Read the parquet file that `smbfast.embed` writes.
+
+def read_embeddings(path: Path, nodes: Nodes | None = None) -> Embeddings:
+    """Read the parquet file that `smbfast.embed` writes, or of it the rows of `nodes` alone.
+
+    More than 1 GiB of embeddings go into an unnamed file in the same folder, which the system
+    removes when the process ends: memory then holds the keys, not the embeddings.
 
     Raises ValueError, naming file and row but no value, for: an unreadable file, a missing or
     mistyped column, a null, NaN or infinite number, an unknown split, a node given twice, no row.
     """
     path = Path(path)
-    table = key_table(path, ["split", "embedding"])
+    table = key_table(path, ["split"])
     if len(table) == 0:
         raise ValueError(f"{path} must hold embeddings; it has no row")
     subject_M = integer_column(table, "subject_id", path)
     time_M = time_column(table, "prediction_time", path)
-    split_M = np.array(table.column("split").to_pylist(), dtype=object)
-    bad_M = ~np.isin(split_M, list(SPLITS))
-    if bad_M.any():
-        raise ValueError(
-            f"column `split` of {path} must be one of {', '.join(SPLITS)}; "
-            f"row {int(np.argmax(bad_M))} is not"
-        )
+    split_M = _split_names(table.column("split"), path)
     _refuse_repeats(subject_M, time_M, path)
-    embedding_MD = _vectors(table.column("embedding"), path)
-    return Embeddings(path, subject_M, time_M, split_M.astype("<U16"), embedding_MD)
+    if nodes is None:
+        wanted_M = np.ones(len(table), bool)
+    else:
+        wanted_M = join(subject_M, time_M, nodes.subject_K, nodes.time_K) >= 0
+    embedding_MD = _vectors(path, wanted_M)
+    return Embeddings(path, subject_M[wanted_M], time_M[wanted_M], split_M[wanted_M], embedding_MD)
 
 
 def matched(labels: Labels, embeddings: Embeddings) -> np.ndarray:
@@ -63,7 +117,8 @@ def matched(labels: Labels, embeddings: Embeddings) -> np.ndarray:
             f"{embeddings.path} must hold embeddings of the {len(labels)} label rows of "
             f"{labels.task}; it has none of them"
         )
-    wrong = int(np.sum(embeddings.split_M[row_N[matched_N]] != labels.split_N[matched_N]))
+    split_N = embeddings.split_M[row_N[matched_N]]
+    wrong = int(np.sum((split_N != labels.split_N[matched_N]) & (split_N != "")))
     if wrong:
         raise ValueError(
             f"{embeddings.path} must have the splits of the labels of {labels.task}; "
@@ -112,6 +167,15 @@ def read_oracle(path: Path, labels: Labels) -> dict[str, np.ndarray]:
     return scores
 
 
+def max_abs(rows: Rows) -> np.ndarray:
+    """Return the largest absolute value of each column, float64 [D]; 1 where it is 0, as
+    `MaxAbsScaler` divides."""
+    scale_D = np.zeros(rows.shape[1])
+    for _, chunk_CD in rows.chunks():
+        np.maximum(scale_D, np.abs(chunk_CD).max(0), out=scale_D)
+    return np.where(scale_D > 0, scale_D, 1.0)
+
+
 def join(
     subject_N: np.ndarray, time_N: np.ndarray, subject_K: np.ndarray, time_K: np.ndarray
 ) -> np.ndarray:
@@ -148,25 +212,76 @@ def _refuse_repeats(subject_N: np.ndarray, time_N: np.ndarray, path: Path) -> No
         )
 
 
-def _vectors(column: pa.ChunkedArray, path: Path) -> np.ndarray:
-    kind = column.type
+def _split_names(column: pa.ChunkedArray, path: Path) -> np.ndarray:
+    if not is_text(column.type):
+        raise ValueError(f"column `split` of {path} must be string, is {column.type}")
+    names = pa.array(SPLIT_NAMES)
+    place_M = pc.index_in(column.cast(pa.string()), names).fill_null(-1).to_numpy()
+    if (place_M < 0).any():
+        raise ValueError(
+            f"column `split` of {path} must be one of {', '.join(SPLITS)}, or empty; "
+            f"row {int(np.argmax(place_M < 0))} is not"
+        )
+    return np.array(SPLIT_NAMES)[place_M]
+
+
+def _vectors(path: Path, wanted_M: np.ndarray) -> np.ndarray:
+    """Return the wanted rows of the column `embedding`, float32; row groups without any of them are
+    not read."""
+    parquet = open_parquet(path)
+    schema = parquet.schema_arrow
+    if schema.names.count("embedding") != 1:
+        raise ValueError(f"{path} must have one column `embedding`; it has {column_names(schema)}")
+    kind = schema.field("embedding").type
     if not (pa.types.is_fixed_size_list(kind) and pa.types.is_floating(kind.value_type)):
         raise ValueError(
             f"column `embedding` of {path} must be fixed_size_list<float32>, is {kind}"
         )
-    if column.null_count:
-        raise ValueError(
-            f"column `embedding` of {path} must have no nulls; {column.null_count} rows are null"
-        )
-    chunks = [chunk.flatten() for chunk in column.chunks]
-    if any(chunk.null_count for chunk in chunks):
-        raise ValueError(f"column `embedding` of {path} must hold no null inside a vector")
-    flat = np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in chunks])
-    embedding_MD = flat.reshape(len(column), kind.list_size).astype(np.float32)
-    finite_M = np.isfinite(embedding_MD).all(1)
-    if not finite_M.all():
-        raise ValueError(
-            f"column `embedding` of {path} must be finite; row {int(np.argmin(finite_M))} is not "
-            f"({int(np.sum(~finite_M))} rows in all)"
-        )
+    embedding_MD = _empty(path, int(wanted_M.sum()), kind.list_size)
+    size = max(_CHUNK // (4 * kind.list_size), 1)
+    row = done = 0
+    for group in range(parquet.num_row_groups):
+        rows = parquet.metadata.row_group(group).num_rows
+        if wanted_M[row : row + rows].any():
+            for values_CD in _group(parquet, path, group, row, size):
+                part_C = np.flatnonzero(wanted_M[row : row + len(values_CD)])
+                embedding_MD[done : done + len(part_C)] = values_CD[part_C]
+                row, done = row + len(values_CD), done + len(part_C)
+        else:
+            row += rows
     return embedding_MD
+
+
+def _empty(path: Path, rows: int, width: int) -> np.ndarray:
+    if 4 * rows * width <= _HELD:
+        return np.empty((rows, width), np.float32)
+    folder = path.parent if os.access(path.parent, os.W_OK) else None  # of the embeddings, or tmp
+    with tempfile.TemporaryFile(dir=folder) as unnamed:  # the map stays when the file is closed
+        return np.memmap(unnamed, np.float32, "w+", shape=(rows, width))
+
+
+def _group(
+    parquet: pq.ParquetFile, path: Path, group: int, row: int, size: int
+) -> Iterator[np.ndarray]:
+    """Yield the embeddings of a row group, which begins at `row`, in chunks of `size` rows."""
+    try:
+        for batch in parquet.iter_batches(size, row_groups=[group], columns=["embedding"]):
+            yield _checked(batch.column(0), path, row)
+            row += len(batch)
+    except (pa.ArrowException, OSError):
+        raise ValueError(f"{path} is damaged: its pages cannot be read") from None
+
+
+def _checked(column: pa.FixedSizeListArray, path: Path, row: int) -> np.ndarray:
+    name = f"column `embedding` of {path}"
+    if column.null_count:
+        null = row + int(np.argmax(column.is_null().to_numpy(False)))
+        raise ValueError(f"{name} must have no nulls; row {null} is null")
+    flat = column.flatten()
+    if flat.null_count:
+        raise ValueError(f"{name} must hold no null inside a vector")
+    values_CD = flat.to_numpy(zero_copy_only=False).reshape(len(column), -1).astype(np.float32)
+    finite_C = np.isfinite(values_CD).all(1)
+    if not finite_C.all():
+        raise ValueError(f"{name} must be finite; row {row + int(np.argmin(finite_C))} is not")
+    return values_CD

@@ -18,8 +18,9 @@ from smbfast.base.files import committed_file
 from smbfast.base.ours import require_replaceable
 from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits, with_splits
 from smbfast.data.meds import MedsDataset
+from smbfast.data.nodes import distinct_nodes
 from smbfast.probing.counts import count_codes
-from smbfast.probing.features import Embeddings, matched, read_embeddings, read_oracle
+from smbfast.probing.features import Embeddings, Features, matched, read_embeddings, read_oracle
 from smbfast.probing.table import table
 from smbfast.probing.task import Measured, Protocol, measure
 from smbfast.settings import ProbeCommandSettings
@@ -61,8 +62,9 @@ def run_probe(config: ProbeCommandSettings, say: Callable[[str], None] = print) 
     tasks = _read_tasks(config, dataset)
     for labels in tasks:
         require_replaceable(out / "predictions" / f"{labels.task}.parquet")
-    trained = read_embeddings(config.embeddings)
-    untrained = read_embeddings(config.untrained) if config.untrained else None
+    nodes = distinct_nodes(tasks)
+    trained = read_embeddings(config.embeddings, nodes)
+    untrained = read_embeddings(config.untrained, nodes) if config.untrained else None
     rows = [_matched_rows(labels, trained, untrained) for labels in tasks]
     matched_tasks = [
         labels.take(row_N >= 0) for labels, (row_N, _) in zip(tasks, rows, strict=True)
@@ -77,10 +79,9 @@ def run_probe(config: ProbeCommandSettings, say: Callable[[str], None] = print) 
     measured: list[Measured] = []
     for labels, task, (row_N, untrained_N) in zip(matched_tasks, tasks, rows, strict=True):
         matched_N = row_N >= 0
-        features = {"smbfast": trained.embedding_MD[row_N[matched_N]].astype(np.float64)}
+        features: dict[str, Features] = {"smbfast": trained.features(row_N[matched_N])}
         if untrained is not None:
-            other_NF = untrained.embedding_MD[untrained_N[matched_N]]
-            features["untrained"] = other_NF.astype(np.float64)
+            features["untrained"] = untrained.features(untrained_N[matched_N])
         features["counts"] = counts.features(
             labels.subject_N, labels.time_N, labels.split_N == "train"
         )

@@ -1,7 +1,7 @@
 """Survival probe: Cox proportional hazards by lifelines on a few standardised components.
 
 Scaler, components and regression are fitted on train alone. Shape suffixes: N rows, F features,
-K components.
+K components, C rows of a chunk.
 """
 
 import warnings
@@ -11,9 +11,11 @@ import lifelines
 import numpy as np
 import pandas as pd
 from lifelines.exceptions import ConvergenceError
-from scipy.sparse import csr_matrix, issparse
+from scipy.sparse import issparse
 from sklearn.decomposition import PCA, TruncatedSVD
 from sklearn.preprocessing import MaxAbsScaler
+
+from smbfast.probing.features import Features, Rows, max_abs
 
 RIDGE = 0.1  # lifelines' `penalizer`, on standardised components: our choice
 EVENTS_PER_COMPONENT = 5  # fewer components where train has few events: our choice
@@ -40,9 +42,7 @@ def not_measurable(duration_N: np.ndarray, event_N: np.ndarray, split_N: np.ndar
     return None if outlives.any() else "held_out has no two rows that can be compared"
 
 
-def components(
-    feature_NF: np.ndarray | csr_matrix, split_N: np.ndarray, wanted: int, seed: int
-) -> np.ndarray:
+def components(feature_NF: Features, split_N: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     """Return at most `wanted` components of the features, float64 [N, K].
 
     They have mean 0 and deviation 1 on train. Features are first scaled by their largest absolute
@@ -50,6 +50,8 @@ def components(
     A direction without spread on train is left out.
     """
     train = split_N == "train"
+    if isinstance(feature_NF, Rows):
+        return _standardised(_streamed_pca(feature_NF, train, wanted), train)
     scaled_NF = MaxAbsScaler().fit(feature_NF[train]).transform(feature_NF)
     rows, features = int(train.sum()), feature_NF.shape[1]
     num_components = max(1, min(wanted, rows - 1, features - issparse(feature_NF)))
@@ -60,13 +62,40 @@ def components(
     # features without any spread make it divide zero by zero for a ratio nobody reads
     with np.errstate(invalid="ignore", divide="ignore"):
         component_NK = reducer.fit(scaled_NF[train]).transform(scaled_NF)
+    return _standardised(component_NK, train)
+
+
+def _streamed_pca(feature_NF: Rows, train_N: np.ndarray, wanted: int) -> np.ndarray:
+    """Return the leading principal components of features that lie in a file, [N, K].
+
+    They are eigenvectors of the covariance on train, which is summed chunk by chunk in two passes.
+    """
+    train = feature_NF[train_N]
+    rows, num_features = train.shape
+    num_components = max(1, min(wanted, rows - 1, num_features))
+    scale_F, mean_F = max_abs(train), np.zeros(num_features)
+    for _, chunk_CF in train.chunks():
+        mean_F += (chunk_CF / scale_F).sum(0) / rows
+    product_FF = np.zeros((num_features, num_features))
+    for _, chunk_CF in train.chunks():
+        centred_CF = chunk_CF / scale_F - mean_F
+        product_FF += centred_CF.T @ centred_CF
+    _, axis_FF = np.linalg.eigh(product_FF)  # eigenvalues ascend
+    axis_FK = axis_FF[:, ::-1][:, :num_components]
+    component_NK = np.empty((len(train_N), num_components))
+    for part, chunk_CF in feature_NF.chunks():
+        component_NK[part] = (chunk_CF / scale_F - mean_F) @ axis_FK
+    return component_NK
+
+
+def _standardised(component_NK: np.ndarray, train: np.ndarray) -> np.ndarray:
     mean_K, spread_K = component_NK[train].mean(0), component_NK[train].std(0)
     moving_K = spread_K > 1e-9 * max(1.0, float(spread_K.max()))
     return (component_NK[:, moving_K] - mean_K[moving_K]) / spread_K[moving_K]
 
 
 def probe_survival(
-    feature_NF: np.ndarray | csr_matrix,
+    feature_NF: Features,
     duration_N: np.ndarray,
     event_N: np.ndarray,
     split_N: np.ndarray,

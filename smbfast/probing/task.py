@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_matrix
 
 from smbfast.data.labels import Labels
 from smbfast.data.splits import SPLITS
 from smbfast.probing import logistic, resample, survival
+from smbfast.probing.features import Features
 
 ORACLE_NAMES = {"bayes_filter": "oracle_filter", "latent": "oracle_latent"}
 _LARGE = 50_000_000  # numbers in a matrix of features
@@ -39,7 +39,7 @@ class Measured:
 
 def measure(
     labels: Labels,
-    features: dict[str, np.ndarray | csr_matrix],
+    features: dict[str, Features],
     oracle: dict[str, np.ndarray],
     readable: dict[str, str],
     protocol: Protocol,
@@ -94,7 +94,7 @@ def _not_measurable(labels: Labels) -> str | None:
 
 def _fit(
     labels: Labels,
-    feature_NF: np.ndarray | csr_matrix,
+    feature_NF: Features,
     protocol: Protocol,
     progress: Callable[[str], None],
 ) -> tuple[np.ndarray, dict[str, Any]]:

@@ -244,6 +244,7 @@ def save_final(
     tokenizer: PreTrainedTokenizerBase,
     record: dict,
     vocabulary: Path | None = None,
+    card: str | None = None,
 ) -> None:
     """Write a folder that `AutoTokenizer` and PEFT load (transformers, if all weights are trained).
 
@@ -256,6 +257,7 @@ def save_final(
 
     Args:
         vocabulary: the file of the vocabulary of codes, which is copied beside the tokenizer.
+        card: the text of README.md.
 
     Raises:
         ValueError: if a trained tensor is not finite. Then nothing is written.
@@ -265,6 +267,8 @@ def save_final(
         # by itself PEFT would save whole tables that have grown; the rows that it trains are all
         options = {} if encoder.trained_rows() is None else {"save_embedding_layers": False}
         lm: HfModule = encoder.lm
+        if encoder.is_lora:  # PEFT would write a relative path, which holds in one folder only
+            lm.peft_config["default"].base_model_name_or_path = record["backbone"]
         lm.save_pretrained(str(staging), **options)
         tokenizer.save_pretrained(staging)
         if vocabulary is not None:
@@ -275,6 +279,8 @@ def save_final(
         if target is not None:
             save_file(_contiguous(target.state()), staging / "target.safetensors")
         (staging / "smbfast.json").write_text(json.dumps(record, indent=1))
+        if card is not None:  # in place of PEFT's empty one
+            (staging / "README.md").write_text(card, encoding="utf-8")
 
 
 def _refuse_non_finite(tensors: dict[str, Tensor]) -> None:
@@ -344,9 +350,12 @@ def verified_final(folder: Path) -> dict:
 
 
 def restore_final(
-    folder: Path, device: torch.device
+    folder: Path, device: torch.device, path: str | None = None
 ) -> tuple[PatientEncoder, TargetEncoder | None, dict]:
     """Load the encoder of a final folder, its target encoder or None, and its record.
+
+    Args:
+        path: of a LoRA adapter, where its backbone is now; None for where it was in training.
 
     Raises:
         ValueError: if it is no final folder, is damaged, its record and its tensors do not fit
@@ -357,7 +366,9 @@ def restore_final(
     extra = _tensors(folder / "predictor.safetensors")
     _require_sizes(folder, record, extra)
     is_lora, dtype = record["trains"] == "lora", getattr(torch, record["dtype"])
-    base = load_lm(_backbone(record, folder) if is_lora else str(folder), dtype)
+    if path is not None and not is_lora:
+        raise ValueError(f"{folder} holds all weights of its model: leave out --model.path={path}")
+    base = load_lm(_backbone(record, folder, path) if is_lora else str(folder), dtype)
     lm: PreTrainedModel | PeftModel = base
     if is_lora:
         grow(base, record["vocabulary"])
@@ -425,6 +436,19 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except SafetensorError:
         raise ValueError(f"{file} must be a safetensors file; it is not") from None
+
+
+def _backbone(record: dict, folder: Path, path: str | None) -> str:
+    """Return where the backbone of an adapter is, which has the weights that it was trained on."""
+    recorded = record["backbone"]
+    if path is None and Path(recorded).is_absolute() and not Path(recorded).is_dir():
+        raise ValueError(
+            f"{folder} holds an adapter of the backbone {recorded}, and there is none; if it "
+            "moved, name its folder now: --model.path=FOLDER"
+        )
+    if warning := check_weights(record, path or recorded):
+        print(f"smbfast: {warning}", file=sys.stderr)
+    return path or recorded
 
 
 @torch.no_grad()

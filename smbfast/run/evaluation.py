@@ -4,6 +4,7 @@ Legend: M masked tokens, D width.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from smbfast.run import console
 from smbfast.run.diagnostics import diagnose
 from smbfast.run.metrics import MetricsLog
 from smbfast.run.open_run import OpenRun
+from smbfast.run.origin import origin_of
 from smbfast.settings import PhaseSettings, ProbeCommandSettings, TrainSettings
 
 
@@ -134,10 +136,14 @@ def probe_run(run: OpenRun, target: TargetEncoder | None) -> None:
     nodes = distinct_nodes([labels for _, labels in run.tasks])
     probed = packed_of(run.encoder, target, probe.encoder, settings.objective.path)
     models = {probe.encoder: Model(probed), "untrained": _untrained(run)}
+    final = run.folder / "final"
     files = {name: run.folder / "embeddings" / f"{name}.parquet" for name in models}
     counts: dict[str, int] = {}
     embed_nodes(
-        {files[name]: model for name, model in models.items()},
+        {
+            files[name]: replace(model, origin=origin_of(final, name, probe.pool))
+            for name, model in models.items()
+        },
         nodes,
         node_texts(dataset, prepared.serializer(dataset), nodes, run.data.window, counts),
         run.device,

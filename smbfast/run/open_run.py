@@ -30,6 +30,7 @@ from smbfast.run.data_card import DataCard, data_card
 from smbfast.run.folder import check_windows, data_of, prepared_data, read_tasks, write_status
 from smbfast.run.identity import Identity, newest_checkpoint
 from smbfast.run.matmul import Matmul, choose_matmul
+from smbfast.run.model_card import model_card
 from smbfast.run.optim import make_optimizer, place, total_steps
 from smbfast.run.startup import micro_tokens
 from smbfast.settings import DataSettings, TrainSettings
@@ -204,10 +205,10 @@ class OpenRun:
 
     def save_model(self, folder: Path, target: TargetEncoder | None, step: int) -> None:
         """Write the model after `step` steps, in the format that transformers and PEFT load."""
-        record, prepared = _model_record(self, step), self.prepared
-        checkpoint.save_final(
-            folder, self.encoder, target, prepared.tokenizer, record, prepared.vocabulary_file
-        )
+        record, prepared, best = _model_record(self, step), self.prepared, self.progress.best
+        card = model_card(record, folder, prepared.record, best, target=target is not None)
+        tokenizer, vocabulary = prepared.tokenizer, prepared.vocabulary_file
+        checkpoint.save_final(folder, self.encoder, target, tokenizer, record, vocabulary, card)
 
 
 def _restored(

@@ -3,34 +3,65 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from smbfast.base.config import Settings
 
 
 class EmbedSettings(Settings):
-    """Compute embeddings of patients at the prediction times of MEDS label files.
+    """Compute embeddings of patients at given moments, from what was known by then.
 
-    A decision node is a patient and a time at which a prediction is asked for, one for each row of
-    the labels. Its embedding sees the patient's events up to that time and nothing later. The
-    result is one parquet file with the columns subject_id, prediction_time, split and embedding,
-    one row for each distinct node, however many tasks ask for it.
+    A decision node is a patient and a time at which a prediction is asked for. Its embedding sees
+    the patient's events up to that time and nothing later. Nodes are the rows of MEDS label files
+    (--labels) or given directly (--at); no outcome is needed for either. The result is one parquet
+    file with the columns subject_id, prediction_time, split and embedding, one row for each
+    distinct node, however many tasks ask for it. Its metadata say what made it.
     """
 
     epilog: ClassVar[str] = """Examples
 
+  Embed new patients as they are now, and as they were at a date:
+    python -m smbfast.embed --model=runs/default/final --data=MEDS_FOLDER --at=last \\
+        --out=now.parquet
+    python -m smbfast.embed --model=runs/default/final --data=MEDS_FOLDER --at=2024-01-31 \\
+        --out=then.parquet
+
   Embed the decision nodes of two tasks with the final model of a run:
     python -m smbfast.embed --model=runs/default/final --data=MEDS_FOLDER \\
-        --labels=mortality_1y,readmission_30d --out=embeddings.parquet"""
+        --labels=mortality_1y,readmission_30d --out=embeddings.parquet
+
+  Embed with an adapter whose backbone is in another folder than during training:
+    python -m smbfast.embed --model=final --model.path=Qwen3-8B --data=MEDS_FOLDER --at=last \\
+        --out=now.parquet"""
+    aliases: ClassVar[dict[str, str]] = {"model.path": "backbone"}
 
     model: str = Field(
         description="Folder of a trained model: `final` in a run folder, or one of those under "
         "`best`. It brings its tokenizer, its context length and the form of the text."
     )
-    data: str = Field(description="Folder of the MEDS dataset that holds the patients' events.")
+    backbone: str | None = Field(
+        None,
+        description="Folder or hub name of the backbone of a LoRA adapter, if it is no longer "
+        "where it was during training; --model.path, its name in training, is the same. Its "
+        "weights must be those of the run, by the digest that the run recorded. `none` takes it "
+        "from where it was.",
+    )
+    data: str = Field(
+        description="Folder of the MEDS dataset that holds the patients' events. Splits are not "
+        "needed: parquet files under data/, or in the folder itself, are enough."
+    )
     labels: list[str] = Field(
+        [],
         description="Tasks whose decision nodes are embedded: folders of MEDS label files, or "
-        "names of folders under <data>/labels."
+        "names of folders under <data>/labels. Their outcomes are not read and may be missing.",
+    )
+    at: str | None = Field(
+        None,
+        description="Moments at which patients are embedded, in place of --labels: `last`, the "
+        "time of each patient's last event; a date or time such as 2024-01-31 or "
+        "2024-01-31T12:00, for every patient with an event by then (a date alone is the midnight "
+        "that begins that day); or a parquet or csv file with the columns subject_id and "
+        "prediction_time. Times have no time zone, as those of MEDS.",
     )
     out: str = Field(
         description="Parquet file to write. It is readable by you alone and appears only when it "
@@ -68,6 +99,20 @@ class EmbedSettings(Settings):
         description="Device that computes: `cpu`, `cuda`, or one GPU of several by its number, "
         "such as `cuda:1`. `auto` is the first GPU, or the CPU if there is none.",
     )
+
+    @field_validator("out")
+    @classmethod
+    def _is_parquet(cls, out: str) -> str:
+        if not out.endswith(".parquet"):
+            raise ValueError("must be the name of a file that ends in .parquet")
+        return out
+
+    @model_validator(mode="after")
+    def _has_nodes(self) -> "EmbedSettings":
+        if bool(self.labels) == (self.at is not None):
+            given = "both" if self.labels else "neither"
+            raise ValueError(f"one of labels and at must say what is embedded, got {given}")
+        return self
 
 
 class ProbeCommandSettings(Settings):

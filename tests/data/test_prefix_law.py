@@ -74,9 +74,11 @@ def composed(
     """Each node's record before windowing and its text, as `node_texts` makes them."""
     records: list[Timeline] = []
 
-    def spy(record: Timeline, window: int, preamble: Preamble) -> tuple[Timeline, int]:
+    def spy(
+        record: Timeline, window: int, preamble: Preamble, spans: list, complete: int
+    ) -> tuple[Timeline, int]:
         records.append(record)
-        return node_window(record, window, preamble)
+        return node_window(record, window, preamble, spans, complete)
 
     counts: dict[str, int] = {}
     preamble = serializer.preamble
@@ -167,7 +169,7 @@ def at(subject: int, times: list[int]) -> Nodes:
     return Nodes(
         np.full(len(times), subject, np.int64),
         np.array(times, np.int64),
-        np.array(["train"] * len(times)),
+        np.ones(len(times), np.int8),
     )
 
 

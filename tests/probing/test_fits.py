@@ -11,6 +11,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.preprocessing import MaxAbsScaler
 
 from smbfast.probing import logistic, survival
+from smbfast.probing.features import Rows
 
 SPLIT_N = np.repeat(["train", "tuning", "held_out"], [120, 60, 60])
 
@@ -157,3 +158,59 @@ def test_what_cox_cannot_measure() -> None:
     assert "held_out" in survival.not_measurable(duration_N, event_N & ~held, SPLIT_N)
     last_N = np.where(held, 1.0, duration_N)
     assert "compared" in survival.not_measurable(last_N, event_N | held, SPLIT_N)
+
+
+def quiet(_line: str) -> None:
+    pass
+
+
+def in_chunks(feature_NF: np.ndarray, rows: int, monkeypatch: pytest.MonkeyPatch) -> Rows:
+    """The same numbers as rows of a map, in another order, read `rows` at a time."""
+    monkeypatch.setattr("smbfast.probing.features._CHUNK", 8 * rows * feature_NF.shape[1])
+    order_N = np.random.default_rng(1).permutation(len(feature_NF))
+    matrix_MD = np.empty_like(feature_NF, np.float32)
+    matrix_MD[order_N] = feature_NF
+    return Rows(matrix_MD, order_N)
+
+
+def test_a_fit_in_chunks_has_the_optimum_of_one_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same stopping rule for both, at each penalty.
+
+    A solution stops where its gradient g is at most `tol` in each of W components, or where a step
+    gains less than 64 eps. With λ the least eigenvalue of the Hessian (half of it, since it moves
+    between the two), its weights are then within |g| / λ or √(2 · 64 eps / λ) of the optimum; a
+    probability differs by at most a quarter of what its logit does.
+    """
+    tol = 1e-7
+    monkeypatch.setattr(logistic, "_TOL", tol)
+    feature_NF, true_N = binary()
+    feature_NF = feature_NF.astype(np.float32).astype(np.float64)
+    train_N, num_train = SPLIT_N == "train", int((SPLIT_N == "train").sum())
+    rows = in_chunks(feature_NF, 7, monkeypatch)
+    held = logistic._held(feature_NF, true_N, train_N, quiet)
+    largest_F = np.abs(feature_NF[train_N]).max(0)
+    row_NW = np.column_stack([feature_NF / largest_F, np.ones(len(true_N))])
+    for (penalty, one_N, _), (other, two_N, converged) in zip(
+        held, logistic._streamed(rows, true_N, train_N, quiet), strict=True
+    ):
+        assert penalty == other and converged
+        ridge_W = np.append(np.full(feature_NF.shape[1], 1 / (penalty * num_train)), 0.0)
+        middle_T = two_N[train_N]
+        train_TW = row_NW[train_N]
+        hessian = (train_TW * (middle_T * (1 - middle_T))[:, None]).T @ train_TW / num_train
+        least = np.linalg.eigvalsh(hessian + np.diag(ridge_W))[0] / 2
+        size = np.linalg.norm(row_NW, axis=1).max()
+        weights = tol * len(ridge_W) ** 0.5 / least + (2 * 64 * np.finfo(float).eps / least) ** 0.5
+        assert np.abs(one_N - two_N).max() <= 2 * weights * size / 4
+
+
+def test_components_in_chunks_are_those_of_a_whole_decomposition(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The sign of a component is free. Rounding of a covariance, relative to its gaps, is 1e-9."""
+    feature_NF = times()[0].astype(np.float32)
+    rows = in_chunks(feature_NF, 9, monkeypatch)
+    one_NK = survival.components(feature_NF.astype(np.float64), SPLIT_N, 3, 0)
+    two_NK = survival.components(rows, SPLIT_N, 3, 0)
+    sign_K = np.sign((one_NK * two_NK).sum(0))
+    np.testing.assert_allclose(two_NK * sign_K, one_NK, atol=1e-9)

@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from smbfast.data.labels import read_labels
+from smbfast.data.nodes import distinct_nodes
 from smbfast.probe import main
+from smbfast.probing import features, logistic
 from smbfast.probing.features import join, read_embeddings
 from smbfast.probing.run_probe import PREDICTIONS, run_probe
 from smbfast.probing.table import table
@@ -311,3 +313,45 @@ def test_embeddings_keep_their_rows(world: dict) -> None:
     row_N = join(labels.subject_N, labels.time_N, found.subject_M, found.time_M)
     assert (found.split_M[row_N] == labels.split_N).all()
     assert found.embedding_MD.dtype == np.float32 and found.embedding_MD.shape == (260, 6)
+
+
+def test_a_probe_of_embeddings_in_a_file_has_the_results_of_one_in_memory(
+    world: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both fits stop at a gradient of 1e-8. Six scaled directions on 120 rows have a curvature of
+    at least 1e-2, so a weight moves by less than 1e-6, and no two held-out rows swap."""
+    monkeypatch.setattr(logistic, "_TOL", 1e-8)
+    whole = pq.read_table(world["online"])
+    more = whole.slice(0, 5).set_column(1, "prediction_time", stamps([9, 10, 11, 12, 13]))
+    pq.write_table(pa.concat_tables([more, whole]), world["online"], row_group_size=7)
+    records = []
+    for limit in (1 << 30, 0):
+        monkeypatch.setattr(features, "_HELD", limit)
+        out = tmp_path / str(limit)
+        config = ProbeCommandSettings(
+            embeddings=world["online"], data=world["data"], out=out, bootstraps=0, cox_bootstraps=0
+        )
+        tasks = run_probe(config, lambda _: None)["tasks"]
+        records.append({(t["task"], m): v["value"] for t in tasks for m, v in own_metrics(t)})
+    assert len(records[0]) == 4
+    for key, value in records[0].items():
+        assert records[1][key] == pytest.approx(value, abs=1e-6), key
+    assert sorted(p.name for p in world["online"].parent.iterdir() if "tmp" in p.name) == []
+
+
+def own_metrics(task: dict) -> list[tuple[str, dict]]:
+    return list(next(m for m in task["models"] if m["name"] == "smbfast")["metrics"].items())
+
+
+def test_rows_that_no_node_asks_for_are_not_read(world: dict, monkeypatch) -> None:
+    nodes = distinct_nodes([read_labels(world["data"] / "labels" / "sick").take(np.arange(3))])
+    pq.write_table(pq.read_table(world["online"]), world["online"], row_group_size=10)
+    groups = []
+    real = features._group
+    monkeypatch.setattr(features, "_group", lambda *a: (groups.append(a[2]), real(*a))[1])
+    few = read_embeddings(world["online"], nodes)
+    everything = read_embeddings(world["online"])
+    row_N = join(nodes.subject_K, nodes.time_K, everything.subject_M, everything.time_M)
+    assert len(few.embedding_MD) == 3 and len(groups) < 3 + 26
+    own_N = join(nodes.subject_K, nodes.time_K, few.subject_M, few.time_M)
+    np.testing.assert_array_equal(few.embedding_MD[own_N], everything.embedding_MD[row_N])
