@@ -6,6 +6,7 @@ number of subjects are our choice.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -14,11 +15,12 @@ from smbfast.data.masking import allowed_cuts
 from smbfast.data.meds import EventBatch, MedsDataset
 from smbfast.data.serialize import Bucket, Serializer
 from smbfast.data.timelines import training_spans, window_of
-from smbfast.data.tokens import TextEncoder, lines_of, train_tokenizer
+from smbfast.data.tokens import TextEncoder, first_texts, train_tokenizer
 from smbfast.settings import ObjectiveSettings
 
 BUCKETS: tuple[Bucket, ...] = ("day", "hour", "moment")  # the coarsest first
 ENOUGH = 0.9  # of the tokens must lie in windows with a cut
+FILES = 32  # are read at most, however many there are
 SUBJECTS = 1000
 CHARACTERS = 8_000_000  # of text that a candidate's tokenizer is trained on
 
@@ -71,9 +73,20 @@ def why(bucket: Bucket, shares: dict[Bucket, float]) -> str:
     return f"data.bucket=auto is `{bucket}`, {what}: tokens in windows that can be cut: {tried}"
 
 
+def files_to_fit(dataset: MedsDataset) -> list[Path]:
+    """Return the files of the train split that a bucket or a tokenizer is fitted on.
+
+    They are all of them, or of more than `FILES` so many, evenly spaced in the order of their
+    names: file i * num // FILES for i from 0.
+    """
+    files = sorted(dataset.splits["train"])
+    num = min(FILES, len(files))
+    return [files[i * len(files) // num] for i in range(num)]
+
+
 def sampled_subjects(dataset: MedsDataset) -> np.ndarray:
-    """Return up to `SUBJECTS` training subjects, evenly spaced over the files: int64 ids."""
-    everyone = dataset.subjects("train")
+    """Return up to `SUBJECTS` training subjects, evenly spaced over `files_to_fit`: int64 ids."""
+    everyone = dataset.subjects("train", files_to_fit(dataset))
     num = min(SUBJECTS, len(everyone))
     return everyone[np.arange(num) * len(everyone) // max(num, 1)]
 
@@ -83,7 +96,7 @@ def tokenizer_of(
 ) -> PreTrainedTokenizerBase:
     """Train a BPE on the text that `serializer` makes of `batches`, as preparing a dataset does."""
     texts = (text for batch in batches for text in serializer.texts(batch))
-    return train_tokenizer(lines_of(texts, CHARACTERS), vocab_size)
+    return train_tokenizer(first_texts(texts, CHARACTERS), vocab_size)
 
 
 def share_with_cut(

@@ -18,7 +18,7 @@ from smbfast.base.files import committed_folder, verify_folder
 from smbfast.base.progress import Progress
 from smbfast.base.workers import worker_pool
 from smbfast.batch import NewToken
-from smbfast.data.bucket import choose_bucket, why
+from smbfast.data.bucket import choose_bucket, files_to_fit, why
 from smbfast.data.codes.statistics import CodeStatistics
 from smbfast.data.codes.summary import summary
 from smbfast.data.codes.tokenizer import code_tokenizer, with_codes
@@ -29,8 +29,9 @@ from smbfast.data.sections import SectionMap
 from smbfast.data.serialize import Bucket, Serializer
 from smbfast.data.tokens import (
     TextEncoder,
-    lines_of,
+    first_texts,
     load_tokenizer,
+    refuse_lossy,
     save_tokenizer,
     train_tokenizer,
 )
@@ -117,6 +118,8 @@ def _fit_codes(
         vocabulary.save(staging / VOCABULARY)
         save_tokenizer(tokenizer, staging)
         return []
+    if tokenizer is not None:
+        refuse_lossy(tokenizer)  # new rows start from the words of descriptions
     statistics = code_statistics(data, dataset)
     vocabulary = CodeVocabulary.fit(
         statistics,
@@ -193,7 +196,7 @@ def _fit_text(
     else:
         tokenizer, ids = (
             train_tokenizer(
-                training_lines(dataset, text_composer(data, dataset, sections, options)),
+                training_texts(dataset, text_composer(data, dataset, sections, options)),
                 data.vocab_size,
             ),
             [],
@@ -222,10 +225,10 @@ def text_composer(
     return composer
 
 
-def training_lines(dataset: MedsDataset, serializer: Serializer) -> Iterator[str]:
-    """Yield lines of training subjects, the same number of characters of each file."""
-    files = dataset.splits["train"]
+def training_texts(dataset: MedsDataset, serializer: Serializer) -> Iterator[str]:
+    """Yield texts of training subjects, the same number of characters of each file."""
+    files = files_to_fit(dataset)
     for file in files:
-        batches = dataset.file_batches(file, "train")
+        batches = dataset.file_batches(file, "train", text_chars=serializer.text_chars)
         texts = (text for batch in batches for text in serializer.texts(batch))
-        yield from lines_of(texts, BPE_CHARACTERS // len(files))
+        yield from first_texts(texts, BPE_CHARACTERS // len(files))

@@ -11,7 +11,7 @@ Legend: N events, S subjects of a batch (S1 = S + 1 offsets).
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,9 +135,14 @@ class MedsDataset:
         dataset._index_subjects()
         return dataset
 
-    def subjects(self, split: str) -> np.ndarray:
-        """Return the subject ids of a split, in the order they are read (int64)."""
-        ids = [self._selected(self.subjects_of[f], split) for f in self.splits[split]]
+    def subjects(self, split: str, files: Iterable[Path] | None = None) -> np.ndarray:
+        """Return the subject ids of a split, in the order they are read (int64).
+
+        Args:
+            files: those of the split that are meant, if not all.
+        """
+        files = self.splits[split] if files is None else files
+        ids = [self._selected(self.subjects_of[f], split) for f in files]
         return np.concatenate(ids) if ids else np.empty(0, np.int64)
 
     def without_split(self) -> int:

@@ -7,6 +7,8 @@ alone misses added tokens that are not marked special). Delimiters are single ad
 
 import copy
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from smbfast.base.files import digest_of
 from smbfast.base.plain_tokenizer import without_added_tokens
+from smbfast.data.codes.bins import MIN_SUBJECTS
 from smbfast.data.sections import SECTIONS
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one process per file uses the cores
@@ -25,6 +28,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one process per file
 OPEN = tuple(f"<{s}>" for s in SECTIONS)
 CLOSE = tuple(f"</{s}>" for s in SECTIONS)
 Delimiters = Literal["special", "text"]
+_KNOWN_LINES = 1 << 16
+_WORDS_AT_ONCE = 1 << 12
 
 # lines as the serializer composes them, to find out whether a tokenizer lets us encode piece by
 # piece: every kind of boundary (colon, comma, bracket, sign, space, newline) stands in here
@@ -76,19 +81,33 @@ def load_tokenizer(path: str, delimiters: Delimiters) -> tuple[PreTrainedTokeniz
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """Train a byte-level BPE on `texts`, with begin, pad and delimiter tokens."""
+    """Train a byte-level BPE on `texts`, with begin, pad and delimiter tokens.
+
+    It is trained on the words (pre-tokens: a word, number or sign with the space before it) that
+    stand in ten of the texts, so every merge and every token but the 256 bytes lies within such a
+    word: nothing of fewer people is in what is saved. A word counts once for each distinct line of
+    a text: what one patient repeats is not frequent. Other words are spelled in shorter tokens,
+    which costs 0.4 % more of them on eICU's demo (1,076 subjects are read, 4,096 tokens) and 2.5 %
+    on MIMIC-IV's, whose training split has 70 subjects.
+
+    Memory grows with the characters of the texts (`first_texts` bounds them).
+
+    Args:
+        texts: the text of one subject each.
+        vocab_size: the largest number of tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = token_decoders.ByteLevel()
     special = ["<|pad|>", "<|begin|>", *OPEN, *CLOSE]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=10,  # keeps most rare strings out of a readable vocabulary
         special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # words as `_words` writes them
+    tokenizer.train_from_iterator(_repeated(_common_words(texts)), trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = token_decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<|pad|>",
@@ -97,16 +116,77 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def lines_of(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """Yield the lines of texts to train a tokenizer on, until `characters` have been read.
-
-    A line comes once per text: what one patient repeats is not frequent.
-    """
+def _common_words(texts: Iterable[str]) -> dict[str, int]:
+    """Return how often the words stand that ten texts have, in the order of the words."""
+    num_texts: Counter[str] = Counter()
+    uses: Counter[str] = Counter()
+    known: dict[str, list[str]] = {}  # the words of a line
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
     for text in texts:
-        yield from dict.fromkeys(text.splitlines(keepends=True))
-        characters -= len(text)
+        own: Counter[str] = Counter()
+        for line in _lines(text):
+            if line not in known:
+                if len(known) >= _KNOWN_LINES:
+                    known.clear()
+                known[line] = [word for word, _ in split(line)]
+            own.update(known[line])
+        uses.update(own)
+        num_texts.update(own.keys())
+    return {word: uses[word] for word in sorted(uses) if num_texts[word] >= MIN_SUBJECTS}
+
+
+def _repeated(uses: dict[str, int]) -> Iterator[str]:
+    """Yield each word so often; as bytes are written, no word has a space in it."""
+    for word, num in uses.items():
+        for done in range(0, num, _WORDS_AT_ONCE):
+            yield f"{word} " * min(num - done, _WORDS_AT_ONCE)
+
+
+def first_texts(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """Yield texts to train a tokenizer on, until their distinct lines have `characters`."""
+    for text in texts:
+        yield text
+        characters -= sum(map(len, _lines(text)))
         if characters < 0:
             return
+
+
+def _lines(text: str) -> dict[str, None]:
+    """Return the distinct lines of a text in order."""
+    return dict.fromkeys(text.splitlines(keepends=True))
+
+
+def refuse_lossy(tokenizer: PreTrainedTokenizerBase, plain: Tokenizer | None = None) -> None:
+    """Refuse a tokenizer that does not give back the lines of a serializer that it has encoded.
+
+    The lines are in ASCII; an `<unk>` for a rarer letter is no reason. Nor are spaces: some models
+    drop the first one or write a newline as one.
+
+    Args:
+        plain: the tokenizer without its added tokens, if it is there.
+
+    Raises:
+        ValueError: it makes nothing or something else of a line, such as lower case.
+    """
+    plain = plain or without_added_tokens(tokenizer)
+    decoder = plain.decoder or token_decoders.ByteLevel()  # tokenizers made by hand may have none
+    for line in ("".join(pieces) for pieces in _PROBES):
+        if not line.isascii():
+            continue
+        try:
+            back = decoder.decode(plain.encode(line, add_special_tokens=False).tokens)
+        except Exception:  # tokenizers raises plain Exception where a word has no token
+            raise ValueError(
+                "the tokenizer must encode any text, and this one knows whole names alone; a model "
+                "that was trained on codes needs its codes.json beside its tokenizer"
+            ) from None
+        if unicodedata.normalize("NFKC", back).split() != line.split():
+            made = "other words" if back.strip() else "nothing"
+            raise ValueError(
+                f"the tokenizer of `model.path` {tokenizer.name_or_path} must give back any text "
+                f"that it encodes; of plain words it gave back {made}. Its tokenizer.json must be "
+                "there and belong to the model"
+            )
 
 
 class TextEncoder:
@@ -134,20 +214,11 @@ class TextEncoder:
         self.begin: int | None = tokenizer.bos_token_id
         self.open_ids = [self._tag(t) for t in OPEN]
         self.close_ids = [self._tag(t) for t in CLOSE]
-        self._refuse_wordless()
+        refuse_lossy(tokenizer, self._plain)
         self.piecewise = all(
             np.array_equal(np.concatenate(self.encode(list(p))), self.encode(["".join(p)])[0])
             for p in _PROBES
         )
-
-    def _refuse_wordless(self) -> None:
-        try:
-            self._plain.encode(_PROBES[0][0], add_special_tokens=False)
-        except Exception:  # tokenizers raises plain Exception where a word has no token
-            raise ValueError(
-                "the tokenizer must encode any text, and this one knows whole names alone; a model "
-                "that was trained on codes needs its codes.json beside its tokenizer"
-            ) from None
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text, int32; a special or added token is never among them."""

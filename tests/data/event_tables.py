@@ -8,7 +8,16 @@ from pathlib import Path
 
 import numpy as np
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from smbfast.batch import Timeline
@@ -104,6 +113,7 @@ def family_tokenizer(
     if name.startswith("sentencepiece"):
         model, special = models.BPE(unk_token="<unk>"), ["<unk>", "<s>"]
     backend = Tokenizer(model)
+    backend.decoder = decoders.ByteLevel()
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=name == "gpt2")
     if name == "gpt2":
         backend.pre_tokenizer = byte_level
@@ -117,6 +127,7 @@ def family_tokenizer(
         if name == "sentencepiece-prefixed":
             steps.insert(0, normalizers.Prepend("▁"))
         backend.normalizer = normalizers.Sequence(steps)
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
     trainer = trainers.BpeTrainer(
         vocab_size=700,
         special_tokens=special,
