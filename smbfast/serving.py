@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoTokenizer
 
+from smbfast.base.files import standing
 from smbfast.base.runtime import choose_device
 from smbfast.data.formats import PatientSerializer, read_encoding, serializer_of
 from smbfast.data.labels import find_tasks, read_labels, with_splits
@@ -73,10 +74,10 @@ class Embedder:
 
     def __init__(self, folder: Path, device: torch.device, path: str | None = None) -> None:
         """Load it. See `load`."""
-        self.folder, self.device = folder, device
-        self._encoder, self._target, self.record = restore_final(folder, device, path)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self._encoding = read_encoding(folder, self.tokenizer, self.record)
+        self.folder, self.device = standing(Path(folder)), device
+        self._encoder, self._target, self.record = restore_final(self.folder, device, path)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        self._encoding = read_encoding(self.folder, self.tokenizer, self.record)
 
     def embed(
         self,

@@ -396,13 +396,19 @@ def restore_final(
     return encoder, target, record
 
 
-def _backbone(record: dict, folder: Path) -> str:
-    """Return the folder of the backbone of an adapter, which is on this machine."""
-    path = local_model(record["backbone"])
+def _backbone(record: dict, folder: Path, moved: str | None) -> str:
+    """Return the folder of the backbone of an adapter, which has the weights it was trained on.
+
+    Args:
+        moved: where the backbone is now, if not where it was.
+    """
+    named = moved or record["backbone"]
+    path = local_model(named)
     if path is None:
         raise ValueError(
-            f"{folder} holds an adapter of {record['backbone']}, which must be on this machine; it "
-            "is not. Put it there, or fetch it with `hf download`"
+            f"{folder} holds an adapter of the backbone {named}, which is not on this machine; if "
+            "it moved, name its folder now: --model.path=FOLDER. One of the Hugging Face Hub is "
+            "fetched with `hf download`"
         )
     cache = folder.parent / CACHE  # of the run, where it is still there
     if warning := check_weights(record, path, cache if cache.is_file() else None):
@@ -436,19 +442,6 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except SafetensorError:
         raise ValueError(f"{file} must be a safetensors file; it is not") from None
-
-
-def _backbone(record: dict, folder: Path, path: str | None) -> str:
-    """Return where the backbone of an adapter is, which has the weights that it was trained on."""
-    recorded = record["backbone"]
-    if path is None and Path(recorded).is_absolute() and not Path(recorded).is_dir():
-        raise ValueError(
-            f"{folder} holds an adapter of the backbone {recorded}, and there is none; if it "
-            "moved, name its folder now: --model.path=FOLDER"
-        )
-    if warning := check_weights(record, path or recorded):
-        print(f"smbfast: {warning}", file=sys.stderr)
-    return path or recorded
 
 
 @torch.no_grad()
