@@ -23,6 +23,9 @@ import torch
 
 from smbfast import check, embed, prepare, probe, report, simulate, train
 from smbfast.base import runtime
+from smbfast.probing import embedding, run_probe
+from smbfast.reporting import figures, page
+from smbfast.run import console, loop, preflight
 
 SETTINGS = [
     "tiny",
@@ -33,13 +36,15 @@ SETTINGS = [
     "--model.ffn=32",
     "--optim.batch=2",
     "--run.threads=1",
-    "--run.save_every=5",
+    "--run.save_every=3",
     "--run.log_every=1",
-    "--phases.0.steps=8",
-    "--phases.1.steps=8",
+    "--phases.0.steps=4",
+    "--phases.1.steps=4",
     "--probe.labels=[]",
 ]
+LOADED = (console, embedding, figures, loop, page, preflight, run_probe)  # before any fork
 DOUBLES, PATIENCE, BLOCKED = 30, 2.0, 10.0  # starts; seconds
+BUSY: dict[int, float] = {}  # seconds that a process ran or waited for a core that others had
 Command = Callable[[list[str]], None]
 
 
@@ -68,6 +73,8 @@ def ended(pid: int, patience: float = 120.0) -> tuple[int, float]:
     """Wait; return the exit status, or minus the signal, and when it ended."""
     end = time.monotonic() + patience
     while time.monotonic() < end:
+        with suppress(OSError, ValueError):
+            BUSY[pid] = sum(map(int, Path(f"/proc/{pid}/schedstat").read_text().split()[:2])) / 1e9
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status), time.monotonic()
@@ -93,6 +100,11 @@ def single(root: Path) -> tuple[Path, float]:
     status, end = ended(forked(train.main, [*SETTINGS, f"--run.dir={run}"], root / "single.log"))
     assert status == 0, (root / "single.log").read_text()
     return run, end - start
+
+
+def blocked(pid: int, seconds: float) -> float:
+    """The seconds of those that a process lived in which it waited for anything but a core."""
+    return seconds - BUSY[pid]
 
 
 def double_starts(root: Path, alone: Path, seconds: float) -> str:
@@ -147,7 +159,7 @@ def hangs(root: Path) -> Callable[[], object]:
     return fault
 
 
-def faults(root: Path, seconds: float) -> str:
+def faults(root: Path) -> str:
     missing = {"PATH": str(root / "none")}
     helpers: dict[str, Callable[[], object]] = {
         "TensorBoard's file is not made": patched("smbfast.run.board.EventsWriter", full),
@@ -173,21 +185,22 @@ def faults(root: Path, seconds: float) -> str:
         run, log = root / f"fault-{number}", root / f"fault-{number}.log"
         more = ["--run.profile=2"] if "profile" in name else []
         start = time.monotonic()
-        status, end = ended(forked(train.main, [*SETTINGS, *more, f"--run.dir={run}"], log, fault))
+        pid = forked(train.main, [*SETTINGS, *more, f"--run.dir={run}"], log, fault)
+        status, end = ended(pid)
         text = log.read_text()
         assert "Traceback" not in text and "Zebrafinch" not in text, (name, text)
         if name.startswith(("a loader", "no thread", "the loader")):
             assert status == 1 and text.splitlines()[-1].startswith("smbfast.train: "), (name, text)
             stopped += 1
         else:
-            assert status == 0 and lines(run) >= 17, (name, status, text)
+            assert status == 0 and lines(run) >= 9, (name, status, text)
             named = text.count("warning: ") - text.count("warning: 0") > 0
             assert named or name == "old checkpoints stay", (name, text)
-        slowest = max(slowest, end - start - seconds)
-        assert end - start < seconds + BLOCKED, (name, end - start)
+        slowest = max(slowest, waited := blocked(pid, end - start))
+        assert waited < BLOCKED, (name, waited)
     return (
         f"{len(helpers)} faults in helpers: {stopped} end the run with a line, the others are said "
-        f"and it goes on; at most {slowest:.1f} s more than the {seconds:.1f} s of a run"
+        f"and it goes on; at most {slowest:.1f} s of waiting in a run"
     )
 
 
@@ -211,8 +224,8 @@ def foreign_files(root: Path, alone: Path) -> str:
     shutil.copytree(alone, run)
     places = [
         *(run / n for n in ("notes.md", "final.tmp/a", "final.old/a", "final/thesis.docx")),
-        *(run / n for n in ("final/deep/er/b", "best/sft/c", "checkpoints/step-000005.trash/d")),
-        *(run / n for n in ("checkpoints/step-000010/e", "final.0123456789abcdef.tmp/f")),
+        *(run / n for n in ("final/deep/er/b", "best/sft/c", "checkpoints/step-000003.trash/d")),
+        *(run / n for n in ("checkpoints/step-000006/e", "final.0123456789abcdef.tmp/f")),
         *(run / n for n in ("probe.json.tmp", "tensorboard/mine", "merged.tmp/g", "predictions/h")),
         *(others / n for n in ("keep.txt", "final/keep.txt", "data/train/0.parquet")),
         *(root / n for n in ("e.parquet.tmp", "e.parquet.old", "simulated.tmp/i", "mine.parquet")),
@@ -328,7 +341,7 @@ def main() -> None:
     alone, seconds = single(root)
     proofs: dict[str, Callable[[], str]] = {
         "doubles": lambda: double_starts(root, alone, seconds),
-        "faults": lambda: faults(root, seconds),
+        "faults": lambda: faults(root),
         "foreign": lambda: foreign_files(root, alone),
         "signals": lambda: signals(root, alone, seconds),
         "disk": lambda: full_disk(root, alone),

@@ -469,7 +469,7 @@ RESUMING = [
         "digest-not-compared",
         "a damaged file of the right size is trusted",
         "smbfast/base/files.py",
-        "_sha256(file) != digest",
+        "sha256(file) != digest",
         "not digest",
         "tests/test_checkpoint.py::test_one_damaged_bit_is_passed_over[state.safetensors]",
     ),
