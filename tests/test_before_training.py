@@ -39,6 +39,14 @@ def test_a_step_without_a_cut_is_still_checked(monkeypatch):
         self_check(encoder, None, windows, settings, 0, SFT)
 
 
+def test_weights_that_are_not_numbers_are_not_the_kernels_fault():
+    encoder = make_encoder()
+    with torch.no_grad():
+        next(encoder.decoder.parameters())[3] = float("nan")
+    with pytest.raises(ValueError, match="weights of the model hold NaN"):
+        self_check(encoder, None, [random_window(s) for s in range(4)], load("tiny", []), 0, SFT)
+
+
 def test_a_resumed_run_keeps_its_rows_however_little_is_free(monkeypatch):
     monkeypatch.setattr(startup, "free_memory", lambda device: 1)
     assert micro_tokens(load("tiny", []), tiny_encoder(), 1536)[0] == 1536

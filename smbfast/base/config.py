@@ -175,7 +175,7 @@ def _parsed(value: str, annotation: Any) -> Any:
 def _literal(value: str) -> Any:
     try:
         return tomllib.loads(f"x = {value}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return value
 
 

@@ -460,7 +460,7 @@ def _require_numbers(config: HfModule, folder: Path) -> None:
         ranks = [tensors.get_slice(name).get_shape()[0] for name in names]
     claimed = [config.r, *config.rank_pattern.values()]
     scales = [config.lora_alpha, *config.alpha_pattern.values()]
-    if max(claimed) > max(ranks) or not all(0 < scale < _MOST_ALPHA for scale in scales):
+    if max(claimed) > max(ranks) or not all(abs(scale) < _MOST_ALPHA for scale in scales):
         raise ValueError("rank and scale must be those of the tensors")
 
 

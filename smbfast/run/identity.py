@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from smbfast.base.digests import CACHE, local_model, short, weights_digest
+from smbfast.base.digests import CACHE, short, weights_digest
 from smbfast.base.files import MANIFEST, digest_of, read_json, write_text
 from smbfast.data.prepared import Prepared
 from smbfast.run import checkpoint
@@ -50,7 +50,8 @@ class Identity:
     def of(cls, settings: TrainSettings, prepared: Prepared) -> "Identity":
         """Return the identity of the run in the folder of `settings`; a new one has a new id.
 
-        A backbone is not read if it is neither a folder nor on this machine; see `with_backbone`.
+        A backbone of the hub is left out: it is on this machine once it was loaded; see
+        `with_backbone`.
 
         Raises:
             ValueError: if `run.json`, a backbone or an adapter cannot be read.
@@ -66,7 +67,7 @@ class Identity:
             settings=compared_settings(settings),
         )
         path = settings.model.path
-        return identity.with_backbone(settings) if path and local_model(path) else identity
+        return identity.with_backbone(settings) if path and Path(path).is_dir() else identity
 
     def with_backbone(self, settings: TrainSettings) -> "Identity":
         """Return it with the digest of the backbone, whose files are on this machine now."""
@@ -110,7 +111,7 @@ class Identity:
             differences.append(f"it is of run {then.get('run')}, and this folder of run {self.run}")
         for name, words in _PARTS.items():
             was, now = then.get(name), getattr(self, name)
-            # a backbone of the hub that is not on this machine yet is compared once it is
+            # a backbone of the hub is compared once it was loaded
             unread = name == "backbone" and now is None and self.settings.get("model.path")
             if was != now and not unread:
                 differences.append(f"{words} had the digest {short(was)} and have {short(now)}")

@@ -113,7 +113,8 @@ def self_check(
         The relative differences; empty where nothing is predicted.
 
     Raises:
-        ValueError: if they are larger than rounding explains (`TOLERANCE`).
+        ValueError: if they are larger than rounding explains (`TOLERANCE`), or the reference's own
+            losses are not finite.
     """
     batch = _slice(windows, settings, step, phase).to(encoder.mask_vector.device)
     if not (batch.num_labels or batch.num_masked):
@@ -128,6 +129,11 @@ def self_check(
         results.append((values, gradients))
         encoder.zero_grad(set_to_none=True)
     (expected, expected_grads), (values, grads) = results
+    if not all(bool(value.isfinite()) for value in expected if value is not None):
+        raise ValueError(
+            "the losses of the reference must be finite before this step; they are not, so weights "
+            f"of {settings.model.path or 'the model'} hold NaN, infinities or far too large numbers"
+        )
     differences = _differences(values, expected, grads, expected_grads)
     allowed = TOLERANCE.get(layer_dtype(encoder), TOLERANCE[torch.float32])
     gaps = (differences.loss, differences.gradients, differences.gradient)

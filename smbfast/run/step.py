@@ -145,6 +145,6 @@ class Updater:
         if longest >= PATIENCE:
             raise RunFailed(
                 f"the gradient was not finite in {longest} steps in a row, up to step {step} "
-                f"(phase `{phase}`); the last good checkpoint is kept"
+                f"(phase `{phase}`); nothing of them was saved, and checkpoints before them stay"
             )
         return in_a_row > 0
