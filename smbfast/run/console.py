@@ -66,7 +66,7 @@ def header(run: OpenRun) -> dict:
 
 def show_data(card: DataCard) -> None:
     """Print the data card and its warnings."""
-    _card([(f"  {row.name}", row.text) for row in card.rows])
+    _card([(f"  {row.name}", row.text) for row in card.rows], width=13)
     card.warn()
 
 
@@ -202,12 +202,12 @@ def _cohort(settings: TrainSettings) -> str:
     return f"{settings.folder}/cohort-{settings.cohort.patients}-{settings.cohort.seed}"
 
 
-def _card(rows: list[tuple[str, str]]) -> None:
+def _card(rows: list[tuple[str, str]], width: int = 11) -> None:
     """Print a name and a text per line, not wrapped, so that commands can be copied."""
     console = Console(highlight=False, emoji=False)
     for name, text in rows:
         console.print(
-            Text(f"{name:<11}", style="bold").append(text, style="not bold"), soft_wrap=True
+            Text(f"{name:<{width}}", style="bold").append(text, style="not bold"), soft_wrap=True
         )
 
 

@@ -103,9 +103,7 @@ class OpenRun:
         report = report or (lambda _name, _text: None)
         if settings.run.threads:
             torch.set_num_threads(settings.run.threads)
-        opened = _open_data(settings)
-        report("data", opened.card.summary)
-        show(opened.card)
+        opened = _open_data(settings, report, show)
         prepared = opened.prepared
         # before a large model is loaded
         identity, newest = newest_checkpoint(settings, prepared, set_aside=set_aside)
@@ -235,7 +233,9 @@ class _OpenData(NamedTuple):
     tasks: list[tuple[Path, Labels]]
 
 
-def _open_data(settings: TrainSettings) -> _OpenData:
+def _open_data(
+    settings: TrainSettings, report: Report, show: Callable[[DataCard], None]
+) -> _OpenData:
     """Prepare the data of a run, and refuse them if training would learn nothing from them."""
     data = data_of(settings, settings.folder)
     tasks, facts = read_tasks(settings, data)
@@ -244,6 +244,8 @@ def _open_data(settings: TrainSettings) -> _OpenData:
     check_windows(windows, tuning, data.path)
     card = data_card(settings, prepared, windows, tuning, facts)
     card.require()
+    report("data", card.summary)
+    show(card)
     return _OpenData(data, prepared, windows, tuning, card, tasks)
 
 
