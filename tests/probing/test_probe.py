@@ -2,6 +2,7 @@
 
 import json
 import stat
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -355,3 +356,30 @@ def test_rows_that_no_node_asks_for_are_not_read(world: dict, monkeypatch) -> No
     assert len(few.embedding_MD) == 3 and len(groups) < 3 + 26
     own_N = join(nodes.subject_K, nodes.time_K, few.subject_M, few.time_M)
     np.testing.assert_array_equal(few.embedding_MD[own_N], everything.embedding_MD[row_N])
+
+
+def test_memory_of_a_probe_in_chunks_does_not_grow_with_the_embeddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four times the rows hold 6 MiB more embeddings, and keys of some bytes each."""
+    monkeypatch.setattr(features, "_HELD", 0)
+    monkeypatch.setattr(features, "_CHUNK", 1 << 18)
+    monkeypatch.setattr(logistic, "PENALTIES", (1e-2,))
+
+    def peak(rows: int) -> int:
+        value_ND = np.random.default_rng(0).normal(size=(rows, 256))
+        split_N = np.array(["train", "tuning", "held_out"])[np.arange(rows) % 3]
+        keys = {"subject_id": np.arange(rows), "prediction_time": stamps([1] * rows)}
+        file = write(tmp_path / "e", keys | {"split": split_N, "embedding": vectors(value_ND)})
+        true_N = value_ND[:, 0] > 0
+        del value_ND
+        tracemalloc.start()
+        read = read_embeddings(file)
+        fit = logistic.probe_binary(read.features(np.arange(rows)), true_N, split_N)
+        held = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert fit.converged and len(fit.probability_N) == rows
+        return held
+
+    fewer, more = peak(2_000), peak(8_000)
+    assert more < fewer + (2 << 20)
