@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     counts = prepared.counts
     print(
         f"prepared {few(counts['subjects'])} subjects, {few(counts['events'])} events, "
-        f"{counts['tokens']:,} tokens ({prepared.format_text}) in "
+        f"{counts['tokens']:,} tokens ({prepared.format_text}{prepared.split_text}) in "
         f"{seconds:.1f} s: {prepared.folder}"
     )
     print(prepared.left_out())

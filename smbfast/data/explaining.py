@@ -10,6 +10,7 @@ from smbfast.data.fitting import SUMMARY, code_statistics
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
 from smbfast.data.sections import SectionMap
+from smbfast.data.source_index import FOLDER
 from smbfast.settings import DataSettings
 
 
@@ -26,7 +27,7 @@ def explained(prepared: Prepared, data: DataSettings) -> list[str]:
     counts = prepared.counts
     if file.is_file():
         return explain(json.loads(file.read_text()), counts)
-    dataset = MedsDataset.open(data.folder)
+    dataset = MedsDataset.open(data.folder, index=prepared.folder / FOLDER, split=data.split)
     statistics = code_statistics(data, dataset)
     if isinstance(prepared.encoding, CodeVocabulary):
         vocabulary = CodeVocabulary(prepared.encoding.content, dataset.parents)

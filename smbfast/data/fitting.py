@@ -11,7 +11,6 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
 from smbfast.base.files import committed_folder, verify_folder
@@ -148,14 +147,15 @@ def _fit_codes(
 def code_statistics(data: DataSettings, dataset: MedsDataset) -> CodeStatistics:
     """Count the codes and values of the train split, with a process per file if it is large."""
     files = dataset.splits["train"]
-    rows = {file: pq.read_metadata(file).num_rows for file in files}
+    rows = {file: dataset.num_rows(file) for file in files}
     progress = Progress("smbfast.prepare, vocabulary", sum(rows.values()), "events")
     workers = min(data.workers or os.cpu_count() or 1, len(files))
     total = CodeStatistics(text_chars=data.text_chars)
     if workers > 1 and sum(rows.values()) > PARALLEL_ROWS:
         with worker_pool(workers) as pool:
             # merged in the order of the files, so the result does not depend on the processes
-            counted = pool.map(_count, [data] * len(files), [str(file) for file in files])
+            jobs = [dataset.where] * len(files), [str(file) for file in files]
+            counted = pool.map(_count, [data] * len(files), *jobs)
             for file, statistics in zip(files, counted, strict=True):
                 total.merge(statistics)
                 progress.add(rows[file])
@@ -166,16 +166,16 @@ def code_statistics(data: DataSettings, dataset: MedsDataset) -> CodeStatistics:
     return total
 
 
-def _count(data: DataSettings, file: str) -> CodeStatistics:
+def _count(data: DataSettings, where: tuple, file: str) -> CodeStatistics:
     statistics = CodeStatistics(text_chars=data.text_chars)
-    _add_file(statistics, _opened(data.folder), Path(file))
+    _add_file(statistics, _opened(where), Path(file))
     return statistics
 
 
 @cache
-def _opened(folder: Path) -> MedsDataset:
-    """Open a dataset once in a worker process: it reads the subjects of every file."""
-    return MedsDataset.open(folder)
+def _opened(where: tuple) -> MedsDataset:
+    """Open a dataset once in a worker process: without an index it reads every file's subjects."""
+    return MedsDataset.again(where)
 
 
 def _add_file(statistics: CodeStatistics, dataset: MedsDataset, file: Path) -> None:

@@ -17,11 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from smbfast.data.columns import is_utc, subject_column
 from smbfast.data.meds import MedsDataset
 from smbfast.data.parquet import column_names, open_parquet
 from smbfast.data.splits import SPLITS
-
-_UTC = {"utc", "etc/utc", "gmt", "z", "+00:00", "-00:00", "+0000"}
 
 
 @dataclass(frozen=True)
@@ -187,8 +186,7 @@ def key_table(file: Path, columns: list[str]) -> pa.Table:
     """
     parquet = open_parquet(file)
     names = parquet.schema_arrow.names
-    old = "subject_id" not in names and "patient_id" in names
-    wanted = ["patient_id" if old else "subject_id", "prediction_time", *columns]
+    wanted = [subject_column(parquet.schema_arrow), "prediction_time", *columns]
     for name in wanted:
         if names.count(name) != 1:
             problem = "have a column" if name not in names else "have only one column"
@@ -219,7 +217,7 @@ def time_column(table: pa.Table, name: str, file: Path) -> np.ndarray:
     column = _without_null(table, name, file)
     if not pa.types.is_timestamp(column.type):
         raise ValueError(f"column `{name}` of {file} must be timestamp[us], is {column.type}")
-    if column.type.tz is not None and column.type.tz.lower() not in _UTC:
+    if not is_utc(column.type):
         raise ValueError(
             f"column `{name}` of {file} must be timestamp[us] without time zone, is {column.type}"
         )

@@ -9,10 +9,9 @@ No error of this file carries a cell: only file, row number, column and type.
 Legend: N events, S subjects of a batch (S1 = S + 1 offsets).
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import meds
@@ -22,19 +21,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from smbfast.base.files import digest_of
+from smbfast.data.code_table import CodeTable
+from smbfast.data.columns import event_columns, with_subject_id
 from smbfast.data.long_texts import gathered, rows_at_once
-from smbfast.data.parquet import (
-    TEXT,
-    column_names,
-    is_text,
-    open_parquet,
-    parquet_buffer,
-    read_columns,
-    strings,
+from smbfast.data.parquet import open_parquet, parquet_buffer, strings
+from smbfast.data.source_index import SourceIndex, file_digest, read_subjects
+from smbfast.data.splits import (
+    SPLITS,
+    UNKNOWN,
+    Fractions,
+    find_files,
+    refuse_contradiction,
+    splits_of,
 )
-from smbfast.data.splits import SPLITS, find_splits
 
 STATIC: int = int(np.iinfo(np.int64).min)  # the time of an event that has none
+MOST_TIME = 1 << 62  # microseconds from 1970: of less, a difference and a bucket never wrap
 BIRTH = meds.birth_code
 
 
@@ -68,16 +70,21 @@ class EventBatch:
 
 @dataclass(frozen=True)
 class MedsDataset:
-    """A MEDS folder whose layout, columns and splits have been checked."""
+    """A MEDS folder, or a table in memory, whose layout, columns and splits have been checked.
+
+    `splits` has the files of each split; where folders do not name the splits, each has all files.
+    `descriptions` and `parents` are read from codes.parquet, by code.
+    """
 
     path: Path
     splits: dict[str, list[Path]]
     descriptions: Mapping[str, str]
     parents: Mapping[str, list[str]]
     version: str
-    split_of: dict[str, np.ndarray] | None = None  # only where folders do not name the splits
-    subjects_of: dict[Path, np.ndarray] = field(default_factory=dict)
-    buffers: dict[Path, pa.Buffer] = field(default_factory=dict)  # parquet in memory, of tables
+    fractions: Fractions | None  # of train, tuning and held_out, where a hash divides the subjects
+    _source: SourceIndex
+    _split_S: np.ndarray | None  # int8, place in (*SPLITS, UNKNOWN); None where files say it
+    _buffers: dict[Path, pa.Buffer]  # parquet in memory, of tables
 
     @classmethod
     def open(
@@ -85,22 +92,24 @@ class MedsDataset:
         path: Path,
         *,
         index: Path | None = None,
-        split: tuple[float, float, float] | None = None,
+        split: Fractions | None = None,
         need_train: bool = True,
     ) -> "MedsDataset":
         """Check a MEDS folder and index its subjects (one pass over `subject_id` alone).
 
         Args:
-            index: a private folder in which the subjects of each file are written once and read by
-                later openings; None reads them from the files.
+            index: a private folder in which the subjects, rows and SHA-256 of each file and the
+                table of codes are written once, and from which they are read as long as the files
+                do not change. None reads them from the files.
             split: the fractions of train, tuning and held_out of a dataset without splits, whose
-                subjects are then divided by a hash of their id.
-            need_train: whether the split `train` must have subjects. Without it, subjects whose
-                split is not known are in the split "".
+                subjects are then divided by a hash of their ids (see `smbfast.data.splits`).
+            need_train: whether there must be splits, and subjects in `train`. Without it, files may
+                lie in `path` itself, and subjects of no known split are in the split "".
 
         Raises:
             ValueError: the folder is missing or not MEDS, a column is missing or of a wrong type,
-                the rows of a subject do not stand together or are in two files or splits, or no
+                the rows of a subject do not stand together or are in two files or splits, folders
+                and table of splits contradict each other, a code has two descriptions, or no
                 subject is in the split `train`.
         """
         path = Path(path)
@@ -112,10 +121,23 @@ class MedsDataset:
             raise ValueError(
                 f"{path} must be a MEDS dataset, with data/train/*.parquet; it has no folder data/"
             )
-        splits, split_of = find_splits(path, need_train=need_train)
-        descriptions, parents = _read_codes(path / "metadata" / "codes.parquet")
-        dataset = cls(path, splits, descriptions, parents, _version(path), split_of)
-        dataset._index_subjects()
+        layout = find_files(path, split, need_train=need_train)
+        codes = CodeTable.open(path / "metadata" / "codes.parquet", index)
+        files = list(dict.fromkeys(file for own in layout.files.values() for file in own))
+        source = SourceIndex.open(path, files, index)
+        spans = {s: [source.span(file) for file in own] for s, own in layout.files.items()}
+        refuse_contradiction(layout, spans, source.subject_S)
+        dataset = cls(
+            path,
+            layout.files,
+            codes.descriptions,
+            codes.parents,
+            _version(path),
+            layout.fractions,
+            source,
+            splits_of(layout, source.subject_S),
+            {},
+        )
         if need_train and len(dataset.subjects(meds.train_split)) == 0:
             raise ValueError(
                 f"{path} must have subjects in its split `{meds.train_split}`; it has none"
@@ -124,16 +146,23 @@ class MedsDataset:
 
     @classmethod
     def of_table(cls, events: pa.Table, codes: pa.Table | None = None) -> "MedsDataset":
-        """Return the dataset of one table of events in memory, all in the split ""."""
+        """Return the dataset of one table of events in memory, all in the split "".
+
+        Args:
+            events: with the columns and the order of rows of a MEDS file of events.
+            codes: with the columns of codes.parquet.
+
+        Raises:
+            ValueError: as `open`.
+        """
         file = Path("the table of events")
-        names = Path("the table of codes")
-        descriptions, parents = (
-            ({}, {}) if codes is None else _read_codes(names, parquet_buffer(codes))
-        )
-        buffers = {file: parquet_buffer(events)}
-        dataset = cls(Path(), {"": [file]}, descriptions, parents, "unknown", buffers=buffers)
-        dataset._index_subjects()
-        return dataset
+        buffer = parquet_buffer(events)
+        ids, num_rows = read_subjects(file, open_parquet(file, buffer))
+        source = SourceIndex.of_parts(Path(), [file], [ids], [num_rows])
+        names = CodeTable.of_table(codes, Path("the table of codes"))
+        splits = {UNKNOWN: [file]}
+        known = names.descriptions, names.parents
+        return cls(Path(), splits, *known, "unknown", None, source, None, {file: buffer})
 
     def subjects(self, split: str, files: Iterable[Path] | None = None) -> np.ndarray:
         """Return the subject ids of a split, in the order they are read (int64).
@@ -142,28 +171,44 @@ class MedsDataset:
             files: those of the split that are meant, if not all.
         """
         files = self.splits[split] if files is None else files
-        ids = [self._selected(self.subjects_of[f], split) for f in files]
+        ids = [self._subjects(file, split) for file in files]
         return np.concatenate(ids) if ids else np.empty(0, np.int64)
 
     def without_split(self) -> int:
-        """Return how many subjects are in none of the three splits, and so never read."""
-        everyone = {f: len(ids) for f, ids in self.subjects_of.items()}
-        return sum(everyone.values()) - sum(len(self.subjects(s)) for s in SPLITS)
-
-    def digest(self, splits: tuple[str, ...]) -> str:
-        """Return a digest of `splits`: of every byte of their files and of what is said of codes
-        and splits."""
-        parts = [
-            (split, str(file.relative_to(self.path)), file_digest(file))
-            for split in splits
-            for file in self.splits[split]
-        ]
-        tables = (self.path / "metadata" / n for n in ("codes.parquet", "subject_splits.parquet"))
-        return digest_of(parts, [file_digest(t) for t in tables if t.is_file()])
+        """Return how many subjects of the files are in none of the three splits."""
+        known = sum(len(self.subjects(s)) for s in SPLITS if s in self.splits)
+        return len(self._source.subject_S) - known
 
     def num_rows(self, file: Path) -> int:
-        """Return the number of rows of a file."""
-        return open_parquet(file, self.buffers.get(file)).metadata.num_rows
+        """Return the number of rows of a file, which is not opened for it."""
+        return self._source.rows[self._source.place[file]]
+
+    @property
+    def where(self) -> tuple[Path, Path | None, Fractions | None]:
+        """What another process opens the dataset with (see `again`)."""
+        return self.path, self._source.folder, self.fractions
+
+    @classmethod
+    def again(cls, where: tuple[Path, Path | None, Fractions | None]) -> "MedsDataset":
+        """Open a dataset that another process has opened, from `where`."""
+        path, index, split = where
+        return cls.open(path, index=index, split=split)
+
+    def digest(self, splits: Iterable[str]) -> str:
+        """Return a digest of every byte of the files of `splits`, and of what is said of codes and
+        splits. The SHA-256 of a file is computed once where there is an index.
+
+        Raises:
+            ValueError: a file has changed since the dataset was opened.
+        """
+        parts = []
+        for split in splits:
+            files = self.splits[split]
+            names = [file.relative_to(self.path).as_posix() for file in files]
+            parts.append((split, names, self._source.digests_of(files)))
+        tables = (self.path / "metadata" / n for n in ("codes.parquet", "subject_splits.parquet"))
+        said = [file_digest(table) if table.is_file() else None for table in tables]
+        return digest_of(parts, said, self.fractions)
 
     def batches(
         self,
@@ -178,8 +223,9 @@ class MedsDataset:
             text_chars: how many characters of a text will be used. Longer texts may come without
                 what `smbfast.data.clean.shortened` does not need; None brings them whole.
         """
+        asked = None if subjects is None else np.unique(subjects)
         for file in self.splits[split]:
-            yield from self.file_batches(file, split, subjects, text_chars=text_chars)
+            yield from self._file_batches(file, split, asked, text_chars)
 
     def file_batches(
         self,
@@ -190,40 +236,33 @@ class MedsDataset:
         text_chars: int | None = None,
     ) -> Iterator[EventBatch]:
         """Yield the events of one file, as `batches` does for all."""
-        wanted = self._selected(self.subjects_of[file], split)
-        if subjects is not None:
-            wanted = np.intersect1d(wanted, subjects)
+        asked = None if subjects is None else np.unique(subjects)
+        yield from self._file_batches(file, split, asked, text_chars)
+
+    def _file_batches(
+        self, file: Path, split: str, asked: np.ndarray | None, text_chars: int | None
+    ) -> Iterator[EventBatch]:
+        wanted = self._subjects(file, split)
+        if asked is not None:
+            # one search in sorted ids: a pass over all that are asked for, of each file, is
+            # quadratic
+            at = np.searchsorted(asked, wanted)
+            wanted = (
+                wanted[asked[np.minimum(at, len(asked) - 1)] == wanted] if len(asked) else at[:0]
+            )
         if len(wanted) == 0:
             return
-        everyone = len(wanted) == len(self.subjects_of[file])
-        parquet = open_parquet(file, self.buffers.get(file))
+        span = self._source.span(file)
+        everyone = len(wanted) == span.stop - span.start
+        parquet = open_parquet(file, self._buffers.get(file))
         yield from _read_file(file, parquet, None if everyone else np.sort(wanted), text_chars)
 
-    def _selected(self, ids: np.ndarray, split: str) -> np.ndarray:
-        return ids if self.split_of is None else ids[np.isin(ids, self.split_of[split])]
-
-    def _index_subjects(self) -> None:
-        seen = np.empty(0, np.int64)
-        for files in self.splits.values():
-            for file in files:
-                if file in self.subjects_of:
-                    continue
-                ids = _subjects_of(file, open_parquet(file, self.buffers.get(file)))
-                both = np.intersect1d(ids, seen)
-                if len(both):
-                    first = _row_of(file, open_parquet(file), int(both[0]))
-                    other = next(f for f, s in self.subjects_of.items() if both[0] in s)
-                    raise ValueError(
-                        f"{file}: the subject of row {first} must stand in one file and one split "
-                        f"only, it also stands in {other} ({len(both)} such subjects)"
-                    )
-                seen = np.concatenate([seen, ids])
-                self.subjects_of[file] = ids
-
-
-def file_digest(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    def _subjects(self, file: Path, split: str) -> np.ndarray:
+        span = self._source.span(file)
+        ids = self._source.subject_S[span]
+        if self._split_S is None:
+            return ids
+        return ids[self._split_S[span] == (*SPLITS, UNKNOWN).index(split)]
 
 
 def _version(path: Path) -> str:
@@ -233,99 +272,6 @@ def _version(path: Path) -> str:
         return "unknown"
 
 
-def _read_codes(
-    file: Path, buffer: pa.Buffer | None = None
-) -> tuple[dict[str, str], dict[str, list[str]]]:
-    if buffer is None and not file.is_file():
-        return {}, {}
-    table = read_columns(
-        file,
-        {"code": TEXT, "description": (*TEXT, pa.null(), None)},
-        optional={"parent_codes"},
-        buffer=buffer,
-    )
-    nullable = strings(file, table["code"])
-    codes = [c for c in nullable if c is not None]
-    if len(codes) < len(nullable):
-        raise ValueError(f"{file}: row {nullable.index(None)} must have a `code`, it is null")
-    descriptions = strings(file, table["description"])
-    parents: list = (
-        strings(file, table["parent_codes"]) if "parent_codes" in table.column_names else []
-    )
-    parent_names = (
-        [n for n in p if isinstance(n, str)] if isinstance(p, list) else [] for p in parents
-    )
-    return (
-        {c: d for c, d in zip(codes, descriptions, strict=True) if d},
-        {c: p for c, p in zip(codes, parent_names, strict=False) if p},
-    )
-
-
-def _check_schema(file: Path, schema: pa.Schema) -> list[str]:
-    """Return the columns to read; raise where one is missing or of a type that would lose data."""
-    rules = {
-        "subject_id": (lambda t: pa.types.is_integer(t) and t != pa.uint64(), "int64"),
-        "time": (pa.types.is_timestamp, "timestamp[us]"),
-        "code": (is_text, "string"),
-        "numeric_value": (lambda t: pa.types.is_floating(t) or pa.types.is_null(t), "float32"),
-        "text_value": (lambda t: is_text(t) or pa.types.is_null(t), "string"),
-    }
-    columns = []
-    for name, (accepts, expected) in rules.items():
-        if name not in schema.names:
-            if name in ("numeric_value", "text_value"):
-                continue
-            raise ValueError(
-                f"{file} must have the MEDS column `{name}`; it has {column_names(schema)}"
-            )
-        if schema.names.count(name) > 1:
-            raise ValueError(
-                f"{file} must have the column `{name}` once; it has {column_names(schema)}"
-            )
-        actual = schema.field(name).type
-        if not accepts(actual):
-            raise ValueError(f"{file}: column `{name}` must be {expected}, it is {actual}")
-        if name == "time" and actual.tz is not None:
-            raise ValueError(f"{file}: column `time` must have no time zone, it is {actual}")
-        columns.append(name)
-    return columns
-
-
-def _subjects_of(file: Path, parquet: pq.ParquetFile) -> np.ndarray:
-    """Return the subjects of a file in order; the rows of each must stand together."""
-    _check_schema(file, parquet.schema_arrow)
-    runs: list[np.ndarray] = []
-    for start, column in _batches(parquet, file, ["subject_id"]):
-        if column["subject_id"].null_count:
-            row = start + int(np.argmax(column["subject_id"].is_null().to_numpy(False)))
-            raise ValueError(f"{file}: row {row} must have a `subject_id`, it is null")
-        ids = column["subject_id"].to_numpy().astype(np.int64)
-        changed = np.flatnonzero(np.diff(ids)) + 1
-        run = ids[np.concatenate([[0], changed])]
-        if runs and runs[-1][-1] == run[0]:
-            run = run[1:]
-        if len(run):
-            runs.append(run)
-    ids = np.concatenate(runs) if runs else np.empty(0, np.int64)
-    unique, count = np.unique(ids, return_counts=True)
-    if len(unique) != len(ids):
-        row = _row_of(file, parquet, int(unique[np.argmax(count > 1)]), second_run=True)
-        raise ValueError(
-            f"{file}: all rows of a subject must stand together; "
-            f"row {row} goes on with a subject that had ended"
-        )
-    return ids
-
-
-def _row_of(file: Path, parquet: pq.ParquetFile, subject: int, *, second_run: bool = False) -> int:
-    ids = np.concatenate(
-        [b["subject_id"].to_numpy() for _, b in _batches(parquet, file, ["subject_id"])]
-    )
-    rows = np.flatnonzero(ids == subject)
-    gaps = np.flatnonzero(np.diff(rows) > 1)
-    return int(rows[gaps[0] + 1] if second_run and len(gaps) else rows[0])
-
-
 def _batches(
     parquet: pq.ParquetFile, file: Path, columns: list[str]
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
@@ -333,7 +279,7 @@ def _batches(
     try:
         for batch in parquet.iter_batches(rows_at_once(parquet, columns), columns=columns):
             if batch.num_rows:
-                yield row, batch
+                yield row, with_subject_id(batch)
             row += batch.num_rows
     except (pa.ArrowException, OSError):
         raise ValueError(f"{file} is damaged: row {row} and later cannot be read") from None
@@ -342,7 +288,7 @@ def _batches(
 def _read_file(
     file: Path, parquet: pq.ParquetFile, wanted: np.ndarray | None, text_chars: int | None
 ) -> Iterator[EventBatch]:
-    columns = _check_schema(file, parquet.schema_arrow)
+    columns = event_columns(file, parquet.schema_arrow)
     held: list[pa.Table] = []  # rows of a subject that may go on in the next table
     held_rows = 0
     for start, table in _tables(file, _batches(parquet, file, columns), text_chars):
@@ -380,13 +326,13 @@ def _decode(
     if table["code"].null_count:
         row = start + int(np.argmax(table["code"].is_null().to_numpy()))
         raise ValueError(f"{file}: row {row} must have a `code`, it is null")
+    time_N = _times(file, start, table["time"])
     if wanted is not None:
         keep = np.isin(table["subject_id"].to_numpy(), wanted)
         if not keep.any():
             return
-        table = table.filter(pa.array(keep))
+        table, time_N = table.filter(pa.array(keep)), time_N[keep]
     subject_N = table["subject_id"].to_numpy().astype(np.int64)
-    time_N = _times(file, start, table["time"])
     edges = np.flatnonzero(np.diff(subject_N)) + 1
     offset_S1 = np.concatenate([[0], edges, [len(subject_N)]])
     order = _static_first(time_N, subject_N)
@@ -414,6 +360,13 @@ def _times(file: Path, start: int, column: pa.ChunkedArray) -> np.ndarray:
         raise ValueError(f"{file}: `time` near row {start} does not fit timestamp[us]") from None
     null = column.is_null().to_numpy()
     time_N = column.cast(pa.int64()).fill_null(STATIC).to_numpy().copy()
+    far = ((time_N < -MOST_TIME) | (time_N > MOST_TIME)) & ~null
+    if far.any():
+        raise ValueError(
+            f"{file}: row {start + int(np.argmax(far))} must have a `time` within 146,000 years of "
+            f"1970, so that the time between two events can be counted; {int(far.sum())} of the "
+            "rows read with it have not"
+        )
     time_N[null] = STATIC
     return time_N
 
@@ -449,6 +402,8 @@ def _values(table: pa.Table) -> tuple[np.ndarray, int]:
     if pa.types.is_null(column.type):
         return np.full(len(table), np.nan, np.float32), 0
     null = column.is_null().to_numpy()
+    if not pa.types.is_floating(column.type):  # whole and decimal numbers
+        column = column.cast(pa.float64(), safe=False)
     with np.errstate(over="ignore"):
         value_N = column.to_numpy().astype(np.float32)
     bad = ~np.isfinite(value_N) & ~null

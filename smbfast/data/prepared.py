@@ -112,7 +112,15 @@ class Prepared:
     @property
     def size_text(self) -> str:
         """The format and its tokens an event in words."""
-        return f"{self.format_text}, {self.tokens_an_event:.2f} an event"
+        return f"{self.format_text}, {self.tokens_an_event:.2f} an event{self.split_text}"
+
+    @property
+    def split_text(self) -> str:
+        """How a dataset without splits was divided, in words; empty for one with splits."""
+        fractions = self.record.get("split")  # an earlier version's record does not have it
+        if not fractions:
+            return ""
+        return f", split {','.join(f'{f:g}' for f in fractions)} by a hash of the subject"
 
     @property
     def share_coarse(self) -> float:

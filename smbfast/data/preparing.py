@@ -13,8 +13,6 @@ from concurrent.futures import as_completed
 from contextlib import suppress
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from smbfast.base.files import committed_folder, verify_folder, write_text
 from smbfast.base.locks import locked
 from smbfast.base.ours import prepared_entries, require_prepared_folder
@@ -35,6 +33,7 @@ from smbfast.data.prepared import Prepared
 from smbfast.data.quality import count_quality
 from smbfast.data.sections import SectionMap
 from smbfast.data.shards import ShardWriter
+from smbfast.data.source_index import FOLDER
 from smbfast.data.splits import SPLITS
 from smbfast.data.tokens import load_tokenizer
 from smbfast.data.unmapped import Unmapped
@@ -76,7 +75,7 @@ def _remove_prepared(out: Path) -> None:
 def _prepare(
     data: DataSettings, out: Path, tokenizer: str | None, splits: tuple[str, ...]
 ) -> Prepared:
-    dataset = MedsDataset.open(data.folder)
+    dataset = MedsDataset.open(data.folder, index=out / FOLDER, split=data.split)
     source = _source(data, dataset, tokenizer, splits)
     plan, finished = out / "plan.json", out / "prepare.json"
     before: dict = {}
@@ -133,6 +132,7 @@ def _source(
         "sections": sections_of(data).fingerprint(),
         "tokenizer": tokenizer or made,
         "splits": list(splits),
+        "split": data.split and list(data.split),
     }
 
 
@@ -164,7 +164,8 @@ def check_prepared(prepared: Prepared, data: DataSettings, backbone: str | None)
         ValueError: there is a difference, which is named.
     """
     record = prepared.record
-    dataset = MedsDataset.open(data.folder)
+    index = prepared.folder / FOLDER
+    dataset = MedsDataset.open(data.folder, index=index, split=data.split)
     wanted = _source(data, dataset, backbone, tuple(record["splits"]))
     if backbone is None:
         wanted["tokenizer"] = record["tokenizer"]
@@ -184,14 +185,14 @@ def _make_shards(
         for split in splits
         for index, file in enumerate(dataset.splits[split])
     ]
-    rows = {file: pq.read_metadata(file).num_rows for _, _, file in jobs}
+    rows = {file: dataset.num_rows(file) for _, _, file in jobs}
     todo = [job for job in jobs if not _finished(out / job[1])]
     progress = Progress("smbfast.prepare", sum(rows[f] for _, _, f in todo), "events")
     workers = min(data.workers or os.cpu_count() or 1, len(todo))
     if workers > 1 and sum(rows[f] for _, _, f in todo) > PARALLEL_ROWS:
         with worker_pool(workers) as pool:
             running = {
-                pool.submit(_work, data, str(out), split, name, str(file)): file
+                pool.submit(_work, dataset.where, str(out), split, name, str(file)): file
                 for split, name, file in todo
             }
             for done in as_completed(running):
@@ -235,9 +236,9 @@ def _encoding(out: Path, plan: dict) -> PatientEncoding:
 _STATE: dict[str, tuple[MedsDataset, PatientSerializer]] = {}  # of a worker process: opened once
 
 
-def _work(data: DataSettings, out: str, split: str, name: str, file: str) -> None:
+def _work(where: tuple, out: str, split: str, name: str, file: str) -> None:
     if out not in _STATE:
-        dataset = MedsDataset.open(data.folder)
+        dataset = MedsDataset.again(where)
         _STATE[out] = (dataset, _serializer(dataset, Path(out)))
     dataset, serializer = _STATE[out]
     _make_shard(dataset, serializer, split, Path(file), Path(out) / name, None)

@@ -83,8 +83,8 @@ class Serializer:
             VERSION,
             self.encoder.fingerprint(),
             self._sections.fingerprint(),
-            self._descriptions,
-            self._parents,
+            dict(self._descriptions),
+            dict(self._parents),
             vars(self.options),
             vars(self.style),
         )

@@ -42,8 +42,13 @@ _READABLE = {
 }
 
 
-def run_probe(config: ProbeCommandSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run_probe(
+    config: ProbeCommandSettings, say: Callable[[str], None] = print, index: Path | None = None
+) -> dict[str, Any]:
     """Probe every task, write `probe.json` and the predictions, and print the table.
+
+    Args:
+        index: that of the dataset (see `MedsDataset.open`), if it has one.
 
     Returns the content of `probe.json`.
 
@@ -58,7 +63,7 @@ def run_probe(config: ProbeCommandSettings, say: Callable[[str], None] = print) 
 
     out = config.out or config.embeddings.parent
     require_replaceable(out / "probe.json")
-    dataset = MedsDataset.open(config.data)
+    dataset = MedsDataset.open(config.data, index=index, split=config.split)
     tasks = _read_tasks(config, dataset)
     for labels in tasks:
         require_replaceable(out / "predictions" / f"{labels.task}.parquet")
@@ -95,9 +100,7 @@ def run_probe(config: ProbeCommandSettings, say: Callable[[str], None] = print) 
         "small_cells": config.small_cells,
     }
     for labels, result in zip(matched_tasks, measured, strict=True):
-        if labels.kind == "binary" and result.score_N is not None:
-            file = out / "predictions" / f"{labels.task}.parquet"
-            _write_predictions(file, labels, result.score_N)
+        _write_predictions(out / "predictions" / f"{labels.task}.parquet", labels, result.score_N)
     with committed_file(out / "probe.json") as staging:
         staging.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     say(table(record))
@@ -146,7 +149,9 @@ def _oracle(data: Path, labels: Labels) -> dict[str, np.ndarray]:
     return full
 
 
-def _write_predictions(path: Path, labels: Labels, probability_N: np.ndarray) -> None:
+def _write_predictions(path: Path, labels: Labels, probability_N: np.ndarray | None) -> None:
+    if labels.kind != "binary" or probability_N is None:
+        return
     held_N = labels.split_N == "held_out"
     probability_H = probability_N[held_N]
     columns = [

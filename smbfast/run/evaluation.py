@@ -19,6 +19,7 @@ from smbfast.data.loader import FIXED, make_micro_batches
 from smbfast.data.masking import needs_cuts
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import distinct_nodes, node_texts
+from smbfast.data.source_index import FOLDER
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.target import JepaStates, TargetEncoder
 from smbfast.probing.embedding import Model, embed_nodes, packed_of, untrained
@@ -132,7 +133,8 @@ def probe_run(run: OpenRun, target: TargetEncoder | None) -> None:
             write_text(run.folder / "sample.json", json.dumps(sample))
     if not run.tasks:
         return
-    dataset = MedsDataset.open(run.data.folder)
+    index = prepared.folder / FOLDER
+    dataset = MedsDataset.open(run.data.folder, index=index, split=run.data.split)
     nodes = distinct_nodes([labels for _, labels in run.tasks])
     probed = packed_of(run.encoder, target, probe.encoder, settings.objective.path)
     models = {probe.encoder: Model(probed), "untrained": _untrained(run)}
@@ -159,11 +161,13 @@ def probe_run(run: OpenRun, target: TargetEncoder | None) -> None:
             embeddings=files[probe.encoder],
             untrained=files["untrained"],
             data=dataset.path,
+            split=run.data.split,
             labels=[str(folder) for folder, _ in run.tasks],
             out=run.folder,
             bootstraps=probe.bootstraps,
             seed=settings.run.seed,
-        )
+        ),
+        index=index,
     )
 
 

@@ -10,6 +10,7 @@ from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits,
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import check_prepared, prepare
+from smbfast.data.source_index import FOLDER
 from smbfast.data.windows import WindowSet
 from smbfast.run import checkpoint
 from smbfast.run.label_card import TaskFacts, require_none
@@ -249,7 +250,8 @@ def read_tasks(
         names = sorted(p.name for p in (root / "labels").iterdir() if p.is_dir())
     if not names:
         return [], []
-    dataset = MedsDataset.open(root)
+    prepared = Path(data.prepared) if data.prepared else settings.folder / "prepared"
+    dataset = MedsDataset.open(root, index=prepared / FOLDER, split=data.split)
     tasks = [(f, with_splits(read_labels(f), dataset)) for f in find_tasks(names, root)]
     facts = [TaskFacts.of(labels, dataset) for _, labels in tasks]
     for (_, labels), fact in zip(tasks, facts, strict=True):

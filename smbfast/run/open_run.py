@@ -273,6 +273,7 @@ def _model_record(run: OpenRun, step: int) -> dict:
         "delimiters": prepared.record["delimiters"],
         "format": prepared.record["format"],
         "encoder": prepared.record["encoder"],
+        "split": prepared.record.get("split"),
         "section_rules": prepared.record["section_rules"],
         "options": prepared.options,
         "matmul": run.progress.matmul,

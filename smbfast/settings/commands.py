@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from smbfast.base.config import Settings
+from smbfast.settings.data import whole_fractions
 
 
 class EmbedSettings(Settings):
@@ -146,6 +147,12 @@ class ProbeCommandSettings(Settings):
         description="Folder of the MEDS dataset that the labels belong to. Its events give the "
         "baseline of age, sex and counts of codes."
     )
+    split: tuple[float, float, float] | None = Field(
+        None,
+        description="For a dataset without splits: the fractions of patients in train, tuning and "
+        "held_out, such as 0.8,0.1,0.1, as the model was trained with them. `none` takes the "
+        "splits of the labels and of the dataset.",
+    )
     untrained: Path | None = Field(
         None,
         description="Parquet file with embeddings of the same backbone before training, at the "
@@ -194,6 +201,11 @@ class ProbeCommandSettings(Settings):
         description="Privacy of small groups: in the printed table a count from 1 to this number "
         "appears as <=N. 0 prints every count as it is.",
     )
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        return whole_fractions(value)
 
 
 class ReportSettings(Settings):

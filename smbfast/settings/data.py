@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, TypeGuard
 
 from pydantic import Field, field_validator
 
@@ -40,10 +40,11 @@ class DataSettings(Settings):
     )
     split: tuple[float, float, float] | None = Field(
         None,
-        description="Fractions of the patients that become train, tuning and held_out, for a "
-        "dataset that has no splits, such as 0.8,0.1,0.1. A hash of the patient's id decides, so "
-        "that a patient stays in one split whatever the other patients are. `none` means that the "
-        "dataset has splits of its own, which are never divided anew.",
+        description="For a dataset without splits: the fractions of patients that become train, "
+        "tuning and held_out, such as 0.8,0.1,0.1. A hash of the patient's id decides, so that a "
+        "patient stays in one split whatever other patients there are. `none` takes the splits of "
+        "the dataset, folders or metadata/subject_splits.parquet; where there are any, fractions "
+        "are refused. The probe needs the same fractions.",
     )
     window: int = Field(
         1024,
@@ -138,6 +139,11 @@ class DataSettings(Settings):
         "with it.",
     )
 
+    @field_validator("split", mode="before")
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        return whole_fractions(value)
+
     @field_validator("gap_floor")
     @classmethod
     def _no_negative_gap(cls, value: int | str) -> int | str:
@@ -185,6 +191,29 @@ class DataSettings(Settings):
         """The folder of the dataset; call it once `path` is known (a simulated cohort fills it)."""
         assert self.path is not None
         return Path(self.path)
+
+
+def whole_fractions(value: object) -> object:
+    """Return fractions of train, tuning and held_out as they are.
+
+    Raises:
+        ValueError: they are not three numbers from 0 to 1 that add up to 1, or train or tuning has
+            none.
+    """
+    if value is None:
+        return value
+    numbers = [float(v) for v in value if isinstance(v, (int, float))] if _is_row(value) else []
+    fits = len(numbers) == 3 and all(0 <= v <= 1 for v in numbers) and all(numbers[:2])
+    if not fits or abs(sum(numbers) - 1) > 1e-6:
+        raise ValueError(
+            "must be three fractions, of train, tuning and held_out, that add up to 1, such as "
+            "0.8,0.1,0.1; only that of held_out may be 0"
+        )
+    return numbers
+
+
+def _is_row(value: object) -> TypeGuard[list | tuple]:
+    return isinstance(value, (list, tuple)) and len(value) == 3
 
 
 def _trained_floor(model: Path, default: int) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,12 +31,13 @@ def test_a_process_opens_a_dataset_once_for_all_its_files(
     opened: list[Path] = []
     honest = MedsDataset.open
 
-    def counting(folder: Path) -> MedsDataset:
+    def counting(folder: Path, **options: Any) -> MedsDataset:
         opened.append(folder)
-        return honest(folder)
+        return honest(folder, **options)
 
     monkeypatch.setattr(MedsDataset, "open", counting)
-    parts = [fitting._count(settings, str(file)) for file in files]
+    where = (data, None, None)
+    parts = [fitting._count(settings, where, str(file)) for file in files]
     assert len(files) == len(SPLITS["train"]) > 1 and opened == [data]
     assert sum(part.num_events for part in parts) == whole.num_events
 
