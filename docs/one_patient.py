@@ -22,7 +22,6 @@ from smbfast.data.meds import STATIC, EventBatch, MedsDataset
 from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import prepare
 from smbfast.data.sections import SECTIONS
-from smbfast.data.windows import WindowSet
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.target import TargetEncoder
 from smbfast.run.step import LossScales
@@ -55,12 +54,7 @@ class Shown:
             "tiny", [*SETTINGS, f"data.format={form}", f"data.path={folder / 'cohort'}"]
         )
         prepared = prepare(settings.data, folder / form, None, ("train",))
-        windows = WindowSet.of(
-            prepared.shards("train"),
-            settings.data.window,
-            prepared.preamble,
-            settings.objective,
-        )
+        windows = prepared.windows("train", settings.data.window, settings.objective)
         made = (windows[index] for index in range(len(windows)))
         of_subject = {w.subject: w for w in made if w.subject in SUBJECTS}
         return cls(settings, prepared, [of_subject[s] for s in SUBJECTS])

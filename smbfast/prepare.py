@@ -15,9 +15,12 @@ def main(argv: list[str] | None = None) -> None:
         from smbfast.base.runtime import few
         from smbfast.data.explaining import explained
         from smbfast.data.preparing import prepare
+        from smbfast.settings import ObjectiveSettings
 
         start = time.monotonic()
         prepared = prepare(settings, Path(settings.out), settings.tokenizer, tuple(settings.splits))
+        for split in settings.splits:  # what a run with the defaults of its objective needs
+            prepared.windows(split, settings.window, ObjectiveSettings(), settings.stride)
         seconds = time.monotonic() - start
         table = explained(prepared, settings) if settings.explain else []
     counts = prepared.counts

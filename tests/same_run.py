@@ -72,7 +72,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
                     named[f"{file.relative_to(run)}:{name}"] = torch.tensor(
                         values, dtype=torch.float64
                     )
-    for file in sorted(run.rglob("*.bin")):
+    for file in sorted([*run.rglob("*.shard"), *run.rglob("*.windows")]):
         whole = torch.frombuffer(bytearray(file.read_bytes() or b"\0"), dtype=torch.uint8)
         named[str(file.relative_to(run))] = whole
     return named

@@ -3,7 +3,7 @@
 Every draw is seeded by its identity (seed, step, subject, window, cut), never by who draws or when.
 
 Legend: L lines, B buckets, W windows, C allowed cuts, E events of a future, M masked tokens, R
-tokens whose place the mask vector takes.
+tokens whose place the mask vector takes, S timelines.
 """
 
 import math
@@ -13,6 +13,7 @@ import numpy as np
 from smbfast.batch import Timeline
 from smbfast.data.draws import below, generator
 from smbfast.data.sections import SECTIONS
+from smbfast.data.shards import Block
 from smbfast.settings import ObjectiveSettings
 
 _NEVER_MASKED = SECTIONS.index("demographics")
@@ -42,7 +43,7 @@ def allowed_cuts(window: Timeline, objective: ObjectiveSettings) -> np.ndarray:
 
 
 def have_cut(
-    timelines: list[Timeline],
+    block: Block,
     owner_W: np.ndarray,
     start_W: np.ndarray,
     end_W: np.ndarray,
@@ -54,21 +55,16 @@ def have_cut(
     All timelines lie behind each other, so that a few searches answer for all windows.
 
     Args:
-        owner_W: which of the timelines a window is of.
+        owner_W: which of the timelines of the block a window is of.
         start_W, end_W: its tokens in the timeline.
         lead_W: the number of tokens that it has before these.
     """
-    length = [len(t) for t in timelines]
-    offset = np.cumsum(length) - length
-    end_B, start_L, section_L = (
-        np.concatenate([getattr(t, name) for t in timelines])
-        for name in ("bucket_end_B", "line_start_L", "line_section_L")
-    )
-    end_B = end_B + np.repeat(offset, [len(t.bucket_end_B) for t in timelines])
-    start_L = start_L + np.repeat(offset, [len(t.line_start_L) for t in timelines])
-    start_L = start_L[section_L != _NEVER_MASKED]
+    offset_S, (_, num_buckets_S, num_lines_S) = block.start_S3[:, 0], block.num_S3.T
+    end_B = block.columns["bucket_end_B"] + np.repeat(offset_S, num_buckets_S)
+    start_L = block.columns["line_start_L"] + np.repeat(offset_S, num_lines_S)
+    start_L = start_L[block.columns["line_section_L"] != _NEVER_MASKED]
     length_W = lead_W + end_W - start_W
-    shift_W = offset[owner_W] + start_W - lead_W  # from a token of the window to one of all
+    shift_W = offset_S[owner_W] + start_W - lead_W  # from a token of the window to one of all
     low_W, high_W = (share * length_W for share in objective.context)
     low_W = np.maximum(np.ceil(low_W).astype(np.int64), lead_W + 1)
     high_W = np.minimum(np.floor(high_W).astype(np.int64), length_W - max(objective.min_future, 1))

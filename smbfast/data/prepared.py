@@ -4,11 +4,12 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
 from smbfast.base.counts import share
-from smbfast.base.files import verify_folder
+from smbfast.base.files import digest_of, verify_folder
 from smbfast.base.runtime import few
 from smbfast.batch import NewToken
 from smbfast.data.formats import (
@@ -20,11 +21,34 @@ from smbfast.data.formats import (
     serializer_of,
 )
 from smbfast.data.meds import MedsDataset
-from smbfast.data.shards import Shard
+from smbfast.data.shards import LAYOUT, Shard
 from smbfast.data.timelines import Preamble
 from smbfast.data.tokens import load_tokenizer
+from smbfast.data.verified import verify_files
+from smbfast.data.window_index import VERSION, cut_settings, stored_windows
+from smbfast.data.windows import WindowSet
+from smbfast.settings import ObjectiveSettings
 
 SHARED = ("ancestor", "prefix", "family", "section")  # rungs on which rare codes share a token
+
+
+class ShardRecord(TypedDict):
+    """What prepare.json says of a shard, so that a start opens none."""
+
+    file: str
+    sha256: str
+    timelines: int
+    tokens: int
+
+
+def require_current(folder: Path, record: dict) -> None:
+    """Raise a ValueError if an earlier version wrote a prepared folder."""
+    if "data_format" not in record or record.get("layout") != LAYOUT:
+        raise ValueError(
+            f"{folder} was prepared by an earlier version: the layout of its shards must be "
+            f"{LAYOUT}, its record says {record.get('layout')}; prepare the data again, into "
+            "another folder"
+        )
 
 
 @dataclass(frozen=True)
@@ -35,14 +59,21 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     encoding: PatientEncoding
     record: dict  # prepare.json
+    spare: Path | None = None  # folder for what belongs into `folder` where that is not writable
 
     @classmethod
-    def open(cls, folder: Path) -> "Prepared":
+    def open(
+        cls, folder: Path, verify: Literal["once", "all"] = "once", spare: Path | None = None
+    ) -> "Prepared":
         """Open a finished folder.
 
+        Args:
+            verify: whether to read only shards that were never verified, or changed since, or all.
+            spare: folder that takes what is recorded and made here if `folder` cannot be written.
+
         Raises:
-            ValueError: the folder is missing or unfinished, an earlier version wrote it, or its
-                tokenizer is not the one that its shards were made with.
+            ValueError: the folder is missing or unfinished, an earlier version wrote it, a shard is
+                damaged, or its tokenizer is not the one that its shards were made with.
         """
         folder = Path(folder)
         try:
@@ -53,21 +84,52 @@ class Prepared:
                 f"{folder} must be a finished folder of `python -m smbfast.prepare`; it has no "
                 "readable prepare.json"
             ) from None
-        if "data_format" not in record:
-            raise ValueError(
-                f"{folder} was prepared by an earlier version, whose record has no data_format; "
-                "prepare the data again, into another folder"
-            )
+        require_current(folder, record)
         verify_folder(folder / "tokenizer")
         tokenizer, _ = load_tokenizer(str(folder / "tokenizer"), delimiters)
         encoding = read_encoding(folder / "tokenizer", tokenizer, record)
         if encoding.fingerprint() != made_by:
             raise ValueError(f"{folder}: the tokenizer is not the one its shards were made with")
-        return cls(folder, tokenizer, encoding, record)
+        opened = cls(folder, tokenizer, encoding, record, spare)
+        shards = (shard for of_split in record["shards"].values() for shard in of_split)
+        files = {shard["file"]: shard["sha256"] for shard in shards}
+        verify_files(folder, files, opened._folders, every=verify == "all")
+        return opened
+
+    @property
+    def _folders(self) -> list[Path]:
+        return [self.folder, *([self.spare] if self.spare else [])]
 
     def shards(self, split: str) -> list[Shard]:
-        """Open the shards of a split, each verified."""
-        return [Shard(self.folder / name) for name in self.record["shards"].get(split, [])]
+        """Return the shards of a split, none of which is opened before it is used."""
+        records: list[ShardRecord] = self.record["shards"].get(split, [])
+        return [Shard(self.folder / r["file"], r["timelines"]) for r in records]
+
+    def windows(
+        self,
+        split: str,
+        window: int,
+        objective: ObjectiveSettings,
+        stride: int | None = None,
+    ) -> WindowSet:
+        """Return the training windows of a split, from the table on disk, which is made if need be.
+
+        Args:
+            window: context length in tokens.
+            objective: which decides the windows that have a cut.
+            stride: the distance of windows in tokens; None is `window`.
+        """
+        shards, preamble, record = self.shards(split), self.preamble, self.record
+        made_of = digest_of(
+            VERSION,
+            window,
+            stride or window,
+            [record[key] for key in ("data_format", "format", "encoder", "options")],
+            cut_settings(objective),
+            [shard["sha256"] for shard in record["shards"].get(split, [])],
+        )
+        name = f"windows/{made_of}/{split}.windows"
+        return stored_windows(self._folders, name, shards, window, preamble, objective, stride)
 
     @property
     def new_tokens(self) -> list[NewToken]:

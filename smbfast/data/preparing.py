@@ -1,7 +1,8 @@
 """Turns a MEDS folder into memory-mapped token shards.
 
-One MEDS file becomes one shard, written as a committed folder. So a run that was stopped goes on
-with the remaining files. Memory is bounded by the rows decoded at once, not by the subjects.
+One MEDS file becomes one shard, a file that is there once it is whole. So a run that was stopped
+goes on with the remaining files. Memory is bounded by the rows decoded at once, not by the
+subjects.
 """
 
 import json
@@ -12,8 +13,9 @@ from collections import Counter
 from concurrent.futures import as_completed
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
-from smbfast.base.files import committed_folder, verify_folder, write_text
+from smbfast.base.files import write_text
 from smbfast.base.locks import locked
 from smbfast.base.ours import prepared_entries, require_prepared_folder
 from smbfast.base.progress import Progress
@@ -29,21 +31,29 @@ from smbfast.data.formats import (
     sections_of,
 )
 from smbfast.data.meds import MedsDataset
-from smbfast.data.prepared import Prepared
+from smbfast.data.prepared import Prepared, ShardRecord, require_current
 from smbfast.data.quality import count_quality
 from smbfast.data.sections import SectionMap
-from smbfast.data.shards import ShardWriter
+from smbfast.data.shards import LAYOUT, SUFFIX, Shard, ShardWriter
 from smbfast.data.source_index import FOLDER
 from smbfast.data.splits import SPLITS
 from smbfast.data.tokens import load_tokenizer
 from smbfast.data.unmapped import Unmapped
+from smbfast.data.verified import note_verified
 from smbfast.settings import DataSettings
 
 
 def prepare(
-    data: DataSettings, out: Path, tokenizer: str | None, splits: tuple[str, ...]
+    data: DataSettings,
+    out: Path,
+    tokenizer: str | None,
+    splits: tuple[str, ...],
+    verify: Literal["once", "all"] = "once",
 ) -> Prepared:
     """Prepare `splits` of `data.path` under `out`, or open what is already there.
+
+    Args:
+        verify: of shards that are already there; see `Prepared.open`.
 
     Raises:
         ValueError: the data is bad (see `MedsDataset.open`), or `out` was made from other data or
@@ -54,7 +64,7 @@ def prepare(
     with locked(out, "smbfast.prepare"):
         fresh = not prepared_entries(out)
         try:
-            return _prepare(data.decided(tokenizer), out, tokenizer, splits)
+            return _prepare(data.decided(tokenizer), out, tokenizer, splits, verify)
         except ValueError:
             # once the data is mended its digest is another: nothing of this could be gone on with
             if fresh:
@@ -73,14 +83,19 @@ def _remove_prepared(out: Path) -> None:
 
 
 def _prepare(
-    data: DataSettings, out: Path, tokenizer: str | None, splits: tuple[str, ...]
+    data: DataSettings,
+    out: Path,
+    tokenizer: str | None,
+    splits: tuple[str, ...],
+    verify: Literal["once", "all"],
 ) -> Prepared:
-    dataset = MedsDataset.open(data.folder, index=out / FOLDER, split=data.split)
+    dataset = _dataset(data, out)
     source = _source(data, dataset, tokenizer, splits)
     plan, finished = out / "plan.json", out / "prepare.json"
     before: dict = {}
     if plan.is_file() or finished.is_file():
         before = _recorded(plan if plan.is_file() else finished)
+        require_current(out, before)
         changed = ", ".join(k for k in source if not _same(source[k], before.get(k)))
         if changed:
             raise ValueError(
@@ -88,7 +103,7 @@ def _prepare(
                 "or remove it"
             )
     if finished.is_file():
-        return Prepared.open(out)
+        return Prepared.open(out, verify)
     if outside := dataset.without_split():
         shown = f"{outside:,}" if outside > 10 else "up to 10"
         print(
@@ -117,6 +132,10 @@ def _prepare(
     return Prepared.open(out)
 
 
+def _dataset(data: DataSettings, out: Path) -> MedsDataset:
+    return MedsDataset.open(data.folder, index=out / FOLDER, split=data.split)
+
+
 def _source(
     data: DataSettings, dataset: MedsDataset, tokenizer: str | None, splits: tuple[str, ...]
 ) -> dict:
@@ -125,6 +144,8 @@ def _source(
     made = f"bpe of {data.vocab_size}" if data.format != "codes" else "codes"
     return {
         "data": dataset.digest(splits),
+        "split": list(data.split) if data.split else None,
+        "layout": LAYOUT,
         "data_format": data.format,
         "format": VERSIONS[data.format],
         "options": options_of(data),
@@ -132,7 +153,6 @@ def _source(
         "sections": sections_of(data).fingerprint(),
         "tokenizer": tokenizer or made,
         "splits": list(splits),
-        "split": data.split and list(data.split),
     }
 
 
@@ -164,8 +184,7 @@ def check_prepared(prepared: Prepared, data: DataSettings, backbone: str | None)
         ValueError: there is a difference, which is named.
     """
     record = prepared.record
-    index = prepared.folder / FOLDER
-    dataset = MedsDataset.open(data.folder, index=index, split=data.split)
+    dataset = _dataset(data, prepared.folder)
     wanted = _source(data, dataset, backbone, tuple(record["splits"]))
     if backbone is None:
         wanted["tokenizer"] = record["tokenizer"]
@@ -179,9 +198,9 @@ def check_prepared(prepared: Prepared, data: DataSettings, backbone: str | None)
 
 def _make_shards(
     data: DataSettings, dataset: MedsDataset, out: Path, splits: tuple[str, ...]
-) -> tuple[dict[str, list[str]], dict[str, Counter[str]], Unmapped]:
+) -> tuple[dict[str, list[ShardRecord]], dict[str, Counter[str]], Unmapped]:
     jobs = [
-        (split, f"{split}/{index}", file)
+        (split, f"{split}/{index}{SUFFIX}", file)
         for split in splits
         for index, file in enumerate(dataset.splits[split])
     ]
@@ -202,22 +221,35 @@ def _make_shards(
         serializer = _serializer(dataset, out)
         for split, name, file in todo:
             _make_shard(dataset, serializer, split, file, out / name, progress)
-    shards: dict[str, list[str]] = {s: [] for s in splits}
+    return _recorded_shards(out, [(split, name) for split, name, _ in jobs], splits)
+
+
+def _recorded_shards(
+    out: Path, jobs: list[tuple[str, str]], splits: tuple[str, ...]
+) -> tuple[dict[str, list[ShardRecord]], dict[str, Counter[str]], Unmapped]:
+    """Return what the headers of verified shards say, and record that they were verified."""
+    shards: dict[str, list[ShardRecord]] = {s: [] for s in splits}
     counts: dict[str, Counter[str]] = {s: Counter() for s in splits}
     unmapped = Unmapped()
-    for split, name, _ in jobs:
-        index = json.loads((out / name / "index.json").read_text())
-        shards[split].append(name)
+    for split, name in jobs:
+        shard = Shard(out / name)
+        index = shard.index
+        timelines, tokens = index["timelines"], index["tokens"]
+        shards[split].append(
+            ShardRecord(file=name, sha256=shard.sha256, timelines=timelines, tokens=tokens)
+        )
         counts[split].update(index["counts"])
-        counts[split].update(subjects=index["timelines"], tokens=index["tokens"])
+        counts[split].update(subjects=timelines, tokens=tokens)
         unmapped.update(index["unmapped"])
+    files = {shard["file"]: shard["sha256"] for of_split in shards.values() for shard in of_split}
+    note_verified(out, files, [out])
     return shards, counts, unmapped
 
 
-def _finished(folder: Path) -> bool:
-    if not folder.is_dir():
+def _finished(file: Path) -> bool:
+    if not file.exists():
         return False
-    verify_folder(folder)
+    Shard(file).verify()
     return True
 
 
@@ -249,13 +281,12 @@ def _make_shard(
     serializer: PatientSerializer,
     split: str,
     file: Path,
-    folder: Path,
+    path: Path,
     progress: Progress | None,
 ) -> None:
     serializer.counts.clear()
     serializer.unmapped.clear()
-    with committed_folder(folder, private=True) as staging:
-        writer = ShardWriter(staging)
+    with ShardWriter(path) as writer:
         for batch in dataset.file_batches(file, split, text_chars=serializer.text_chars):
             serializer.counts.update(count_quality(batch, dataset))
             for timeline in serializer.timelines(batch):
@@ -265,6 +296,9 @@ def _make_shard(
                     serializer.counts["subjects_without_events"] += 1
             if progress:
                 progress.add(len(batch.time_N))
-        writer.close(
-            split=split, counts=dict(serializer.counts), unmapped=serializer.unmapped.record()
-        )
+        writer.index |= {
+            "split": split,
+            "counts": dict(serializer.counts),
+            "unmapped": serializer.unmapped.record(),
+        }
+    Shard(path).verify()

@@ -1,21 +1,25 @@
 """Token shards hold the timelines of one MEDS file as flat arrays, memory-mapped when read.
 
-A shard is a committed folder: `<field>.bin` for every array of a Timeline, `timelines.bin` with the
-offsets, `index.json` with dtypes and counts. Timelines are appended, so memory use stays constant.
+A shard is one file (`smbfast.data.array_file`) with every array of its timelines, one timeline
+behind the other, and a table with their offsets. Timelines are appended, so memory use stays
+constant. A shard that is not used holds neither memory nor a file descriptor.
 
-Legend: S timelines; the last axis of `timelines.bin` is TABLE.
+Legend: S timelines, B buckets, L lines; the last axis of the table is TABLE.
 """
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from smbfast.base.files import verify_folder
 from smbfast.batch import Timeline
+from smbfast.data.array_file import ArrayFile, ArrayWriter, OpenMaps, damaged
 
+LAYOUT = 2  # of the files; a prepared folder with another is refused
+SUFFIX = ".shard"
 FIELDS: dict[str, type] = {
     "ids_T": np.int32,
     "bucket_end_B": np.int32,
@@ -27,67 +31,206 @@ FIELDS: dict[str, type] = {
     "line_section_L": np.uint8,
 }
 TABLE = ("subject", "birth", "header", "tokens", "buckets", "lines")  # the last three: ends
+MOST_MAPS = 64  # of shards at a time, far from the 256 open files of a strict system: our choice
+BLOCK = 4096  # timelines that are read together, and as many thousands of lines: our choice
+
+# ids are last, so that reading the header reads none ahead
+_ARRAYS = {"timelines": np.int64, **dict(reversed(FIELDS.items()))}
+_MAPS = OpenMaps(MOST_MAPS)
+_WITHOUT_IDS = tuple(n for n in FIELDS if n not in ("ids_T", "line_time_L"))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Timelines that lie behind each other, without what neither windows nor cuts follow from.
+
+    Offsets of buckets and lines count tokens from the start of their own timeline.
+    """
+
+    first: int  # number of the first timeline in its shard
+    about_S3: np.ndarray  # int64: subject, birth and tokens before the first bucket
+    end_S3: np.ndarray  # int64: tokens, buckets and lines up to the end of each, in the block
+    columns: dict[str, np.ndarray]  # the arrays of a Timeline but ids_T and line_time_L
+
+    @classmethod
+    def of(cls, timelines: Sequence[Timeline], first: int) -> "Block":
+        """Put timelines behind each other; `first` is the number of the first one."""
+        sizes = [(len(t), len(t.bucket_end_B), len(t.line_start_L)) for t in timelines]
+        about = [(t.subject, t.birth, t.header) for t in timelines]
+        columns = {
+            n: np.concatenate([np.empty(0, FIELDS[n]), *(getattr(t, n) for t in timelines)])
+            for n in _WITHOUT_IDS
+        }
+        end_S3 = np.array(sizes, np.int64).reshape(-1, 3).cumsum(0)
+        return cls(first, np.array(about, np.int64).reshape(-1, 3), end_S3, columns)
+
+    @property
+    def birth_S(self) -> np.ndarray:
+        """Births, microseconds since 1970 or UNKNOWN, int64 [S]."""
+        return self.about_S3[:, 1]
+
+    @property
+    def header_S(self) -> np.ndarray:
+        """Tokens before the first bucket of each timeline, int64 [S]."""
+        return self.about_S3[:, 2]
+
+    @property
+    def start_S3(self) -> np.ndarray:
+        """Tokens, buckets and lines before each timeline, int64 [S, 3]."""
+        return np.concatenate([np.zeros((1, 3), np.int64), self.end_S3[:-1]])
+
+    @property
+    def num_S3(self) -> np.ndarray:
+        """Tokens, buckets and lines of each timeline, int64 [S, 3]."""
+        return np.diff(self.end_S3, axis=0, prepend=np.zeros((1, 3), np.int64))
+
+    def __getitem__(self, item: int) -> Timeline:
+        """Return a timeline whose ids are zeros, and whose lines have no times."""
+        starts = self.end_S3[item - 1].tolist() if item else [0, 0, 0]
+        spans = dict(zip("TBL", zip(starts, self.end_S3[item].tolist(), strict=True), strict=True))
+        arrays: dict[str, Any] = {n: self.columns[n][slice(*spans[n[-1]])] for n in _WITHOUT_IDS}
+        num_tokens, num_lines = (spans[axis][1] - spans[axis][0] for axis in "TL")
+        subject, birth, header = self.about_S3[item].tolist()
+        return Timeline(
+            subject=subject,
+            birth=birth,
+            header=header,
+            ids_T=np.broadcast_to(np.int32(0), num_tokens),  # takes no memory
+            line_time_L=np.broadcast_to(np.int64(0), num_lines),
+            **arrays,
+        )
 
 
 class ShardWriter:
-    """Appends timelines to a folder that is being committed."""
+    """Appends timelines to a shard, which is there once the `with` block has ended without error.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files = {name: open(folder / f"{name}.bin", "wb") for name in FIELDS}  # noqa: SIM115
-        self._table: list[tuple[int, ...]] = []
+    What is put into `index` goes into its header.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Begin a shard; see `ArrayWriter`."""
+        self._file = ArrayWriter(path, _ARRAYS)
         self._ends = np.zeros(3, np.int64)
+        self.index = self._file.index
+        self.index |= {"timelines": 0, "tokens": 0}
 
     def add(self, timeline: Timeline) -> None:
         """Append one timeline."""
-        for name, dtype in FIELDS.items():
-            self._files[name].write(np.ascontiguousarray(getattr(timeline, name), dtype).tobytes())
-        self._ends += (len(timeline), len(timeline.bucket_end_B), len(timeline.line_start_L))
-        scalars = (timeline.subject, timeline.birth, timeline.header)
-        self._table.append((*scalars, *self._ends.tolist()))
+        self.add_block(
+            np.array([[timeline.subject, timeline.birth, timeline.header]], np.int64),
+            np.array(
+                [[len(timeline), len(timeline.bucket_end_B), len(timeline.line_start_L)]], np.int64
+            ),
+            {name: getattr(timeline, name) for name in FIELDS},
+        )
 
-    def close(self, **index: object) -> None:
-        """Finish the files; `index` goes into `index.json`."""
-        for file in self._files.values():
-            file.close()
-        table = np.array(self._table, np.int64).reshape(-1, len(TABLE))
-        (self._folder / "timelines.bin").write_bytes(table.tobytes())
-        content = {"timelines": len(table), "tokens": int(self._ends[0]), **index}
-        (self._folder / "index.json").write_text(json.dumps(content))
+    def add_block(
+        self, about_S3: np.ndarray, num_S3: np.ndarray, columns: dict[str, np.ndarray]
+    ) -> None:
+        """Append timelines that lie behind each other.
+
+        Args:
+            about_S3: int64, subject, birth and header of each.
+            num_S3: int64, its tokens, buckets and lines.
+            columns: every array of a Timeline, of all of them.
+        """
+        for name in FIELDS:
+            self._file.append(name, columns[name])
+        end_S3 = self._ends + num_S3.cumsum(0)
+        self._file.append("timelines", np.concatenate([about_S3, end_S3], 1))
+        self._ends += num_S3.sum(0)
+        self.index["timelines"] += len(num_S3)
+        self.index["tokens"] = int(self._ends[0])
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
 
 
 class Shard:
-    """A finished shard; `shard[i]` is its i-th timeline, read from the map."""
+    """A finished shard; `shard[i]` is its i-th timeline, read from the map.
 
-    def __init__(self, folder: Path) -> None:
-        """Map a shard after its sizes and hashes were checked.
+    The file is opened when a timeline is wanted, and is closed again when other shards are used.
+    """
+
+    def __init__(self, path: Path, num_timelines: int | None = None) -> None:
+        """Name a shard; nothing of it is read if the number of its timelines is known.
+
+        Raises:
+            ValueError: `num_timelines` is None, and the shard is unfinished.
+        """
+        self.path = path
+        if num_timelines is None:
+            num_timelines = self._file.places["timelines"].num // len(TABLE)
+        self._num = num_timelines
+
+    @cached_property
+    def _file(self) -> ArrayFile:
+        file = ArrayFile.open(self.path)
+        if file.places.keys() != _ARRAYS.keys():
+            raise damaged(self.path)
+        return file
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """What the writer counted, with `timelines` and `tokens`."""
+        return self._file.index
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the shard, as its header says."""
+        return self._file.sha256
+
+    def verify(self) -> None:
+        """Read every byte.
 
         Raises:
             ValueError: the shard is unfinished or damaged.
         """
-        verify_folder(folder)
-        self.folder = folder
-        self.index = json.loads((folder / "index.json").read_text())
-        table = np.frombuffer((folder / "timelines.bin").read_bytes(), np.int64)
-        self.table = table.reshape(-1, len(TABLE))
-        self._maps = {n: _mapped(folder / f"{n}.bin", dtype) for n, dtype in FIELDS.items()}
+        ArrayFile.open(self.path).verify()
 
     def __len__(self) -> int:
-        return len(self.table)
+        return self._num
 
     def __iter__(self) -> Iterator[Timeline]:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, item: int) -> Timeline:
-        if item >= len(self.table):
+        if item >= self._num:
             raise IndexError(item)
-        starts = self.table[item - 1, 3:] if item else np.zeros(3, np.int64)
-        subject, birth, header, *ends = self.table[item].tolist()
-        spans = dict(zip("TBL", zip(starts.tolist(), ends, strict=True), strict=True))
-        arrays: dict[str, Any] = {n: self._maps[n][slice(*spans[n[-1]])] for n in FIELDS}
-        return Timeline(subject=subject, birth=birth, header=header, **arrays)
+        arrays = _MAPS.of(self._file)
+        table = arrays["timelines"].reshape(-1, len(TABLE))
+        starts = table[item - 1, 3:].tolist() if item else [0, 0, 0]
+        subject, birth, header, *ends = table[item].tolist()
+        spans = dict(zip("TBL", zip(starts, ends, strict=True), strict=True))
+        fields: dict[str, Any] = {n: arrays[n][slice(*spans[n[-1]])] for n in FIELDS}
+        return Timeline(subject=subject, birth=birth, header=header, **fields)
 
+    def subjects(self) -> np.ndarray:
+        """Return the subject of each timeline, int64 [S], read without opening the shard's map."""
+        width = len(TABLE)
+        table = self._file.read({"timelines": (0, self._num * width)})["timelines"]
+        return table.reshape(-1, width)[:, 0].copy()
 
-def _mapped(file: Path, dtype: type) -> np.ndarray:
-    # a plain array over the map, whose slices cost a tenth of those of a memmap
-    return np.asarray(np.memmap(file, dtype, "r")) if file.stat().st_size else np.empty(0, dtype)
+    def blocks(self) -> Iterator[Block]:
+        """Yield all timelines, a block at a time, read into memory that is bounded.
+
+        A block has up to `BLOCK` timelines, with up to `1000 * BLOCK` lines if it has several.
+        """
+        first, before_3 = 0, np.zeros(3, np.int64)
+        while first < self._num:
+            end = min(first + BLOCK, self._num)
+            width = len(TABLE)
+            rows = self._file.read({"timelines": (first * width, end * width)})
+            table = rows["timelines"].reshape(-1, width)
+            num = int(np.searchsorted(table[:, 5], before_3[2] + 1000 * BLOCK, side="right"))
+            table = table[: max(num, 1)]
+            last_3 = table[-1, 3:]
+            spans = dict(
+                zip("TBL", zip(before_3.tolist(), last_3.tolist(), strict=True), strict=True)
+            )
+            columns = self._file.read({n: spans[n[-1]] for n in _WITHOUT_IDS})
+            yield Block(first, table[:, :3], table[:, 3:] - before_3, columns)
+            first, before_3 = first + len(table), last_3

@@ -10,7 +10,7 @@ starts at that bucket instead. A decision node takes the earliest window that ho
 bucket. So it sees between half a window and a whole one, and nothing after its prediction time
 influences which.
 
-Legend: B buckets, L lines, T tokens, W windows.
+Legend: B buckets, L lines, S timelines, T tokens, W windows, Y years of age.
 """
 
 from bisect import bisect_left
@@ -66,6 +66,25 @@ class Preamble:
             num_demographics -= len(self.age(timeline.birth, first))
             own += len(self.age(timeline.birth, time))
         return own + max(0, min(num_demographics, max(window // 4, 1) - own))
+
+    def first_header_lengths(
+        self, header_S: np.ndarray, birth_S: np.ndarray, time_S: np.ndarray, window: int
+    ) -> np.ndarray:
+        """Return `header_length` of the first window of each timeline, int64 [S].
+
+        Args:
+            header_S: the timelines' own headers, in tokens.
+            birth_S, time_S: birth and begin of the first bucket, microseconds since 1970.
+        """
+        age_S = np.zeros(len(header_S), np.int64)
+        if self.age_ids:
+            length_Y = np.array([len(ids) for ids in self.age_ids])
+            known_S = (birth_S != UNKNOWN) & (time_S >= birth_S)
+            years = (time_S[known_S] - birth_S[known_S]) // YEAR
+            age_S[known_S] = length_Y[np.minimum(years, MOST_YEARS)]
+        own_S = int(self.begin is not None) + age_S
+        most_S = max(window // 4, 1) - own_S
+        return own_S + np.maximum(0, np.minimum(header_S - age_S, most_S))
 
     def lead(self, timeline: Timeline, start: int, window: int) -> np.ndarray:
         """Return all that stands before token `start` in the window that begins there.
@@ -191,6 +210,8 @@ def window_of(
 ) -> tuple[Timeline, int]:
     """Return the window of tokens `[start, end)`, and how many tokens its header lost.
 
+    Its arrays are its own: the file that a timeline is mapped from may be closed while it is used.
+
     Args:
         start, end: tokens of the timeline, behind its header.
         new: the first of them that no earlier window predicts.
@@ -208,12 +229,12 @@ def window_of(
         ids_T=np.concatenate([lead, timeline.ids_T[start:end]]),
         header=len(lead),
         bucket_end_B=np.minimum(timeline.bucket_end_B[a:b], end) + shift,
-        bucket_time_B=timeline.bucket_time_B[a:b],
-        bucket_head_B=timeline.bucket_head_B[a:b],
+        bucket_time_B=timeline.bucket_time_B[a:b].copy(),
+        bucket_head_B=timeline.bucket_head_B[a:b].copy(),
         line_start_L=np.maximum(timeline.line_start_L[la:lb], start) + shift,
         line_end_L=np.minimum(timeline.line_end_L[la:lb], end) + shift,
-        line_time_L=timeline.line_time_L[la:lb],
-        line_section_L=timeline.line_section_L[la:lb],
+        line_time_L=timeline.line_time_L[la:lb].copy(),
+        line_section_L=timeline.line_section_L[la:lb].copy(),
         start=start,
         # the demographics are new in the first window alone
         labels_from=int(preamble.begin is not None) if whole else new + shift,

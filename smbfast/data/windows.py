@@ -1,22 +1,37 @@
 """The training windows of all timelines, as a table from which a step makes those that it takes.
 
-Legend: W windows, C windows with a cut.
+Legend: W windows, C windows with a cut, S timelines.
 """
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from smbfast.base.runtime import few
 from smbfast.batch import Timeline
 from smbfast.data.masking import have_cut
-from smbfast.data.shards import Shard
+from smbfast.data.shards import BLOCK, Block, Shard
 from smbfast.data.timelines import Preamble, training_spans, window_of
 from smbfast.settings import ObjectiveSettings
 
-_BLOCK = 256  # timelines whose cuts are looked for together: our choice
+COLUMNS: dict[str, type] = {
+    "place_W5": np.int32,  # shard, timeline in it, and its tokens: start, end, first new one
+    "length_W": np.int32,  # tokens, with those before the first bucket
+    "has_cut_W": np.bool_,  # whether the objective permits a cut
+    "labels_W": np.int32,  # tokens that SFT predicts, if it predicts all
+}
+
+
+@dataclass
+class Sums:
+    """What is summed over windows."""
+
+    num_labels: int = 0  # tokens that SFT predicts in an epoch, if it predicts all
+    num_lost: int = 0  # tokens cut from headers that are longer than a quarter of a window
+    num_tokens: int = 0  # with what stands before the first bucket of each window
+    num_tokens_with_cut: int = 0  # of windows with a cut
 
 
 @dataclass(frozen=True)
@@ -26,12 +41,12 @@ class WindowSet:
     shards: Sequence[Shard | list[Timeline]]
     preamble: Preamble
     window: int  # context length in tokens
-    place_W5: np.ndarray  # int32: shard, timeline in it, and its tokens: start, end, first new one
-    length_W: np.ndarray  # int32: tokens, with those before the first bucket
-    has_cut_W: np.ndarray  # bool: whether the objective permits a cut
+    place_W5: np.ndarray  # these four: as in COLUMNS
+    length_W: np.ndarray
+    has_cut_W: np.ndarray
+    labels_W: np.ndarray
     with_cut_C: np.ndarray  # int32: the windows with a cut, by length
-    num_labels: int  # tokens that SFT predicts in an epoch, if it predicts all
-    num_lost: int  # tokens cut from headers that are longer than a quarter of a window
+    sums: Sums = field(default_factory=Sums)
 
     @classmethod
     def of(
@@ -42,30 +57,28 @@ class WindowSet:
         objective: ObjectiveSettings,
         stride: int | None = None,
     ) -> "WindowSet":
-        """Cut every timeline into its windows, whose distance is `stride` tokens or a window."""
-        blocks = [
-            _block(s, shard, window, preamble, objective, stride or window, first)
-            for s, shard in enumerate(shards)
-            for first in range(0, len(shard), _BLOCK)
-        ]
-        place_W5, lead_W, has_cut_W = (
-            np.concatenate([empty, *(block[i] for block in blocks)])
-            for i, empty in enumerate(
-                (np.empty((0, 5), np.int32), np.empty(0, np.int32), np.empty(0, bool))
-            )
+        """Cut every timeline into its windows, whose distance is `stride` tokens or a window.
+
+        The table is in memory; `Prepared.windows` has one on disk.
+        """
+        sums = Sums()
+        parts = list(window_columns(shards, window, preamble, objective, stride, sums))
+        place_W5, length_W, has_cut_W, labels_W = (
+            np.concatenate([np.empty((0, 5) if n == "place_W5" else 0, d), *(p[n] for p in parts)])
+            for n, d in COLUMNS.items()
         )
-        length_W = lead_W + place_W5[:, 3] - place_W5[:, 2]
         with_cut_C = np.flatnonzero(has_cut_W).astype(np.int32)
+        with_cut_C = with_cut_C[np.argsort(length_W[with_cut_C], kind="stable")]
         return cls(
             shards,
             preamble,
             window,
-            place_W5,
-            length_W,
-            has_cut_W,
-            with_cut_C[np.argsort(length_W[with_cut_C], kind="stable")],
-            num_labels=sum(block[3] for block in blocks),
-            num_lost=sum(block[4] for block in blocks),
+            place_W5=place_W5,
+            length_W=length_W,
+            has_cut_W=has_cut_W,
+            labels_W=labels_W,
+            with_cut_C=with_cut_C,
+            sums=sums,
         )
 
     def __len__(self) -> int:
@@ -77,9 +90,19 @@ class WindowSet:
         return window_of(whole, start, end, new, self.window, self.preamble)[0]
 
     @property
+    def num_labels(self) -> int:
+        """The number of tokens that SFT predicts in an epoch, if it predicts all."""
+        return self.sums.num_labels
+
+    @property
+    def num_lost(self) -> int:
+        """The number of tokens cut from headers that are longer than a quarter of a window."""
+        return self.sums.num_lost
+
+    @property
     def num_tokens(self) -> int:
         """The number of tokens of all windows."""
-        return int(self.length_W.sum())
+        return self.sums.num_tokens
 
     @property
     def num_with_cut(self) -> int:
@@ -89,7 +112,7 @@ class WindowSet:
     @property
     def num_tokens_with_cut(self) -> int:
         """The number of tokens of windows with a cut."""
-        return int(self.length_W[self.with_cut_C].sum())
+        return self.sums.num_tokens_with_cut
 
     def require_cuts(self) -> None:
         """Raise a ValueError unless at least one window has a cut."""
@@ -102,37 +125,83 @@ class WindowSet:
             )
 
 
-def _block(
-    number: int,
-    shard: Shard | list[Timeline],
+def window_columns(
+    shards: Iterable[Shard | list[Timeline]],
     window: int,
     preamble: Preamble,
     objective: ObjectiveSettings,
-    stride: int,
-    first: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, int]:
-    """Return places, leads and cut flags of a block of timelines, and numbers of labels and lost.
+    stride: int | None,
+    sums: Sums,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the columns of the table of windows, a block of timelines at a time, and add to `sums`.
+
+    The windows are in the order of shards and of their timelines. The arguments are those of
+    `WindowSet.of`.
+    """
+    for number, shard in enumerate(shards):
+        for block in _blocks(shard):
+            place_W5, lead_W = _places(number, block, window, preamble, stride or window)
+            _, owner_W, start_W, end_W, new_W = place_W5.T
+            owner_W = owner_W - block.first
+            length_W = lead_W + end_W - start_W
+            has_cut_W = have_cut(block, owner_W, start_W, end_W, lead_W, objective)
+            header_W = block.header_S[owner_W]
+            is_first_W = new_W == header_W  # the first window, whose demographics are labels
+            before_W = np.where(is_first_W, 1, np.maximum(lead_W + new_W - start_W, 1))
+            num_begin = int(preamble.begin is not None)
+            lost_W = np.where(is_first_W, np.maximum(header_W + num_begin - lead_W, 0), 0)
+            labels_W = length_W - before_W
+            sums.num_labels += int(labels_W.sum())
+            sums.num_lost += int(lost_W.sum())
+            sums.num_tokens += int(length_W.sum())
+            sums.num_tokens_with_cut += int(length_W[has_cut_W].sum())
+            columns = (place_W5, length_W, has_cut_W, labels_W)
+            named = zip(COLUMNS.items(), columns, strict=True)
+            yield {n: a.astype(d) for (n, d), a in named}
+
+
+def _blocks(shard: Shard | list[Timeline]) -> Iterator[Block]:
+    if isinstance(shard, Shard):
+        yield from shard.blocks()
+        return
+    for first in range(0, len(shard), BLOCK):
+        yield Block.of(shard[first : first + BLOCK], first)
+
+
+def _places(
+    number: int, block: Block, window: int, preamble: Preamble, stride: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return places of the windows of a block, int64 [W, 5], and tokens before them, int64 [W].
+
+    Most timelines are one window (`training_spans`), and these are found together.
 
     Args:
         number: of the shard.
-        first: the timeline with which the block begins.
     """
-    timelines = [shard[t] for t in range(first, min(first + _BLOCK, len(shard)))]
-    places, leads = array("i"), array("i")
-    num_labels = num_lost = 0
-    num_begin = int(preamble.begin is not None)
-    for t, timeline in enumerate(timelines, start=first):
+    length_S, num_buckets_S, _ = block.num_S3.T
+    filled_S = np.flatnonzero((num_buckets_S > 0) & (block.header_S < length_S))
+    first_S = block.start_S3[filled_S, 1]  # the first bucket of each
+    header_S, length_S = block.header_S[filled_S], length_S[filled_S]
+    lead_S = preamble.first_header_lengths(
+        header_S, block.birth_S[filled_S], block.columns["bucket_time_B"][first_S], window
+    )
+    is_one_S = length_S <= header_S + window - lead_S
+    is_one_S &= block.columns["bucket_end_B"][first_S] > header_S  # else it is not the first
+    one_S = filled_S[is_one_S]
+    header_S, length_S, lead_S = header_S[is_one_S], length_S[is_one_S], lead_S[is_one_S]
+    places, leads = array("q"), array("q")
+    for s in filled_S[~is_one_S].tolist():
+        timeline = block[s]
         for start, end, new in training_spans(timeline, window, stride, preamble):
-            lead = preamble.lead_length(timeline, start, window)
-            places.extend((number, t, start, end, new))
-            leads.append(lead)
-            if new == timeline.header:  # the first window, whose demographics are labels
-                num_labels += lead + end - start - 1
-                num_lost += max(timeline.header + num_begin - lead, 0)
-            else:
-                num_labels += lead + end - start - max(lead + new - start, 1)
-    place_W5 = np.frombuffer(places, np.int32).reshape(-1, 5)
-    lead_W = np.frombuffer(leads, np.int32)
-    _, owner_W, start_W, end_W, _ = place_W5.astype(np.int64).T
-    has_cut_W = have_cut(timelines, owner_W - first, start_W, end_W, lead_W, objective)
-    return place_W5, lead_W, has_cut_W, num_labels, num_lost
+            places.extend((number, block.first + s, start, end, new))
+            leads.append(preamble.lead_length(timeline, start, window))
+    numbers_S = np.full(len(one_S), number)
+    place_W5 = np.concatenate(
+        [
+            np.stack([numbers_S, block.first + one_S, header_S, length_S, header_S], 1),
+            np.frombuffer(places, np.int64).reshape(-1, 5),
+        ]
+    )
+    lead_W = np.concatenate([lead_S, np.frombuffer(leads, np.int64)])
+    order_W = np.argsort(place_W5[:, 1], kind="stable")
+    return place_W5[order_W], lead_W[order_W]

@@ -13,7 +13,6 @@ from smbfast.data.codes.vocabulary import CodeVocabulary
 from smbfast.data.loader import FIXED
 from smbfast.data.masking import cut_points, masked_tokens, replaced_tokens
 from smbfast.data.prepared import Prepared
-from smbfast.data.windows import WindowSet
 from smbfast.settings import TrainSettings
 
 HIDDEN = "▒"
@@ -22,9 +21,7 @@ HIDDEN = "▒"
 def sample_of(prepared: Prepared, settings: TrainSettings) -> dict:
     """Return a tuning window with a cut: its lines, what is masked, context and future."""
     objective, seed = settings.objective, settings.run.seed
-    windows = WindowSet.of(
-        prepared.shards("tuning"), settings.data.window, prepared.preamble, objective
-    )
+    windows = prepared.windows("tuning", settings.data.window, objective)
     if not windows.num_with_cut:
         return {"lines": [], "note": "no tuning window is long enough for a cut"}
     window = windows[int(windows.with_cut_C.min())]

@@ -4,6 +4,7 @@ Legend: M masked tokens, D width.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -44,13 +45,13 @@ def fixed_batches(run: OpenRun) -> dict[bool, list[PackedBatch]]:
     settings, tuning = run.settings, run.tuning
     batches = {}
     for jepa in (False, True):
-        usable = np.arange(len(tuning))
+        usable: Sequence[int] | np.ndarray = range(len(tuning))
         if needs_cuts(settings.objective, jepa=jepa) and tuning.num_with_cut:
-            usable = np.sort(tuning.with_cut_C)
+            usable = np.flatnonzero(tuning.has_cut_W)
         count = min(settings.eval.windows, len(usable))
         places = np.linspace(0, len(usable) - 1, count).astype(np.int64)
         batches[jepa] = make_micro_batches(
-            [tuning[i] for i in usable[places].tolist()],
+            [tuning[usable[i]] for i in places.tolist()],
             settings.objective,
             settings.run.seed,
             FIXED,

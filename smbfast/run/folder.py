@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 from smbfast.base.config import read_toml
 from smbfast.base.files import read_json, write_text
@@ -194,19 +195,24 @@ def data_of(settings: TrainSettings, run: Path) -> DataSettings:
     return data
 
 
-def prepared_data(settings: TrainSettings, data: DataSettings, run: Path) -> Prepared:
+def prepared_data(
+    settings: TrainSettings, data: DataSettings, run: Path, verify: Literal["once", "all"] = "once"
+) -> Prepared:
     """Return the token shards of `data`, from `data_of`; make those that are missing.
+
+    Args:
+        verify: of shards that are there; see `Prepared.open`.
 
     Raises:
         ValueError: if the data are bad, or shards were made from others.
     """
     backbone = _tokenizer_folder(settings)
     if data.prepared and (Path(data.prepared) / "prepare.json").is_file():
-        prepared = Prepared.open(Path(data.prepared))
+        prepared = Prepared.open(Path(data.prepared), verify, spare=run / "prepared")
         check_prepared(prepared, data, backbone)
         return prepared
     out = Path(data.prepared) if data.prepared else run / "prepared"
-    return prepare(data, out, backbone, ("train", "tuning"))
+    return prepare(data, out, backbone, ("train", "tuning"), verify)
 
 
 def _refuse_adapter_as_backbone(settings: TrainSettings) -> None:

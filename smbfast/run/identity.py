@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from smbfast.base.digests import CACHE, short, weights_digest
-from smbfast.base.files import MANIFEST, digest_of, read_json, write_text
+from smbfast.base.files import digest_of, write_text
 from smbfast.data.prepared import Prepared
 from smbfast.run import checkpoint
 from smbfast.run.checkpoint import Checkpoint
@@ -199,11 +199,7 @@ def _warn_of_log(run: Path, newest: Checkpoint) -> None:
 
 
 def _shards_digest(prepared: Prepared) -> str:
-    """Return a digest of the bytes of the shards, by their manifests, and of what was fitted."""
+    """Return a digest of the bytes of the shards, by their SHA-256, and of what was fitted."""
     record = prepared.record
-    names = [name for split in record["shards"].values() for name in split]
-    manifests = [
-        read_json(prepared.folder / name / MANIFEST) for name in names if isinstance(name, str)
-    ]
     fitted = {key: record.get(key) for key in ("data_format", "format", "options", "section_rules")}
-    return digest_of(manifests, record["shards"], record["counts"], record["new_tokens"], fitted)
+    return digest_of(record["shards"], record["counts"], record["new_tokens"], fitted)

@@ -18,6 +18,7 @@ from smbfast.data.splits import SPLITS
 
 MATCHED = 0.95  # share of label rows with a subject of the data, below it a run warns: our choice
 _LOOKED_AT = 20_000  # labelled subjects of a task whose first event is looked up, at most
+_SHARDS = 32  # that are read for it, at most, so that it does not grow with the data
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def before_records(
 ) -> tuple[int, int]:
     """Return how many label rows lie before all events of their subject, and how many were read.
 
-    Rows of subjects with shards are read, those of up to `_LOOKED_AT` subjects. With the text
+    Rows of subjects in up to `_SHARDS` shards are read, those of up to `_LOOKED_AT`. With the text
     formats a record begins with its first bucket, so a time within that but before its first event
     is not seen to be too early.
 
@@ -110,7 +111,8 @@ def before_records(
     if len(wanted_K) > _LOOKED_AT:
         wanted_K = wanted_K[np.linspace(0, len(wanted_K) - 1, _LOOKED_AT).astype(np.int64)]
     first = {}
-    for shard in shards:
+    spread = np.unique(np.linspace(0, len(shards) - 1, _SHARDS).astype(np.int64)) if shards else []
+    for shard in (shards[i] for i in np.asarray(spread, np.int64).tolist()):
         place = np.flatnonzero(np.isin(_subjects(shard), wanted_K))
         for timeline in (shard[i] for i in place.tolist()):
             if len(timeline.bucket_time_B):
@@ -124,5 +126,5 @@ def before_records(
 
 def _subjects(shard: Shard | list[Timeline]) -> np.ndarray:
     if isinstance(shard, Shard):
-        return shard.table[:, 0]
+        return shard.subjects()
     return np.array([timeline.subject for timeline in shard], np.int64)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -84,13 +84,15 @@ class OpenRun:
         settings: TrainSettings,
         *,
         set_aside: bool = True,
-        report: Report | None = None,
+        verify: Literal["once", "all"] = "once",
+        report: Report = lambda _name, _text: None,
         show: Callable[[DataCard], None] = DataCard.warn,
     ) -> "OpenRun":
         """Prepare the data, make the model, and load the newest checkpoint if there is one.
 
         Args:
             set_aside: whether to rename damaged checkpoints; otherwise they are only skipped.
+            verify: whether token shards are read whole again; see `Prepared.open`.
             report: called after each stage.
             show: called with the data card, before the model is loaded.
 
@@ -100,10 +102,9 @@ class OpenRun:
         start_time, device = time.monotonic(), choose_device(settings.run.device)
         folder = settings.folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        report = report or (lambda _name, _text: None)
         if settings.run.threads:
             torch.set_num_threads(settings.run.threads)
-        opened = _open_data(settings, report, show)
+        opened = _open_data(settings, verify, report, show)
         prepared = opened.prepared
         # before a large model is loaded
         identity, newest = newest_checkpoint(settings, prepared, set_aside=set_aside)
@@ -234,14 +235,16 @@ class _OpenData(NamedTuple):
 
 
 def _open_data(
-    settings: TrainSettings, report: Report, show: Callable[[DataCard], None]
+    settings: TrainSettings,
+    verify: Literal["once", "all"],
+    report: Report,
+    show: Callable[[DataCard], None],
 ) -> _OpenData:
     """Prepare the data of a run, and refuse them if training would learn nothing from them."""
     data = data_of(settings, settings.folder)
     tasks, facts = read_tasks(settings, data)
-    prepared = prepared_data(settings, data, settings.folder)
-    windows, tuning = (_windows(settings, data, prepared, split) for split in ("train", "tuning"))
-    check_windows(windows, tuning, data.path)
+    prepared = prepared_data(settings, data, settings.folder, verify)
+    windows, tuning = _windows(settings, data, prepared)
     card = data_card(settings, prepared, windows, tuning, facts)
     card.require()
     report("data", card.summary)
@@ -250,11 +253,15 @@ def _open_data(
 
 
 def _windows(
-    settings: TrainSettings, data: DataSettings, prepared: Prepared, split: str
-) -> WindowSet:
-    """Return the windows of a split, which overlap only if a stride says so."""
-    shards, preamble = prepared.shards(split), prepared.preamble
-    return WindowSet.of(shards, data.window, preamble, settings.objective, data.stride)
+    settings: TrainSettings, data: DataSettings, prepared: Prepared
+) -> tuple[WindowSet, WindowSet]:
+    """Return the windows of train and tuning, which overlap only if a stride says so."""
+    windows, tuning = (
+        prepared.windows(split, data.window, settings.objective, data.stride)
+        for split in ("train", "tuning")
+    )
+    check_windows(windows, tuning, data.path)
+    return windows, tuning
 
 
 def _model_record(run: OpenRun, step: int) -> dict:

@@ -68,7 +68,9 @@ def check(settings: TrainSettings) -> None:
     device, state = choose_device(settings.run.device), earlier(settings.folder, settings)
     print(f"checking {settings.preset} on {device}; {settings.folder} is {state}", flush=True)
     stages = _Stages()
-    run = OpenRun.open(settings, set_aside=False, report=stages.done, show=console.show_data)
+    run = OpenRun.open(
+        settings, set_aside=False, verify="all", report=stages.done, show=console.show_data
+    )
     with run.matmul.used():
         _go_through(run, stages)
     starts = f"python -m smbfast.train {settings.preset} starts"

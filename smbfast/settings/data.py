@@ -283,9 +283,9 @@ class PrepareSettings(DataSettings):
     window: int = Field(
         1024,
         ge=64,
-        description="The context length for which `bucket=auto` chooses a bucket; give that of the "
-        "training. It has no other effect here: the shards hold whole timelines, and training "
-        "cuts them into windows of its own context length, --data.window.",
+        description="The context length for which `bucket=auto` chooses a bucket and the table of "
+        "windows is written; give that of the training, which then starts at once. The shards hold "
+        "whole timelines: training with another --data.window writes a table of its own.",
     )
     out: str = Field(
         description="Folder to write, with the tokenizer and the token shards. If it holds shards "

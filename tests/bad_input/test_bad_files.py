@@ -180,17 +180,16 @@ def test_codes_may_be_missing_or_without_descriptions(data: Path, tmp_path: Path
 
 
 def test_a_stopped_prepare_goes_on(once: Path, out: Path) -> None:
-    names = ("train/0", "tuning/0", "tokenizer")
-    before = {n: (out / n / "manifest.json").stat().st_mtime_ns for n in names}
-    digests = {n: verify_folder(out / n)["files"] for n in names}
+    names = ("train/0.shard", "tuning/0.shard", "tokenizer/manifest.json")
+    before = {n: ((out / n).stat().st_mtime_ns, (out / n).read_bytes()) for n in names}
     (out / "prepare.json").unlink()
     killed_in_a_write(out / "tuning" / "0")
-    shutil.rmtree(out / "tuning" / "0")
+    (out / "tuning/0.shard").unlink()
     (out / "tuning" / "0.tmp").mkdir()  # of others
     again = run(once / "data", out)
-    after = {n: (out / n / "manifest.json").stat().st_mtime_ns for n in names}
-    assert [n for n in names if after[n] != before[n]] == ["tuning/0"]
-    assert {n: verify_folder(out / n)["files"] for n in names} == digests
+    after = {n: ((out / n).stat().st_mtime_ns, (out / n).read_bytes()) for n in names}
+    assert [n for n in names if after[n][0] != before[n][0]] == ["tuning/0.shard"]
+    assert [after[n][1] for n in names] == [before[n][1] for n in names]
     assert len(again.shards("tuning")[0]) == len(SPLITS["tuning"])
     assert list(out.rglob("*.tmp")) == [out / "tuning" / "0.tmp"]
 
@@ -201,13 +200,13 @@ def test_a_failure_half_way_leaves_no_shard(
     out = tmp_path / "out"
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device", str(out / "train" / "0.tmp" / "ids_T.bin"))
+        raise OSError(28, "No space left on device", str(out / "train" / "0.shard.tmp"))
 
     monkeypatch.setattr("smbfast.data.shards.ShardWriter.add", full)
     argv = [f"--path={data}", f"--out={out}", "--vocab_size=500"]
-    refused(lambda: entry.main(argv), "No space left on device", "ids_T.bin")
+    refused(lambda: entry.main(argv), "No space left on device", "0.shard")
     nothing_half_written(tmp_path)
-    assert not (out / "train" / "0").exists()
+    assert not (out / "train" / "0.shard").exists()
     monkeypatch.undo()
     entry.main(argv)
     assert (out / "prepare.json").is_file()
@@ -230,7 +229,7 @@ def test_a_folder_of_other_settings(
     other = settings(once / "data").model_copy(update=changed)
     message = refused(lambda: prepare(other, out, None, ("train", "tuning")), out, word)
     assert "another folder" in message
-    assert (out / left).is_file() and (out / "train" / "0").is_dir()
+    assert (out / left).is_file() and (out / "train" / "0.shard").is_file()
 
 
 def test_a_folder_of_other_data(data: Path, tmp_path: Path) -> None:
@@ -248,13 +247,13 @@ def test_a_damaged_record(once: Path, out: Path, name: str, content: str) -> Non
         refused(lambda: Prepared.open(out), out)
 
 
-@pytest.mark.parametrize("file", ["train/0/ids_T.bin", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("file", ["train/0.shard", "tokenizer/tokenizer.json"])
 def test_a_damaged_shard_or_tokenizer(once: Path, out: Path, file: str) -> None:
     content = bytearray((out / file).read_bytes())
     content[len(content) // 2] ^= 1
     for damaged, word in ((bytes(content), "SHA-256"), (bytes(content[:-8]), "bytes")):
         (out / file).write_bytes(damaged)
-        refused(lambda: Prepared.open(out).shards("train"), out / file, word)
+        refused(lambda: Prepared.open(out), out / file, word)
     (out / "prepare.json").unlink()
     refused(lambda: run(once / "data", out), out / file)
     assert not (out / "prepare.json").exists()

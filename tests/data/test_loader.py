@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smbfast.base.files import committed_folder
 from smbfast.batch import PackedBatch, Timeline
 from smbfast.data.loader import (
     in_turn,
@@ -68,11 +67,9 @@ def timeline(subject: int, seed: int, buckets: int = 12, header: int = 4) -> Tim
 def windows(tmp_path_factory: pytest.TempPathFactory) -> WindowSet:
     folder: Path = tmp_path_factory.mktemp("shards")
     for name, subjects in (("a", range(1, 8)), ("b", range(8, 13))):
-        with committed_folder(folder / name) as staging:
-            writer = ShardWriter(staging)
+        with ShardWriter(folder / name) as writer:
             for subject in subjects:
                 writer.add(timeline(subject, 0, buckets=3 * subject))
-            writer.close()
     shards = [Shard(folder / "a"), Shard(folder / "b")]
     return WindowSet.of(shards, 128, Preamble(BEGIN), objective())
 
@@ -172,7 +169,7 @@ def test_the_plan_of_a_step_costs_the_same_however_many_windows_there_are(jepa: 
     none = np.empty(0)
     for num in (1_000, 1_000_000):
         with_cut, all_windows = Counted(num), Counted(num)
-        table = WindowSet([], Preamble(), 128, all_windows, none, none, with_cut, 0, 0)
+        table = WindowSet([], Preamble(), 128, all_windows, none, none, none, with_cut)
         tracemalloc.start()
         taken = [step_windows(table, objective(), 8, 0, s, jepa=jepa) for s in range(20)]
         _, peak = tracemalloc.get_traced_memory()

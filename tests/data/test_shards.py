@@ -1,24 +1,28 @@
 """Shards: what is written is what is read, and `prepare` makes the same ones every time."""
 
 import json
+import os
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from io import BytesIO
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from smbfast.base.files import committed_folder
 from smbfast.batch import Timeline
 from smbfast.data import preparing
+from smbfast.data.array_file import ArrayFile, OpenMaps
 from smbfast.data.formats import read_encoding
 from smbfast.data.formats import serializer_of as serializer_of_record
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import prepare
 from smbfast.data.shards import FIELDS, Shard, ShardWriter
-from smbfast.settings import DataSettings
+from smbfast.settings import DataSettings, ObjectiveSettings
 from tests.data.event_tables import assert_same_timeline, batch_of, event, our_bpe, serializer_of
 from tests.factory import SPLITS, at, split_rows, table_of, write_meds, write_table
 
@@ -30,13 +34,12 @@ SUBJECTS = [
 ]
 
 
-def write_shard(folder: Path, timelines: list[Timeline]) -> Path:
-    with committed_folder(folder, private=True) as staging:
-        writer = ShardWriter(staging)
+def write_shard(path: Path, timelines: list[Timeline]) -> Path:
+    with ShardWriter(path) as writer:
         for timeline in timelines:
             writer.add(timeline)
-        writer.close(split="train")
-    return folder
+        writer.index["split"] = "train"
+    return path
 
 
 @pytest.fixture
@@ -54,7 +57,8 @@ def prepared(
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    """All files but the record of what was verified, which has times of change."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "verified.json"]
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
@@ -67,15 +71,23 @@ def with_rare(split: str) -> list[tuple]:
     return rows
 
 
+def memory_of(array: np.ndarray) -> object:
+    """What an array, or the array that it is a part of, lies in."""
+    base = array.base
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base.obj if isinstance(base, memoryview) else base
+
+
 def test_round_trip(timelines: list[Timeline], tmp_path: Path) -> None:
-    shard = Shard(write_shard(tmp_path / "0", timelines))
+    shard = Shard(write_shard(tmp_path / "0.shard", timelines))
     assert len(shard) == len(timelines) == 3
     for got, expected in zip(shard, timelines, strict=True):
         assert_same_timeline(got, expected)
         for name, dtype in FIELDS.items():
             array = getattr(got, name)
             assert array.dtype == dtype and not array.flags.writeable
-            assert type(array) is np.ndarray and isinstance(array.base.base, np.memmap)
+            assert type(array) is np.ndarray and isinstance(memory_of(array), mmap)
     assert shard.index == {
         "timelines": 3,
         "tokens": sum(map(len, timelines)),
@@ -85,59 +97,174 @@ def test_round_trip(timelines: list[Timeline], tmp_path: Path) -> None:
         shard[3]
 
 
+def test_arrays_are_aligned(timelines: list[Timeline], tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.shard", timelines)
+    file = ArrayFile.open(tmp_path / "0.shard")
+    assert all(place.first % 64 == 0 for place in file.places.values())
+    assert all(array.flags.aligned for array in file.mapped().values())
+
+
+@pytest.mark.parametrize("most", [1, 2, 4096])
+def test_blocks_are_the_timelines_without_ids(
+    timelines: list[Timeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr("smbfast.data.shards.BLOCK", most)
+    shard = Shard(write_shard(tmp_path / "0.shard", timelines))
+    blocks = list(shard.blocks())
+    assert [b.first for b in blocks] == list(range(0, 3, most))
+    got = [block[i] for block in blocks for i in range(len(block.header_S))]
+    for timeline, expected in zip(got, timelines, strict=True):
+        none = np.zeros(len(expected), np.int32), np.zeros(len(expected.line_time_L), np.int64)
+        assert_same_timeline(timeline, replace(expected, ids_T=none[0], line_time_L=none[1]))
+
+
 def test_a_changed_token_would_be_seen(timelines: list[Timeline], tmp_path: Path) -> None:
     changed = timelines[0].ids_T.copy()
     changed[-1] += 1
-    shard = Shard(write_shard(tmp_path / "0", [replace(timelines[0], ids_T=changed)]))
+    shard = Shard(write_shard(tmp_path / "0.shard", [replace(timelines[0], ids_T=changed)]))
     with pytest.raises(AssertionError):
         assert_same_timeline(shard[0], timelines[0])
 
 
 def test_an_empty_shard(tmp_path: Path) -> None:
-    shard = Shard(write_shard(tmp_path / "0", []))
-    assert len(shard) == 0 and list(shard) == []
+    shard = Shard(write_shard(tmp_path / "0.shard", []))
+    shard.verify()
+    assert len(shard) == 0 and list(shard) == list(shard.blocks()) == []
 
 
-@pytest.mark.parametrize("name", [*(f"{n}.bin" for n in FIELDS), "timelines.bin", "index.json"])
-def test_a_flipped_byte_is_refused(timelines: list[Timeline], tmp_path: Path, name: str) -> None:
-    folder = write_shard(tmp_path / "0", timelines)
-    raw = bytearray((folder / name).read_bytes())
-    raw[len(raw) // 2] ^= 1
-    (folder / name).write_bytes(raw)
-    with pytest.raises(ValueError, match=rf"{name}.*damaged"):
-        Shard(folder)
+def test_any_flipped_bit_is_refused(timelines: list[Timeline], tmp_path: Path) -> None:
+    file = write_shard(tmp_path / "0.shard", timelines)
+    whole = file.read_bytes()
+    for place in [*range(0, 600, 7), *range(600, len(whole), 211), len(whole) - 1]:
+        raw = bytearray(whole)
+        raw[place] ^= 1 << place % 8
+        file.write_bytes(raw)
+        with pytest.raises(ValueError, match=r"0\.shard"):
+            Shard(file).verify()
 
 
-def test_a_short_or_missing_file_is_refused(timelines: list[Timeline], tmp_path: Path) -> None:
-    folder = write_shard(tmp_path / "0", timelines)
-    file = folder / "ids_T.bin"
-    file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"ids_T\.bin must hold"):
-        Shard(folder)
+def test_a_short_long_or_missing_shard_is_refused(
+    timelines: list[Timeline], tmp_path: Path
+) -> None:
+    file = write_shard(tmp_path / "0.shard", timelines)
+    whole = file.read_bytes()
+    for size in (0, 7, 40, 100, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"0\.shard"):
+            Shard(file, 3)[0]
+    file.write_bytes(whole + b"\0")
+    with pytest.raises(ValueError, match=rf"0\.shard must hold {len(whole)} bytes"):
+        Shard(file, 3)[0]
     file.unlink()
-    with pytest.raises(ValueError, match=r"ids_T\.bin must hold"):
-        Shard(folder)
-    (folder / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="not finished"):
-        Shard(folder)
+    with pytest.raises(ValueError, match=r"0\.shard must be a finished file"):
+        Shard(file, 3)[0]
+
+
+def test_a_shard_that_changes_while_it_is_used_is_refused(
+    timelines: list[Timeline], tmp_path: Path
+) -> None:
+    file = write_shard(tmp_path / "0.shard", timelines)
+    shard = Shard(file)
+    os.truncate(file, file.stat().st_size - 64)  # reading a map of it would end the process
+    with pytest.raises(ValueError, match="must not change"):
+        shard[0]
+    with pytest.raises(ValueError, match="must not change"):
+        next(shard.blocks())
+
+
+def test_shards_that_are_read_need_few_open_files(
+    timelines: list[Timeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By four threads at once; what one of them holds stays valid when its file is closed."""
+    monkeypatch.setattr("smbfast.data.shards._MAPS", OpenMaps(8))
+    shards = [Shard(write_shard(tmp_path / f"{i}.shard", timelines[i % 3 :])) for i in range(24)]
+    before = len(os.listdir("/proc/self/fd"))
+    first = shards[0][0]
+
+    def read(seed: int) -> int:
+        most = 0
+        for i in np.random.default_rng(seed).permutation(24).tolist():
+            assert_same_timeline(shards[i][0], timelines[i % 3])
+            most = max(most, len(os.listdir("/proc/self/fd")) - before)
+        return most
+
+    with ThreadPoolExecutor(4) as pool:
+        most = max(pool.map(read, range(4)))
+    # each thread may use a map that was put out, open the next file, and list what is open
+    assert 8 <= most <= 8 + 1 + 4 * 4
+    assert_same_timeline(first, timelines[0])
+
+
+@pytest.mark.parametrize("changed", ["content", "time", "size", "gone"])
+def test_a_shard_is_read_whole_again_only_if_it_changed(
+    tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepared(write_meds(tmp_path / "meds"), tmp_path / "out").folder
+    read: list[str] = []
+    honest = ArrayFile.verify
+    monkeypatch.setattr(ArrayFile, "verify", lambda f: (read.append(f.path.name), honest(f)))
+    Prepared.open(folder)
+    assert read == []
+    file = folder / "train/0.shard"
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    if changed == "gone":
+        file.unlink()
+        with pytest.raises(ValueError, match=r"train/0\.shard must be there"):
+            Prepared.open(folder)
+        return
+    raw = bytearray(file.read_bytes())
+    raw[-100] ^= changed != "time"
+    file.write_bytes(raw[:-64] if changed == "size" else raw)
+    if changed == "content":  # and nobody can see it from outside
+        os.utime(file, ns=times)
+        Prepared.open(folder)
+        with pytest.raises(ValueError, match=r"0\.shard does not match its SHA-256"):
+            Prepared.open(folder, "all")
+    elif changed == "time":
+        Prepared.open(folder)
+        assert read == ["0.shard"]
+        Prepared.open(folder)
+        assert read == ["0.shard"]  # the record has its new time
+    else:
+        with pytest.raises(ValueError, match=r"0\.shard must hold"):
+            Prepared.open(folder)
+
+
+def test_another_whole_shard_is_refused(tmp_path: Path) -> None:
+    folder = prepared(write_meds(tmp_path / "meds"), tmp_path / "out").folder
+    (folder / "train/0.shard").write_bytes((folder / "tuning/0.shard").read_bytes())
+    with pytest.raises(ValueError, match="it is another file"):
+        Prepared.open(folder)
 
 
 def test_files_are_private(timelines: list[Timeline], tmp_path: Path) -> None:
-    folder = write_shard(tmp_path / "0", timelines)
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    for file in folder.iterdir():
-        if file.name != "manifest.json":  # sizes and hashes
-            assert stat.S_IMODE(file.stat().st_mode) == 0o600, file.name
-    out = prepared(write_meds(tmp_path / "meds"), tmp_path / "out").folder
-    assert stat.S_IMODE(out.stat().st_mode) == 0o700
-    modes = {stat.S_IMODE(f.stat().st_mode) for f in out.rglob("*.bin")}
-    assert modes == {0o600}
+    assert stat.S_IMODE(write_shard(tmp_path / "0.shard", timelines).stat().st_mode) == 0o600
+    made = prepared(write_meds(tmp_path / "meds"), tmp_path / "out")
+    made.windows("train", 128, ObjectiveSettings())
+    for entry in made.folder.rglob("*"):
+        if entry.suffix in (".shard", ".windows") or entry.name in ("lock", "verified.json"):
+            assert stat.S_IMODE(entry.stat().st_mode) == 0o600, entry
+            parents = {p for p in entry.parents if p.is_relative_to(made.folder)}
+            assert {stat.S_IMODE(p.stat().st_mode) for p in parents} <= {0o700}
 
 
 def test_a_failed_shard_leaves_nothing(timelines: list[Timeline], tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), committed_folder(tmp_path / "0", private=True) as staging:
-        ShardWriter(staging).add(timelines[0])
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "0.shard") as writer:
+        writer.add(timelines[0])
         raise RuntimeError
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_names_the_shard(
+    timelines: list[Timeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(BytesIO):
+        def write(self, *_: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: Full())
+    with pytest.raises(OSError, match=r"No space left.*0\.shard"):
+        write_shard(tmp_path / "0.shard", timelines)
     assert not list(tmp_path.iterdir())
 
 
@@ -221,7 +348,7 @@ def test_the_tokenizer_is_trained_on_the_training_split_alone(tmp_path: Path) ->
     file = "tokenizer/tokenizer.json"
     assert plain[file] == others[file]
     assert plain[file] != training[file]  # the string would have changed it
-    assert plain["tuning/0/ids_T.bin"] != others["tuning/0/ids_T.bin"]
+    assert plain["tuning/0.shard"] != others["tuning/0.shard"]
     vocabulary = json.loads(others[file])["model"]["vocab"]
     assert not any(RARE[:4] in token for token in vocabulary)
     assert any(RARE[:4] in t for t in json.loads(training[file])["model"]["vocab"])
@@ -250,10 +377,15 @@ def test_held_out_rows_beyond_subject_ids_are_not_read(tmp_path: Path, split: st
 def test_a_folder_of_an_earlier_version_is_refused_as_that(tmp_path: Path) -> None:
     folder = prepared(write_meds(tmp_path / "meds"), tmp_path / "out").folder
     record = json.loads((folder / "prepare.json").read_text())
-    del record["data_format"]
-    (folder / "prepare.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="prepared by an earlier version"):
-        Prepared.open(folder)
+    data = tmp_path / "meds"
+    for key in ("data_format", "layout"):
+        (folder / "prepare.json").write_text(
+            json.dumps({k: v for k, v in record.items() if k != key})
+        )
+        with pytest.raises(ValueError, match=r"prepared by an earlier version.*again"):
+            Prepared.open(folder)
+        with pytest.raises(ValueError, match=r"prepared by an earlier version.*again"):
+            prepared(data, folder)
 
 
 def test_a_model_of_an_earlier_version_is_refused_as_that(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import pytest
 
 from smbfast.data.loader import make_step
 from smbfast.data.preparing import prepare
-from smbfast.data.windows import WindowSet
 from smbfast.settings import DataSettings, ObjectiveSettings
 from tests.data.event_tables import DATA
 
@@ -36,7 +35,7 @@ def test_every_step_has_masked_tokens_in_similar_numbers(
     data = DataSettings(path=str(DATA / name), **about)
     prepared, objective = prepare(data, tmp_path, None, ("train",)), ObjectiveSettings()
     shards = prepared.shards("train")
-    windows = WindowSet.of(shards, data.window, prepared.preamble, objective)
+    windows = prepared.windows("train", data.window, objective)
     num_tokens = sum(len(timeline) for shard in shards for timeline in shard)
     num_timelines = sum(len(shard) for shard in shards)
     first = num_timelines if prepared.preamble.begin is None else 0

@@ -90,7 +90,7 @@ def test_the_table_says_what_the_windows_are(
     assert table.num_tokens == sum(map(len, made))
     assert table.num_tokens_with_cut == sum(len(made[i]) for i in with_cut)
     batch = make_batch(made, objective, 0, 0, jepa=False)
-    assert table.num_labels == batch.num_labels
+    assert table.num_labels == batch.num_labels == table.labels_W.sum()
 
 
 @settings(max_examples=100, deadline=None)
@@ -120,25 +120,25 @@ def test_labels_of_an_epoch_are_the_tokens_of_the_timelines(
 
 
 def test_blocks_of_timelines_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    cohort = [_plain(subject) for subject in range(9)]
+    cohort = [plain(subject) for subject in range(9)]
     whole = WindowSet.of([cohort], 40, Preamble(7), ObjectiveSettings(min_future=4))
-    monkeypatch.setattr("smbfast.data.windows._BLOCK", 2)
+    monkeypatch.setattr("smbfast.data.windows.BLOCK", 2)
     parts = WindowSet.of([cohort], 40, Preamble(7), ObjectiveSettings(min_future=4))
     assert 0 < whole.num_with_cut < len(whole) > 9
-    for name in ("place_W5", "length_W", "has_cut_W", "with_cut_C"):
+    for name in ("place_W5", "length_W", "has_cut_W", "labels_W", "with_cut_C"):
         assert np.array_equal(getattr(parts, name), getattr(whole, name))
         assert getattr(whole, name).dtype == getattr(parts, name).dtype
     assert parts.num_labels == whole.num_labels
 
 
 def test_a_window_takes_less_than_forty_bytes() -> None:
-    table = WindowSet.of([[_plain(s) for s in range(9)]], 40, Preamble(), ObjectiveSettings())
-    held = (table.place_W5, table.length_W, table.has_cut_W, table.with_cut_C)
+    table = WindowSet.of([[plain(s) for s in range(9)]], 40, Preamble(), ObjectiveSettings())
+    held = (table.place_W5, table.length_W, table.has_cut_W, table.labels_W, table.with_cut_C)
     assert sum(a.nbytes for a in held) < 40 * len(table)
     assert all(type(a) is np.ndarray and a.base is None for a in held)
 
 
-def _plain(subject: int) -> Timeline:
+def plain(subject: int) -> Timeline:
     """Buckets of ten tokens, one line of eight each; as many as the subject's number and one."""
     ends = np.arange(1, subject + 2) * 10 + 4
     return Timeline(

@@ -1,0 +1,135 @@
+"""The table of windows on disk: made once for each way to cut timelines into windows, then mapped.
+
+Making it takes memory for a block of timelines, whatever their number. Processes that need the same
+table at the same time do not wait for each other: one of them writes it, the others have their own.
+
+Legend: W windows, C windows with a cut, N lengths.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from smbfast.base.progress import Progress
+from smbfast.data.array_file import ArrayFile, ArrayWriter, make_private
+from smbfast.data.shards import Shard
+from smbfast.data.timelines import Preamble
+from smbfast.data.verified import verify_files
+from smbfast.data.windows import COLUMNS, Sums, WindowSet, window_columns
+from smbfast.settings import ObjectiveSettings
+
+VERSION = 1  # of what a table holds
+_SORTED = 1 << 20  # windows whose place in the order of lengths is found together: our choice
+
+
+def cut_settings(objective: ObjectiveSettings) -> dict:
+    """Return the settings of an objective that decide which windows have a cut."""
+    return objective.model_dump(mode="json", include={"context", "min_future", "horizon"})
+
+
+def stored_windows(
+    folders: Sequence[Path],
+    name: str,
+    shards: Sequence[Shard],
+    window: int,
+    preamble: Preamble,
+    objective: ObjectiveSettings,
+    stride: int | None,
+) -> WindowSet:
+    """Return the table of windows that one of the folders has, or make it in the first that can.
+
+    It is made in memory where none of them can be written. A damaged one is made again.
+
+    Args:
+        name: of the file in a folder; everything that the table follows from is in it.
+        shards: with the arguments behind them those of `WindowSet.of`.
+    """
+    for folder in folders:
+        if file := _finished(folder, name):
+            return _mapped(file, shards, window, preamble)
+    for folder in folders:
+        try:
+            with _alone((folder / name).parent):
+                _write(folder / name, shards, window, preamble, objective, stride)
+        except OSError:
+            continue
+        if file := _finished(folder, name):
+            return _mapped(file, shards, window, preamble)
+    return WindowSet.of(shards, window, preamble, objective, stride)
+
+
+def _finished(folder: Path, name: str) -> ArrayFile | None:
+    try:
+        file = ArrayFile.open(folder / name)
+        verify_files(folder, {name: file.sha256}, [folder])
+    except ValueError:
+        return None
+    return file
+
+
+def _mapped(file: ArrayFile, shards: Sequence[Shard], window: int, preamble: Preamble) -> WindowSet:
+    arrays, sums = file.mapped(), Sums(**file.index)
+    arrays["place_W5"] = arrays["place_W5"].reshape(-1, 5)
+    return WindowSet(shards, preamble, window, **arrays, sums=sums)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which the system gives back however the process ends.
+
+    Raises:
+        OSError: another process holds it, or the folder cannot be written.
+    """
+    make_private(folder)
+    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _write(
+    path: Path,
+    shards: Sequence[Shard],
+    window: int,
+    preamble: Preamble,
+    objective: ObjectiveSettings,
+    stride: int | None,
+) -> None:
+    sums, num_N = Sums(), np.zeros(0, np.int64)  # windows with a cut that have each length
+    with ArrayWriter(path, COLUMNS | {"with_cut_C": np.int32}) as writer:
+        for columns in window_columns(_counted(shards), window, preamble, objective, stride, sums):
+            for name, part in columns.items():
+                writer.append(name, part)
+            own_N = np.bincount(columns["length_W"][columns["has_cut_W"]], minlength=len(num_N))
+            own_N[: len(num_N)] += num_N
+            num_N = own_N
+        _sort_by_length(writer, num_N)
+        writer.index |= vars(sums)
+
+
+def _counted(shards: Sequence[Shard]) -> Iterator[Shard]:
+    progress = Progress("smbfast", sum(map(len, shards)), "timelines cut into windows")
+    for shard in shards:
+        yield shard
+        progress.add(len(shard))
+
+
+def _sort_by_length(writer: ArrayWriter, num_N: np.ndarray) -> None:
+    """Write the windows with a cut in the order of their lengths: a counting sort, part by part."""
+    length_W, has_cut_W = writer.so_far("length_W"), writer.so_far("has_cut_W")
+    with_cut_C = writer.extend("with_cut_C", int(num_N.sum()))
+    next_N = num_N.cumsum() - num_N  # the place of the next window of each length
+    for first in range(0, len(length_W), _SORTED):
+        own = first + np.flatnonzero(has_cut_W[first : first + _SORTED])
+        own = own[np.argsort(length_W[own], kind="stable")]
+        length = length_W[own]
+        own_N = np.bincount(length, minlength=len(num_N))
+        rank = np.arange(len(own)) - (own_N.cumsum() - own_N)[length]
+        with_cut_C[next_N[length] + rank] = own
+        next_N += own_N
