@@ -111,8 +111,8 @@ def before_records(
     if len(wanted_K) > _LOOKED_AT:
         wanted_K = wanted_K[np.linspace(0, len(wanted_K) - 1, _LOOKED_AT).astype(np.int64)]
     first = {}
-    spread = np.unique(np.linspace(0, len(shards) - 1, _SHARDS).astype(np.int64)) if shards else []
-    for shard in (shards[i] for i in np.asarray(spread, np.int64).tolist()):
+    spread = np.unique(np.linspace(0, max(len(shards) - 1, 0), _SHARDS).astype(np.int64))
+    for shard in (shards[i] for i in spread.tolist() if shards):
         place = np.flatnonzero(np.isin(_subjects(shard), wanted_K))
         for timeline in (shard[i] for i in place.tolist()):
             if len(timeline.bucket_time_B):
