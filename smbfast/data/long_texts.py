@@ -3,11 +3,12 @@
 Only a text's beginning is written or counted, so what stands behind it is cut off in arrow before
 Python sees it. Two texts that differ only behind it become one, and each counts as cut as before.
 
-Legend: L long texts of a batch, R those of them whose beginning does not suffice.
+Legend: N texts of a batch, J their bytes, R those of them whose beginning does not suffice.
 """
 
 from collections.abc import Iterator
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -88,13 +89,28 @@ def beginnings(column: pa.Array, text_chars: int) -> pa.Array:
     column.validate(full=True)  # what is cut off must be text as well
     cut = pc.utf8_slice_codeunits(column, 0, most)
     long = pc.less(pc.binary_length(cut), pc.binary_length(column))
-    short = [x for x in pc.unique(cut.filter(long)).to_pylist() if not shortened(x, text_chars)[1]]
+    # most are plain words, and are counted without Python
+    doubtful = pc.and_(long, pa.array(_num_plain(cut) <= text_chars))
+    unsure = pc.unique(cut.filter(doubtful)).to_pylist()
+    short = [x for x in unsure if x is not None and not shortened(x, text_chars)[1]]
     if not short:
         return cut
     # their beginning is mostly of what is not seen: they are read as far as it takes
     rest = pc.and_(long, pc.is_in(cut, value_set=pa.array(short, cut.type)))
     texts_R = [_enough(x, text_chars, most) for x in column.filter(rest).to_pylist()]
     return pc.replace_with_mask(cut, rest, pa.array(texts_R, cut.type))
+
+
+def _num_plain(column: pa.Array) -> np.ndarray:
+    """Return how many letters, digits and signs of ASCII each text has, int64 [N]."""
+    wide = pa.types.is_large_string(column.type)
+    buffer, first = column.buffers(), column.offset
+    offset_N1 = np.frombuffer(buffer[1], np.int64 if wide else np.int32)
+    offset_N1 = offset_N1[first : first + len(column) + 1].astype(np.int64)
+    begin, end = int(offset_N1[0]), int(offset_N1[-1])
+    byte_J = np.frombuffer(buffer[2], np.uint8)[begin:end]
+    plain_J1 = np.concatenate([[0], np.cumsum((byte_J > 0x20) & (byte_J < 0x7F))])
+    return np.diff(plain_J1[offset_N1 - begin])
 
 
 def _enough(text: str, text_chars: int, read: int) -> str:

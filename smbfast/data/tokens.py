@@ -7,9 +7,11 @@ alone misses added tokens that are not marked special). Delimiters are single ad
 
 import copy
 import os
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +32,8 @@ CLOSE = tuple(f"</{s}>" for s in SECTIONS)
 Delimiters = Literal["special", "text"]
 _KNOWN_LINES = 1 << 16
 _WORDS_AT_ONCE = 1 << 12
+_NOTE = 32  # characters from which a text is encoded word by word
+_WORD = re.compile(r" ?[^ ]+| ")
 
 # lines as the serializer composes them, to find out whether a tokenizer lets us encode piece by
 # piece: every kind of boundary (colon, comma, bracket, sign, space, newline) stands in here
@@ -201,7 +205,7 @@ class TextEncoder:
         self,
         tokenizer: PreTrainedTokenizerBase,
         delimiters: Delimiters = "special",
-        cache: int = 1 << 19,
+        cache: int = 1 << 17,
     ) -> None:
         self.tokenizer = tokenizer
         self.delimiters = delimiters
@@ -211,13 +215,21 @@ class TextEncoder:
         )
         self._cache: dict[str, np.ndarray] = {}
         self._limit = cache
+        self._wordwise = False  # whether a text may be encoded word by word
         self.begin: int | None = tokenizer.bos_token_id
         self.open_ids = [self._tag(t) for t in OPEN]
         self.close_ids = [self._tag(t) for t in CLOSE]
         refuse_lossy(tokenizer, self._plain)
-        self.piecewise = all(
+        self.piecewise = self._same_as_whole(_PROBES)
+        self._wordwise = self.piecewise and self._same_as_whole(
+            _WORD.findall("".join(p)) for p in _PROBES
+        )
+
+    def _same_as_whole(self, lines: Iterable[Sequence[str]]) -> bool:
+        """Whether encoding the pieces of lines is encoding the lines."""
+        return all(
             np.array_equal(np.concatenate(self.encode(list(p))), self.encode(["".join(p)])[0])
-            for p in _PROBES
+            for p in lines
         )
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -228,6 +240,8 @@ class TextEncoder:
             if len(cache) + len(missing) > self._limit:
                 cache = self._cache = {}
                 missing = list(dict.fromkeys(texts))
+            if self._wordwise:
+                missing = self._without_notes(missing)
             encoded = self._plain.encode_batch_fast(missing, add_special_tokens=False)
             for text, encoding in zip(missing, encoded, strict=True):
                 ids = encoding.ids
@@ -235,6 +249,31 @@ class TextEncoder:
                     ids = self._defused(text)
                 cache[text] = np.array(ids, np.int32)
         return [cache[t] for t in texts]
+
+    def _without_notes(self, texts: list[str]) -> list[str]:
+        """Put long texts of plain words into the cache, word by word; return the others.
+
+        Notes differ, and their words do not: so a word is encoded once, not a note.
+        """
+        cache, rest = self._cache, []
+        notes = {}
+        for text in texts:
+            if len(text) < _NOTE or "  " in text:
+                rest.append(text)
+            else:
+                notes[text] = _WORD.findall(text)
+        words = [w for w in dict.fromkeys(chain.from_iterable(notes.values())) if w not in cache]
+        encoded = self._plain.encode_batch_fast(words, add_special_tokens=False)
+        known = {w: np.array(e.ids, np.int32) for w, e in zip(words, encoded, strict=True)}
+        # what holds the name of a control token is taken apart as a whole
+        odd = {w for w, ids in known.items() if not self._reserved.isdisjoint(ids.tolist())}
+        for text, parts in notes.items():
+            if odd and not odd.isdisjoint(parts):
+                rest.append(text)
+            else:
+                ids = [known[w] if w in known else cache[w] for w in parts]
+                cache[text] = np.concatenate(ids)
+        return rest
 
     def fingerprint(self) -> str:
         """Return a digest that changes when the same text would get other ids."""

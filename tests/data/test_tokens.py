@@ -142,3 +142,17 @@ def test_the_lines_that_must_come_back_are_those_of_the_probes(tmp_path: Path) -
         tokenizer, _ = family_tokenizer(name, tmp_path / name, "text")
         tokens.refuse_lossy(load_tokenizer(str(tmp_path / name), "text")[0])
         tokens.refuse_lossy(tokenizer)
+
+
+NOTES = st.lists(st.text("ab1,.<|['\u00fc", min_size=1, max_size=9), min_size=8, max_size=14)
+
+
+@given(st.lists(NOTES.map(" ".join), min_size=1, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_a_note_has_the_ids_of_its_whole_text(notes: list[str]) -> None:
+    encoder = TextEncoder(our_bpe(), "text")
+    assert encoder._wordwise
+    plain = encoder._plain
+    for note in (f" {n},\n" for n in notes):
+        expected = plain.encode(note, add_special_tokens=False).ids
+        assert encoder.encode([note])[0].tolist() == expected
