@@ -144,13 +144,14 @@ def test_the_lines_that_must_come_back_are_those_of_the_probes(tmp_path: Path) -
         tokens.refuse_lossy(tokenizer)
 
 
+OURS = TextEncoder(our_bpe(), "text")
 NOTES = st.lists(st.text("ab1,.<|['\u00fc", min_size=1, max_size=9), min_size=8, max_size=14)
 
 
 @given(st.lists(NOTES.map(" ".join), min_size=1, max_size=4))
 @settings(max_examples=100, deadline=None)
 def test_a_note_has_the_ids_of_its_whole_text(notes: list[str]) -> None:
-    encoder = TextEncoder(our_bpe(), "text")
+    encoder = OURS
     assert encoder._wordwise
     plain = encoder._plain
     for note in (f" {n},\n" for n in notes):
