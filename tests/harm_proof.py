@@ -108,14 +108,14 @@ def blocked(pid: int, seconds: float) -> float:
 
 
 def double_starts(root: Path, alone: Path, seconds: float) -> str:
-    draw, slowest = random.Random(0), 0.0
+    draw, slowest, late = random.Random(0), 0.0, 0
     for trial in range(DOUBLES):
         run = root / f"double-{trial}"
         argv = [*SETTINGS, f"--run.dir={run}"]
         logs = [root / f"double-{trial}.{i}.log" for i in range(2)]
         anew = trial % 10 == 9
         first = forked(train.main, argv, logs[0])
-        time.sleep(draw.random() * seconds * (0.2 if anew else 0.9))
+        time.sleep(draw.random() * seconds * (0.1 if anew else 0.4))
         start = time.monotonic()
         if anew:
             with logs[1].open("w") as out:
@@ -125,14 +125,20 @@ def double_starts(root: Path, alone: Path, seconds: float) -> str:
             second = forked(train.main, argv, logs[1])
         ends = [ended(second), ended(first)]
         texts = [log.read_text() for log in (logs[1], logs[0])]
-        refused = [i for i in range(2) if ends[i][0] == 1 and "is in use by" in texts[i]]
-        assert len(refused) == 1 and ends[1 - refused[0]][0] == 0, (trial, ends, texts)
-        took = ends[refused[0]][1] - start
-        slowest = max(slowest, took if not anew else 0.0)
-        assert took < PATIENCE + (3.0 if anew else 0.0), (trial, took)
+        if ends[0][0] == 0 and "is finished" in texts[0]:  # the first one was quicker than alone
+            late += 1
+        else:
+            refused = [i for i in range(2) if ends[i][0] == 1 and "is in use by" in texts[i]]
+            assert len(refused) == 1 and ends[1 - refused[0]][0] == 0, (trial, ends, texts)
+            took = ends[refused[0]][1] - start
+            slowest = max(slowest, took if not anew else 0.0)
+            assert took < PATIENCE + (3.0 if anew else 0.0), (trial, took)
         assert lines(run) == lines(alone) and weights(run) == weights(alone), trial
         shutil.rmtree(run)
-    return f"{DOUBLES} double starts: one of each refused, the slowest after {slowest:.2f} s"
+    return (
+        f"{DOUBLES} double starts: {DOUBLES - late} of them refused one, the slowest after "
+        f"{slowest:.2f} s; {late} began after the first had ended"
+    )
 
 
 def full(*_args: object, **_more: object) -> None:
