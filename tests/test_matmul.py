@@ -96,6 +96,7 @@ def test_what_a_run_began_with_is_kept(meds, tmp_path, faster):
     words = words_of(meds, tmp_path / "run")
     first = opened(words)
     assert first.matmul.backend == ROWS
+    first.begin()
     first.save(None, 1, 0, "")
     faster(0.5)
     again = opened(words)
@@ -112,6 +113,7 @@ def test_a_run_from_before_the_choice_stays_as_it_is(meds, tmp_path, faster):
     words = words_of(meds, tmp_path / "run")
     first = opened(words)
     first.progress.matmul = None
+    first.begin()
     first.save(None, 1, 0, "")
     assert opened(words).matmul.backend == "torch"
 
@@ -155,7 +157,9 @@ def without_onednn(monkeypatch):
 
 def test_what_cannot_run_here_is_refused_with_the_way_out(meds, tmp_path, faster, without_onednn):
     words = words_of(meds, tmp_path / "run")
-    opened(words).save(None, 1, 0, "")
+    first = opened(words)
+    first.begin()
+    first.save(None, 1, 0, "")
     without_onednn()
     refused(lambda: entry.main(words), "oneDNN", "AMX", "checkpoint", "--kernels=linear:torch")
     assert opened([*words, "--kernels=linear:torch"]).matmul.backend == "torch"
