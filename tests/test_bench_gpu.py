@@ -1,6 +1,8 @@
 """The half hour on a GPU, rehearsed: what is run there is what is run here, at tiny sizes."""
 
+import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import time
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +38,7 @@ from bench.gpu.child import Bench, Item
 from bench.gpu.driver import ROOT, Run, chosen, run_stage, run_stages
 from bench.gpu.plan import CALLS, INSTALL, STAGES, Stage
 from bench.gpu.step import summed
+from tests.warm import Warm, start_server
 
 HERE = "tests.test_bench_gpu"
 LONG = 60.0  # seconds: longer than any process here
@@ -93,27 +97,65 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(x) for x in (folder / "gpu.jsonl").read_text().splitlines()]
 
 
-def rehearsed(folder: Path, call: int) -> dict[str, dict]:
-    """The records of a call's stages, which all end well; asked for again, none has work left."""
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> None:
+    """Has imported what the stages import, compiled as in their processes, not interpreted."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in a_run(tmp_path_factory.mktemp("server")).environment().items():
+            patch.setenv(name, value)
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        modules = [s.path for s in STAGES if s.name not in ("suite", "sanitizer")]
+        start_server([*modules, "bench.step.workloads", HERE])
+
+
+@pytest.fixture
+def warm(server, monkeypatch) -> None:
+    """The processes of stages begin where the imports are done; `rehearsed` has a real one too."""
+    stand_in = SimpleNamespace(Popen=Warm, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(driver, "subprocess", stand_in)
+
+
+def rehearsed(folder: Path, call: int, real: str = "") -> dict[str, dict]:
+    """The records of a call's stages, which all end well; asked for again, none has work left.
+
+    Stage `real` is run by the command in a process of its own, which starts another.
+    """
     tools, out = folder / "tools", folder / "gpu.jsonl"
     tools.mkdir()
     (tools / "compute-sanitizer").write_text(SANITIZER)
     (tools / "compute-sanitizer").chmod(0o755)
-    env = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     names = [s.name for s in STAGES if s.call == call]
-    command = [sys.executable, "-m", "bench.gpu", "--rehearse=cpu", f"--only={','.join(names)}"]
-    command += [f"--out={out}", f"--work={folder / 'work'}", "--git=abc1234", "--slack=10"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    log = (folder / "gpu.log").read_text()
-    assert done.returncode == 0, done.stdout + log[-3000:]
-    records = journal.read([out], "cpu")
-    assert [k for k in records if "/" not in k] == names
-    assert all(r["git"] == "abc1234" for r in records.values())
-    bad = {k: r for k, r in records.items() if r["state"] != "done" and not k.startswith("ops/")}
-    assert not bad, (bad, log[-3000:])
-    again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert again.stdout.count("done before") == len(names) and again.returncode == 0
+    given = ["--rehearse=cpu", f"--out={out}", f"--work={folder / 'work'}", "--git=abc1234"]
+    given += ["--slack=10"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{tools}{os.pathsep}{os.environ['PATH']}")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        if real:
+            command = [sys.executable, "-m", "bench.gpu", f"--only={real}", *given]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + (folder / "gpu.log").read_text()[-3000:]
+        code, said = ended([*given, f"--only={','.join(names)}"])
+        log = (folder / "gpu.log").read_text()
+        assert code == 0 and said.count("done before") == bool(real), said + log[-3000:]
+        records = journal.read([out], "cpu")
+        assert [k for k in records if "/" not in k] == names
+        assert all(r["git"] == "abc1234" for r in records.values())
+        done_or_not = (r["state"] == "done" or k.startswith("ops/") for k, r in records.items())
+        assert all(done_or_not), (records, log[-3000:])
+        code, said = ended([*given, f"--only={','.join(names)}"])
+        assert said.count("done before") == len(names) and code == 0
     return records
+
+
+def ended(argv: list[str]) -> tuple[int, str]:
+    """The exit status of the command, run in this process, and what it printed."""
+    before, said = signal.getsignal(signal.SIGTERM), io.StringIO()
+    try:
+        with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(said):
+            main(argv)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return stop.value.code, said.getvalue()
 
 
 def ops_states(records: dict[str, dict]) -> dict[str, str]:
@@ -134,8 +176,8 @@ def expected_states() -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_the_first_call_is_rehearsed(tmp_path):
-    records = rehearsed(tmp_path, 1)
+def test_the_first_call_is_rehearsed(tmp_path, warm):
+    records = rehearsed(tmp_path, 1, real="rates")
     assert ops_states(records) == expected_states()
     assert records["suite/tests"]["counts"]["passed"] > 0
     for name in ("W1", "W2"):
@@ -147,7 +189,7 @@ def test_the_first_call_is_rehearsed(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_second_call_is_rehearsed(tmp_path):
+def test_the_second_call_is_rehearsed(tmp_path, warm):
     records = rehearsed(tmp_path, 2)
     for name in ("W1", "W2"):
         pair = next(r for k, r in records.items() if k.startswith(f"pairs/{name}/"))
@@ -155,7 +197,7 @@ def test_the_second_call_is_rehearsed(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_third_call_is_rehearsed(tmp_path):
+def test_the_third_call_is_rehearsed(tmp_path, warm):
     records = rehearsed(tmp_path, 3)
     assert records["sanitizer/memcheck"]["covered"] == expected_states()
     assert records["memory/W1/2 windows"]["predicted"] > 0
@@ -163,7 +205,7 @@ def test_the_third_call_is_rehearsed(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_hangs_or_crashes_costs_one_item(tmp_path):
+def test_what_hangs_or_crashes_costs_one_item(tmp_path, warm):
     wrong = {"key": "ops/masked_jepa_mse/cpp", "state": "wrong", "rehearsal": "cpu"}
     journal.append(tmp_path / "gpu.jsonl", wrong)
     mark = run_stage(a_run(tmp_path), stage("odd"))
@@ -190,7 +232,7 @@ def test_what_hangs_or_crashes_costs_one_item(tmp_path):
 
 
 @pytest.mark.slow
-def test_each_item_of_a_fresh_stage_has_a_process(tmp_path):
+def test_each_item_of_a_fresh_stage_has_a_process(tmp_path, warm):
     run_stage(a_run(tmp_path), stage("fresh", fresh=True))
     one, two, mark = lines(tmp_path)
     assert one["pid"] != two["pid"] and mark["state"] == "done"
