@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pytest
+from transformers import Qwen2Config
 
 import smbfast.check
 import smbfast.train
@@ -173,6 +174,15 @@ def late_births(folder: Path) -> list[str]:
     return []
 
 
+def empty_tokenizer(folder: Path) -> list[str]:
+    """A backbone without tokenizer files, for which transformers makes an empty tokenizer."""
+    write_meds(folder)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    backbone = folder.parent / "backbone"
+    Qwen2Config(vocab_size=600, **sizes).save_pretrained(backbone)
+    return [f"--model.path={backbone}", "--data.window=1024"]
+
+
 REFUSED: dict[Plant, str] = {
     long_moments: "--data.window=1024 would lose less than 5%",
     values_left_out: "--data.values_per_line=none",
@@ -184,6 +194,7 @@ REFUSED: dict[Plant, str] = {
     single_class: "are all false in train",
     no_event: "have no observed event in train",
     labels_before_records: "all lie before the first event",
+    empty_tokenizer: "tokenizer.json",
 }
 WARNED: dict[Plant, str] = {
     long_demographics: "longer than a quarter of data.window=128: --data.window=256",
