@@ -307,15 +307,17 @@ def signals(root: Path, alone: Path, seconds: float) -> str:
 def full_disk(root: Path, alone: Path) -> str:
     disk, said = root / "disk", []
     disk.mkdir()
-    shown = "no tmpfs could be mounted"
+    shown, twin = "no tmpfs could be mounted", root / "twin"
+    made = [*SETTINGS, "--run.keep=3", f"--data.path={next(alone.glob('cohort-*'))}"]
+    made += [f"--data.prepared={root / 'shards-of-disk'}"]
+    status, _ = ended(forked(train.main, [*made, f"--run.dir={twin}"], root / "twin.log"))
+    assert status == 0, (root / "twin.log").read_text()
     for size in ("300k", "500k", "700k", "900k"):
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "t", str(disk)]
         if subprocess.run(mount, capture_output=True).returncode:
             return f"full disk: {shown}"
         try:
-            argv = [*SETTINGS, f"--run.dir={disk / 'run'}", "--run.keep=3"]
-            argv += [f"--data.path={next(alone.glob('cohort-*'))}"]
-            argv += [f"--data.prepared={alone / 'prepared'}", "--data.format=codes"]
+            argv = [*made, f"--run.dir={disk / 'run'}"]
             log = root / f"disk-{size}.log"
             status, _ = ended(forked(train.main, argv, log))
             text = log.read_text()
@@ -332,7 +334,7 @@ def full_disk(root: Path, alone: Path) -> str:
             assert state in ("failed", "none"), (size, state)
             subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
             status, _ = ended(forked(train.main, argv, log))
-            assert status == 0 and weights(disk / "run") == weights(alone), log.read_text()
+            assert status == 0 and weights(disk / "run") == weights(twin), log.read_text()
             said.append(f"{size}: {state}, one line, then the weights of one run")
         finally:
             subprocess.run(["umount", "-l", str(disk)], check=True)
