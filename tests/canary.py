@@ -169,7 +169,7 @@ def said(command: str, words: list[str]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     folder = Path((argv or sys.argv[1:])[0])
-    data, num = plant(folder / "data"), 0
+    data, num = plant(folder / "data", 400), 0
     for form in ("codes", "text", "text-paper"):
         out = folder / form
         for command, words in commands(data, out, form):
