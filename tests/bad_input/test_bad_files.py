@@ -269,7 +269,7 @@ def test_a_damaged_manifest(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname"])
 def test_a_manifest_that_points_outside(tmp_path: Path, name: str) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps({"files": {name: [1, "x"]}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 1, "files": {name: [1, "x"]}}))
     refused(lambda: verify_folder(tmp_path), "outside")
 
 
