@@ -99,12 +99,16 @@ def run_probe(
         "protocol": _protocol_text(config),
         "small_cells": config.small_cells,
     }
-    for labels, result in zip(matched_tasks, measured, strict=True):
+    _write(out, record, matched_tasks, measured)
+    say(table(record))
+    return record
+
+
+def _write(out: Path, record: dict, tasks: list[Labels], measured: list[Measured]) -> None:
+    for labels, result in zip(tasks, measured, strict=True):
         _write_predictions(out / "predictions" / f"{labels.task}.parquet", labels, result.score_N)
     with committed_file(out / "probe.json") as staging:
         staging.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    say(table(record))
-    return record
 
 
 def _read_tasks(config: ProbeCommandSettings, dataset: MedsDataset) -> list[Labels]:

@@ -37,6 +37,7 @@ def write_task(folder: Path) -> Path:
 
 class Dataset:
     path = Path("somewhere")
+    splits = SPLITS
 
     def subjects(self, split: str) -> np.ndarray:
         at = SPLITS.index(split)
