@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import Qwen2Config
 
@@ -183,7 +184,27 @@ def empty_tokenizer(folder: Path) -> list[str]:
     return [f"--model.path={backbone}", "--data.window=1024"]
 
 
+def contradicting_splits(folder: Path) -> list[str]:
+    write_meds(folder)
+    ids = [s for own in SPLITS.values() for s in own]
+    table = pa.table({"subject_id": ids, "split": ["train"] * len(ids)})
+    pq.write_table(table, folder / "metadata" / "subject_splits.parquet")
+    return []
+
+
+def two_descriptions(folder: Path) -> list[str]:
+    write_meds(folder)
+    file = folder / "metadata" / "codes.parquet"
+    names = pq.read_table(file)
+    others = pa.array(["another"] * len(names), names["description"].type)
+    other = names.set_column(names.schema.names.index("description"), "description", others)
+    pq.write_table(pa.concat_tables([names, other]), file)
+    return []
+
+
 REFUSED: dict[Plant, str] = {
+    contradicting_splits: "subject_splits.parquet must say the splits that the folders",
+    two_descriptions: "must give a code one description",
     long_moments: "--data.window=1024 would lose less than 5%",
     values_left_out: "--data.values_per_line=none",
     not_finite: "mend numeric_value",
