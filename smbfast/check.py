@@ -5,7 +5,7 @@ import sys
 from smbfast.base.entry import entry
 from smbfast.base.locks import locked
 from smbfast.base.ours import require_run_folder
-from smbfast.settings import kernel_choice, load, presets, run_arguments, run_help
+from smbfast.settings import decided_data, kernel_choice, load, presets, run_arguments, run_help
 
 EPILOG = f"""This command takes the arguments of python -m smbfast.train and tries, in about a
 minute, what that training run would do. PRESET is one of
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
             print(run_help(argv, "python -m smbfast.check", EPILOG))
             return
         settings = load(*run_arguments(argv))
+        decided_data(settings)  # refused at once, before the imports that take seconds
         require_run_folder(settings.folder)
         with locked(settings.folder, "smbfast.check"):  # a run under way is left alone
             from smbkernels import use

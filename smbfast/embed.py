@@ -4,7 +4,7 @@ from pathlib import Path
 
 from smbfast.base.config import command_line
 from smbfast.base.entry import entry
-from smbfast.settings import EmbedSettings
+from smbfast.settings import EmbedSettings, require_meds_folder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -13,6 +13,7 @@ def main(argv: list[str] | None = None) -> None:
     with entry("smbfast.embed"):
         if Path(settings.out).is_dir():
             raise ValueError(f"`out` must be a parquet file to write; {settings.out} is a folder")
+        require_meds_folder(Path(settings.data))  # refused before the imports that take seconds
         from smbfast.base.runtime import few
         from smbfast.data.moments import read_moments
         from smbfast.serving import load

@@ -5,13 +5,17 @@ from pathlib import Path
 
 from smbfast.base.config import command_line
 from smbfast.base.entry import entry
-from smbfast.settings import PrepareSettings
+from smbfast.settings import PrepareSettings, require_meds_folder
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command: arguments, one call of `smbfast.data.preparing`, what it counted."""
     settings = command_line(PrepareSettings, argv, prog="python -m smbfast.prepare")
     with entry("smbfast.prepare", stopped="the same command goes on"):
+        require_meds_folder(
+            settings.folder
+        )  # refused at once, before the imports that take seconds
+        settings.decided(settings.tokenizer)
         from smbfast.base.runtime import few
         from smbfast.data.explaining import explained
         from smbfast.data.preparing import prepare

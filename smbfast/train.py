@@ -12,6 +12,7 @@ from smbfast.base.ours import require_run_folder
 from smbfast.base.progress import duration
 from smbfast.settings import (
     TrainSettings,
+    decided_data,
     kernel_choice,
     load,
     presets,
@@ -59,8 +60,9 @@ def main(argv: list[str] | None = None) -> None:
         if "--print" in argv:
             print(to_toml(settings), end="")
             return
+        decided_data(settings)  # refused at once, before the imports that take seconds
         require_run_folder(settings.folder)
-        with locked(settings.folder, "smbfast.train"):  # before the imports that take seconds
+        with locked(settings.folder, "smbfast.train"):
             _run(settings, command, start)
 
 

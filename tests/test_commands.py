@@ -38,6 +38,25 @@ def test_help_and_a_refused_setting_import_nothing_heavy(command, argument, stat
 
 
 @pytest.mark.parametrize(
+    "command, arguments, words",
+    [
+        ("train", ["--data.path=/no/such/folder"], "there is no such folder"),
+        ("train", ["--data.window=64"], "data.window must be at least 128"),
+        ("check", ["--data.stride=512"], "data.stride must be at most data.window"),
+        ("prepare", ["--path=.", "--out=x", "--stride=2048"], "data.stride must be at most"),
+        ("embed", ["--model=m", "--data=/no", "--out=a.parquet", "--at=last"], "no such folder"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_before_heavy_imports(
+    command, arguments, words
+):
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, command, *arguments], capture_output=True, text=True
+    )
+    assert words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
     "error, words",
     [
         (ValueError("`x` must be 1, got 2"), "smbfast.name: `x` must be 1, got 2"),

@@ -16,8 +16,7 @@ from smbfast.data.windows import WindowSet
 from smbfast.run import checkpoint
 from smbfast.run.label_card import TaskFacts, require_none
 from smbfast.run.model_record import FORMAT
-from smbfast.settings import DataSettings, TrainSettings
-from smbfast.settings.data import VOCABULARY
+from smbfast.settings import DataSettings, TrainSettings, decided_data, tokenizer_folder
 from smbfast.simulation.dataset import simulate
 
 # settings that may differ when a run resumes, as they change weights only by rounding, if at all
@@ -183,9 +182,7 @@ def data_of(settings: TrainSettings, run: Path) -> DataSettings:
     Raises:
         ValueError: if settings of the data contradict each other or the backbone.
     """
-    _refuse_adapter_as_backbone(settings)
-    backbone = _tokenizer_folder(settings)
-    data = settings.data.decided(backbone, simulated=settings.data.path is None)
+    data = decided_data(settings)
     if data.path is None:
         # the name says which cohort it is, so other settings never reuse it
         cohort = run / f"cohort-{settings.cohort.patients}-{settings.cohort.seed}"
@@ -206,35 +203,13 @@ def prepared_data(
     Raises:
         ValueError: if the data are bad, or shards were made from others.
     """
-    backbone = _tokenizer_folder(settings)
+    backbone = tokenizer_folder(settings)
     if data.prepared and (Path(data.prepared) / "prepare.json").is_file():
         prepared = Prepared.open(Path(data.prepared), verify, spare=run / "prepared")
         check_prepared(prepared, data, backbone)
         return prepared
     out = Path(data.prepared) if data.prepared else run / "prepared"
     return prepare(data, out, backbone, ("train", "tuning"), verify)
-
-
-def _refuse_adapter_as_backbone(settings: TrainSettings) -> None:
-    path = settings.model.path
-    if not path or not (Path(path) / "adapter_config.json").is_file():
-        return
-    try:
-        base = read_json(Path(path) / "adapter_config.json").get("base_model_name_or_path")
-    except ValueError:
-        base = None
-    raise ValueError(
-        f"model.path {path} holds a LoRA adapter and no backbone; give both, as "
-        f"--model.path={base or 'BACKBONE'} --model.adapter={path}"
-    )
-
-
-def _tokenizer_folder(settings: TrainSettings) -> str | None:
-    """Return what the tokens come from: the backbone, or an adapter that was trained on codes."""
-    adapter = settings.model.adapter
-    if adapter and (Path(adapter) / VOCABULARY).is_file():
-        return adapter
-    return settings.model.path
 
 
 def read_tasks(

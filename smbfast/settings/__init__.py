@@ -5,6 +5,7 @@ Imports pydantic and nothing heavier, so that `--help` and a refused setting are
 
 from smbfast.settings.commands import EmbedSettings, ProbeCommandSettings, ReportSettings
 from smbfast.settings.data import CohortSettings, DataSettings, PrepareSettings, SimulateSettings
+from smbfast.settings.decide import decided_data, require_meds_folder, tokenizer_folder
 from smbfast.settings.model import LoraSettings, ModelSettings, ObjectiveSettings
 from smbfast.settings.presets import load, presets, run_arguments, run_help
 from smbfast.settings.training import (
@@ -34,9 +35,12 @@ __all__ = [
     "RunSettings",
     "SimulateSettings",
     "TrainSettings",
+    "decided_data",
     "kernel_choice",
     "load",
     "presets",
+    "require_meds_folder",
     "run_arguments",
     "run_help",
+    "tokenizer_folder",
 ]
