@@ -6,7 +6,7 @@ It is one committed folder, which `AutoTokenizer` reads; for codes it holds the 
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -37,7 +37,9 @@ from smbfast.data.tokens import (
 from smbfast.settings import DataSettings
 
 BPE_CHARACTERS = 8_000_000  # text that a tokenizer is trained on: our choice
-PARALLEL_ROWS = 2_000_000  # below this, starting processes costs more than they save
+# below these, starting processes costs more than they save
+PARALLEL_ROWS = 2_000_000
+PARALLEL_BYTES = 256 << 20  # of files, which hold long texts if they have few rows
 SUMMARY = "summary.json"  # how codes became tokens, for `prepare --explain`
 
 
@@ -151,7 +153,7 @@ def code_statistics(data: DataSettings, dataset: MedsDataset) -> CodeStatistics:
     progress = Progress("smbfast.prepare, vocabulary", sum(rows.values()), "events")
     workers = min(data.workers or os.cpu_count() or 1, len(files))
     total = CodeStatistics(text_chars=data.text_chars)
-    if workers > 1 and sum(rows.values()) > PARALLEL_ROWS:
+    if workers > 1 and worth_processes(dataset, files):
         with worker_pool(workers) as pool:
             # merged in the order of the files, so the result does not depend on the processes
             jobs = [dataset.where] * len(files), [str(file) for file in files]
@@ -164,6 +166,12 @@ def code_statistics(data: DataSettings, dataset: MedsDataset) -> CodeStatistics:
             _add_file(total, dataset, file)
             progress.add(rows[file])
     return total
+
+
+def worth_processes(dataset: MedsDataset, files: Sequence[Path]) -> bool:
+    """Whether files are large enough, together, to be read by several processes."""
+    rows = sum(dataset.num_rows(file) for file in files)
+    return rows > PARALLEL_ROWS or sum(f.stat().st_size for f in files) > PARALLEL_BYTES
 
 
 def _count(data: DataSettings, where: tuple, file: str) -> CodeStatistics:

@@ -20,7 +20,7 @@ from smbfast.base.locks import locked
 from smbfast.base.ours import prepared_entries, require_prepared_folder
 from smbfast.base.progress import Progress
 from smbfast.base.workers import worker_pool
-from smbfast.data.fitting import PARALLEL_ROWS, decided_options, fit_encoding
+from smbfast.data.fitting import decided_options, fit_encoding, worth_processes
 from smbfast.data.formats import (
     VERSIONS,
     PatientEncoding,
@@ -208,7 +208,7 @@ def _make_shards(
     todo = [job for job in jobs if not _finished(out / job[1])]
     progress = Progress("smbfast.prepare", sum(rows[f] for _, _, f in todo), "events")
     workers = min(data.workers or os.cpu_count() or 1, len(todo))
-    if workers > 1 and sum(rows[f] for _, _, f in todo) > PARALLEL_ROWS:
+    if workers > 1 and worth_processes(dataset, [file for _, _, file in todo]):
         with worker_pool(workers) as pool:
             running = {
                 pool.submit(_work, dataset.where, str(out), split, name, str(file)): file

@@ -214,6 +214,7 @@ class TextEncoder:
             tokenizer.added_tokens_decoder
         )
         self._cache: dict[str, np.ndarray] = {}
+        self._words: dict[str, np.ndarray] = {}  # of long texts
         self._limit = cache
         self._wordwise = False  # whether a text may be encoded word by word
         self.begin: int | None = tokenizer.bos_token_id
@@ -255,24 +256,31 @@ class TextEncoder:
 
         Notes differ, and their words do not: so a word is encoded once, not a note.
         """
-        cache, rest = self._cache, []
+        cache, known, rest = self._cache, self._words, []
         notes = {}
         for text in texts:
             if len(text) < _NOTE or "  " in text:
                 rest.append(text)
             else:
                 notes[text] = _WORD.findall(text)
-        words = [w for w in dict.fromkeys(chain.from_iterable(notes.values())) if w not in cache]
+        if len(known) > self._limit:
+            known.clear()
+        words = [w for w in dict.fromkeys(chain.from_iterable(notes.values())) if w not in known]
         encoded = self._plain.encode_batch_fast(words, add_special_tokens=False)
-        known = {w: np.array(e.ids, np.int32) for w, e in zip(words, encoded, strict=True)}
+        known |= {w: np.array(e.ids, np.int32) for w, e in zip(words, encoded, strict=True)}
         # what holds the name of a control token is taken apart as a whole
-        odd = {w for w, ids in known.items() if not self._reserved.isdisjoint(ids.tolist())}
-        for text, parts in notes.items():
-            if odd and not odd.isdisjoint(parts):
-                rest.append(text)
-            else:
-                ids = [known[w] if w in known else cache[w] for w in parts]
-                cache[text] = np.concatenate(ids)
+        odd = {w for w in words if not self._reserved.isdisjoint(known[w].tolist())}
+        for word in odd:
+            del known[word]
+        if odd:
+            rest += [text for text, parts in notes.items() if not odd.isdisjoint(parts)]
+            notes = {text: parts for text, parts in notes.items() if odd.isdisjoint(parts)}
+        if notes:
+            # joined at once: an array is cut faster than many small ones are joined for each note
+            ids_W = [known[w] for w in chain.from_iterable(notes.values())]
+            size_W = np.fromiter(map(len, ids_W), np.int64, len(ids_W))
+            ends = size_W.cumsum()[np.cumsum([len(parts) for parts in notes.values()]) - 1]
+            cache |= zip(notes, np.split(np.concatenate(ids_W), ends[:-1]), strict=True)
         return rest
 
     def fingerprint(self) -> str:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from smbfast.batch import Timeline
-from smbfast.data import preparing
+from smbfast.data import fitting, preparing
 from smbfast.data.array_file import ArrayFile, OpenMaps
 from smbfast.data.formats import read_encoding
 from smbfast.data.formats import serializer_of as serializer_of_record
@@ -298,7 +298,7 @@ def test_one_and_two_workers_give_the_same_shards(
 ) -> None:
     data = write_meds(tmp_path / "meds")
     alone = prepared(data, tmp_path / "one").folder
-    monkeypatch.setattr(preparing, "PARALLEL_ROWS", 0)
+    monkeypatch.setattr(fitting, "PARALLEL_ROWS", 0)
     calls: list[str] = []
     pool = preparing.worker_pool
 
