@@ -161,6 +161,7 @@ def code_statistics(data: DataSettings, dataset: MedsDataset) -> CodeStatistics:
             for file, statistics in zip(files, counted, strict=True):
                 total.merge(statistics)
                 progress.add(rows[file])
+        dataset.require_unchanged(files)  # the processes opened the dataset later
     else:
         for file in files:
             _add_file(total, dataset, file)

@@ -25,7 +25,7 @@ from smbfast.data.code_table import CodeTable
 from smbfast.data.columns import event_columns, with_subject_id
 from smbfast.data.long_texts import gathered, rows_at_once
 from smbfast.data.parquet import open_parquet, parquet_buffer, strings
-from smbfast.data.source_index import SourceIndex, file_digest, read_subjects
+from smbfast.data.source_index import SourceIndex, Stamp, file_digest, read_subjects
 from smbfast.data.splits import (
     SPLITS,
     UNKNOWN,
@@ -183,6 +183,20 @@ class MedsDataset:
         """Return the number of rows of a file, which is not opened for it."""
         return self._source.rows[self._source.place[file]]
 
+    def stamp(self, file: Path) -> Stamp:
+        """Return size, mtime and ctime of a file when the dataset was opened."""
+        return self._source.stamps[self._source.place[file]]
+
+    def require_unchanged(self, files: Iterable[Path]) -> None:
+        """Refuse files that are not those whose subjects and bytes were read when it was opened.
+
+        Raises:
+            ValueError: a file has changed since.
+        """
+        for file in files:
+            if file not in self._buffers:
+                self._source.require_unchanged(file)
+
     @property
     def where(self) -> tuple[Path, Path | None, Fractions | None]:
         """What another process opens the dataset with (see `again`)."""
@@ -254,8 +268,10 @@ class MedsDataset:
             return
         span = self._source.span(file)
         everyone = len(wanted) == span.stop - span.start
+        self.require_unchanged([file])
         parquet = open_parquet(file, self._buffers.get(file))
         yield from _read_file(file, parquet, None if everyone else np.sort(wanted), text_chars)
+        self.require_unchanged([file])
 
     def _subjects(self, file: Path, split: str) -> np.ndarray:
         span = self._source.span(file)

@@ -103,7 +103,7 @@ class Prepared:
     def shards(self, split: str) -> list[Shard]:
         """Return the shards of a split, none of which is opened before it is used."""
         records: list[ShardRecord] = self.record["shards"].get(split, [])
-        return [Shard(self.folder / r["file"], r["timelines"]) for r in records]
+        return [Shard(self.folder / r["file"], r["timelines"], r["sha256"]) for r in records]
 
     def windows(
         self,

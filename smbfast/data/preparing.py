@@ -35,7 +35,7 @@ from smbfast.data.prepared import Prepared, ShardRecord, require_current
 from smbfast.data.quality import count_quality
 from smbfast.data.sections import SectionMap
 from smbfast.data.shards import LAYOUT, SUFFIX, Shard, ShardWriter
-from smbfast.data.source_index import FOLDER
+from smbfast.data.source_index import FOLDER, Stamp
 from smbfast.data.splits import SPLITS
 from smbfast.data.tokens import load_tokenizer
 from smbfast.data.unmapped import Unmapped
@@ -62,19 +62,20 @@ def prepare(
     out = Path(out)
     require_prepared_folder(out)
     with locked(out, "smbfast.prepare"):
-        fresh = not prepared_entries(out)
+        before = prepared_entries(out)  # the index of the data, where labels were read first
+        fresh = not any((out / name).is_file() for name in ("plan.json", "prepare.json"))
         try:
             return _prepare(data.decided(tokenizer), out, tokenizer, splits, verify)
         except ValueError:
             # once the data is mended its digest is another: nothing of this could be gone on with
             if fresh:
-                _remove_prepared(out)
+                _remove_prepared(out, before)
             raise
 
 
-def _remove_prepared(out: Path) -> None:
-    """Remove what was just made, and nothing else."""
-    for entry in prepared_entries(out):
+def _remove_prepared(out: Path, before: list[Path]) -> None:
+    """Remove what was just made, and nothing that was there before."""
+    for entry in (e for e in prepared_entries(out) if e not in before):
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
@@ -211,7 +212,9 @@ def _make_shards(
     if workers > 1 and worth_processes(dataset, [file for _, _, file in todo]):
         with worker_pool(workers) as pool:
             running = {
-                pool.submit(_work, dataset.where, str(out), split, name, str(file)): file
+                pool.submit(
+                    _work, dataset.where, dataset.stamp(file), str(out), split, name, str(file)
+                ): file
                 for split, name, file in todo
             }
             for done in as_completed(running):
@@ -268,11 +271,13 @@ def _encoding(out: Path, plan: dict) -> PatientEncoding:
 _STATE: dict[str, tuple[MedsDataset, PatientSerializer]] = {}  # of a worker process: opened once
 
 
-def _work(where: tuple, out: str, split: str, name: str, file: str) -> None:
+def _work(where: tuple, stamp: Stamp, out: str, split: str, name: str, file: str) -> None:
     if out not in _STATE:
         dataset = MedsDataset.again(where)
         _STATE[out] = (dataset, _serializer(dataset, Path(out)))
     dataset, serializer = _STATE[out]
+    if dataset.stamp(Path(file)) != stamp:  # this process opened the dataset later
+        raise ValueError(f"{file} must not change while it is read; it has changed")
     _make_shard(dataset, serializer, split, Path(file), Path(out) / name, None)
 
 

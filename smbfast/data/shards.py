@@ -155,13 +155,19 @@ class Shard:
     The file is opened when a timeline is wanted, and is closed again when other shards are used.
     """
 
-    def __init__(self, path: Path, num_timelines: int | None = None) -> None:
+    def __init__(
+        self, path: Path, num_timelines: int | None = None, sha256: str | None = None
+    ) -> None:
         """Name a shard; nothing of it is read if the number of its timelines is known.
+
+        Args:
+            sha256: what its header must say once it is opened: size and date of a copy may be those
+                of another shard.
 
         Raises:
             ValueError: `num_timelines` is None, and the shard is unfinished.
         """
-        self.path = path
+        self.path, self._expected = path, sha256
         if num_timelines is None:
             num_timelines = self._file.places["timelines"].num // len(TABLE)
         self._num = num_timelines
@@ -171,6 +177,10 @@ class Shard:
         file = ArrayFile.open(self.path)
         if file.places.keys() != _ARRAYS.keys():
             raise damaged(self.path)
+        if self._expected not in (None, file.sha256):
+            raise ValueError(
+                f"{self.path} must have the SHA-256 {self._expected}; it is another file"
+            )
         return file
 
     @property

@@ -131,13 +131,17 @@ class SourceIndex:
         missing = [file for file in files if self.digests[self.place[file]] is None]
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
             for file, digest in zip(missing, pool.map(file_digest, missing), strict=True):
-                if stamp(file) != self.stamps[self.place[file]]:
-                    raise ValueError(f"{file} must not change while it is read; it has changed")
+                self.require_unchanged(file)
                 self.digests[self.place[file]] = digest
         if missing:
             self.save()
         known = (self.digests[self.place[file]] for file in files)
         return [digest for digest in known if digest is not None]
+
+    def require_unchanged(self, file: Path) -> None:
+        """Raise a ValueError if a file is not the one that was indexed."""
+        if stamp(file) != self.stamps[self.place[file]]:
+            raise ValueError(f"{file} must not change while it is read; it has changed")
 
     def save(self) -> None:
         """Write the index into its folder, if it has one that can be written."""

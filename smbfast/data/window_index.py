@@ -54,6 +54,8 @@ def stored_windows(
     for folder in folders:
         try:
             with _alone((folder / name).parent):
+                if file := _finished(folder, name):  # another process has just written it
+                    return _mapped(file, shards, window, preamble)
                 _write(folder / name, shards, window, preamble, objective, stride)
         except OSError:
             continue

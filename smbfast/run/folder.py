@@ -7,6 +7,7 @@ from typing import Literal
 
 from smbfast.base.config import read_toml
 from smbfast.base.files import read_json, write_text
+from smbfast.base.ours import require_prepared_folder
 from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits, with_splits
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
@@ -232,6 +233,8 @@ def read_tasks(
     if not names:
         return [], []
     prepared = Path(data.prepared) if data.prepared else settings.folder / "prepared"
+    if not (prepared / "prepare.json").is_file():
+        require_prepared_folder(prepared)  # before the index is written into it
     dataset = MedsDataset.open(root, index=prepared / FOLDER, split=data.split)
     tasks = [(f, with_splits(read_labels(f), dataset)) for f in find_tasks(names, root)]
     facts = [TaskFacts.of(labels, dataset) for _, labels in tasks]
