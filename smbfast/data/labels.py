@@ -314,12 +314,9 @@ def _refuse_repeats(labels: Labels, files: list[Path], sizes: list[int]) -> None
 
 
 def _refuse_two_splits(labels: Labels, path: Path) -> None:
-    pairs = {
-        (subject, split)
-        for subject, split in zip(labels.subject_N.tolist(), labels.split_N.tolist(), strict=True)
-        if split
-    }
-    doubled = len(pairs) - len({subject for subject, _ in pairs})
+    in_split = [np.unique(labels.subject_N[labels.split_N == split]) for split in SPLITS]
+    _, num_splits = np.unique(np.concatenate(in_split), return_counts=True)
+    doubled = int((num_splits > 1).sum())
     if doubled:
         raise ValueError(
             f"a subject must be in one split; in {path}, {doubled} subjects are in several"

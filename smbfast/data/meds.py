@@ -85,6 +85,7 @@ class MedsDataset:
     _source: SourceIndex
     _split_S: np.ndarray | None  # int8, place in (*SPLITS, UNKNOWN); None where files say it
     _buffers: dict[Path, pa.Buffer]  # parquet in memory, of tables
+    num_unread: int = 0  # parquet files that lie in the folder of no split and are not read
 
     @classmethod
     def open(
@@ -137,6 +138,7 @@ class MedsDataset:
             source,
             splits_of(layout, source.subject_S),
             {},
+            layout.num_unread,
         )
         if need_train and len(dataset.subjects(meds.train_split)) == 0:
             raise ValueError(

@@ -214,7 +214,13 @@ class Prepared:
         parts += [
             f"values that were NaN or infinite {few(counts['nonfinite_values'])}",
             f"births after a subject's first event {few(counts['late_births'])}",
+            f"subjects without an event with a date {few(counts['subjects_without_events'])}",
         ]
+        unread = self.record.get("unread", {})  # an earlier version's record does not have it
+        if unread.get("subjects"):
+            parts.append(f"subjects in no split {few(unread['subjects'])}")
+        if unread.get("files"):
+            parts.append(f"files in the folder of no split {unread['files']:,}")
         return "; ".join(parts)
 
     def serializer(self, dataset: MedsDataset) -> PatientSerializer:

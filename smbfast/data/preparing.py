@@ -105,13 +105,8 @@ def _prepare(
             )
     if finished.is_file():
         return Prepared.open(out, verify)
-    if outside := dataset.without_split():
-        shown = f"{outside:,}" if outside > 10 else "up to 10"
-        print(
-            f"smbfast.prepare: {shown} subjects are in none of the splits {', '.join(SPLITS)} "
-            "and are not read",
-            file=sys.stderr,
-        )
+    unread = {"subjects": dataset.without_split(), "files": dataset.num_unread}
+    _say_unread(unread)
     out.mkdir(parents=True, exist_ok=True, mode=0o700)
     sections = sections_of(data)
     options = before.get("options") or decided_options(data, dataset, tokenizer, sections)
@@ -128,9 +123,18 @@ def _prepare(
         "shards": shards,
         "counts": {s: dict(c) for s, c in counts.items()},
         "unmapped": unmapped.shown(),
+        "unread": unread,
     }
     write_text(out / "prepare.json", json.dumps(record, indent=1))
     return Prepared.open(out)
+
+
+def _say_unread(unread: dict[str, int]) -> None:
+    for what, num in unread.items():
+        if num:
+            shown = "up to 10" if what == "subjects" and num <= 10 else f"{num:,}"
+            where = f"{shown} {what} are in none of the splits {', '.join(SPLITS)}"
+            print(f"smbfast.prepare: {where} and are not read", file=sys.stderr)
 
 
 def _dataset(data: DataSettings, out: Path) -> MedsDataset:

@@ -38,12 +38,14 @@ class Layout:
     """The files of each split; `table`, `fractions` or neither say more of their subjects.
 
     With `by_folder` a file has subjects of one split; without it, each split has all files.
+    `num_unread` is the number of files that lie in the folder of no split and are not read.
     """
 
     files: dict[str, list[Path]]
     by_folder: bool
     table: Path | None = None
     fractions: Fractions | None = None
+    num_unread: int = 0
 
 
 def find_files(
@@ -78,9 +80,8 @@ def find_files(
             "never divided anew"
         )
     if has_folders:
-        if need_train:
-            del in_folder[UNKNOWN]
-        return Layout(in_folder, True, table if has_table else None)
+        num_unread = len(in_folder.pop(UNKNOWN)) if need_train else 0
+        return Layout(in_folder, True, table if has_table else None, num_unread=num_unread)
     if not (has_table or fractions) and not need_train:
         return Layout({UNKNOWN: everything}, True)
     if not (has_table or fractions):

@@ -128,6 +128,20 @@ def test_files_named_after_the_splits(tmp_path: Path) -> None:
     refused(lambda: MedsDataset.open(tmp_path), "data.split=0.8,0.1,0.1")
 
 
+def test_what_is_in_no_split_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files in `data/` that no folder of a split holds, and subjects that never had an event."""
+    rows = [*split_rows("train"), (70, None, "GENDER//F", None, None)]
+    data = write_meds(tmp_path / "meds", {"train": rows})
+    write_table(data / "data" / "external" / "0.parquet", subject_rows(98))
+    write_table(data / "data" / "1.parquet", subject_rows(99))
+    settings = DataSettings(path=str(data), format="codes", workers=1)
+    made = prepare(settings, tmp_path / "out", None, ("train", "tuning"))
+    assert "2 files are in none of the splits" in capsys.readouterr().err
+    assert made.left_out().endswith(
+        "subjects without an event with a date <=10; files in the folder of no split 2"
+    )
+
+
 def test_two_names_of_one_split(tmp_path: Path) -> None:
     data = write_meds(tmp_path)
     write_table(data / "data" / "dev" / "0.parquet", subject_rows(99))
