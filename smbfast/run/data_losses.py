@@ -16,7 +16,7 @@ Legend: B buckets.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from smbfast.base.counts import share
 from smbfast.batch import Timeline
 from smbfast.data.codes.vocabulary import NUMBERS_WITHOUT_BIN, TEXTS_WITHOUT_TOKEN
 from smbfast.data.prepared import Prepared
+from smbfast.data.shards import FIELDS
 from smbfast.data.timelines import Preamble
 from smbfast.data.windows import WindowSet
 
@@ -112,13 +113,24 @@ def _longer(window: int) -> Iterator[int]:
 
 
 def _sample(shards: Sequence) -> list[Timeline]:
-    """Return up to `SAMPLE` records, spread evenly over all shards."""
+    """Return up to `SAMPLE` records, spread evenly over all shards: their buckets alone.
+
+    They hold no map, as each of these has a file descriptor, and a system may allow 256.
+    """
     ends = np.cumsum([0, *(len(shard) for shard in shards)])
     places = np.linspace(0, ends[-1] - 1, min(SAMPLE, int(ends[-1]))).astype(np.int64)
     shard_of = np.searchsorted(ends, places, side="right") - 1
     return [
-        shards[s][p - int(ends[s])] for s, p in zip(shard_of.tolist(), places.tolist(), strict=True)
+        _buckets(shards[s][p - int(ends[s])])
+        for s, p in zip(shard_of.tolist(), places.tolist(), strict=True)
     ]
+
+
+def _buckets(timeline: Timeline) -> Timeline:
+    """Return a copy whose ids are zeros that take no memory, and which has no lines."""
+    arrays = {name: getattr(timeline, name) for name in FIELDS if name != "ids_T"}
+    copies = {n: a[: 0 if n.endswith("_L") else None].copy() for n, a in arrays.items()}
+    return replace(timeline, ids_T=np.broadcast_to(np.int32(0), len(timeline)), **copies)
 
 
 def _unseen(sample: list[Timeline], window: int, preamble: Preamble) -> float:

@@ -68,7 +68,7 @@ def test_a_file_that_is_replaced_while_shards_are_made(
         "by workers": (preparing, "worker_pool"),
     }[when]
     if when == "by workers":
-        monkeypatch.setattr(preparing, "PARALLEL_ROWS", 0)
+        monkeypatch.setattr(fitting, "PARALLEL_ROWS", 0)
         monkeypatch.setattr(preparing, "worker_pool", ThreadPoolExecutor)
     monkeypatch.setattr(place, name, then(getattr(place, name), lambda: exchange(file)))
     refused(lambda: made(data, out, workers=2), file, "must not change while it is read")

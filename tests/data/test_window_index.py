@@ -14,6 +14,7 @@ from smbfast.data.shards import Shard, ShardWriter
 from smbfast.data.timelines import Preamble
 from smbfast.data.window_index import stored_windows
 from smbfast.data.windows import WindowSet
+from smbfast.run import data_losses
 from smbfast.settings import ObjectiveSettings
 from tests.data.test_windows import plain
 from tests.factory import write_meds
@@ -142,6 +143,16 @@ def test_a_window_holds_no_map(shards: list[Shard], tmp_path: Path) -> None:
     for array in vars(table[0]).values():
         if isinstance(array, np.ndarray):
             assert array.base is None
+
+
+def test_a_sample_of_many_shards_holds_no_map(shards: list[Shard]) -> None:
+    """The data card looks at records of all shards, of which a system may not open that many."""
+    sample = data_losses._sample(shards)
+    assert [len(timeline) for timeline in sample] == [len(t) for shard in shards for t in shard]
+    for array in (a for t in sample for a in vars(t).values() if isinstance(a, np.ndarray)):
+        while isinstance(array, np.ndarray):
+            array = array.base
+        assert array is None
 
 
 def test_the_command_writes_the_table_of_a_run_with_the_default_objective(
