@@ -9,45 +9,67 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# a fork for each case: what one sets is not there in the next. What `runtime` imports is
+# imported once, before them; itself in each, as it might read the environment then
 PROGRAM = """
 import json, os, sys
-import torch
-from smbfast.base import runtime
+import smbkernels.matmul.products, torch
+from smbfast.base import entry, helpers
 
-seen = {}
+def case(name, variables):
+    os.environ.update(variables)
+    from smbfast.base import runtime
 
-def start(device):
-    matmul = torch.backends.cuda.matmul
-    seen["environment"] = {k: v for k, v in os.environ.items() if k.endswith("ALLOC_CONF")}
-    seen["reduced"] = matmul.allow_bf16_reduced_precision_reduction
+    seen, now = {}, []
 
-now = []
-torch._C._accelerator_setAllocatorSettings = now.append
-torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 1)
-torch.cuda.set_device = start  # the first thing that starts CUDA
-device = runtime.choose_device(sys.argv[1])
-initialized = torch.cuda.is_initialized()
-print(json.dumps(seen | {"device": device.type, "initialized": initialized, "now": now}))
+    def start(device):
+        matmul = torch.backends.cuda.matmul
+        seen["environment"] = {k: v for k, v in os.environ.items() if k.endswith("ALLOC_CONF")}
+        seen["reduced"] = matmul.allow_bf16_reduced_precision_reduction
+
+    torch._C._accelerator_setAllocatorSettings = now.append
+    torch.cuda.is_available, torch.cuda.device_count = (lambda: True), (lambda: 1)
+    torch.cuda.set_device = start  # the first thing that starts CUDA
+    device = runtime.choose_device(name)
+    initialized = torch.cuda.is_initialized()
+    return seen | {"device": device.type, "initialized": initialized, "now": now}
+
+for name, variables in json.load(sys.stdin):
+    child = os.fork()
+    if not child:
+        print(json.dumps(case(name, variables)), flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"{name}, {variables}: failed")
 """
+VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+VALUES = ("max_split_size_mb:128", "expandable_segments:False", "")
+CASES: list[tuple[str, dict[str, str]]] = [
+    *((name, {}) for name in ("auto", "cuda", "cuda:0", "cpu")),
+    *(("cuda", {variable: value}) for variable in VARIABLES for value in VALUES),
+]
 
 
-def chosen(name: str, **variables: str) -> dict:
+@pytest.fixture(scope="module")
+def chosen() -> dict[str, dict]:
+    """What each case saw, by the case."""
     own = {k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")}
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, name],
-        env={**own, "PYTHONPATH": path, **variables},
+        [sys.executable, "-c", PROGRAM],
+        env={**own, "PYTHONPATH": path},
+        input=json.dumps(CASES),
         capture_output=True,
         text=True,
-        check=True,
     )
-    return json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = map(json.loads, done.stdout.splitlines())
+    return {str(case): one for case, one in zip(CASES, seen, strict=True)}
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
-def test_segments_expand_and_sums_are_fp32_before_cuda_starts(name):
-    found = chosen(name)
-    assert found == {
+def test_segments_expand_and_sums_are_fp32_before_cuda_starts(chosen, name):
+    assert chosen[str((name, {}))] == {
         "environment": {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
         "reduced": False,
         "device": "cuda",
@@ -56,14 +78,13 @@ def test_segments_expand_and_sums_are_fp32_before_cuda_starts(name):
     }
 
 
-@pytest.mark.parametrize("variable", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-@pytest.mark.parametrize("value", ["max_split_size_mb:128", "expandable_segments:False", ""])
-def test_a_setting_in_the_environment_is_left_as_it_is(variable, value):
-    found = chosen("cuda", **{variable: value})
+@pytest.mark.parametrize("variable", VARIABLES)
+@pytest.mark.parametrize("value", VALUES)
+def test_a_setting_in_the_environment_is_left_as_it_is(chosen, variable, value):
+    found = chosen[str(("cuda", {variable: value}))]
     assert found["environment"] == {variable: value} and found["now"] == []
     assert found["reduced"] is False
 
 
-def test_on_a_cpu_nothing_is_set():
-    found = chosen("cpu")
-    assert found == {"device": "cpu", "initialized": False, "now": []}
+def test_on_a_cpu_nothing_is_set(chosen):
+    assert chosen[str(("cpu", {}))] == {"device": "cpu", "initialized": False, "now": []}
