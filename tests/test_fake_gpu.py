@@ -6,6 +6,8 @@ and nothing is timed; see `bench.fakegpu`.
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -30,12 +32,56 @@ def compiler() -> None:
         pytest.skip(f"the pretended GPU is built by a C++ compiler: {error}")
 
 
+# each command in a fork, so that torch, transformers and the shim are loaded once for all
+PROGRAM = """
+import json, os, sys
+from pathlib import Path
+from bench.fakegpu.__main__ import main
+
+for number, arguments in enumerate(json.load(sys.stdin)):
+    child = os.fork()
+    if not child:
+        for stream in (1, 2):
+            file = os.open(f"{sys.argv[1]}/{number}.{stream}", os.O_CREAT | os.O_WRONLY)
+            os.dup2(file, stream)
+        main(arguments)
+        sys.exit()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    Path(f"{sys.argv[1]}/{number}").write_text(str(code))
+"""
+STEP, SCRIPT = "step", "script"
+MISTAKES = ("mixed", "large")
+
+
 @pytest.fixture(scope="module")
-def step(compiler) -> dict:
-    """The report of a step, from a process that was started with the shim."""
-    done = shim.run(["bench.fakegpu", "--check"], timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def done(compiler, tmp_path_factory) -> dict[str, subprocess.CompletedProcess[str]]:
+    """What a step, the script and its mistakes said, from a process that has the shim."""
+    folder = tmp_path_factory.mktemp("commands")
+    commands = {STEP: ["-m", "bench.fakegpu", "--check"], SCRIPT: command("tests.gpu_script", [])}
+    commands |= {mistake: command("tests.gpu_script", [mistake]) for mistake in MISTAKES}
+    assert all(given[:2] == ["-m", "bench.fakegpu"] for given in commands.values())
+    whole = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder)],
+        env=shim.environment(),
+        cwd=shim.ROOT,
+        input=json.dumps([given[2:] for given in commands.values()]),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    said = {}
+    for number, (name, given) in enumerate(commands.items()):
+        code, out, err = ((folder / f"{number}{x}").read_text() for x in ("", ".1", ".2"))
+        said[name] = subprocess.CompletedProcess(given, int(code), out, err)
+    return said
+
+
+@pytest.fixture(scope="module")
+def step(done) -> dict:
+    """The report of a step."""
+    assert done[STEP].returncode == 0, done[STEP].stderr[-3000:]
+    return json.loads(done[STEP].stdout.splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -69,10 +115,10 @@ def test_what_is_launched_compiles_for_sm_90_without_spills(step):
 
 
 @pytest.mark.slow
-def test_a_script_is_rehearsed(compiler):
-    done = shim.run(command("tests.gpu_script", [])[1:], timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    read = json.loads(done.stdout.splitlines()[-1])
+def test_a_script_is_rehearsed(done):
+    script = done[SCRIPT]
+    assert script.returncode == 0, script.stderr[-3000:]
+    read = json.loads(script.stdout.splitlines()[-1])
     # x and its gradient, the index and the truth values of a moment: blocks of 512 bytes
     allocated = read.pop("allocated")
     assert 2 * 64 * 32 * 4 + 512 <= allocated <= 2 * 64 * 32 * 4 + 8 * 512
@@ -87,7 +133,7 @@ def test_a_script_is_rehearsed(compiler):
         "waits": "called a synchronizing CUDA operation: _local_scalar_dense",
         "pinned": True,
     }
-    assert "rehearsed tests.gpu_script: " in done.stderr
+    assert "rehearsed tests.gpu_script: " in script.stderr
 
 
 @pytest.mark.slow
@@ -95,9 +141,10 @@ def test_a_script_is_rehearsed(compiler):
     ("mistake", "message"),
     [("mixed", "x_TD + torch.ones(64, 32)"), ("large", "must hold at most 141 GiB, got")],
 )
-def test_a_rehearsal_finds_a_mistake(compiler, mistake, message):
-    done = shim.run(command("tests.gpu_script", [mistake])[1:], timeout=300)
-    assert done.returncode and message in done.stderr, done.stderr[-3000:]
+def test_a_rehearsal_finds_a_mistake(done, mistake, message):
+    assert done[mistake].returncode and message in done[mistake].stderr, done[mistake].stderr[
+        -3000:
+    ]
 
 
 def test_budgets_are_as_they_are_written():
