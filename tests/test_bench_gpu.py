@@ -77,6 +77,7 @@ def items(bench: Bench) -> list[Item]:
         Item("first", figures),
         Item("broken", broken),
         Item("spoiling", spoiling),
+        Item("after", figures),
         Item("dying", dying),
         Item("hanging", hanging, 0.5),
         Item("last", figures),
@@ -216,8 +217,10 @@ def test_what_hangs_or_crashes_costs_one_item(tmp_path, warm):
     assert reasons["spoiling"][0] == "failed" and "illegal memory" in reasons["spoiling"][1]
     assert reasons["dying"][0] == "failed" and "signal 11" in reasons["dying"][1]
     assert reasons["hanging"] == ("killed", "over its 0.5 s")
-    first, last = records["odd/first"], records["odd/last"]
-    assert first["state"] == last["state"] == "done" and first["pid"] != last["pid"]
+    first, after, last = (records[f"odd/{name}"] for name in ("first", "after", "last"))
+    assert first["state"] == after["state"] == last["state"] == "done"
+    # what failed with an error of CUDA ended its process, as what crashed and what was killed did
+    assert len({record["pid"] for record in (first, after, last)}) == 3
     # the wrong backend is not used, and the record says so
     expected = (
         {"masked_jepa_mse": "torch"} if OPS["masked_jepa_mse"].status("cpu")["cpp"] == "ok" else {}
