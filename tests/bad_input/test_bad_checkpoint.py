@@ -44,7 +44,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     [
         ("--model.hidden=64", "model.hidden: 32 -> 64"),
         ("--phases.0.steps=3", "phases.0.steps: 2 -> 3"),
-        ("--data.window=64", "data.window: 128 -> 64"),
+        ("--data.window=256", "data.window: 128 -> 256"),
         ("--run.seed=1", "run.seed: 0 -> 1"),
     ],
 )
