@@ -182,7 +182,7 @@ def faults(root: Path) -> str:
         "the sample": patched("smbfast.run.evaluation.sample_of", wrong),
         "the sample is not written": patched("smbfast.run.evaluation.write_text", full),
         "old checkpoints stay": patched("smbfast.base.replace.discard", full),
-        "a loader's thread ends": patched("smbfast.data.loader.make_batch", full),
+        "a loader's thread ends": patched("smbfast.data.loader.make_micro_batches", full),
         "no thread starts": patched("threading.Thread.start", no_thread),
         "the loader's threads are gone": patched("smbfast.data.loader._packed", thread_ends),
     }
