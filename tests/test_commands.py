@@ -63,6 +63,7 @@ def test_settings_that_contradict_each_other_are_refused_before_heavy_imports(
         (RunFailed("step 3 broke"), "smbfast.name: step 3 broke"),
         (OSError(28, "No space left on device", "a.bin"), "smbfast.name: No space left on device"),
         (BrokenProcessPool("terminated abruptly"), "smbfast.name: a worker process was killed"),
+        (RuntimeError("can't start new thread"), "smbfast.name: the system starts no more threads"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(error, words):

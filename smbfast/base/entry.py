@@ -17,6 +17,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PATIENCE = 2  # signals that ask; the next one ends the process
 
 
+_NO_THREAD = "can't start new thread"  # what Python says where the system refuses one
+
+
 class RunFailed(RuntimeError):
     """The work failed although the program is right; the message says where."""
 
@@ -63,12 +66,6 @@ def entry(
                 os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
             )  # so that the flush at exit works
             raise SystemExit(1) from None
-        except BrokenProcessPool:
-            on_end("failed")
-            raise SystemExit(
-                f"{prog}: a worker process was killed, perhaps because memory ran out; the same "
-                "command goes on, with fewer `workers` if you set them"
-            ) from None
         except KeyboardInterrupt:
             signals.ignore()
             on_end("preempted")
@@ -76,10 +73,26 @@ def entry(
             raise SystemExit(status) from None
         except BaseException as error:
             on_end("failed")
-            known = system_error(error)
-            if known is None:
+            words = _in_words(error)
+            if words is None:
                 raise
-            raise SystemExit(f"{prog}: {cannot_write(known)}") from None
+            raise SystemExit(f"{prog}: {words}") from None
+
+
+def _in_words(error: BaseException) -> str | None:
+    """Return what a user can mend about an error of the system; None for a bug."""
+    if isinstance(error, BrokenProcessPool):
+        return (
+            "a worker process was killed, perhaps because memory ran out; the same command goes "
+            "on, with fewer `workers` if you set them"
+        )
+    if str(error) == _NO_THREAD:
+        return (
+            "the system starts no more threads; raise its limit (`ulimit -u`) and run the same "
+            "command"
+        )
+    known = system_error(error)
+    return None if known is None else cannot_write(known)
 
 
 class _Signals:
