@@ -1,5 +1,6 @@
 """python -m smbfast.check: what training would meet, met before it, in a minute or so."""
 
+import shlex
 import sys
 
 from smbfast.base.entry import entry
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
             everywhere, by_op = kernel_choice(settings.kernels)
             with use(everywhere, **by_op):
-                check(settings)
+                check(settings, shlex.join(["python", "-m", "smbfast.train", *argv]))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def test_every_stage_of_a_run_that_may_start(cohort, tmp_path, capsys):
     assert "predicted" in lines[6] and "measured" in lines[6]
     assert "sft" in lines[8] and "jepa" in lines[8] and "without evaluations" in lines[8]
     assert "the same bit for bit" in lines[9]
-    assert lines[-1].startswith("ready")
+    assert lines[-1].startswith(f"ready: python -m smbfast.train tiny --data.path={cohort} ")
+    assert f" --run.dir={tmp_path / 'run'} " in lines[-1]
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["prepared"]
 
 

@@ -59,8 +59,11 @@ class PhasePlan:
         )
 
 
-def check(settings: TrainSettings) -> None:
+def check(settings: TrainSettings, command: str) -> None:
     """Go through the stages of a run and print each.
+
+    Args:
+        command: what starts that run, for the last line.
 
     Raises:
         ValueError: if something would keep the run from starting or from finishing.
@@ -73,12 +76,11 @@ def check(settings: TrainSettings) -> None:
     )
     with run.matmul.used():
         _go_through(run, stages)
-    starts = f"python -m smbfast.train {settings.preset} starts"
     if number := len(run.card.warnings):
         one = "1 warning is" if number == 1 else f"{number} warnings are"
-        print(f"{starts}, but {one} above", flush=True)
+        print(f"{command} starts, but {one} above", flush=True)
         return
-    print(f"ready: {starts}", flush=True)
+    print(f"ready: {command} starts", flush=True)
 
 
 def _go_through(run: OpenRun, stages: "_Stages") -> None:
