@@ -302,6 +302,10 @@ def test_forms_of_a_moment(tmp_path: Path) -> None:
         [7],
         [int(datetime(2024, 1, 31, tzinfo=UTC).timestamp()) * 10**6],
     )
+    pq.write_table(old, tmp_path / "days.parquet")
+    csv.write_csv(old, tmp_path / "DAYS.CSV")
+    for name in ("days.parquet", "DAYS.CSV"):  # a file says what a table in memory does
+        assert read_moments(tmp_path / name) == (subject_N, time_N)
     for columns, words in [
         ({"prediction_time": [moment]}, "`subject_id`"),
         ({"subject_id": [1]}, "`prediction_time`"),

@@ -16,7 +16,7 @@ import pyarrow as pa
 from pyarrow import csv as arrow_csv
 from pyarrow import interchange
 
-from smbfast.data.labels import integer_column, read_nodes, time_column
+from smbfast.data.labels import integer_column, key_table, time_column
 from smbfast.data.meds import BIRTH, STATIC, MedsDataset
 from smbfast.data.nodes import SPLIT_NAMES, Nodes, sorted_nodes, split_index
 
@@ -106,10 +106,11 @@ def _read_text(at: str) -> Moments:
     if at == LAST:
         return LAST
     path = Path(at)
-    if path.suffix == ".csv":
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
         return _read_csv(path)
-    if path.suffix in _TABLES or path.is_file():
-        return read_nodes(path)
+    if suffix in _TABLES or path.is_file():
+        return _keys(key_table(path, []), str(path))
     try:
         return _without_zone(datetime.fromisoformat(at))
     except ValueError:
