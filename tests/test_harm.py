@@ -314,16 +314,27 @@ def test_a_file_of_others_is_not_replaced(tmp_path: Path):
 HOLDS = """
 import os, sys, time
 from pathlib import Path
+from smbfast.base import locks
 from smbfast.base.locks import locked
+os.environ["PARENT"] = str(os.getpid())
 with locked(Path(sys.argv[1]), "smbfast.train"):
     if sys.argv[2] == "forks" and os.fork() == 0:
         time.sleep(600)
+    if sys.argv[2] == "forks late":  # a fork that lets go only after its parent has ended
+        handle = os.dup(next(iter(locks._HELD)))
+        if os.fork() == 0:
+            while os.getppid() == int(os.environ["PARENT"]):
+                time.sleep(0.01)
+            time.sleep(0.3)
+            os.close(handle)
+            time.sleep(600)
+        os.close(handle)
     print(os.getpid(), flush=True)
     time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("how", ["alone", "forks"])
+@pytest.mark.parametrize("how", ["alone", "forks", "forks late"])
 def test_a_folder_has_one_writer_who_is_named_and_a_kill_frees_it(how: str, tmp_path: Path):
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDS, str(tmp_path), how],
@@ -345,7 +356,7 @@ def test_a_folder_has_one_writer_who_is_named_and_a_kill_frees_it(how: str, tmp_
             pass
         assert not list(tmp_path.iterdir())
     finally:
-        os.killpg(process.pid, signal.SIGKILL) if how == "forks" else process.kill()
+        os.killpg(process.pid, signal.SIGKILL) if "forks" in how else process.kill()
         process.stdout.close()
 
 

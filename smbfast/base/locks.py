@@ -18,6 +18,7 @@ from errno import EACCES, EAGAIN, EPERM, EROFS, EWOULDBLOCK
 from pathlib import Path
 
 LOCK = ".smbfast.lock"
+_PATIENCE = 1.0  # seconds that a lock of a process that has ended is waited for
 _HELD: set[int] = set()  # handles of the locks of this process
 
 
@@ -100,7 +101,7 @@ def is_alive(record: dict) -> bool:
 
 def _taken(folder: Path, what: str) -> int | None:
     """Return the handle of the lock; None where there are no locks, or nothing can be written."""
-    file = folder / LOCK
+    file, patience = folder / LOCK, time.monotonic() + _PATIENCE
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -113,8 +114,11 @@ def _taken(folder: Path, what: str) -> int | None:
             raise
         got = acquire(handle)
         if got is False:
-            shown = _shown(handle)
+            shown, left = _shown(handle), _is_left(handle)
             os.close(handle)
+            if left and time.monotonic() < patience:
+                time.sleep(0.02)
+                continue
             raise ValueError(
                 f"{folder} is in use by {shown}; wait for it, stop it, or name another folder"
             )
@@ -139,6 +143,14 @@ def _same_file(handle: int, file: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(handle), os.stat(file, follow_symlinks=False))
     except OSError:
+        return False
+
+
+def _is_left(handle: int) -> bool:
+    """Whether the process that took a lock has ended: one that it forked lets go in a moment."""
+    try:
+        return not is_alive(json.loads(os.pread(handle, 4096, 0)))
+    except (OSError, ValueError, AttributeError):
         return False
 
 

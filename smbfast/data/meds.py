@@ -34,6 +34,7 @@ from smbfast.data.splits import (
     refuse_contradiction,
     splits_of,
 )
+from smbfast.settings import require_meds_folder
 
 STATIC: int = int(np.iinfo(np.int64).min)  # the time of an event that has none
 MOST_TIME = 1 << 62  # microseconds from 1970: of less, a difference and a bucket never wrap
@@ -114,10 +115,7 @@ class MedsDataset:
                 subject is in the split `train`.
         """
         path = Path(path)
-        if not path.is_dir():
-            raise ValueError(
-                f"{path} must be the folder of a MEDS dataset; there is no such folder"
-            )
+        require_meds_folder(path)
         if need_train and not (path / "data").is_dir():
             raise ValueError(
                 f"{path} must be a MEDS dataset, with data/train/*.parquet; it has no folder data/"

@@ -118,7 +118,10 @@ def _checked(values_MD: np.ndarray) -> np.ndarray:
 
 def _require_one(written_K: np.ndarray) -> None:
     if not written_K.any():
-        raise ValueError("no decision node has a subject with events in the data by its time")
+        raise ValueError(
+            "no decision node can be embedded: none is asked for, or its subject is not in the "
+            "data or has no event by its time"
+        )
 
 
 def _schema(width: int, origin: dict | None) -> pa.Schema:

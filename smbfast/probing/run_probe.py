@@ -62,11 +62,9 @@ def run_probe(
         say(f"probe {time.monotonic() - started:6.1f} s  {text}")
 
     out = config.out or config.embeddings.parent
-    require_replaceable(out / "probe.json")
     dataset = MedsDataset.open(config.data, index=index, split=config.split)
     tasks = _read_tasks(config, dataset)
-    for labels in tasks:
-        require_replaceable(out / "predictions" / f"{labels.task}.parquet")
+    _require_outputs(out, tasks)
     nodes = distinct_nodes(tasks)
     trained = read_embeddings(config.embeddings, nodes)
     untrained = read_embeddings(config.untrained, nodes) if config.untrained else None
@@ -109,6 +107,15 @@ def _write(out: Path, record: dict, tasks: list[Labels], measured: list[Measured
         _write_predictions(out / "predictions" / f"{labels.task}.parquet", labels, result.score_N)
     with committed_file(out / "probe.json") as staging:
         staging.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _require_outputs(out: Path, tasks: list[Labels]) -> None:
+    """Raise a ValueError if `out` is no folder, or holds files of others by the names of ours."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"`out` must be a folder to write to; {out} is a file")
+    require_replaceable(out / "probe.json")
+    for labels in tasks:
+        require_replaceable(out / "predictions" / f"{labels.task}.parquet")
 
 
 def _read_tasks(config: ProbeCommandSettings, dataset: MedsDataset) -> list[Labels]:

@@ -32,7 +32,8 @@ def tokenizer_folder(settings: TrainSettings) -> str | None:
 def require_meds_folder(path: Path) -> None:
     """Raise a ValueError unless there is a folder at `path`."""
     if not path.is_dir():
-        raise ValueError(f"{path} must be the folder of a MEDS dataset; there is no such folder")
+        there = "it is a file" if path.exists() else "there is no such folder"
+        raise ValueError(f"{path} must be the folder of a MEDS dataset; {there}")
 
 
 def _refuse_adapter_as_backbone(settings: TrainSettings) -> None:
