@@ -15,7 +15,7 @@ from smbfast.data.codes.counts import SubjectCounts, runs_of, sums_of
 from smbfast.data.meds import BIRTH, EventBatch
 
 TEXT_CHARS = 64  # the length to which a text value is cut
-MAX_TEXTS = 1 << 17  # pairs of a code and a text that are counted: about 100 MB
+MAX_TEXTS = 1 << 16  # pairs of a code and a text that are counted: about 50 MB
 WEIGHT = 1 << 30  # the weight of a subject for a code: sums of 10^8 subjects fit int64
 _TEXT_BITS = 32
 
