@@ -11,17 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from smbfast.base.files import write_text
+from smbfast.base.replace import sha256
 
 CACHE = "digests.json"  # in the folder of a run
 _FORMAT = 1  # of a cache
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _BESIDE = ("config.json", "adapter_config.json", "adapter_model.safetensors")
-
-
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 of the bytes of a file, as 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_digest(path: str | Path, cache: Path | None = None) -> str:
@@ -129,7 +124,7 @@ def _cached_digests(files: list[Path], cache: Path | None) -> list[str]:
         key = str(file.resolve())
         entry = before.get(key)
         if not (isinstance(entry, list) and len(entry) == 4 and entry[:3] == seen):
-            entry = [*seen, file_digest(file)]
+            entry = [*seen, sha256(file)]
         now[key] = entry
         digests.append(str(entry[3]))
     if cache and now != before:

@@ -6,7 +6,6 @@ corrected export of equal size is read anew. Subjects are ids of patients: the i
 Legend: F files, S subjects of all files in their order.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smbfast.base.files import committed_file
+from smbfast.base.replace import sha256
 from smbfast.data.columns import event_columns, subject_column
 from smbfast.data.parquet import open_parquet
 
@@ -315,7 +315,6 @@ def _id_batches(file: Path, parquet: pq.ParquetFile) -> Iterator[np.ndarray]:
 def file_digest(file: Path) -> str:
     """Return the SHA-256 of the bytes of a file, in hex digits."""
     try:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256(file)
     except OSError as error:
         raise ValueError(f"{file} must be readable: {error.strerror}") from None
