@@ -22,6 +22,16 @@ UNKNOWN = int(np.iinfo(np.int64).min)  # the birth of a patient whose record doe
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """What a record holds from the first bucket of a window on, as far as its horizons reach."""
+
+    time_L: np.ndarray  # int64: when the bucket of each line begins, ascending; past the window too
+    class_L: np.ndarray  # int32: class of its code (`smbfast.data.code_classes`), from 0
+    last: int  # time of the last event of the record, microseconds since 1970
+    terminal: int  # time of its first terminal event, UNKNOWN without
+
+
+@dataclass(frozen=True)
 class Timeline:
     """The tokens of one patient, bucket after bucket, with the time of every line.
 
@@ -44,6 +54,8 @@ class Timeline:
     birth: int = UNKNOWN  # microseconds since 1970
     start: int = 0  # of a window: the token of the whole timeline with which its buckets begin
     labels_from: int = 0  # of a window: its first token that no earlier window predicts
+    goes_on: bool = False  # of a window: whether its last bucket goes on in the next one
+    ahead: Ahead | None = None  # of a window, in runs that predict within horizons
 
     def __len__(self) -> int:
         return len(self.ids_T)

@@ -199,14 +199,14 @@ def test_help_shows_the_values_of_the_preset_it_names():
     assert "default 256, set by preset default" in lines_of(default, "data.window")
     assert "default 16;" not in lora and "default 8, set by" in lines_of(lora, "optim.batch")
     assert lines_of(default, "lora.r") == lines_of(lora, "lora.r")
-    assert "phases.1:  name=jepa  steps=1200  w_sft=0.1  w_jepa=1  lr=none  warmup=100" in lora
-    assert "phases.1:  name=jepa  steps=250  w_sft=0.1  w_jepa=1  lr=0.001  warmup=20" in default
+    assert "phases.1:  name=jepa  steps=1200  w_sft=0.1  w_jepa=1  w_codes=0  lr=none" in lora
+    assert "phases.1:  name=jepa  steps=250  w_sft=0.1  w_jepa=1  w_codes=0  lr=0.001" in default
 
 
 def test_help_shows_overrides_and_files(tmp_path):
     text = run_help(["tiny", "--optim.batch=9", "-h", "--phases.1.lr=0.5"], "p")
     assert "given here: 9 (preset tiny has 4)" in lines_of(text, "optim.batch")
-    assert "phases.1:  name=jepa  steps=6  w_sft=0.1  w_jepa=1  lr=0.5  warmup=2" in text
+    assert "phases.1:  name=jepa  steps=6  w_sft=0.1  w_jepa=1  w_codes=0  lr=0.5  warmup=2" in text
     file = tmp_path / "mine.toml"
     file.write_text('base = "tiny"\n[data]\nwindow = 77\n')
     text = run_help([str(file), "--help"], "p")

@@ -1,8 +1,9 @@
 """Settings of what is trained: the backbone, its LoRA adapters and the two losses."""
 
+import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from smbfast.base.config import Settings
 
@@ -191,6 +192,43 @@ class ObjectiveSettings(Settings):
         description="Mean length of a masked run, in tokens, with objective.mask_unit=span; "
         "without effect otherwise.",
     )
+    jepa: Literal["mask", "horizon"] = Field(
+        "mask",
+        description="What JEPA predicts of the future. `mask`, the paper's, predicts the EMA "
+        "teacher's states at masked tokens behind a cut. `horizon` predicts, from the state at the "
+        "end of a bucket (in the format codes, of a moment), the teacher's mean state over each of "
+        "objective.horizons; it needs no masked copy of the future and no second pass, and trains "
+        "the very state that is embedded. Cuts and masks, and the keys about them, are for `mask` "
+        "alone.",
+    )
+    horizons: Literal["auto"] | list[str] = Field(
+        "auto",
+        description="Spans of time behind a position that horizon JEPA and w_codes look at, such "
+        "as 6h,3d,30d (h for hours, d for days). `auto` takes the four longest of 6h, 1d, 3d, 7d, "
+        "30d, 180d, 365d and 1095d of which at least a fifth of the pairs of position and horizon "
+        "can be used on the training split, and says so at the start. In a text format a horizon "
+        "is at least a bucket long, and only whole buckets inside it count.",
+    )
+    censored: Literal["drop", "none"] = Field(
+        "drop",
+        description="What becomes of a pair whose horizon ends after the last event of a record. "
+        "`drop` leaves it out, as nobody knows what was to come; after one of data.terminal, such "
+        "as death, it is known that nothing comes, so these pairs stay. `none` leaves no pair out, "
+        "as if nothing happened after the last event.",
+    )
+    positions: int = Field(
+        32,
+        ge=1,
+        description="Largest number of positions of a window from which horizon JEPA and w_codes "
+        "predict in a step. In a window with more ends of buckets, they are drawn anew at each "
+        "step.",
+    )
+    codes_weight: Literal["none", "prevalence"] = Field(
+        "none",
+        description="How codes weigh in the loss of w_codes. `none` weighs them alike, so common "
+        "codes decide; `prevalence` divides by the square root of a code's prevalence in the "
+        "horizon (at least 0.001), so that rare codes count for more.",
+    )
     cuts: int = Field(
         1,
         ge=1,
@@ -285,9 +323,40 @@ class ObjectiveSettings(Settings):
         "GELU in between. Only JEPA uses the predictor; embeddings are taken before it.",
     )
 
+    @field_validator("horizons")
+    @classmethod
+    def _are_spans(cls, value: str | list[str]) -> str | list[str]:
+        if value == "auto":
+            return value
+        hours = [hours_of(name) for name in value]
+        if not hours or sorted(set(hours)) != hours:
+            raise ValueError("must be auto, or different spans in ascending order such as 7d,30d")
+        return value
+
+    @model_validator(mode="after")
+    def _mixes_horizon(self) -> "ObjectiveSettings":
+        if self.jepa == "horizon" and self.predictor_layers < 2:
+            raise ValueError(
+                "objective.jepa=horizon needs objective.predictor_layers of at least 2: with one "
+                "linear layer, patient and horizon never meet"
+            )
+        return self
+
     @field_validator("context")
     @classmethod
     def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not 0 <= value[0] <= value[1] <= 1:
             raise ValueError("must be two shares in order, such as 0.25,0.9")
         return value
+
+
+def hours_of(name: str) -> int:
+    """Return the hours of a span such as `6h` or `30d`.
+
+    Raises:
+        ValueError: if it is not a whole number from 1 with h or d behind it.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,5})([hd])", name)
+    if not match:
+        raise ValueError(f"must be spans such as 6h or 30d (hours, days), got {name}")
+    return int(match[1]) * (24 if match[2] == "d" else 1)

@@ -14,8 +14,9 @@ from smbfast.settings.model import LoraSettings, ModelSettings, ObjectiveSetting
 class PhaseSettings(Settings):
     """The phases of training, in order: each a number of steps with its own weights of the losses.
 
-    The loss of a phase is w_sft * SFT + w_jepa * JEPA. SFT is the mean over all predicted tokens of
-    the step, JEPA the mean over all its masked positions. The usual curriculum is SFT alone, then
+    The loss of a phase is w_sft * SFT + w_jepa * JEPA + w_codes * codes to come. SFT is the mean
+    over all predicted tokens of the step, JEPA the mean over all its masked positions (or, with
+    objective.jepa=horizon, pairs of position and horizon). The usual curriculum is SFT alone, then
     JEPA with a small weight of SFT. A phase begins with the last weights and the optimizer's state
     of the phase before it. The first phase with JEPA, and any that follows one without,
     starts its EMA teacher as a copy of the online encoder; through consecutive phases with JEPA the
@@ -42,12 +43,21 @@ class PhaseSettings(Settings):
         ge=0,
         description="Weight of SFT, the next-token loss, beside w_jepa. At 0 the phase has no SFT. "
         "JEPA alone can collapse, which means that all patients get the same embedding; a small "
-        "weight such as 0.1 is safer. One of w_sft and w_jepa must be above 0.",
+        "weight such as 0.1 is safer. One of w_sft, w_jepa and w_codes must be above 0.",
     )
     w_jepa: float = Field(
         ge=0,
-        description="Weight of JEPA, the loss at masked future tokens, beside w_sft. At 0 the "
-        "phase has neither masked futures nor an EMA teacher and needs less time and memory.",
+        description="Weight of JEPA, the loss in latent space, beside w_sft; objective.jepa says "
+        "what it predicts. At 0 the phase has neither masked futures nor an EMA teacher and needs "
+        "less time and memory.",
+    )
+    w_codes: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the loss of codes to come, beside w_sft: which codes follow a "
+        "position within each of objective.horizons, also those past the window. It is the binary "
+        "cross-entropy summed over codes, over 10, and its mean over pairs of position and "
+        "horizon. At 0 the phase is without it.",
     )
     lr: float | None = Field(
         None,
@@ -63,11 +73,24 @@ class PhaseSettings(Settings):
         "linearly to its peak; 0 starts at the peak. It is cut to one step less than the phase "
         "has.",
     )
+    freeze: Literal["none", "decoder", "predictor"] = Field(
+        "none",
+        description="What the phase leaves as it is. `decoder` trains only the JEPA predictor and "
+        "the head of w_codes on the states of a frozen model, a predictor warm-up; it needs w_sft "
+        "0. `predictor` trains only the model. The weights of the others stay to the bit.",
+    )
+    sync: bool = Field(
+        False,
+        description="Whether the EMA teacher becomes a copy of the online encoder when the phase "
+        "begins, though the phase before it had a teacher; without effect where w_jepa is 0.",
+    )
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> "PhaseSettings":
-        if self.w_sft == 0 and self.w_jepa == 0:
-            raise ValueError("one of w_sft and w_jepa must be above 0")
+        if self.w_sft == self.w_jepa == self.w_codes == 0:
+            raise ValueError("one of w_sft, w_jepa and w_codes must be above 0")
+        if self.freeze == "decoder" and self.w_sft > 0:
+            raise ValueError("freeze=decoder needs w_sft 0, as SFT trains nothing but the decoder")
         return self
 
 
@@ -345,6 +368,12 @@ class TrainSettings(Settings):
     def trains(self) -> Literal["lora", "all"]:
         """What is trained."""
         return self.model.train or ("lora" if self.model.path else "all")
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether a phase predicts what lies within horizons of time: horizon JEPA or codes."""
+        horizon = self.objective.jepa == "horizon"
+        return any(p.w_codes > 0 or (horizon and p.w_jepa > 0) for p in self.phases)
 
     @property
     def folder(self) -> Path:
