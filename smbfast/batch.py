@@ -112,6 +112,56 @@ class NewToken:
 
 
 @dataclass(frozen=True)
+class WindowPairs:
+    """Positions of one window, each with the horizons that are known there (`smbfast.data.pairs`).
+
+    Legend: N positions, P pairs, Z codes that come.
+    """
+
+    token_N: np.ndarray  # int64: the last token of a bucket, ascending
+    position_P: np.ndarray  # int64: index into N, ascending
+    horizon_P: np.ndarray  # int64
+    end_P: np.ndarray  # int64: the token after the last one of the window in the horizon
+    pair_Z: np.ndarray  # int64: index into P
+    class_Z: np.ndarray  # int64
+
+    @property
+    def latent_P(self) -> np.ndarray:
+        """Whether the window has a token in the horizon, bool [P]."""
+        return self.end_P > self.token_N[self.position_P] + 1
+
+
+@dataclass(frozen=True)
+class FuturePairs:
+    """Pairs of a position and a horizon, and what their records hold within it.
+
+    Pair p is the position at row `row_N[position_P[p]]` of T with the horizon `horizon_P[p]`. For
+    horizon JEPA, pair `latent_Q[q]` has tokens in its trunk: rows `first_Q[q]` to `end_Q[q]`
+    (exclusive) of U, behind the row of the position itself, `first_Q[q] - 1`. For codes to come,
+    class `class_Z[z]` occurs in pair `pair_Z[z]`, and classes that are not listed do not.
+
+    Legend, beside that of PackedBatch: N positions, P pairs, Q pairs of horizon JEPA, Z codes that
+    come.
+    """
+
+    row_N: Tensor  # int64: rows of T, in trunks
+    position_P: Tensor  # int64
+    horizon_P: Tensor  # int64: number of the horizon
+    latent_Q: Tensor  # int64: ascending, so the pairs of a trunk lie together
+    first_Q: Tensor  # int64
+    end_Q: Tensor  # int64
+    pair_Z: Tensor  # int64
+    class_Z: Tensor  # int64
+    num_by_trunk: tuple[int, ...]  # of Q, for each trunk that the target encoder reads
+    num_by_horizon: tuple[int, ...]  # of Q
+
+    @property
+    def horizon_Q(self) -> Tensor:
+        """The number of the horizon of each pair of horizon JEPA, int64 [Q]."""
+        return self.horizon_P[self.latent_Q]
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """Trunks and branches in one sequence of tokens without padding (sequence packing).
 
@@ -139,6 +189,7 @@ class PackedBatch:
     target_segments: Segments  # of U: trunks only
     target_M: Tensor  # int64: rows of U
     num_trunk_tokens: int  # tokens of the unshortened trunks, which throughput counts
+    pairs: FuturePairs | None = None  # in runs that predict within horizons of time
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """Return the batch on `device`; from pinned memory, the copy does not block the CPU."""
@@ -157,6 +208,16 @@ class PackedBatch:
     def num_masked(self) -> int:
         """The number of masked tokens, which JEPA predicts."""
         return len(self.masked_M)
+
+    @property
+    def num_latent(self) -> int:
+        """The number of pairs of a position and a horizon that horizon JEPA predicts."""
+        return len(self.pairs.latent_Q) if self.pairs else 0
+
+    @property
+    def num_pairs(self) -> int:
+        """The number of pairs of a position and a horizon for which codes to come are predicted."""
+        return len(self.pairs.position_P) if self.pairs else 0
 
     @property
     def segment_tuples(self) -> list[SegmentTuple]:
@@ -184,16 +245,22 @@ class PackedBatch:
         assert bool((self.position_T[self.masked_M] == at_M).all())
         order = torch.argsort(trunk_S[prefix_S > 0], stable=True)
         assert bool((order == torch.arange(len(order))).all())
+        if self.pairs:
+            self._check_pairs(self.pairs, prefix_S[segment_T])
+
+    def _check_pairs(self, pairs: FuturePairs, prefix_T: Tensor) -> None:
+        first_Q, end_Q, position_Q = (x for x in (pairs.first_Q, pairs.end_Q, pairs.position_P))
+        row_Q = pairs.row_N[position_Q[pairs.latent_Q]]
+        assert not bool(prefix_T[pairs.row_N].any())
+        assert bool((first_Q < end_Q).all()) and bool((end_Q <= len(self.target_ids_U)).all())
+        assert bool((self.target_position_U[first_Q - 1] == self.position_T[row_Q]).all())
+        steps = self.target_position_U[end_Q - 1] - self.target_position_U[first_Q - 1]
+        assert bool((steps == end_Q - first_Q).all())  # within one trunk
+        assert sum(pairs.num_by_trunk) == sum(pairs.num_by_horizon) == len(first_Q)
+        assert len(pairs.num_by_trunk) == len(self.target_segments.host_S6)
 
     def _each(self, move: Callable[[Tensor], Tensor]) -> "PackedBatch":
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                moved[field.name] = move(value)
-            elif isinstance(value, Segments):
-                moved[field.name] = replace(value, table_S6=move(value.table_S6))
-        return replace(self, **moved)
+        return _moved(self, move)
 
 
 def pack_segments(
@@ -204,6 +271,8 @@ def pack_segments(
     masked: list[list[np.ndarray]] | None = None,
     replaced: list[list[np.ndarray]] | None = None,
     windows: list[np.ndarray] | None = None,
+    pairs: list[WindowPairs] | None = None,
+    num_horizons: int = 0,
 ) -> PackedBatch:
     """Pack trunks and their branches, with the indices of what is predicted on them.
 
@@ -217,6 +286,9 @@ def pack_segments(
         replaced: likewise, all positions that read the mask vector. With None, the masked ones.
         windows: for each trunk, the unmasked token ids whose beginning it is, which the target
             encoder reads. With None, these are the trunks.
+        pairs: for each trunk, its positions and horizons; with None there are none. A batch has
+            masked tokens or pairs that horizon JEPA predicts, not both.
+        num_horizons: that `pairs` speak of; 0 if only codes to come are predicted from them.
 
     Raises:
         ValueError: if a branch sees more tokens than its trunk has, or a segment has no tokens.
@@ -240,6 +312,11 @@ def pack_segments(
         if last:
             targets.append(window[:last])
             target_start += last
+    future = None
+    if pairs is not None:
+        future, ends = _future_pairs(pairs, [len(t) for t in trunks], num_horizons)
+        assert not targets or not any(ends)
+        targets += [window[:end] for window, end in zip(windows, ends, strict=True) if end]
     target_ids_U, target_position_U, target_segments = _concatenated(targets, [[] for _ in targets])
     none = np.empty(0, np.int64)
     return PackedBatch(
@@ -255,7 +332,58 @@ def pack_segments(
         target_segments=target_segments,
         target_M=_long(np.concatenate([*target_rows, none])),
         num_trunk_tokens=sum(len(window) for window in windows),
+        pairs=future,
     )
+
+
+def _future_pairs(
+    pairs: list[WindowPairs], lengths: list[int], num_horizons: int
+) -> tuple[FuturePairs, list[int]]:
+    """Put the pairs of trunks behind each other; also how far the target reads each trunk."""
+    none = np.empty(0, np.int64)
+    columns: dict[str, list[np.ndarray]] = {f.name: [none] for f in fields(FuturePairs)}
+    start = target_start = num_positions = num_pairs = 0
+    ends, num_by_trunk = [], []
+    for own, length in zip(pairs, lengths, strict=True):
+        latent_Q = np.flatnonzero(own.latent_P) if num_horizons else none
+        first_Q = own.token_N[own.position_P[latent_Q]] + 1
+        end_Q = own.end_P[latent_Q]
+        columns["row_N"].append(start + own.token_N)
+        columns["position_P"].append(num_positions + own.position_P)
+        columns["horizon_P"].append(own.horizon_P)
+        columns["latent_Q"].append(num_pairs + latent_Q)
+        columns["first_Q"].append(target_start + first_Q)
+        columns["end_Q"].append(target_start + end_Q)
+        columns["pair_Z"].append(num_pairs + own.pair_Z)
+        columns["class_Z"].append(own.class_Z)
+        ends.append(int(end_Q.max(initial=0)))
+        if len(latent_Q):
+            num_by_trunk.append(len(latent_Q))
+        start, target_start = start + length, target_start + ends[-1]
+        num_positions += len(own.token_N)
+        num_pairs += len(own.position_P)
+    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
+    horizon_Q = arrays["horizon_P"][arrays["latent_Q"]]
+    tensors = {name: _long(array) for name, array in arrays.items() if name[-2] == "_"}
+    by_horizon = np.bincount(horizon_Q, minlength=num_horizons).tolist()
+    future = FuturePairs(
+        **tensors, num_by_trunk=tuple(num_by_trunk), num_by_horizon=tuple(by_horizon)
+    )
+    return future, ends
+
+
+def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """Return a record whose tensors, also those of records inside it, are moved."""
+    moved: dict[str, Any] = {}
+    for field in fields(value):
+        inner = getattr(value, field.name)
+        if isinstance(inner, Tensor):
+            moved[field.name] = move(inner)
+        elif isinstance(inner, Segments):
+            moved[field.name] = replace(inner, table_S6=move(inner.table_S6))
+        elif isinstance(inner, FuturePairs):
+            moved[field.name] = _moved(inner, move)
+    return replace(value, **moved)
 
 
 def _concatenated(

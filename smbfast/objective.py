@@ -1,31 +1,35 @@
-"""The fast path: both losses from one online forward over packed trunks and branches.
+"""The fast path: all losses from one online forward over packed trunks and branches.
 
-SFT on trunks and JEPA on branches share the hidden states of the context (shared-prefix, or tree,
-attention), and the sums are the same as those of `smbfast.reference`, which specifies them. Work
-is done only where it counts: the target encoder (EMA teacher) reads each trunk up to its last
-masked token, its final norm runs only at the rows that are compared, and logits exist only for a
-chunk of rows at a time.
+SFT on trunks and masked JEPA on branches share the hidden states of the context (shared-prefix, or
+tree, attention), horizon JEPA and codes to come read the trunks' own, and the sums are the same as
+those of `smbfast.reference`, which specifies them. Work is done only where it counts: the target
+encoder (EMA teacher) reads each trunk up to the last token that is compared, its final norm runs
+only where it is needed, and logits exist only for a chunk of rows at a time.
 
-Legend: T tokens of the pack, U tokens of the target encoder, D width, N labelled tokens, M masked
-tokens, V vocabulary.
+Legend: T tokens of the pack, U tokens of the target encoder, D width, M masked tokens, N positions,
+Q pairs of a position and a horizon that horizon JEPA predicts, R pairs and S tokens of one trunk.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from smbkernels import linear, linear_cross_entropy, masked_jepa_mse
 from torch import Tensor
 
 from smbfast.base.parts import is_part, part
 from smbfast.batch import PackedBatch
 from smbfast.model.backbone import PatientEncoder
+from smbfast.model.codes_head import codes_sum
 from smbfast.model.decoder import Recompute
-from smbfast.model.target import JepaStates, TargetEncoder
+from smbfast.model.horizon_scale import ScaleSums
+from smbfast.model.target import HorizonStates, JepaStates, TargetEncoder
 from smbfast.model.tf32 import predictor_linear
+from smbfast.reference import Measured, Terms
+from smbfast.settings.training import Freeze
 
-Losses = Callable[
-    ..., tuple[Tensor | None, Tensor | None]
-]  # `losses` of this module or of `reference`
+Losses = Callable[..., Terms]  # `losses` of this module or of `reference`
 
 
 def losses(
@@ -35,47 +39,61 @@ def losses(
     *,
     sft_scale: float,
     jepa_scale: float,
+    codes_scale: float = 0.0,
     normalize: bool,
+    freeze: Freeze = "none",
+    sums: ScaleSums | None = None,
     recompute: Recompute = "none",
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return the summed SFT loss times `sft_scale` and the summed JEPA loss times `jepa_scale`.
+) -> Terms:
+    """Return the summed losses, each times its scale.
 
     1. The target encoder reads the unmasked trunks, without gradients. It goes first, so that its
        temporary memory is free again before the online activations are stored.
     2. The online encoder reads all trunks and branches in one forward.
     3. SFT: the cross-entropy of the next token, from the states at labelled rows of trunks.
     4. JEPA: the predictor maps the states at masked rows of branches, and the squared error
-       compares them with the target's states of the same tokens.
+       compares them with the target's states of the same tokens. Horizon JEPA: it maps the states
+       at positions of trunks, with the embedding of a horizon, and the squared error compares them
+       with the mean of the target's states within the horizon, standardised.
+    5. Codes to come: the cross-entropy of which codes occur within a horizon behind a position.
 
     With scales of weight / (count in the whole step), gradients of micro-batches simply add up to
-    the gradient of the step (gradient accumulation). Both losses are scalars on the device, fp32
-    (fp64 for fp64 models); a loss is None where its scale is 0 or the batch has nothing to predict.
+    the gradient of the step (gradient accumulation). Losses are scalars on the device, fp32 (fp64
+    for fp64 models).
 
     Args:
         target: may be None where `jepa_scale` is 0.
-        normalize: whether the target's states are layer-normed.
+        normalize: whether the target's states are layer-normed at masked tokens.
+        freeze: what gets no gradient: the decoder with all that it embeds, or the predictor with
+            the head of codes to come.
+        sums: receives the averaged target states of horizon JEPA.
         recompute: activation checkpointing; see `smbfast.model.decoder.PackedDecoder`.
 
     Raises:
         ValueError: if the packed decoder does not support the backbone's layers.
     """
     has_sft = sft_scale > 0 and batch.num_labels > 0
-    has_jepa = jepa_scale > 0 and batch.num_masked > 0
-    if not (has_sft or has_jepa):
-        return None, None
-    sft = jepa = None
-    if has_jepa:
-        assert target is not None
+    has_masked = jepa_scale > 0 and batch.num_masked > 0
+    has_latent = jepa_scale > 0 and batch.num_latent > 0
+    has_codes = codes_scale > 0 and batch.num_pairs > 0
+    if not (has_sft or has_masked or has_latent or has_codes):
+        return Terms()
+    sft = jepa = codes = None
+    if has_masked:
         target_UD = _target(target, batch, norm=False)
-    hidden_TD = _online(encoder, batch, recompute)
+    if has_latent:
+        target_QD = latent_target(target, batch, sums)
+    with torch.no_grad() if freeze == "decoder" else nullcontext():
+        hidden_TD = _online(encoder, batch, recompute)
     if has_sft:
         sft = _sft(encoder, hidden_TD, batch, sft_scale)
-    if has_jepa:
-        assert target is not None
-        norm_weight_D, norm_eps = target.final_norm()
-        with part("head"):
+    frozen = freeze == "predictor"
+    with part("head"):
+        if has_masked:
+            assert target is not None
+            norm_weight_D, norm_eps = target.final_norm()
             jepa = masked_jepa_mse(
-                predict(encoder, hidden_TD.index_select(0, batch.masked_M)),
+                predict(encoder, hidden_TD.index_select(0, batch.masked_M), frozen=frozen),
                 target_UD,
                 batch.target_M,
                 norm_weight_D,
@@ -83,41 +101,130 @@ def losses(
                 norm_eps=norm_eps,
                 scale=jepa_scale,
             )
-    return sft, jepa
+        if has_latent or has_codes:
+            assert batch.pairs is not None
+            state_ND = hidden_TD.index_select(0, batch.pairs.row_N)
+        if has_latent:
+            prediction_QD = predict_ahead(encoder, state_ND, batch, frozen=frozen)
+            error_QD = prediction_QD - target_QD.to(prediction_QD.dtype)
+            jepa = error_QD.square().sum() * (jepa_scale / encoder.width)
+        if has_codes:
+            assert encoder.codes is not None and batch.pairs is not None
+            codes = codes_sum(encoder.codes, state_ND, batch.pairs, frozen=frozen) * codes_scale
+    return Terms(sft, jepa, codes)
 
 
-def measure(
-    encoder: PatientEncoder, target: TargetEncoder | None, batch: PackedBatch
-) -> tuple[Tensor, JepaStates | None]:
-    """Return the summed SFT loss, and the states that JEPA compares if there is a target."""
-    hidden_TD = _online(encoder, batch)
-    sft = _sft(encoder, hidden_TD, batch, 1.0)
+def measure(encoder: PatientEncoder, target: TargetEncoder | None, batch: PackedBatch) -> Measured:
+    """Return the summed losses of SFT and codes to come, and the states that JEPA compares."""
+    hidden_TD, pairs = _online(encoder, batch), batch.pairs
+    sft, codes, latent = _sft(encoder, hidden_TD, batch, 1.0), None, None
+    if pairs is not None:
+        state_ND = hidden_TD.index_select(0, pairs.row_N)
+        if encoder.codes is not None and batch.num_pairs:
+            codes = codes_sum(encoder.codes, state_ND, pairs)
+        if target is not None and batch.num_latent:
+            target_UD = _target(target, batch)
+            latent = HorizonStates(
+                prediction_QD=predict_ahead(encoder, state_ND, batch),
+                target_QD=_standardised(target, averaged(target_UD, batch), batch),
+                at_QD=target_UD[pairs.first_Q - 1],
+                horizon_Q=pairs.horizon_Q,
+            )
     if target is None or not batch.num_masked:
-        return sft, None
+        return Measured(sft, codes, None, latent)
     online_MD, target_UD = hidden_TD.index_select(0, batch.masked_M), _target(target, batch)
-    return sft, JepaStates(
+    masked = JepaStates(
         prediction_MD=predict(encoder, online_MD),
         online_MD=online_MD,
         target_MD=target_UD[batch.target_M],
         previous_MD=target_UD[_last_visible(batch)],
     )
+    return Measured(sft, codes, masked, latent)
 
 
-def predict(encoder: PatientEncoder, online_MD: Tensor) -> Tensor:
+def predict(encoder: PatientEncoder, online_MD: Tensor, *, frozen: bool = False) -> Tensor:
     """Apply the predictor g, [M, D] to [M, D].
 
     The predictor of a bf16 encoder is fp32, so that predictions are compared in full precision; on
     CUDA its products round their operands to TF32 then (`smbfast.model.tf32`).
+
+    Args:
+        frozen: whether its weights get no gradient.
     """
     predictor = encoder.predictor
     product = predictor_linear(online_MD, predictor.dtype, linear)
     value_MD = online_MD.to(predictor.dtype)
     for module in predictor:
         if isinstance(module, torch.nn.Linear):
-            value_MD = product(value_MD, module.weight, module.bias)
+            weight, bias = module.weight, module.bias
+            if frozen:
+                weight, bias = weight.detach(), bias.detach()
+            value_MD = product(value_MD, weight, bias)
         else:
             value_MD = module(value_MD)
     return value_MD
+
+
+def predict_ahead(
+    encoder: PatientEncoder, state_ND: Tensor, batch: PackedBatch, *, frozen: bool = False
+) -> Tensor:
+    """Return the predicted mean state within the horizon of each pair, [Q, D].
+
+    The embedding of the horizon is added to the state that the predictor reads.
+
+    Args:
+        state_ND: the online states at the positions.
+        frozen: whether the predictor's weights get no gradient.
+    """
+    pairs, table_HD = batch.pairs, encoder.predictor.horizon_HD
+    assert pairs is not None and table_HD is not None
+    table_HD = table_HD.detach() if frozen else table_HD
+    # gathers by embedding, whose backward is in a fixed order on a GPU
+    state_QD = F.embedding(pairs.position_P[pairs.latent_Q], state_ND.to(table_HD.dtype))
+    return predict(encoder, state_QD + F.embedding(pairs.horizon_Q, table_HD), frozen=frozen)
+
+
+def latent_target(
+    target: TargetEncoder | None, batch: PackedBatch, sums: ScaleSums | None = None
+) -> Tensor:
+    """Return what horizon JEPA predicts for each pair, [Q, D], without gradients.
+
+    It is the mean of the target's states within the horizon, on the running scale of the target.
+
+    Args:
+        sums: receives the means before they are standardised.
+    """
+    assert target is not None and batch.pairs is not None
+    mean_QD = averaged(_target(target, batch), batch)
+    if sums is not None:
+        sums.add(mean_QD, batch.pairs.horizon_Q)
+    return _standardised(target, mean_QD, batch)
+
+
+def averaged(target_UD: Tensor, batch: PackedBatch) -> Tensor:
+    """Return the mean of the target's states over each pair's tokens, [Q, D], in fp32 at least.
+
+    A matrix of 0 and 1 for each trunk times its states: every mean is a sum of its own, and never a
+    difference of running sums.
+    """
+    pairs = batch.pairs
+    assert pairs is not None
+    exact = torch.promote_types(target_UD.dtype, torch.float32)
+    spans = batch.target_segments.host_S6[:, :2].tolist()
+    sums, first = [], 0
+    for (start, length), number in zip(spans, pairs.num_by_trunk, strict=True):
+        own = slice(first, first + number)
+        row_S = torch.arange(start, start + length, device=target_UD.device)
+        inside_RS = row_S >= pairs.first_Q[own, None]
+        inside_RS &= row_S < pairs.end_Q[own, None]
+        sums.append(inside_RS.to(exact) @ target_UD[start : start + length].to(exact))
+        first += number
+    return torch.cat(sums) / (pairs.end_Q - pairs.first_Q)[:, None]
+
+
+def _standardised(target: TargetEncoder, mean_QD: Tensor, batch: PackedBatch) -> Tensor:
+    assert target.scale is not None and batch.pairs is not None
+    return target.scale.standardised(mean_QD, batch.pairs.horizon_Q)
 
 
 def _last_visible(batch: PackedBatch) -> Tensor:
@@ -136,7 +243,8 @@ def _online(encoder: PatientEncoder, batch: PackedBatch, recompute: Recompute = 
 
 
 @is_part("target")
-def _target(target: TargetEncoder, batch: PackedBatch, *, norm: bool = True) -> Tensor:
+def _target(target: TargetEncoder | None, batch: PackedBatch, *, norm: bool = True) -> Tensor:
+    assert target is not None
     pack = (batch.target_ids_U, batch.target_position_U, batch.target_segments)
     return target.packed(*pack, norm=norm)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
-_KINDS = {"order": 0, "cut": 1, "mask": 2, "stratum": 3}
+_KINDS = {"order": 0, "cut": 1, "mask": 2, "stratum": 3, "position": 4}
 _WORD = 0xFFFFFFFFFFFFFFFF
 _ROUNDS = 10  # with six, pairs of values are visibly uneven in ranges of ten
 

@@ -1,8 +1,12 @@
 """The data loader: draws the windows of each step and packs them into micro-batches.
 
-The windows of a step are a pure function of (seed, step), and so are their cuts and masks
-(`smbfast.data.masking`). So the step number is the loader's only state, and neither the number of
-workers, nor the size of micro-batches, nor a restart changes what a step trains on.
+A step wants up to three losses: SFT on trunks; JEPA, on branches (`objective.jepa=mask`) or from
+positions of trunks (`horizon`); codes to come, from positions of trunks.
+
+The windows of a step are a pure function of (seed, step), and so are their cuts, masks and
+positions (`smbfast.data.masking`, `smbfast.data.pairs`). So the step number is the loader's only
+state, and neither the number of workers, nor the size of micro-batches, nor a restart changes what
+a step trains on.
 
 Legend: W windows, C windows with a cut, T tokens, M masked tokens, R tokens that the mask vector
 replaces.
@@ -16,13 +20,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
 from threading import Thread, current_thread
+from typing import Any
 
 import numpy as np
 
 from smbfast.base.entry import RunFailed
 from smbfast.base.helpers import reason
-from smbfast.batch import PackedBatch, Timeline, pack_segments
+from smbfast.batch import PackedBatch, Timeline, WindowPairs, pack_segments
 from smbfast.data.draws import permuted, word
+from smbfast.data.horizons import Horizons
 from smbfast.data.masking import (
     cut_points,
     future_end,
@@ -31,6 +37,7 @@ from smbfast.data.masking import (
     replaced_tokens,
 )
 from smbfast.data.packing import online_cost, plan_micro_batches
+from smbfast.data.pairs import window_pairs
 from smbfast.data.windows import WindowSet
 from smbfast.settings import ObjectiveSettings
 
@@ -45,8 +52,9 @@ class Step:
     index: int  # number of the step, from 0 over all phases
     micro_batches: list[PackedBatch]
     num_labels: int  # tokens that SFT predicts
-    num_masked: int  # tokens that JEPA predicts
+    num_masked: int  # masked tokens, or pairs of a position and a horizon, that JEPA predicts
     num_tokens: int  # tokens of trunks
+    num_pairs: int = 0  # pairs of a position and a horizon, for which codes are predicted
 
     @classmethod
     def of(cls, index: int, micro_batches: list[PackedBatch]) -> "Step":
@@ -55,9 +63,32 @@ class Step:
             index,
             micro_batches,
             num_labels=sum(b.num_labels for b in micro_batches),
-            num_masked=sum(b.num_masked for b in micro_batches),
+            num_masked=sum(b.num_masked + b.num_latent for b in micro_batches),
             num_tokens=sum(b.num_trunk_tokens for b in micro_batches),
+            num_pairs=sum(b.num_pairs for b in micro_batches),
         )
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The losses of a step, and how positions of windows are paired with horizons."""
+
+    jepa: bool
+    sft: bool = True
+    codes: bool = False
+    horizons: Horizons | None = None  # of runs that predict within horizons
+
+    def cuts(self, objective: ObjectiveSettings) -> bool:
+        """Whether windows are cut."""
+        return needs_cuts(objective, jepa=self.jepa)
+
+    def branches(self, objective: ObjectiveSettings) -> bool:
+        """Whether cuts have masked futures."""
+        return self.jepa and objective.jepa == "mask"
+
+    def latent(self, objective: ObjectiveSettings) -> bool:
+        """Whether JEPA predicts mean states within horizons."""
+        return self.jepa and objective.jepa == "horizon"
 
 
 def step_windows(
@@ -72,16 +103,22 @@ def step_windows(
     """Return the indices of the windows of a step, int64 [W], in a time that `batch` alone decides.
 
     Where a step needs cuts, these are windows with a cut, one of each length stratum, so that
-    steps have masked tokens in similar numbers. Otherwise they are any windows. W is `batch`, or
-    the number of such windows if there are fewer, and then every step has each of them once.
+    steps have masked tokens in similar numbers. In a run that predicts within horizons they are
+    likewise windows with a pair of a position and a horizon, in all its phases, so that steps are
+    alike. Otherwise they are any windows. W is `batch`, or the number of such windows if there are
+    fewer, and then every step has each of them once.
 
     Raises:
-        ValueError: if cuts are needed and no window has one.
+        ValueError: if cuts or pairs are needed and no window has one.
     """
     if needs_cuts(objective, jepa=jepa):
         windows.require_cuts()
         places = stratified(windows.num_with_cut, batch, seed, step)
         return windows.with_cut_C[places].astype(np.int64)
+    if windows.horizons is not None:
+        windows.require_pairs()
+        places = stratified(windows.num_with_pair, batch, seed, step)
+        return windows.with_pair_C[places].astype(np.int64)
     return in_turn(len(windows), batch, seed, step)
 
 
@@ -121,6 +158,7 @@ def make_step(
     seed: int,
     sft: bool = True,
     jepa: bool,
+    codes: bool = False,
     ratio: float = 0.0,
 ) -> Step:
     """Draw the windows of a step and pack them into micro-batches.
@@ -131,14 +169,16 @@ def make_step(
         tokens: online tokens that a micro-batch may hold.
         sft: whether the step has the SFT loss.
         jepa: whether the step has the JEPA loss.
+        codes: whether the step has the loss of codes to come.
         ratio: the cost of a visible pair over that of a token (`smbfast.data.packing`).
     """
     order = step_windows(windows, objective, batch, seed, step, jepa=jepa)
     chosen = [windows[i] for i in order.tolist()]
     # so that ties in cost do not depend on the draw
     chosen.sort(key=lambda w: (w.subject, w.start))
+    wanted = {"sft": sft, "jepa": jepa, "codes": codes, "horizons": windows.horizons}
     micro_batches = make_micro_batches(
-        chosen, objective, seed, step, tokens=tokens, sft=sft, jepa=jepa, ratio=ratio
+        chosen, objective, seed, step, tokens=tokens, ratio=ratio, **wanted
     )
     return Step.of(step, micro_batches)
 
@@ -150,40 +190,82 @@ def make_micro_batches(
     step: int,
     *,
     tokens: int,
-    sft: bool = True,
-    jepa: bool,
     ratio: float = 0.0,
+    **losses: Any,
 ) -> list[PackedBatch]:
     """Pack windows into as few micro-batches of `tokens` as `plan_micro_batches` needs.
 
-    The arguments are those of `make_step`. Windows without anything to predict are left out.
+    The arguments are those of `make_step`, and `losses` those of `Wanted`. Windows without anything
+    to predict are left out.
     """
-    cuts_of = [_cuts(w, objective, seed, step, jepa=jepa) for w in windows]
-    sizes = [
-        _online_size(w, c, objective, sft=sft, jepa=jepa)
-        for w, c in zip(windows, cuts_of, strict=True)
-    ]
-    used = [i for i, (n, _) in enumerate(sizes) if n]
+    wanted = Wanted(**losses)
+    drawn = [_drawn(w, objective, seed, step, wanted) for w in windows]
+    used = [d for d in drawn if d.trunk]
     if not used:
         return []
-    tokens_W, pairs_W = np.array([sizes[i] for i in used], np.int64).T
+    sizes = [_online_size(d, objective, wanted) for d in used]
+    tokens_W, pairs_W = np.array(sizes, np.int64).T
     micro_batches = []
     for planned in plan_micro_batches(tokens_W, online_cost(tokens_W, pairs_W, ratio), tokens):
         own = [used[i] for i in planned.tolist()]
-        group, cuts = [windows[i] for i in own], [cuts_of[i] for i in own]
-        micro_batches.append(_packed(group, cuts, objective, seed, step, sft=sft, jepa=jepa))
+        micro_batches.append(_packed(own, objective, seed, step, wanted))
     return micro_batches
 
 
-def _online_size(
-    window: Timeline, cuts: list[int], objective: ObjectiveSettings, *, sft: bool, jepa: bool
-) -> tuple[int, int]:
-    """Return tokens and visible pairs of a trunk and its branches; 0 if nothing is predicted."""
-    if not _predicts(cuts, objective, sft=sft):
-        return 0, 0
-    cuts = cuts if jepa else []
-    trunk = len(window) if sft else cuts[-1]
-    futures = [(cut, future_end(window, cut, objective) - cut) for cut in cuts]
+def make_batch(
+    windows: list[Timeline], objective: ObjectiveSettings, seed: int, step: int, **losses: Any
+) -> PackedBatch:
+    """Pack all windows into one batch; those that have nothing to predict are left out.
+
+    Without SFT, nothing is predicted on a trunk, and it ends at its last cut or position.
+
+    Args:
+        losses: those of `Wanted`.
+    """
+    wanted = Wanted(**losses)
+    drawn = [_drawn(w, objective, seed, step, wanted) for w in windows]
+    return _packed([d for d in drawn if d.trunk], objective, seed, step, wanted)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What a step predicts of a window."""
+
+    window: Timeline
+    cuts: list[int]
+    pairs: WindowPairs | None
+    trunk: int  # tokens of its trunk, 0 if nothing is predicted
+
+
+def _drawn(
+    window: Timeline, objective: ObjectiveSettings, seed: int, step: int, wanted: Wanted
+) -> _Drawn:
+    cuts, pairs, latent = [], None, wanted.latent(objective)
+    if wanted.cuts(objective):
+        cuts = cut_points(window, objective, seed, step)
+    if wanted.horizons is not None and (latent or wanted.codes):
+        most = objective.positions
+        pairs = window_pairs(
+            window,
+            wanted.horizons,
+            positions=most,
+            seed=seed,
+            step=step,
+            latent=latent,
+            codes=wanted.codes,
+        )
+    if wanted.sft and (cuts or objective.sft_labels == "all"):
+        return _Drawn(window, cuts, pairs, len(window))
+    ends = [0, *(cuts if wanted.branches(objective) else [])]
+    if pairs is not None and len(pairs.token_N):
+        ends.append(int(pairs.token_N[-1]) + 1)
+    return _Drawn(window, cuts, pairs, max(ends))
+
+
+def _online_size(drawn: _Drawn, objective: ObjectiveSettings, wanted: Wanted) -> tuple[int, int]:
+    """Return tokens and visible pairs of a trunk and its branches."""
+    cuts, trunk = (drawn.cuts if wanted.branches(objective) else []), drawn.trunk
+    futures = [(cut, future_end(drawn.window, cut, objective) - cut) for cut in cuts]
     pairs = trunk * (trunk + 1) // 2 + sum(n * cut + n * (n + 1) // 2 for cut, n in futures)
     return trunk + sum(n for _, n in futures), pairs
 
@@ -253,55 +335,24 @@ def _pinned(step: Step) -> Step:
     return replace(step, micro_batches=[b.pinned() for b in step.micro_batches])
 
 
-def make_batch(
-    windows: list[Timeline],
-    objective: ObjectiveSettings,
-    seed: int,
-    step: int,
-    *,
-    sft: bool = True,
-    jepa: bool,
-) -> PackedBatch:
-    """Pack all windows into one batch: trunks with labels and, with `jepa`, a branch per cut.
-
-    Without `sft`, nothing is predicted on a trunk, and it ends at its last cut. A window that has
-    nothing to predict is left out.
-    """
-    cuts_of = [_cuts(w, objective, seed, step, jepa=jepa) for w in windows]
-    return _packed(windows, cuts_of, objective, seed, step, sft=sft, jepa=jepa)
-
-
-def _cuts(
-    window: Timeline, objective: ObjectiveSettings, seed: int, step: int, *, jepa: bool
-) -> list[int]:
-    wanted = needs_cuts(objective, jepa=jepa)
-    return cut_points(window, objective, seed, step) if wanted else []
-
-
 def _packed(
-    windows: list[Timeline],
-    cuts_of: list[list[int]],
-    objective: ObjectiveSettings,
-    seed: int,
-    step: int,
-    *,
-    sft: bool,
-    jepa: bool,
+    drawn: list[_Drawn], objective: ObjectiveSettings, seed: int, step: int, wanted: Wanted
 ) -> PackedBatch:
     trunks, next_tokens, whole = [], [], []
     branches: list[list[tuple[int, np.ndarray]]] = []
     masked: list[list[np.ndarray]] = []
     replaced: list[list[np.ndarray]] = []
-    for window, cuts in zip(windows, cuts_of, strict=True):
-        if not _predicts(cuts, objective, sft=sft):
-            continue
+    for own in drawn:
+        window, cuts = own.window, own.cuts
         whole.append(window.ids_T)
-        trunks.append(window.ids_T if sft else window.ids_T[: cuts[-1]])
-        next_tokens.append(_labels(window, objective, cuts) if sft else np.full(cuts[-1], -100))
+        trunks.append(window.ids_T[: own.trunk])
+        predicts = wanted.sft and (cuts or objective.sft_labels == "all")
+        labels = _labels(window, objective, cuts) if predicts else np.full(own.trunk, -100)
+        next_tokens.append(labels)
         branches.append([])
         masked.append([])
         replaced.append([])
-        for k, cut in enumerate(cuts if jepa else []):
+        for k, cut in enumerate(cuts if wanted.branches(objective) else []):
             masked_M = masked_tokens(window, cut, objective, seed, step, k)
             replaced_R = replaced_tokens(window, cut, objective, masked_M) - cut
             future = window.ids_T[cut : future_end(window, cut, objective)].copy()
@@ -309,6 +360,7 @@ def _packed(
             branches[-1].append((cut, future))
             masked[-1].append(masked_M - cut)
             replaced[-1].append(replaced_R)
+    pairs = [own.pairs for own in drawn if own.pairs is not None]
     return pack_segments(
         trunks,
         branches,
@@ -316,12 +368,13 @@ def _packed(
         masked=masked,
         replaced=replaced,
         windows=whole,
+        pairs=pairs or None,
+        num_horizons=_num_horizons(objective, wanted),
     )
 
 
-def _predicts(cuts: list[int], objective: ObjectiveSettings, *, sft: bool) -> bool:
-    """Whether anything is predicted of a window; without a cut, only SFT on all tokens is."""
-    return bool(cuts) or (sft and objective.sft_labels == "all")
+def _num_horizons(objective: ObjectiveSettings, wanted: Wanted) -> int:
+    return len(wanted.horizons) if wanted.horizons and wanted.latent(objective) else 0
 
 
 def _labels(window: Timeline, objective: ObjectiveSettings, cuts: list[int]) -> np.ndarray:
@@ -329,5 +382,5 @@ def _labels(window: Timeline, objective: ObjectiveSettings, cuts: list[int]) -> 
     labels[:-1] = window.ids_T[1:]
     labels[: max(window.labels_from - 1, 0)] = -100
     if objective.sft_labels == "future":
-        labels[: cuts[0] - 1 if cuts else None] = -100
+        labels[: cuts[0] - 1] = -100
     return labels

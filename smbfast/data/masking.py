@@ -20,8 +20,8 @@ _NEVER_MASKED = SECTIONS.index("demographics")
 
 
 def needs_cuts(objective: ObjectiveSettings, *, jepa: bool) -> bool:
-    """Whether a step trains on windows with a cut alone: with JEPA, and for SFT on the future."""
-    return jepa or objective.sft_labels == "future"
+    """Whether a step trains on windows with a cut alone: mask JEPA, and SFT on the future."""
+    return (jepa and objective.jepa == "mask") or objective.sft_labels == "future"
 
 
 def allowed_cuts(window: Timeline, objective: ObjectiveSettings) -> np.ndarray:

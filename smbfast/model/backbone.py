@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils import logging as transformers_logging
 
 from smbfast.batch import NewToken
+from smbfast.model.codes_head import CodesHead
 from smbfast.model.decoder import HfModule, PackedDecoder, Recompute
 from smbfast.model.vocabulary import fit_vocabulary
 from smbfast.settings import LoraSettings, TrainSettings
@@ -36,13 +38,22 @@ transformers_logging.disable_progress_bar()  # progress bars clutter the log of 
 
 
 class Predictor(nn.Sequential):
-    """The JEPA predictor g: Linear d-d and GELU, repeated, then Linear d-d (the paper has two)."""
+    """The JEPA predictor g: Linear d-d and GELU, repeated, then Linear d-d (the paper has two).
 
-    def __init__(self, width: int, layers: int) -> None:
+    For horizon JEPA it has an embedding of each horizon, `horizon_HD`, which is added to the state
+    that it reads: inside g, so that patient and horizon meet in the GELU (our choice).
+    """
+
+    horizon_HD: nn.Parameter | None
+
+    def __init__(self, width: int, layers: int, horizons: int = 0) -> None:
         blocks: list[nn.Module] = []
         for _ in range(layers - 1):
             blocks += [nn.Linear(width, width), nn.GELU()]
         super().__init__(*blocks, nn.Linear(width, width))
+        # drawn with the size of a normed state
+        embedding = nn.Parameter(torch.randn(horizons, width)) if horizons else None
+        self.register_parameter("horizon_HD", embedding)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,6 +69,9 @@ class PatientEncoder(nn.Module):
         lm: PreTrainedModel | PeftModel,
         predictor_layers: int,
         compute: torch.dtype | None = None,
+        *,
+        num_horizons: int = 0,
+        codes: CodesHead | None = None,
     ) -> None:
         """Take a causal LM over.
 
@@ -67,6 +81,8 @@ class PatientEncoder(nn.Module):
             compute: dtype to which layers and embeddings are cast in each forward, so that weights
                 in fp32 keep what an update adds and products are bf16's. None computes with the
                 weights as they are, and is the only choice with LoRA.
+            num_horizons: of horizon JEPA; 0 without it.
+            codes: the head of codes to come, if the run has that loss.
         """
         super().__init__()
         self.lm = lm
@@ -74,12 +90,18 @@ class PatientEncoder(nn.Module):
         self.compute = compute
         table_VD: Tensor = _embeddings(self.base).weight
         self.width = table_VD.shape[-1]
-        self.predictor = Predictor(self.width, predictor_layers)
+        self.predictor = Predictor(self.width, predictor_layers, num_horizons)
         # drawn with the spread of the embeddings, so that the first norm gets its usual input
         scale = table_VD.detach().float().std()
         self.mask_vector = nn.Parameter(torch.randn(self.width, device=scale.device) * scale)
+        self.codes = codes
         self._tokens: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
         self._packed_decoder: PackedDecoder | None = None
+
+    @property
+    def num_horizons(self) -> int:
+        """The number of horizons that JEPA predicts, 0 without horizon JEPA."""
+        return 0 if self.predictor.horizon_HD is None else len(self.predictor.horizon_HD)
 
     @property
     def is_lora(self) -> bool:
@@ -240,6 +262,9 @@ def make_encoder(
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
     new_tokens: Sequence[NewToken] = (),
+    *,
+    num_horizons: int = 0,
+    prevalence_HC: np.ndarray | None = None,
 ) -> PatientEncoder:
     """Return the online encoder at the start of training, in the dtypes of the settings.
 
@@ -248,6 +273,8 @@ def make_encoder(
     Args:
         new_tokens: those that the tokenizer has and the backbone does not know; LoRA trains their
             rows.
+        num_horizons: those of horizon JEPA; 0 without it.
+        prevalence_HC: of each class of codes to come within each horizon; None without that loss.
 
     Raises:
         ValueError: if the model cannot be read, LoRA finds none of its targets, or an adapter does
@@ -274,7 +301,11 @@ def make_encoder(
             f"data.window must be at most {lm.config.max_position_embeddings}, the positions of "
             f"this backbone, got {settings.data.window}"
         )
-    return PatientEncoder(lm, settings.objective.predictor_layers, compute).to(device)
+    layers, weighted = settings.objective.predictor_layers, settings.objective.codes_weight
+    encoder = PatientEncoder(lm, layers, compute, num_horizons=num_horizons)
+    if prevalence_HC is not None:
+        encoder.codes = CodesHead(encoder.width, prevalence_HC, weighted == "prevalence")
+    return encoder.to(device)
 
 
 def _check_embeddings_and_logits(lm: PreTrainedModel | PeftModel) -> None:

@@ -32,7 +32,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from smbfast.batch import PackedBatch, pack_segments
+from smbfast.batch import PackedBatch, WindowPairs, pack_segments
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.settings import ObjectiveSettings
@@ -43,6 +43,7 @@ HOLES = 18  # heap holes, in units of the largest frequent block below HEAP (mea
 FREQUENT = 8  # blocks of one size in a step: layers make so many, the gradient of a table does not
 SHARE = 0.9  # share of free memory that a step may use: our choice
 STEP = 1024  # tokens: the size of a micro-batch is a multiple of this
+CODES_AHEAD = 64  # that a pair of a position and a horizon has in the prediction: our choice
 MOST = 32768  # tokens: larger micro-batches are not faster on a GPU
 Run = Callable[[PatientEncoder, TargetEncoder | None, PackedBatch], tuple[Tensor | None, ...]]
 
@@ -108,26 +109,57 @@ def predict_peak(
 
 
 def full_batch(
-    tokens: int, window: int, objective: ObjectiveSettings, *, sft: bool, jepa: bool
+    tokens: int,
+    window: int,
+    objective: ObjectiveSettings,
+    *,
+    sft: bool,
+    jepa: bool,
+    num_horizons: int = 0,
 ) -> PackedBatch:
-    """Build a micro-batch of `tokens` online tokens with the largest windows, futures and masks."""
-    share = 1 - objective.context[0] if jepa else 0.0
-    trunks, branches, next_tokens, masked, replaced = [], [], [], [], []
+    """Build a micro-batch of `tokens` online tokens with the largest windows, futures and masks.
+
+    Positions of a window are as many as a step draws, each with all of `num_horizons`, which reach
+    to the end of the window.
+    """
+    branches = jepa and objective.jepa == "mask"
+    share = 1 - objective.context[0] if branches else 0.0
+    pairs: list[WindowPairs] = []
+    trunks, futures, next_tokens, masked, replaced = [], [], [], [], []
     left, visible = tokens, objective.skeleton == "visible"
     while left > 0:
         length = min(window, max(1, int(left / (1 + share * objective.cuts))))
         future = min(int(share * length), objective.horizon or length, length - 1)
-        num_cuts = objective.cuts if jepa and future else 0
+        num_cuts = objective.cuts if branches and future else 0
+        if num_horizons:
+            pairs.append(_full_pairs(length, min(objective.positions, length), num_horizons))
         # the mask is at the end, so that the target encoder reads whole trunks
         mask = np.arange(future - max(1, round(objective.mask_ratio * future)), future)
         trunks.append(np.zeros(length, np.int64))
-        branches.append([(length - future, np.zeros(future, np.int64))] * num_cuts)
+        futures.append([(length - future, np.zeros(future, np.int64))] * num_cuts)
         next_tokens.append(np.full(length, 0 if sft else -100))
         masked.append([mask] * num_cuts)
         replaced.append([mask if visible else np.arange(future)] * num_cuts)
         left -= length + num_cuts * future
     return pack_segments(
-        trunks, branches, next_tokens=next_tokens, masked=masked, replaced=replaced
+        trunks,
+        futures,
+        next_tokens=next_tokens,
+        masked=masked,
+        replaced=replaced,
+        pairs=pairs or None,
+        num_horizons=num_horizons if jepa and not branches else 0,
+    )
+
+
+def _full_pairs(length: int, positions: int, num_horizons: int) -> WindowPairs:
+    """Pair evenly spread positions of a window with all horizons; each has a few codes to come."""
+    token_N = np.linspace(0, length - 1, positions).astype(np.int64)
+    pairs = np.arange(positions * num_horizons)
+    position_P, horizon_P = np.divmod(pairs, num_horizons)
+    pair_Z = np.repeat(pairs, CODES_AHEAD)
+    return WindowPairs(
+        token_N, position_P, horizon_P, np.full(len(pairs), length), pair_Z, np.zeros_like(pair_Z)
     )
 
 

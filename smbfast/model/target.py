@@ -23,11 +23,13 @@ from torch import Tensor
 from smbfast.model.averages import Merged, Source, Tracked, held_rank, refuse_others
 from smbfast.model.backbone import PatientEncoder, decode
 from smbfast.model.decoder import HfModule
+from smbfast.model.horizon_scale import HorizonScale
 from smbfast.settings import ObjectiveSettings
 
 Form = Literal["auto", "merged", "tracked"]
 Slot = tuple[torch.nn.Module, str]  # a module that holds a parameter, and its name there
 ROWS = "token_rows"
+SCALE = "horizon_scale."  # before the names of its tensors
 NARROW = 0.2  # largest share of FLOPs that tracked columns may add to a forward: our choice
 
 
@@ -77,6 +79,16 @@ class TargetForm:
 
 
 @dataclass(frozen=True)
+class HorizonStates:
+    """What horizon JEPA compares and diagnostics read, at Q pairs of a position and a horizon."""
+
+    prediction_QD: Tensor
+    target_QD: Tensor  # the target's mean state within the horizon, standardised
+    at_QD: Tensor  # the target's state at the position itself
+    horizon_Q: Tensor  # int64: number of the horizon
+
+
+@dataclass(frozen=True)
 class JepaStates:
     """The states that the JEPA loss compares and that diagnostics read, at the masked tokens."""
 
@@ -113,6 +125,10 @@ class TargetEncoder:
             self.parts.append(
                 Tracked(sources, form.rank, form.every) if tracked else Merged(sources)
             )
+        self.scale: HorizonScale | None = None  # of horizon JEPA
+        if encoder.num_horizons:
+            device = encoder.mask_vector.device
+            self.scale = HorizonScale(encoder.num_horizons, encoder.width, device)
         self._slots: dict[str, list[Slot]] = {}
         # what a forward reads, by name; until the next update
         self._read: dict[str, Tensor] | None = None
@@ -191,7 +207,10 @@ class TargetEncoder:
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to save in a checkpoint."""
-        return {n: w for part in self.parts for n, w in part.state().items()}
+        scale = self.scale.state() if self.scale else {}
+        return {n: w for part in self.parts for n, w in part.state().items()} | {
+            f"{SCALE}{n}": w for n, w in scale.items()
+        }
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore the result of `state`.
@@ -200,6 +219,12 @@ class TargetEncoder:
             ValueError: if names or shapes are not those of this encoder.
         """
         self._read = None
+        scale = {n.removeprefix(SCALE): w for n, w in state.items() if n.startswith(SCALE)}
+        state = {n: w for n, w in state.items() if not n.startswith(SCALE)}
+        if (self.scale is None) != (not scale):
+            raise ValueError("the target must have the scale of horizon JEPA if the encoder has it")
+        if self.scale:
+            self.scale.load(scale)
         shares = [{n: w for n, w in state.items() if part.owns(n)} for part in self.parts]
         refuse_others({}, {n: w for n, w in state.items() if not any(n in s for s in shares)})
         for part, share in zip(self.parts, shares, strict=True):

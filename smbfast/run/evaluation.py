@@ -25,6 +25,7 @@ from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.target import JepaStates, TargetEncoder
 from smbfast.probing.embedding import Model, embed_nodes, packed_of, untrained
 from smbfast.probing.run_probe import run_probe
+from smbfast.reference import Measured
 from smbfast.reporting.sample import sample_of
 from smbfast.run import console
 from smbfast.run.diagnostics import diagnose
@@ -35,12 +36,12 @@ from smbfast.settings import PhaseSettings, ProbeCommandSettings, TrainSettings
 
 
 def fixed_batches(run: OpenRun) -> dict[bool, list[PackedBatch]]:
-    """Return the tuning windows, cuts and masks that every evaluation uses.
+    """Return the tuning windows, cuts, masks and positions that every evaluation uses.
 
-    The key True has the micro-batches with masked branches, for phases with a target encoder; the
-    key False has those without branches. Where cuts are needed, the windows are some with a cut,
-    as in training; if no tuning window has one, JEPA is not evaluated. Windows are spread evenly
-    over the subjects.
+    The key True has the micro-batches with what JEPA predicts, for phases with a target encoder;
+    the key False has those without. Where cuts or pairs of positions and horizons are needed, the
+    windows are some that have them, as in training; if no tuning window has one, JEPA is not
+    evaluated. Windows are spread evenly over the subjects.
     """
     settings, tuning = run.settings, run.tuning
     batches = {}
@@ -48,6 +49,8 @@ def fixed_batches(run: OpenRun) -> dict[bool, list[PackedBatch]]:
         usable: Sequence[int] | np.ndarray = range(len(tuning))
         if needs_cuts(settings.objective, jepa=jepa) and tuning.num_with_cut:
             usable = np.flatnonzero(tuning.has_cut_W)
+        elif tuning.num_with_pair:
+            usable = np.flatnonzero(tuning.has_pair_W)
         count = min(settings.eval.windows, len(usable))
         places = np.linspace(0, len(usable) - 1, count).astype(np.int64)
         batches[jepa] = make_micro_batches(
@@ -56,8 +59,10 @@ def fixed_batches(run: OpenRun) -> dict[bool, list[PackedBatch]]:
             settings.run.seed,
             FIXED,
             tokens=run.micro_tokens,
-            jepa=jepa,
             ratio=run.shape.attention_ratio,
+            jepa=jepa,
+            codes=run.encoder.codes is not None,
+            horizons=tuning.horizons,
         )
     return batches
 
@@ -82,19 +87,33 @@ def evaluate(
     num_labels = sum(b.num_labels for b in batches)
     path = objective if settings.objective.path == "shared" else reference
     measured = [path.measure(encoder, target, b.to(device)) for b in batches]
-    sft = sum(float(total) for total, _ in measured) / num_labels if num_labels else None
+    num_pairs = sum(b.num_pairs for b in batches)
+    sft = sum(float(m.sft) for m in measured) / num_labels if num_labels else None
+    codes = [float(m.codes) for m in measured if m.codes is not None]
     values: dict = {"sft": sft, "jepa": None}
-    states_of = [states for _, states in measured if states is not None]
-    if target is not None and states_of:
-        names = JepaStates.__dataclass_fields__
-        states = JepaStates(**{n: torch.cat([getattr(s, n) for s in states_of]) for n in names})
-        normalize = settings.objective.target_norm == "layer"
-        values |= diagnose(states, normalize=normalize) | target.measures()
-    parts = [(phase.w_sft, values["sft"]), (phase.w_jepa, values["jepa"])]
+    values["codes"] = sum(codes) / num_pairs if codes else None
+    if target is not None:
+        values |= _jepa_health(measured, settings) | target.measures()
+    weights = ((phase.w_sft, "sft"), (phase.w_jepa, "jepa"), (phase.w_codes, "codes"))
+    parts = [(weight, values[name]) for weight, name in weights]
     parts = [(weight, loss) for weight, loss in parts if weight > 0]
     measured_all = all(loss is not None for _, loss in parts)
     values["loss"] = sum(weight * loss for weight, loss in parts) if measured_all else None
     return values
+
+
+def _jepa_health(measured: list[Measured], settings: TrainSettings) -> dict:
+    """Return the JEPA loss with what it is compared with; empty where nothing is predicted."""
+    masked = [m.masked for m in measured if m.masked is not None]
+    if masked:
+        names = JepaStates.__dataclass_fields__
+        states = JepaStates(**{n: torch.cat([getattr(s, n) for s in masked]) for n in names})
+        return diagnose(states, normalize=settings.objective.target_norm == "layer")
+    latent = [m.latent for m in measured if m.latent is not None]
+    if not latent:
+        return {}
+    error = sum(float((s.prediction_QD - s.target_QD).double().square().sum()) for s in latent)
+    return {"jepa": error / sum(s.target_QD.numel() for s in latent)}
 
 
 def evaluate_step(

@@ -9,6 +9,8 @@ Between two lines of the log, the CPU never waits for the GPU: the loader counts
 losses stay on the GPU, and the optimizer's own kernel skips a step whose gradient is not finite.
 """
 
+from functools import partial
+
 import torch
 
 from smbfast.base.helpers import helper
@@ -56,7 +58,7 @@ def train(settings: TrainSettings, command: str) -> str:
             phase = at.phase
             if phase.w_jepa == 0:
                 target = None
-            elif target is None:
+            elif target is None or (phase.sync and at.begins_phase):
                 target = TargetEncoder(encoder, run.target_form)
             if at.begins_phase:
                 health = entry = evaluate(encoder, target, fixed, settings, phase)
@@ -66,8 +68,9 @@ def train(settings: TrainSettings, command: str) -> str:
                 log.write("self_check", step=step, phase=phase.name, **gaps)
 
             lr = learning_rate(settings, at)
-            scales = LossScales.of(phase.w_sft, phase.w_jepa, batch.num_labels, batch.num_masked)
-            summed = forward_backward(losses, encoder, target, batch.micro_batches, scales)
+            scales = LossScales.of_batch(phase, batch)
+            own = partial(losses, freeze=phase.freeze)
+            summed = forward_backward(own, encoder, target, batch.micro_batches, scales)
             grad_norm = updater.step(lr, target, tau(settings, step))
             # FLOPs of the shared forward; what the reference path computes beyond them is waste
             meter.add(batch, sum(step_flops(run.shape, m).total for m in batch.micro_batches))

@@ -156,12 +156,14 @@ def log_step(
         "phase": phase.name,
         "sft": float(summed.sft) / phase.w_sft if phase.w_sft > 0 else None,
         "jepa": float(summed.jepa) / phase.w_jepa if step.num_masked else None,
+        "codes": float(summed.codes) / phase.w_codes if step.num_pairs and phase.w_codes else None,
         "grad_norm": grad_norm,
         "lr": lr,
         **pace,
         "memory_gib": peak_memory_gib(run.device),
         "masked": step.num_masked,
         "labels": step.num_labels,
+        "pairs": step.num_pairs,
     }
     log.write("step", **record)
     console.warn_of_step(record, phase, log.warned)
@@ -173,6 +175,8 @@ def step_line(record: dict, total: int, health: dict | None) -> str:
     """Return a step as one plain line, which suits the log of a job."""
     parts = [f"step {record['step']}/{total}", f"{record['phase']:<9}"]
     parts.append(f"sft {_number(record['sft'])}  jepa {_number(record['jepa'])}")
+    if record["codes"] is not None:
+        parts.append(f"codes {_number(record['codes'])}")
     norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"
     parts.append(f"gn {norm}  lr {record['lr']:.1e}")
     parts.append(f"{record['tokens_per_s'] / 1e3:.1f}k tok/s")

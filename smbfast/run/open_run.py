@@ -21,7 +21,7 @@ from smbfast.data.labels import Labels
 from smbfast.data.loader import Step, make_step
 from smbfast.data.prepared import Prepared
 from smbfast.data.windows import WindowSet
-from smbfast.model.backbone import PatientEncoder, make_encoder, parameter_counts
+from smbfast.model.backbone import PatientEncoder, parameter_counts
 from smbfast.model.flops import ModelShape
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.run import checkpoint
@@ -109,7 +109,7 @@ class OpenRun:
         # before a large model is loaded
         identity, newest = newest_checkpoint(settings, prepared, set_aside=set_aside)
         bytes_before = held_memory(device)
-        encoder = make_encoder(settings, prepared.tokenizer, device, prepared.new_tokens)
+        encoder = opened.make_encoder(settings, device)
         identity = identity.with_backbone(settings)  # of the hub: it is on this machine only now
         optimizer = make_optimizer(encoder, settings.optim)
         target, progress = _restored(newest, identity, encoder, optimizer)
@@ -117,7 +117,9 @@ class OpenRun:
         matmul = choose_matmul(settings, encoder, progress.matmul, progress.step)
         progress.matmul = matmul.saved
         report("kernels", matmul.kernels(device.type))
-        tokens, peak = micro_tokens(settings, encoder, progress.micro_tokens)
+        horizons = opened.windows.horizons
+        num_horizons = len(horizons) if horizons else 0
+        tokens, peak = micro_tokens(settings, encoder, progress.micro_tokens, num_horizons)
         size = f"up to {tokens:,} tokens a micro-batch"
         report("memory", f"{size}, {peak / GIB:.2f} GiB at the peak predicted")
         return cls(
@@ -174,6 +176,7 @@ class OpenRun:
             seed=self.settings.run.seed,
             sft=phase.w_sft > 0,
             jepa=phase.w_jepa > 0,
+            codes=phase.w_codes > 0,
             ratio=self.shape.attention_ratio,
         )
 

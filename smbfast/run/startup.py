@@ -40,7 +40,8 @@ TOLERANCE = {torch.float32: (1e-4, 1e-3, 5e-3), torch.bfloat16: (2e-2, 1e-1, 5e-
 
 
 def losses_of(settings: TrainSettings) -> Losses:
-    """Return the loss function of the path that the settings choose."""
+    """Return the loss function of the path that the settings choose; its caller says what a phase
+    freezes."""
     normalize = settings.objective.target_norm == "layer"
     if settings.objective.path == "reference":
         return partial(reference.losses, normalize=normalize)
@@ -53,7 +54,10 @@ def checks_itself(settings: TrainSettings) -> bool:
 
 
 def micro_tokens(
-    settings: TrainSettings, encoder: PatientEncoder, earlier: int | None = None
+    settings: TrainSettings,
+    encoder: PatientEncoder,
+    earlier: int | None = None,
+    num_horizons: int = 0,
 ) -> tuple[int, int]:
     """Return the tokens of a micro-batch, and the predicted peak memory of a step in bytes.
 
@@ -63,6 +67,7 @@ def micro_tokens(
 
     Args:
         earlier: the tokens that the checkpoint of this run records.
+        num_horizons: that positions are paired with; 0 if nothing is predicted within horizons.
 
     Raises:
         ValueError: if not even the largest window fits.
@@ -76,19 +81,34 @@ def micro_tokens(
     free = free_memory(device)
     held = sum(t.numel() * t.element_size() for t in encoder.parameters())
     phases = settings.phases
-    sft, jepa = any(p.w_sft > 0 for p in phases), any(p.w_jepa > 0 for p in phases)
+    sft, jepa, codes = (
+        any(getattr(p, weight) > 0 for p in phases) for weight in ("w_sft", "w_jepa", "w_codes")
+    )
     form = settings.objective
     target = TargetForm.of(form) if jepa else None
-    run = partial(losses_of(settings), sft_scale=float(sft), jepa_scale=float(jepa))
+    run = partial(
+        losses_of(settings),
+        sft_scale=float(sft),
+        jepa_scale=float(jepa),
+        codes_scale=float(codes),
+    )
+    branches = jepa and form.jepa == "mask"
 
     @cache
     def needs(tokens: int) -> int:
-        batch = full_batch(tokens, settings.data.window, form, sft=sft, jepa=jepa)
+        batch = full_batch(
+            tokens,
+            settings.data.window,
+            form,
+            sft=sft,
+            jepa=jepa,
+            num_horizons=num_horizons,
+        )
         return predict_peak(encoder, batch, run, target=target).total - held
 
     window = settings.data.window
     future = min(round((1 - form.context[0]) * window), form.horizon or window)
-    largest = window + jepa * form.cuts * future  # forms a micro-batch alone if it must
+    largest = window + branches * form.cuts * future  # forms a micro-batch alone if it must
     if chosen != "auto":
         return chosen, needs(max(chosen, largest)) + held
     most = MOST_ON_CPU if device.type == "cpu" else MOST
@@ -117,13 +137,13 @@ def self_check(
             losses are not finite.
     """
     batch = _slice(windows, settings, step, phase).to(encoder.mask_vector.device)
-    if not (batch.num_labels or batch.num_masked):
+    if not (batch.num_labels or batch.num_masked or batch.num_pairs):
         return {}
-    scales = LossScales.of(phase.w_sft, phase.w_jepa, batch.num_labels, batch.num_masked)
+    scales = LossScales.of_batch(phase, batch)
     normalize = settings.objective.target_norm == "layer"
     results = []
     for path in (partial(reference.losses, normalize=normalize), losses_of(settings)):
-        values = path(encoder, target, batch, **scales._asdict())
+        values = path(encoder, target, batch, freeze=phase.freeze, **scales._asdict())
         backward(values)
         gradients = {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
         results.append((values, gradients))
@@ -191,13 +211,20 @@ def _slice(
     windows: WindowSet, settings: TrainSettings, step: int, phase: PhaseSettings
 ) -> PackedBatch:
     seed, form = settings.run.seed, settings.objective
-    sft, jepa = phase.w_sft > 0, phase.w_jepa > 0
+    jepa = phase.w_jepa > 0
     order = step_windows(windows, form, settings.optim.batch, seed, step, jepa=jepa)
-    singles = [
-        (window, make_batch([window], form, seed, step, sft=sft, jepa=jepa))
-        for window in sorted((windows[i] for i in order.tolist()), key=len)
-    ]
-    usable = [s for s in singles if s[1].num_masked or s[1].num_labels]
+    make = partial(
+        make_batch,
+        objective=form,
+        seed=seed,
+        step=step,
+        sft=phase.w_sft > 0,
+        jepa=jepa,
+        codes=phase.w_codes > 0,
+        horizons=windows.horizons,
+    )
+    by_length = sorted((windows[i] for i in order.tolist()), key=len)
+    singles = [(window, make([window])) for window in by_length]
+    usable = [s for s in singles if s[1].num_masked or s[1].num_labels or s[1].num_pairs]
     ends = np.cumsum([batch.segments.tokens for _, batch in usable])
-    chosen = [window for window, _ in usable[: int(np.searchsorted(ends, SLICE)) + 1]]
-    return make_batch(chosen, form, seed, step, sft=sft, jepa=jepa)
+    return make([window for window, _ in usable[: int(np.searchsorted(ends, SLICE)) + 1]])

@@ -17,9 +17,12 @@ from torch import Tensor
 from smbfast.base.entry import RunFailed
 from smbfast.base.parts import part
 from smbfast.batch import PackedBatch
+from smbfast.data.loader import Step
 from smbfast.model.backbone import PatientEncoder
+from smbfast.model.horizon_scale import HorizonScale
 from smbfast.model.target import TargetEncoder
-from smbfast.objective import Losses
+from smbfast.objective import Losses, latent_target
+from smbfast.settings import PhaseSettings
 
 PATIENCE = 3  # steps in a row with a gradient that is not finite before a run gives up
 
@@ -29,11 +32,31 @@ class LossScales(NamedTuple):
 
     sft_scale: float
     jepa_scale: float
+    codes_scale: float = 0.0
 
     @classmethod
-    def of(cls, w_sft: float, w_jepa: float, num_labels: int, num_masked: int) -> "LossScales":
+    def of(
+        cls,
+        w_sft: float,
+        w_jepa: float,
+        num_labels: int,
+        num_masked: int,
+        w_codes: float = 0.0,
+        num_pairs: int = 0,
+    ) -> "LossScales":
         """Compute them from the weights of a phase and the counts of a step."""
-        return cls(w_sft / max(num_labels, 1), w_jepa / max(num_masked, 1))
+        counts = (num_labels, num_masked, num_pairs)
+        weights = zip((w_sft, w_jepa, w_codes), counts, strict=True)
+        return cls(*(weight / max(count, 1) for weight, count in weights))
+
+    @classmethod
+    def of_batch(cls, phase: PhaseSettings, batch: PackedBatch | Step) -> "LossScales":
+        """Compute them for a phase and a step, or a batch that is a step of its own."""
+        num_masked = batch.num_masked
+        if isinstance(batch, PackedBatch):
+            num_masked += batch.num_latent
+        counts = (batch.num_labels, num_masked, phase.w_codes, batch.num_pairs)
+        return cls.of(phase.w_sft, phase.w_jepa, *counts)
 
 
 class StepLosses(NamedTuple):
@@ -41,6 +64,7 @@ class StepLosses(NamedTuple):
 
     sft: Tensor
     jepa: Tensor
+    codes: Tensor
 
 
 def backward(losses: Sequence[Tensor | None]) -> None:
@@ -59,19 +83,44 @@ def forward_backward(
 ) -> StepLosses:
     """Run all micro-batches of a step forward and backward; gradients accumulate in the encoder.
 
+    The scale on which horizon JEPA compares moves by the averaged target states of the step, which
+    are compared on the scale before it.
+
     Args:
         losses: `smbfast.objective.losses` or `smbfast.reference.losses`, with their options bound.
         target: may be None where `scales.jepa_scale` is 0.
         micro_batches: on any device.
     """
     device = encoder.mask_vector.device
-    sft = jepa = torch.zeros((), device=device)
+    scale, num_by_horizon = _horizon_scale(target, micro_batches, scales)
+    if scale and scale.lacks(num_by_horizon):
+        sums = scale.new_sums()
+        for micro in micro_batches:
+            if micro.num_latent:
+                latent_target(target, micro.to(device), sums)
+        scale.begin(sums)
+    options = scales._asdict() | ({"sums": scale.new_sums()} if scale else {})
+    total = [torch.zeros((), device=device)] * len(StepLosses._fields)
     for micro in micro_batches:
-        micro_sft, micro_jepa = losses(encoder, target, micro.to(device), **scales._asdict())
-        backward((micro_sft, micro_jepa))
-        sft = sft if micro_sft is None else sft + micro_sft.detach()
-        jepa = jepa if micro_jepa is None else jepa + micro_jepa.detach()
-    return StepLosses(sft, jepa)
+        terms = losses(encoder, target, micro.to(device), **options)
+        backward(terms)
+        total = [
+            sum_ if term is None else sum_ + term.detach()
+            for sum_, term in zip(total, terms, strict=True)
+        ]
+    if scale:
+        scale.update(options["sums"], num_by_horizon)
+    return StepLosses(*total)
+
+
+def _horizon_scale(
+    target: TargetEncoder | None, micro_batches: Sequence[PackedBatch], scales: LossScales
+) -> tuple[HorizonScale | None, list[int]]:
+    """Return the scale of horizon JEPA, if the step has it, and the pairs of each horizon."""
+    own = [m.pairs.num_by_horizon for m in micro_batches if m.pairs and m.num_latent]
+    if target is None or not own or scales.jepa_scale == 0:
+        return None, []
+    return target.scale, [sum(numbers) for numbers in zip(*own, strict=True)]
 
 
 class Updater:

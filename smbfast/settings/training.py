@@ -10,6 +10,8 @@ from smbfast.base.config import Settings
 from smbfast.settings.data import CohortSettings, DataSettings
 from smbfast.settings.model import LoraSettings, ModelSettings, ObjectiveSettings
 
+Freeze = Literal["none", "decoder", "predictor"]
+
 
 class PhaseSettings(Settings):
     """The phases of training, in order: each a number of steps with its own weights of the losses.
@@ -73,7 +75,7 @@ class PhaseSettings(Settings):
         "linearly to its peak; 0 starts at the peak. It is cut to one step less than the phase "
         "has.",
     )
-    freeze: Literal["none", "decoder", "predictor"] = Field(
+    freeze: Freeze = Field(
         "none",
         description="What the phase leaves as it is. `decoder` trains only the JEPA predictor and "
         "the head of w_codes on the states of a frozen model, a predictor warm-up; it needs w_sft "
