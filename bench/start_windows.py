@@ -24,10 +24,11 @@ from pydantic import Field
 
 from bench import records
 from smbfast.base.config import Settings, command_line
+from smbfast.batch import UNKNOWN
 from smbfast.data.array_file import ArrayFile
 from smbfast.data.prepared import Prepared, ShardRecord
 from smbfast.data.preparing import prepare
-from smbfast.data.shards import Shard, ShardWriter
+from smbfast.data.shards import ABOUT, TABLE, Shard, ShardWriter
 from smbfast.settings import DataSettings
 from smbfast.simulation.dataset import simulate
 
@@ -91,7 +92,10 @@ def _shard(folder: Path, name: str, num: int, seed: int, num_ids: int) -> ShardR
     turn = np.arange(total) - np.repeat(buckets_S.cumsum() - buckets_S, buckets_S)
     end = (HEADER + 2 * (turn + 1)).astype(np.int32)
     times = (turn * 86_400_000_000).astype(np.int64)
-    about_S3 = np.stack([seed * num + np.arange(num), np.zeros(num, int), np.full(num, HEADER)], 1)
+    numbers, zeros, last = np.arange(num), np.zeros(num, int), (buckets_S - 1) * 86_400_000_000
+    about_S5 = np.stack(
+        [seed * num + numbers, zeros, zeros + HEADER, last, np.where(numbers % 2, last, UNKNOWN)], 1
+    )
     columns = {
         "ids_T": random.integers(5, num_ids, int(num_S3[:, 0].sum()), np.int32),
         "bucket_end_B": end,
@@ -101,9 +105,10 @@ def _shard(folder: Path, name: str, num: int, seed: int, num_ids: int) -> ShardR
         "line_end_L": end,
         "line_time_L": times,
         "line_section_L": np.full(total, 3, np.uint8),
+        "line_code_L": random.integers(5, num_ids, total, np.int32),
     }
     with ShardWriter(folder / name) as writer:
-        writer.add_block(about_S3, num_S3, columns)
+        writer.add_block(about_S5, num_S3, columns)
         writer.index |= {"split": name.split("/")[0], "counts": {}, "unmapped": {}}
     shard = Shard(folder / name)
     tokens = len(columns["ids_T"])
@@ -211,8 +216,8 @@ def needed_pages(made: list[list]) -> dict[str, set[int]]:
     needed: dict[str, set[int]] = {}
     for path, timeline, start, end in made:
         file = ArrayFile.open(Path(path))
-        rows = file.mapped()["timelines"].reshape(-1, 6)
-        own = int(rows[timeline - 1, 3]) if timeline else 0
+        rows = file.mapped()["timelines"].reshape(-1, len(TABLE))
+        own = int(rows[timeline - 1, len(ABOUT)]) if timeline else 0
         for a, b in ((0, HEADER), (start, end)):
             first, last = (file.places["ids_T"].first + 4 * (own + t) for t in (a, b - 1))
             pages = range(first // mmap.PAGESIZE, last // mmap.PAGESIZE + 1)

@@ -9,7 +9,7 @@ mask vector replaces. A "row of T" is a token's index in the pack.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,16 @@ UNKNOWN = int(np.iinfo(np.int64).min)  # the birth of a patient whose record doe
 
 @dataclass(frozen=True)
 class Ahead:
-    """What a record holds from the first bucket of a window on, as far as its horizons reach."""
+    """What a record says behind the positions of a window, past the window's end.
 
-    time_L: np.ndarray  # int64: when the bucket of each line begins, ascending; past the window too
-    class_L: np.ndarray  # int32: class of its code (`smbfast.data.code_classes`), from 0
-    last: int  # time of the last event of the record, microseconds since 1970
-    terminal: int  # time of its first terminal event, UNKNOWN without
+    The lines are those of the record from the window's first bucket on, as far as its last bucket
+    and the longest horizon behind it.
+    """
+
+    time_L: np.ndarray  # int64, ascending: when the bucket of each line begins
+    class_L: np.ndarray  # int32: the class of its code; lines without a class are left out
+    last: int  # the time of the record's last event, microseconds since 1970
+    terminal: int  # the time of its first terminal event, UNKNOWN if there is none
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,13 @@ class Timeline:
     birth: int = UNKNOWN  # microseconds since 1970
     start: int = 0  # of a window: the token of the whole timeline with which its buckets begin
     labels_from: int = 0  # of a window: its first token that no earlier window predicts
+    last: int = UNKNOWN  # of a whole record: the time of its last event
+    terminal: int = UNKNOWN  # of a whole record: the time of its first terminal event
+    # of a whole record, int32: the token of each line's code, or the code's place among those of
+    # its shard
+    line_code_L: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32))
+    ahead: Ahead | None = None  # of a window, where an objective reads past its end
     goes_on: bool = False  # of a window: whether its last bucket goes on in the next one
-    ahead: Ahead | None = None  # of a window, in runs that predict within horizons
 
     def __len__(self) -> int:
         return len(self.ids_T)
@@ -375,14 +384,14 @@ def _future_pairs(
 def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
     """Return a record whose tensors, also those of records inside it, are moved."""
     moved: dict[str, Any] = {}
-    for field in fields(value):
-        inner = getattr(value, field.name)
+    for own in fields(value):
+        inner = getattr(value, own.name)
         if isinstance(inner, Tensor):
-            moved[field.name] = move(inner)
+            moved[own.name] = move(inner)
         elif isinstance(inner, Segments):
-            moved[field.name] = replace(inner, table_S6=move(inner.table_S6))
+            moved[own.name] = replace(inner, table_S6=move(inner.table_S6))
         elif isinstance(inner, FuturePairs):
-            moved[field.name] = _moved(inner, move)
+            moved[own.name] = _moved(inner, move)
     return replace(value, **moved)
 
 

@@ -42,8 +42,9 @@ def options_of(data: DataSettings, bucket: str | None = None) -> dict:
             "gap_floor": data.gap_floor,
             "max_codes": data.max_codes,
             "text_chars": data.text_chars,
+            "terminal": list(data.terminal),
         }
-    names = ("format", "values_per_line", "text_chars")
+    names = ("format", "values_per_line", "text_chars", "terminal")
     return {"bucket": bucket or data.bucket} | {name: getattr(data, name) for name in names}
 
 
@@ -91,7 +92,8 @@ def make_serializer(
     if isinstance(encoding, CodeVocabulary):
         # the parents of rare codes are not in a vocabulary's file: they come with the data
         vocabulary = CodeVocabulary(encoding.content, dataset.parents)
-        return CodeSerializer(vocabulary, gap_floor=options["gap_floor"] * MINUTE)
+        gap_floor, terminal = options["gap_floor"] * MINUTE, options.get("terminal", ())
+        return CodeSerializer(vocabulary, gap_floor=gap_floor, terminal=terminal)
     return Serializer(
         encoding, sections, dataset.descriptions, dataset.parents, SerializerOptions(**options)
     )

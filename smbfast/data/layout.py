@@ -14,6 +14,7 @@ import numpy as np
 
 from smbfast.batch import UNKNOWN, Timeline
 from smbfast.data.births import births, without_late_births
+from smbfast.data.endings import endings
 from smbfast.data.meds import STATIC, EventBatch
 from smbfast.data.sections import SECTIONS
 from smbfast.data.style import SPAN, age_at, dates, number, times_since
@@ -80,6 +81,7 @@ class Layout:
         self.num_subjects = len(batch.offset_S1) - 1
         self.subject_S = batch.subject_N[batch.offset_S1[:-1]]
         self.birth_S = births(self.batch, self.birth_N)
+        self.last_S, self.terminal_S = endings(self.batch, serializer.options.terminal)
         if self.style.age:  # tells more than a date of birth
             self.batch, self.birth_N = _without(self.batch, self.birth_N, self.birth_N)
         if before_S is None:
@@ -356,6 +358,7 @@ class Layout:
         lead_line = np.append(self.lead_L, num_lines)
         head = end_P[self.lead_at] - lead_start[:-1]
         section_L = (self.slot_L % len(SECTIONS)).astype(np.uint8)
+        place_L = self.serializer.code_places(self.batch.codes, self.code_L)
         timelines = []
         for s, (a, first, b) in enumerate(self._subject_leads()):
             start, behind, end = (int(lead_start[i]) for i in (a, first, b))
@@ -374,7 +377,10 @@ class Layout:
                     line_end_L=(line_end_L[la:lb] + shift).astype(np.int32),
                     line_time_L=self.time_L[la:lb],
                     line_section_L=section_L[la:lb],
+                    line_code_L=place_L[la:lb],
                     birth=int(self.birth_S[s]),
+                    last=int(self.last_S[s]),
+                    terminal=int(self.terminal_S[s]),
                 )
             )
         return timelines

@@ -34,6 +34,7 @@ from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared, ShardRecord, require_current
 from smbfast.data.quality import count_quality
 from smbfast.data.sections import SectionMap
+from smbfast.data.serialize import Serializer
 from smbfast.data.shards import LAYOUT, SUFFIX, Shard, ShardWriter
 from smbfast.data.source_index import FOLDER, Stamp
 from smbfast.data.splits import SPLITS
@@ -295,6 +296,8 @@ def _make_shard(
 ) -> None:
     serializer.counts.clear()
     serializer.unmapped.clear()
+    if isinstance(serializer, Serializer):
+        serializer.codes.clear()
     with ShardWriter(path) as writer:
         for batch in dataset.file_batches(file, split, text_chars=serializer.text_chars):
             serializer.counts.update(count_quality(batch, dataset))
@@ -305,6 +308,8 @@ def _make_shard(
                     serializer.counts["subjects_without_events"] += 1
             if progress:
                 progress.add(len(batch.time_N))
+        if isinstance(serializer, Serializer):
+            writer.add_codes(list(serializer.codes))
         writer.index |= {
             "split": split,
             "counts": dict(serializer.counts),

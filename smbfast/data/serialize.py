@@ -12,11 +12,11 @@ tags, `name v1 v2` with short names.
 The token ids are those of the whole text: a line is cut into pieces only where the tokenizer
 provably does not merge across the cut (`TextEncoder.piecewise`).
 
-Legend: N events, C codes.
+Legend: N events, C codes, L lines.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,6 +45,7 @@ class SerializerOptions:
     values_per_line: int | None = None  # so many latest values; the rest is counted. None: all
     text_chars: int = 64  # a text value's length; longer ones are cut and counted
     format: Format = "text-paper"
+    terminal: Sequence[str] = ()  # codes after which nothing is to come
 
 
 class Serializer:
@@ -65,6 +66,7 @@ class Serializer:
         self.style = style or STYLES[self.options.format]
         self.counts: Counter[str] = Counter()
         self.unmapped = Unmapped()  # events of codes that only the fallback rule maps
+        self.codes: dict[str, int] = {}  # of lines, each with its place, in `line_code_L`
         self.preamble = _preamble(encoder, self.style)
         self._sections = sections
         self._descriptions = descriptions
@@ -127,6 +129,13 @@ class Serializer:
             np.array([k[1] for k in known], bool),
             [k[2] for k in known],
         )
+
+    def code_places(self, codes: list[str], code_L: np.ndarray) -> np.ndarray:
+        """Return the place in `self.codes` of each line's code, int32 [L]; new ones are added."""
+        place_C = np.full(len(codes), -1, np.int32)
+        for c in np.flatnonzero(np.bincount(code_L, minlength=len(codes))).tolist():
+            place_C[c] = self.codes.setdefault(codes[c], len(self.codes))
+        return place_C[code_L]
 
     def text_value(self, text: str) -> tuple[str, bool]:
         """Return a text value in the form in which it may stand in a line, and whether it is cut.

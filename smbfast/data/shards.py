@@ -7,6 +7,7 @@ constant. A shard that is not used holds neither memory nor a file descriptor.
 Legend: S timelines, B buckets, L lines; the last axis of the table is TABLE.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ import numpy as np
 from smbfast.batch import Timeline
 from smbfast.data.array_file import ArrayFile, ArrayWriter, OpenMaps, damaged
 
-LAYOUT = 2  # of the files; a prepared folder with another is refused
+LAYOUT = 3  # of the files; a prepared folder with another is refused
 SUFFIX = ".shard"
 FIELDS: dict[str, type] = {
     "ids_T": np.int32,
@@ -29,15 +30,18 @@ FIELDS: dict[str, type] = {
     "line_end_L": np.int32,
     "line_time_L": np.int64,
     "line_section_L": np.uint8,
+    "line_code_L": np.int32,
 }
-TABLE = ("subject", "birth", "header", "tokens", "buckets", "lines")  # the last three: ends
+ABOUT = ("subject", "birth", "header", "last", "terminal")
+TABLE = (*ABOUT, "tokens", "buckets", "lines")  # the last three: ends
 MOST_MAPS = 64  # of shards at a time, far from the 256 open files of a strict system: our choice
 BLOCK = 4096  # timelines that are read together, and as many thousands of lines: our choice
 
-# ids are last, so that reading the header reads none ahead
-_ARRAYS = {"timelines": np.int64, **dict(reversed(FIELDS.items()))}
+# ids are last, so that reading the header reads none ahead; codes are the bytes of a JSON list
+_ARRAYS = {"timelines": np.int64, "codes": np.uint8, **dict(reversed(FIELDS.items()))}
 _MAPS = OpenMaps(MOST_MAPS)
-_WITHOUT_IDS = tuple(n for n in FIELDS if n not in ("ids_T", "line_time_L"))
+_LEFT_OUT = ("ids_T", "line_time_L", "line_code_L")  # of a block
+_WITHOUT_IDS = tuple(n for n in FIELDS if n not in _LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -48,31 +52,31 @@ class Block:
     """
 
     first: int  # number of the first timeline in its shard
-    about_S3: np.ndarray  # int64: subject, birth and tokens before the first bucket
+    about_S5: np.ndarray  # int64: the columns ABOUT of the table
     end_S3: np.ndarray  # int64: tokens, buckets and lines up to the end of each, in the block
-    columns: dict[str, np.ndarray]  # the arrays of a Timeline but ids_T and line_time_L
+    columns: dict[str, np.ndarray]  # the arrays of a Timeline but ids and lines' times and codes
 
     @classmethod
     def of(cls, timelines: Sequence[Timeline], first: int) -> "Block":
         """Put timelines behind each other; `first` is the number of the first one."""
         sizes = [(len(t), len(t.bucket_end_B), len(t.line_start_L)) for t in timelines]
-        about = [(t.subject, t.birth, t.header) for t in timelines]
+        about = [[getattr(t, name) for name in ABOUT] for t in timelines]
         columns = {
             n: np.concatenate([np.empty(0, FIELDS[n]), *(getattr(t, n) for t in timelines)])
             for n in _WITHOUT_IDS
         }
         end_S3 = np.array(sizes, np.int64).reshape(-1, 3).cumsum(0)
-        return cls(first, np.array(about, np.int64).reshape(-1, 3), end_S3, columns)
+        return cls(first, np.array(about, np.int64).reshape(-1, len(ABOUT)), end_S3, columns)
 
     @property
     def birth_S(self) -> np.ndarray:
         """Births, microseconds since 1970 or UNKNOWN, int64 [S]."""
-        return self.about_S3[:, 1]
+        return self.about_S5[:, 1]
 
     @property
     def header_S(self) -> np.ndarray:
         """Tokens before the first bucket of each timeline, int64 [S]."""
-        return self.about_S3[:, 2]
+        return self.about_S5[:, 2]
 
     @property
     def start_S3(self) -> np.ndarray:
@@ -85,16 +89,14 @@ class Block:
         return np.diff(self.end_S3, axis=0, prepend=np.zeros((1, 3), np.int64))
 
     def __getitem__(self, item: int) -> Timeline:
-        """Return a timeline whose ids are zeros, and whose lines have no times."""
+        """Return a timeline whose ids are zeros, and whose lines have no times and no codes."""
         starts = self.end_S3[item - 1].tolist() if item else [0, 0, 0]
         spans = dict(zip("TBL", zip(starts, self.end_S3[item].tolist(), strict=True), strict=True))
         arrays: dict[str, Any] = {n: self.columns[n][slice(*spans[n[-1]])] for n in _WITHOUT_IDS}
         num_tokens, num_lines = (spans[axis][1] - spans[axis][0] for axis in "TL")
-        subject, birth, header = self.about_S3[item].tolist()
+        about = dict(zip(ABOUT, self.about_S5[item].tolist(), strict=True))
         return Timeline(
-            subject=subject,
-            birth=birth,
-            header=header,
+            **about,
             ids_T=np.broadcast_to(np.int32(0), num_tokens),  # takes no memory
             line_time_L=np.broadcast_to(np.int64(0), num_lines),
             **arrays,
@@ -117,7 +119,7 @@ class ShardWriter:
     def add(self, timeline: Timeline) -> None:
         """Append one timeline."""
         self.add_block(
-            np.array([[timeline.subject, timeline.birth, timeline.header]], np.int64),
+            np.array([[getattr(timeline, name) for name in ABOUT]], np.int64),
             np.array(
                 [[len(timeline), len(timeline.bucket_end_B), len(timeline.line_start_L)]], np.int64
             ),
@@ -125,22 +127,26 @@ class ShardWriter:
         )
 
     def add_block(
-        self, about_S3: np.ndarray, num_S3: np.ndarray, columns: dict[str, np.ndarray]
+        self, about_S5: np.ndarray, num_S3: np.ndarray, columns: dict[str, np.ndarray]
     ) -> None:
         """Append timelines that lie behind each other.
 
         Args:
-            about_S3: int64, subject, birth and header of each.
+            about_S5: int64, the columns ABOUT of the table.
             num_S3: int64, its tokens, buckets and lines.
             columns: every array of a Timeline, of all of them.
         """
         for name in FIELDS:
             self._file.append(name, columns[name])
         end_S3 = self._ends + num_S3.cumsum(0)
-        self._file.append("timelines", np.concatenate([about_S3, end_S3], 1))
+        self._file.append("timelines", np.concatenate([about_S5, end_S3], 1))
         self._ends += num_S3.sum(0)
         self.index["timelines"] += len(num_S3)
         self.index["tokens"] = int(self._ends[0])
+
+    def add_codes(self, codes: list[str]) -> None:
+        """Write, once, the codes whose places stand in `line_code_L`, if ids do not."""
+        self._file.append("codes", np.frombuffer(json.dumps(codes).encode(), np.uint8))
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -193,6 +199,11 @@ class Shard:
         """The hash of the shard, as its header says."""
         return self._file.sha256
 
+    def codes(self) -> list[str]:
+        """Return the codes whose places stand in `line_code_L`, read anew; none if ids do."""
+        raw = self._file.read({"codes": (0, self._file.places["codes"].num)})["codes"]
+        return json.loads(raw.tobytes()) if len(raw) else []
+
     def verify(self) -> None:
         """Read every byte.
 
@@ -212,11 +223,12 @@ class Shard:
             raise IndexError(item)
         arrays = _MAPS.of(self._file)
         table = arrays["timelines"].reshape(-1, len(TABLE))
-        starts = table[item - 1, 3:].tolist() if item else [0, 0, 0]
-        subject, birth, header, *ends = table[item].tolist()
+        starts = table[item - 1, len(ABOUT) :].tolist() if item else [0, 0, 0]
+        row = table[item].tolist()
+        about, ends = dict(zip(ABOUT, row, strict=False)), row[len(ABOUT) :]
         spans = dict(zip("TBL", zip(starts, ends, strict=True), strict=True))
         fields: dict[str, Any] = {n: arrays[n][slice(*spans[n[-1]])] for n in FIELDS}
-        return Timeline(subject=subject, birth=birth, header=header, **fields)
+        return Timeline(**about, **fields)
 
     def subjects(self) -> np.ndarray:
         """Return the subject of each timeline, int64 [S], read without opening the shard's map."""
@@ -235,12 +247,13 @@ class Shard:
             width = len(TABLE)
             rows = self._file.read({"timelines": (first * width, end * width)})
             table = rows["timelines"].reshape(-1, width)
-            num = int(np.searchsorted(table[:, 5], before_3[2] + 1000 * BLOCK, side="right"))
+            num = int(np.searchsorted(table[:, -1], before_3[2] + 1000 * BLOCK, side="right"))
             table = table[: max(num, 1)]
-            last_3 = table[-1, 3:]
+            last_3 = table[-1, len(ABOUT) :]
             spans = dict(
                 zip("TBL", zip(before_3.tolist(), last_3.tolist(), strict=True), strict=True)
             )
             columns = self._file.read({n: spans[n[-1]] for n in _WITHOUT_IDS})
-            yield Block(first, table[:, :3], table[:, 3:] - before_3, columns)
+            about_S5, end_S3 = np.split(table, [len(ABOUT)], axis=1)
+            yield Block(first, about_S5, end_S3 - before_3, columns)
             first, before_3 = first + len(table), last_3

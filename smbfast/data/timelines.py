@@ -23,6 +23,7 @@ import numpy as np
 from smbfast.batch import UNKNOWN, Timeline
 
 YEAR = 365_242_500 * 86_400  # microseconds: the mean length of a calendar's year
+_LATEST = int(np.iinfo(np.int64).max)
 MOST_YEARS = 120  # an age above it is written as this one
 
 
@@ -238,9 +239,29 @@ def window_of(
         start=start,
         # the demographics are new in the first window alone
         labels_from=int(preamble.begin is not None) if whole else new + shift,
+        goes_on=b > a and int(timeline.bucket_end_B[b - 1]) > end,
     )
     lost = timeline.header + (preamble.begin is not None) - len(lead) if whole else 0
     return cut, max(lost, 0)
+
+
+def lines_ahead(timeline: Timeline, start: int, end: int, span: int) -> tuple[slice, np.ndarray]:
+    """Return the lines that a window's record has from its first bucket on, past its end.
+
+    Args:
+        start, end: tokens of the window, as in `window_of`.
+        span: microseconds behind the beginning of its last bucket in which later ones may begin.
+
+    Returns:
+        The lines, and when the bucket of each begins, int64 microseconds since 1970.
+    """
+    end_B, time_B = timeline.bucket_end_B, timeline.bucket_time_B
+    a = int(end_B.searchsorted(start, side="right"))
+    last = int(time_B[end_B.searchsorted(end)])
+    b = int(time_B.searchsorted(min(last + span, _LATEST), side="right"))
+    la, lb = timeline.line_start_L.searchsorted((timeline.bucket_start(a), end_B[b - 1])).tolist()
+    bucket_L = a + end_B[a:b].searchsorted(timeline.line_start_L[la:lb], side="right")
+    return slice(la, lb), time_B[bucket_L]
 
 
 def node_timeline(timeline: Timeline, complete: int, tail: Timeline | None) -> Timeline:
@@ -263,6 +284,10 @@ def node_timeline(timeline: Timeline, complete: int, tail: Timeline | None) -> T
         line_end_L=timeline.line_end_L[:lines],
         line_time_L=timeline.line_time_L[:lines],
         line_section_L=timeline.line_section_L[:lines],
+        # what a node must not see
+        last=UNKNOWN,
+        terminal=UNKNOWN,
+        line_code_L=timeline.line_code_L[:0],
     )
     if tail is None or not len(tail):
         return record

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,10 +20,10 @@ from smbfast.data.array_file import ArrayFile, ArrayWriter, make_private
 from smbfast.data.shards import Shard
 from smbfast.data.timelines import Preamble
 from smbfast.data.verified import verify_files
-from smbfast.data.windows import COLUMNS, Sums, WindowSet, window_columns
+from smbfast.data.windows import COLUMNS, ORDERS, Sums, WindowSet, window_columns
 from smbfast.settings import ObjectiveSettings
 
-VERSION = 1  # of what a table holds
+VERSION = 2  # of what a table holds
 _SORTED = 1 << 20  # windows whose place in the order of lengths is found together: our choice
 
 
@@ -74,9 +75,9 @@ def _finished(folder: Path, name: str) -> ArrayFile | None:
 
 
 def _mapped(file: ArrayFile, shards: Sequence[Shard], window: int, preamble: Preamble) -> WindowSet:
-    arrays, sums = file.mapped(), Sums(**file.index)
+    arrays: dict[str, Any] = {**file.mapped()}
     arrays["place_W5"] = arrays["place_W5"].reshape(-1, 5)
-    return WindowSet(shards, preamble, window, **arrays, sums=sums)
+    return WindowSet(shards, preamble, window, **arrays, sums=Sums(**file.index))
 
 
 @contextmanager
@@ -103,15 +104,19 @@ def _write(
     objective: ObjectiveSettings,
     stride: int | None,
 ) -> None:
-    sums, num_N = Sums(), np.zeros(0, np.int64)  # windows with a cut that have each length
-    with ArrayWriter(path, COLUMNS | {"with_cut_C": np.int32}) as writer:
+    sums = Sums()
+    num_of = {name: np.zeros(0, np.int64) for name in ORDERS}  # windows of each length
+    with ArrayWriter(path, COLUMNS | dict.fromkeys(ORDERS, np.int32)) as writer:
         for columns in window_columns(_counted(shards), window, preamble, objective, stride, sums):
             for name, part in columns.items():
                 writer.append(name, part)
-            own_N = np.bincount(columns["length_W"][columns["has_cut_W"]], minlength=len(num_N))
-            own_N[: len(num_N)] += num_N
-            num_N = own_N
-        _sort_by_length(writer, num_N)
+            for name, flag in ORDERS.items():
+                num_N = num_of[name]
+                own_N = np.bincount(columns["length_W"][columns[flag]], minlength=len(num_N))
+                own_N[: len(num_N)] += num_N
+                num_of[name] = own_N
+        for name, num_N in num_of.items():
+            _sort_by_length(writer, name, num_N)
         writer.index |= vars(sums)
 
 
@@ -122,16 +127,16 @@ def _counted(shards: Sequence[Shard]) -> Iterator[Shard]:
         progress.add(len(shard))
 
 
-def _sort_by_length(writer: ArrayWriter, num_N: np.ndarray) -> None:
-    """Write the windows with a cut in the order of their lengths: a counting sort, part by part."""
-    length_W, has_cut_W = writer.so_far("length_W"), writer.so_far("has_cut_W")
-    with_cut_C = writer.extend("with_cut_C", int(num_N.sum()))
+def _sort_by_length(writer: ArrayWriter, name: str, num_N: np.ndarray) -> None:
+    """Write the windows with a flag in the order of their lengths: a counting sort in parts."""
+    length_W, flag_W = writer.so_far("length_W"), writer.so_far(ORDERS[name])
+    order_C = writer.extend(name, int(num_N.sum()))
     next_N = num_N.cumsum() - num_N  # the place of the next window of each length
     for first in range(0, len(length_W), _SORTED):
-        own = first + np.flatnonzero(has_cut_W[first : first + _SORTED])
+        own = first + np.flatnonzero(flag_W[first : first + _SORTED])
         own = own[np.argsort(length_W[own], kind="stable")]
         length = length_W[own]
         own_N = np.bincount(length, minlength=len(num_N))
         rank = np.arange(len(own)) - (own_N.cumsum() - own_N)[length]
-        with_cut_C[next_N[length] + rank] = own
+        order_C[next_N[length] + rank] = own
         next_N += own_N

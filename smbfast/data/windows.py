@@ -1,19 +1,21 @@
 """The training windows of all timelines, as a table from which a step makes those that it takes.
 
-Legend: W windows, C windows with a cut, S timelines.
+Legend: W windows, C windows with a cut or with a pair, S timelines, B buckets, H horizons, L lines.
 """
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from smbfast.base.runtime import few
-from smbfast.batch import Timeline
+from smbfast.batch import Ahead, Timeline
+from smbfast.data.code_classes import CodeClasses
+from smbfast.data.horizons import Horizons, usable
 from smbfast.data.masking import have_cut
 from smbfast.data.shards import BLOCK, Block, Shard
-from smbfast.data.timelines import Preamble, training_spans, window_of
+from smbfast.data.timelines import Preamble, lines_ahead, training_spans, window_of
 from smbfast.settings import ObjectiveSettings
 
 COLUMNS: dict[str, type] = {
@@ -21,7 +23,9 @@ COLUMNS: dict[str, type] = {
     "length_W": np.int32,  # tokens, with those before the first bucket
     "has_cut_W": np.bool_,  # whether the objective permits a cut
     "labels_W": np.int32,  # tokens that SFT predicts, if it predicts all
+    "has_pair_W": np.bool_,  # whether a bucket has another within a horizon that is known
 }
+ORDERS = {"with_cut_C": "has_cut_W", "with_pair_C": "has_pair_W"}  # int32: windows, by length
 
 
 @dataclass
@@ -41,12 +45,16 @@ class WindowSet:
     shards: Sequence[Shard | list[Timeline]]
     preamble: Preamble
     window: int  # context length in tokens
-    place_W5: np.ndarray  # these four: as in COLUMNS
+    place_W5: np.ndarray  # these five: as in COLUMNS
     length_W: np.ndarray
     has_cut_W: np.ndarray
     labels_W: np.ndarray
+    has_pair_W: np.ndarray
     with_cut_C: np.ndarray  # int32: the windows with a cut, by length
+    with_pair_C: np.ndarray  # int32: the windows with a pair, by length
     sums: Sums = field(default_factory=Sums)
+    horizons: Horizons | None = None  # with them, windows have what their records say behind them
+    classes: CodeClasses | None = None  # of the lines behind
 
     @classmethod
     def of(
@@ -56,29 +64,37 @@ class WindowSet:
         preamble: Preamble,
         objective: ObjectiveSettings,
         stride: int | None = None,
+        *,
+        horizons: Horizons | None = None,
+        classes: CodeClasses | None = None,
     ) -> "WindowSet":
         """Cut every timeline into its windows, whose distance is `stride` tokens or a window.
 
         The table is in memory; `Prepared.windows` has one on disk.
+
+        Args:
+            horizons: of an objective that reads ahead. Without them no window has a pair.
+            classes: of the lines that it reads; None where it reads none.
         """
         sums = Sums()
-        parts = list(window_columns(shards, window, preamble, objective, stride, sums))
-        place_W5, length_W, has_cut_W, labels_W = (
-            np.concatenate([np.empty((0, 5) if n == "place_W5" else 0, d), *(p[n] for p in parts)])
+        parts = list(window_columns(shards, window, preamble, objective, stride, sums, horizons))
+        arrays = {
+            n: np.concatenate(
+                [np.empty((0, 5) if n == "place_W5" else 0, d), *(p[n] for p in parts)]
+            )
             for n, d in COLUMNS.items()
-        )
-        with_cut_C = np.flatnonzero(has_cut_W).astype(np.int32)
-        with_cut_C = with_cut_C[np.argsort(length_W[with_cut_C], kind="stable")]
+        }
+        for name, flag in ORDERS.items():
+            own_C = np.flatnonzero(arrays[flag]).astype(np.int32)
+            arrays[name] = own_C[np.argsort(arrays["length_W"][own_C], kind="stable")]
         return cls(
             shards,
             preamble,
             window,
-            place_W5=place_W5,
-            length_W=length_W,
-            has_cut_W=has_cut_W,
-            labels_W=labels_W,
-            with_cut_C=with_cut_C,
+            **arrays,
             sums=sums,
+            horizons=horizons,
+            classes=classes,
         )
 
     def __len__(self) -> int:
@@ -86,8 +102,17 @@ class WindowSet:
 
     def __getitem__(self, index: int) -> Timeline:
         shard, timeline, start, end, new = self.place_W5[index].tolist()
-        whole = self.shards[shard][timeline]
-        return window_of(whole, start, end, new, self.window, self.preamble)[0]
+        of_shard = self.shards[shard]
+        whole = of_shard[timeline]
+        window = window_of(whole, start, end, new, self.window, self.preamble)[0]
+        if self.horizons is None:
+            return window
+        time_L, class_L = np.empty(0, np.int64), np.empty(0, np.int32)
+        if self.classes is not None:
+            own, time_L = lines_ahead(whole, start, end, self.horizons.longest)
+            class_L = self.classes.of_lines(of_shard, whole.line_code_L[own])
+            time_L, class_L = time_L[class_L >= 0], class_L[class_L >= 0]
+        return replace(window, ahead=Ahead(time_L, class_L, whole.last, whole.terminal))
 
     @property
     def num_labels(self) -> int:
@@ -114,6 +139,22 @@ class WindowSet:
         """The number of tokens of windows with a cut."""
         return self.sums.num_tokens_with_cut
 
+    @property
+    def num_with_pair(self) -> int:
+        """The number of windows with a pair, which take part in a latent loss of horizons."""
+        return len(self.with_pair_C)
+
+    def require_pairs(self) -> None:
+        """Raise a ValueError unless at least one window has a pair."""
+        if not self.num_with_pair:
+            names = ", ".join(self.horizons.names) if self.horizons else "none"
+            raise ValueError(
+                "JEPA of horizons needs training windows in which a bucket has another within a "
+                f"horizon that the record covers; with the horizons {names} none of "
+                f"{few(len(self))} has one. Name longer ones (objective.horizons), raise "
+                "data.window, take objective.censored=none, or train with objective.jepa=mask"
+            )
+
     def require_cuts(self) -> None:
         """Raise a ValueError unless at least one window has a cut."""
         if not self.num_with_cut:
@@ -132,6 +173,7 @@ def window_columns(
     objective: ObjectiveSettings,
     stride: int | None,
     sums: Sums,
+    horizons: Horizons | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the columns of the table of windows, a block of timelines at a time, and add to `sums`.
 
@@ -155,9 +197,36 @@ def window_columns(
             sums.num_lost += int(lost_W.sum())
             sums.num_tokens += int(length_W.sum())
             sums.num_tokens_with_cut += int(length_W[has_cut_W].sum())
-            columns = (place_W5, length_W, has_cut_W, labels_W)
+            has_pair_W = np.zeros(len(length_W), bool)
+            if horizons is not None:
+                has_pair_W = have_pair(block, owner_W, start_W, end_W, horizons)
+            columns = (place_W5, length_W, has_cut_W, labels_W, has_pair_W)
             named = zip(COLUMNS.items(), columns, strict=True)
             yield {n: a.astype(d) for (n, d), a in named}
+
+
+def have_pair(
+    block: Block, owner_W: np.ndarray, start_W: np.ndarray, end_W: np.ndarray, horizons: Horizons
+) -> np.ndarray:
+    """Return whether each window has a pair: bool [W].
+
+    A pair is a bucket of the window and a horizon that is usable there, within which a later bucket
+    of the same window begins; the next one does if any does.
+
+    Args:
+        owner_W: which of the timelines of the block a window is of.
+        start_W, end_W: its tokens in the timeline.
+    """
+    offset_S, (_, num_buckets_S, _) = block.start_S3[:, 0], block.num_S3.T
+    end_B = block.columns["bucket_end_B"] + np.repeat(offset_S, num_buckets_S)
+    time_B, about_S5 = block.columns["bucket_time_B"], block.about_S5
+    last_B, terminal_B = (np.repeat(about_S5[:, i], num_buckets_S) for i in (3, 4))
+    near_BH = usable(time_B[:-1], last_B[:-1], terminal_B[:-1], horizons)
+    near_BH &= np.diff(time_B)[:, None] <= horizons.spans_H
+    before_B = np.concatenate([[0], near_BH.any(1).cumsum()])  # pairs of the buckets before each
+    first_W = end_B.searchsorted(start_W + offset_S[owner_W], side="right")
+    last_W = end_B.searchsorted(end_W + offset_S[owner_W])
+    return before_B[last_W] > before_B[first_W]
 
 
 def _blocks(shard: Shard | list[Timeline]) -> Iterator[Block]:

@@ -107,6 +107,14 @@ class DataSettings(Settings):
         "of the code. `none` uses the rules that come with the package; to change them, copy "
         "smbfast/configs/sections.toml, edit the copy and name it here.",
     )
+    terminal: list[str] = Field(
+        ["MEDS_DEATH"],
+        description="Codes after which nothing is to come: a record ends with one of them because "
+        "the patient has died, or has left the hospital in data of single stays. Behind it, what "
+        "follows is known to be empty; behind the last event of any other record it is unknown. "
+        "Objectives that read ahead (objective.jepa=horizon, w_codes) need it. A code matches "
+        "whole, or up to a boundary such as //, like section rules.",
+    )
     values_per_line: int | None = Field(
         None,
         ge=1,

@@ -132,7 +132,9 @@ def slowly(events: list[Event], vocabulary: CodeVocabulary, gap_floor: int) -> T
         line_end_L=np.array(starts, np.int32) + 1,
         line_time_L=np.array(line_times, np.int64),
         line_section_L=np.array(sections, np.uint8),
+        line_code_L=np.array(ids, np.int32)[starts],
         birth=birth,
+        last=timed[-1] if timed else birth,
     )
 
 

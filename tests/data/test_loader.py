@@ -169,7 +169,7 @@ def test_the_plan_of_a_step_costs_the_same_however_many_windows_there_are(jepa: 
     none = np.empty(0)
     for num in (1_000, 1_000_000):
         with_cut, all_windows = Counted(num), Counted(num)
-        table = WindowSet([], Preamble(), 128, all_windows, none, none, none, with_cut)
+        table = WindowSet([], Preamble(), 128, all_windows, *[none] * 4, with_cut, none)
         tracemalloc.start()
         taken = [step_windows(table, objective(), 8, 0, s, jepa=jepa) for s in range(20)]
         _, peak = tracemalloc.get_traced_memory()

@@ -7,6 +7,7 @@ K decision nodes.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from unittest.mock import patch
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from smbfast.batch import Timeline
+from smbfast.batch import UNKNOWN, Timeline
 from smbfast.data import nodes as own
 from smbfast.data.codes import CodeStatistics, CodeVocabulary
 from smbfast.data.codes.serializer import CodeSerializer
@@ -157,6 +158,10 @@ def check_law(
                 assert key not in found
                 continue
             record, text = found[key]
+            # when a record ends, and the codes of its lines, are for training alone
+            assert (record.last, record.terminal, len(record.line_code_L)) == (UNKNOWN, UNKNOWN, 0)
+            assert alone.last != UNKNOWN and len(alone.line_code_L)
+            alone = replace(alone, last=UNKNOWN, line_code_L=record.line_code_L)
             assert_same_timeline(record, alone)
             expected, _ = node_window(alone, window, serializer.preamble)
             assert np.array_equal(text.ids_T, expected.ids_T)

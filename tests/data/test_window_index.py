@@ -13,7 +13,7 @@ from smbfast.data.prepared import Prepared
 from smbfast.data.shards import Shard, ShardWriter
 from smbfast.data.timelines import Preamble
 from smbfast.data.window_index import stored_windows
-from smbfast.data.windows import WindowSet
+from smbfast.data.windows import COLUMNS, ORDERS, WindowSet
 from smbfast.run import data_losses
 from smbfast.settings import ObjectiveSettings
 from tests.data.test_windows import plain
@@ -21,7 +21,7 @@ from tests.factory import write_meds
 
 NAME = "windows/0/train.windows"
 OBJECTIVE = ObjectiveSettings(min_future=4)
-ARRAYS = ("place_W5", "length_W", "has_cut_W", "labels_W", "with_cut_C")
+ARRAYS = (*COLUMNS, *ORDERS)
 
 
 @pytest.fixture

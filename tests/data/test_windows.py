@@ -45,6 +45,7 @@ def timelines(draw: st.DrawFn, subject: int) -> Timeline:
         line_end_L=np.array(stops, np.int32),
         line_time_L=np.zeros(len(starts), np.int64),
         line_section_L=np.array(sections, np.uint8),
+        line_code_L=np.arange(len(starts), dtype=np.int32),
         birth=draw(st.sampled_from([0, 20 * YEAR])),
     )
 
@@ -152,4 +153,5 @@ def plain(subject: int) -> Timeline:
         line_end_L=(ends - 1).astype(np.int32),
         line_time_L=ends.astype(np.int64),
         line_section_L=np.full(len(ends), 3, np.uint8),
+        line_code_L=np.arange(len(ends), dtype=np.int32),
     )

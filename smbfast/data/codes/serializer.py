@@ -14,6 +14,7 @@ whose place is tied, C codes, S subjects (S1 = S + 1 offsets).
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from smbfast.batch import UNKNOWN, Timeline
 from smbfast.data.births import births, without_late_births
 from smbfast.data.codes.alphabet import GAP_EDGES
 from smbfast.data.codes.vocabulary import CodeVocabulary
+from smbfast.data.endings import endings
 from smbfast.data.meds import STATIC, EventBatch
 from smbfast.data.sections import SECTIONS
 from smbfast.data.timelines import MOST_YEARS, YEAR, Preamble
@@ -38,13 +40,16 @@ class CodeSerializer:
     Args:
         vocabulary: with the parents of the codes that will be encoded.
         gap_floor: microseconds; a shorter time between two moments has no token.
+        terminal: codes after which nothing is to come (`data.terminal`).
     """
 
-    def __init__(self, vocabulary: CodeVocabulary, *, gap_floor: int) -> None:
+    def __init__(
+        self, vocabulary: CodeVocabulary, *, gap_floor: int, terminal: Sequence[str] = ()
+    ) -> None:
         if gap_floor < 0:
             raise ValueError(f"`gap_floor` must be 0 microseconds or more, got {gap_floor}")
         self.vocabulary = vocabulary
-        self.gap_floor = gap_floor
+        self.gap_floor, self.terminal = gap_floor, tuple(terminal)
         self.counts: Counter[str] = Counter()
         self.unmapped = Unmapped()  # events of codes that only the fallback rule maps
         self.preamble = code_preamble(vocabulary)
@@ -53,7 +58,11 @@ class CodeSerializer:
     def fingerprint(self) -> str:
         """Return a digest that changes when the same events would give other tokens."""
         return digest_of(
-            VERSION, self.vocabulary.fingerprint(), self.vocabulary.parents, self.gap_floor
+            VERSION,
+            self.vocabulary.fingerprint(),
+            self.vocabulary.parents,
+            self.gap_floor,
+            self.terminal,
         )
 
     def timelines(self, batch: EventBatch) -> list[Timeline]:
@@ -61,7 +70,9 @@ class CodeSerializer:
         self.counts["nonfinite_values"] += batch.nonfinite
         batch, birth_N = without_late_births(batch, self.counts)
         self.counts["events"] += len(batch.time_N)
+        last_S, terminal_S = endings(batch, self.terminal)
         subject_S, birth_S = batch.subject_N[batch.offset_S1[:-1]], births(batch, birth_N)
+        about_S4 = np.stack([subject_S, birth_S, last_S, terminal_S], 1)
         if birth_N.any():
             num_before_N1 = np.concatenate([[0], np.cumsum(~birth_N)])
             batch = batch.rows(np.flatnonzero(~birth_N), num_before_N1[batch.offset_S1])
@@ -72,7 +83,7 @@ class CodeSerializer:
         order_N = _order(batch, moments, encoded.section_N)
         token_N, section_N = encoded.token_N[order_N], encoded.section_N[order_N]
         lead = self._leads(moments)
-        return _cut(batch, subject_S, birth_S, moments, lead, token_N, section_N)
+        return _cut(batch, about_S4, moments, lead, token_N, section_N)
 
     @property
     def text_chars(self) -> int:
@@ -190,8 +201,7 @@ def _order(batch: EventBatch, moments: _Moments, section_N: np.ndarray) -> np.nd
 
 def _cut(
     batch: EventBatch,
-    subject_S: np.ndarray,
-    birth_S: np.ndarray,
+    about_S4: np.ndarray,
     moments: _Moments,
     lead: tuple[np.ndarray, np.ndarray],
     token_N: np.ndarray,
@@ -200,6 +210,7 @@ def _cut(
     """Put tokens in their places and cut them into subjects.
 
     Args:
+        about_S4: subject, birth, time of the last event and of the first terminal one, int64.
         lead: the gap and the age token of each moment, -1 if it has none.
         token_N, section_N: of the events in the order of the tokens.
     """
@@ -223,10 +234,10 @@ def _cut(
     row_S = offset_S1[:-1] + np.diff(static_N1[offset_S1])  # the first event that has a time
     first_S, stop_S = np.searchsorted(row_M, row_S), np.searchsorted(row_M, offset_S1[1:])
     # the age at the first moment is part of the header
-    aged_S = (first_S < stop_S) & (birth_S != UNKNOWN)
+    aged_S = (first_S < stop_S) & (about_S4[:, 1] != UNKNOWN)
     header_S = end_N1[row_S] - begin_S + aged_S
     end_M, head_M = line_end_N[last_M], np.zeros(len(row_M), np.uint16)
-    table = (subject_S, birth_S, header_S, begin_S, end_S, first_S, stop_S, row_S, offset_S1[1:])
+    table = (*about_S4.T, header_S, begin_S, end_S, first_S, stop_S, row_S, offset_S1[1:])
     return [
         Timeline(
             subject=subject,
@@ -239,9 +250,12 @@ def _cut(
             line_end_L=line_end_N[a:b],
             line_time_L=batch.time_N[a:b],
             line_section_L=section_N[a:b],
+            line_code_L=token_N[a:b],
             birth=birth,
+            last=last,
+            terminal=terminal,
         )
-        for subject, birth, header, begin, end, first, stop, a, b in zip(
+        for subject, birth, last, terminal, header, begin, end, first, stop, a, b in zip(
             *(column.tolist() for column in table), strict=True
         )
     ]
