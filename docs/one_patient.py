@@ -187,7 +187,7 @@ def losses(encoder: PatientEncoder, batch: PackedBatch) -> list[str]:
     scales = LossScales.of(0.1, 1.0, batch.num_labels, batch.num_masked)._asdict()
     lines = []
     for name, path in (("shared", objective), ("reference", reference)):
-        sft, jepa = path.losses(encoder, target, batch, **scales, normalize=True)
+        sft, jepa, _ = path.losses(encoder, target, batch, **scales, normalize=True)
         lines.append(f"{name:<9}  0.1 SFT = {sft.item():.3f}   1.0 JEPA = {jepa.item():.3f}")
     return lines
 

@@ -210,9 +210,9 @@ def averaged(target_UD: Tensor, batch: PackedBatch) -> Tensor:
     pairs = batch.pairs
     assert pairs is not None
     exact = torch.promote_types(target_UD.dtype, torch.float32)
-    spans = batch.target_segments.host_S6[:, :2].tolist()
+    spans = batch.target_segments.host_S6.tolist()
     sums, first = [], 0
-    for (start, length), number in zip(spans, pairs.num_by_trunk, strict=True):
+    for (start, length, *_), number in zip(spans, pairs.num_by_trunk, strict=True):
         own = slice(first, first + number)
         row_S = torch.arange(start, start + length, device=target_UD.device)
         inside_RS = row_S >= pairs.first_Q[own, None]

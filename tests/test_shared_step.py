@@ -189,7 +189,7 @@ def test_the_target_reads_each_trunk_through_its_last_masked_token(case):
     encoder = make_encoder(lora=case.lora)
     target = moved_target(encoder, case.form)
     weights = {"sft_scale": 1.0, "jepa_scale": 1.0, "normalize": True}
-    sft, jepa = objective.losses(encoder, target, batch, **weights)
+    sft, jepa, _ = objective.losses(encoder, target, batch, **weights)
     # the very trunks, another token after the last that the target reads
     ids_T = batch.ids_T.clone()
     for (start, length, *_), (_, read, *_) in zip(batch.segment_tuples, table, strict=False):

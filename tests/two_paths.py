@@ -111,20 +111,22 @@ def run(
     *,
     sft: float = 1.0,
     jepa: float = 1.0,
+    codes: float = 1.0,
     normalize: bool = True,
     **more: object,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Both losses of a step, means over all its batches, and the gradients that they leave."""
     labels = sum(b.num_labels for b in batches)
-    masked = sum(b.num_masked for b in batches)
+    masked = sum(b.num_masked + b.num_latent for b in batches)
     scales = {"sft_scale": sft / max(labels, 1), "jepa_scale": jepa / max(masked, 1)}
+    scales["codes_scale"] = codes / max(sum(b.num_pairs for b in batches), 1)
     total: dict[str, float] = {}
     encoder.zero_grad(set_to_none=True)
     for batch in batches:
         parts = PATHS[path](encoder, target, batch, normalize=normalize, **scales, **more)
         if any(part is not None for part in parts):
             torch.autograd.backward([part for part in parts if part is not None])
-        for name, part in zip(("sft", "jepa"), parts, strict=True):
+        for name, part in parts._asdict().items():
             if part is not None:
                 total[name] = total.get(name, 0.0) + float(part.detach())
     gradients = {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}

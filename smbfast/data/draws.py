@@ -12,6 +12,7 @@ import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
 _KINDS = {"order": 0, "cut": 1, "mask": 2, "stratum": 3, "position": 4}
+FIXED = -1  # stands for the step in draws that never change (tuning positions, a sample)
 _WORD = 0xFFFFFFFFFFFFFFFF
 _ROUNDS = 10  # with six, pairs of values are visibly uneven in ranges of ten
 

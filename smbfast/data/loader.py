@@ -27,6 +27,7 @@ import numpy as np
 from smbfast.base.entry import RunFailed
 from smbfast.base.helpers import reason
 from smbfast.batch import PackedBatch, Timeline, WindowPairs, pack_segments
+from smbfast.data.draws import FIXED as FIXED
 from smbfast.data.draws import permuted, word
 from smbfast.data.horizons import Horizons
 from smbfast.data.masking import (
@@ -42,7 +43,6 @@ from smbfast.data.windows import WindowSet
 from smbfast.settings import ObjectiveSettings
 
 _LOOK = 1.0  # seconds after which a wait looks at its threads
-FIXED = -1  # stands for the step in draws that never change (tuning positions, a sample)
 
 
 @dataclass(frozen=True)

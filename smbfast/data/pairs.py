@@ -3,14 +3,16 @@
 Positions are drawn by identity (seed, step, subject, window), never by who draws or when. Which
 pairs of position and horizon are known is the matter of `smbfast.data.horizons`.
 
-Legend: B buckets of the window, H horizons, N positions, P pairs, L lines of the record from the
-window on, Z codes that come.
+Legend: B buckets of the window, H horizons, K classes, N positions, P pairs, L lines of the record
+from the window on, Z codes that come.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
 from smbfast.batch import Timeline, WindowPairs
-from smbfast.data.draws import generator
+from smbfast.data.draws import FIXED, generator
 from smbfast.data.horizons import Horizons, usable
 
 
@@ -52,6 +54,23 @@ def window_pairs(
         time_P = window.bucket_time_B[place_N[position_P]]
         pair_Z, class_Z = _codes_ahead(window, time_P, time_P + horizons.spans_H[horizon_P])
     return WindowPairs(token_N, position_P, horizon_P, end_P, pair_Z, class_Z)
+
+
+def prevalence(
+    windows: Sequence[Timeline], horizons: Horizons, num_classes: int, *, positions: int, seed: int
+) -> np.ndarray:
+    """Return the share of pairs of each horizon in which each class occurs, float64 [H, K].
+
+    It is counted at the positions of some windows, and is above 0 and below 1: (k + 0.5) / (n + 1).
+    """
+    num_H1, num_HK = np.zeros((len(horizons), 1)), np.zeros((len(horizons), num_classes))
+    for window in windows:
+        own = window_pairs(
+            window, horizons, positions=positions, seed=seed, step=FIXED, latent=False, codes=True
+        )
+        num_H1[:, 0] += np.bincount(own.horizon_P, minlength=len(horizons))
+        np.add.at(num_HK, (own.horizon_P[own.pair_Z], own.class_Z), 1)
+    return (num_HK + 0.5) / (num_H1 + 1)
 
 
 def known_pairs(window: Timeline, horizons: Horizons) -> tuple[np.ndarray, np.ndarray]:

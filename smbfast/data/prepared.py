@@ -111,6 +111,8 @@ class Prepared:
         window: int,
         objective: ObjectiveSettings,
         stride: int | None = None,
+        horizons=None,
+        classes=None,
     ) -> WindowSet:
         """Return the training windows of a split, from the table on disk, which is made if need be.
 
@@ -120,6 +122,10 @@ class Prepared:
             stride: the distance of windows in tokens; None is `window`.
         """
         shards, preamble, record = self.shards(split), self.preamble, self.record
+        if horizons is not None:
+            return WindowSet.of(
+                shards, window, preamble, objective, stride, horizons=horizons, classes=classes
+            )
         made_of = digest_of(
             VERSION,
             window,
@@ -130,6 +136,39 @@ class Prepared:
         )
         name = f"windows/{made_of}/{split}.windows"
         return stored_windows(self._folders, name, shards, window, preamble, objective, stride)
+
+    def horizons(self, window, objective, stride):
+        import numpy as np
+
+        from smbfast.data.horizons import MOST, STANDARD, Horizons, usable
+
+        if objective.horizons != "auto":
+            return Horizons(tuple(objective.horizons), 0, objective.censored)
+        every = Horizons(STANDARD, 0, objective.censored)
+        total, good = 0, np.zeros(len(STANDARD))
+        for shard in self.shards("train"):
+            for i in range(len(shard)):
+                t = shard[i]
+                total += len(t.bucket_time_B)
+                good += usable(t.bucket_time_B, t.last, t.terminal, every).sum(0)
+        names = [n for n, g in zip(STANDARD, good) if g >= 0.2 * total][-MOST:]
+        print("horizons", names, good / total)
+        return Horizons(tuple(names), 0, objective.censored)
+
+    def classes(self):
+        from collections import Counter
+
+        import numpy as np
+
+        from smbfast.data.code_classes import CodeClasses
+
+        counts: Counter = Counter()
+        for shard in self.shards("train"):
+            for i in range(len(shard)):
+                counts.update(set(shard[i].line_code_L.tolist()))
+        ids = np.array(sorted(counts))
+        names = [str(i) for i in ids]
+        return CodeClasses.of_counts(names, np.array([counts[i] for i in ids]), 100000, ids)
 
     @property
     def new_tokens(self) -> list[NewToken]:

@@ -264,7 +264,7 @@ def make_encoder(
     new_tokens: Sequence[NewToken] = (),
     *,
     num_horizons: int = 0,
-    prevalence_HC: np.ndarray | None = None,
+    prevalence_HK: np.ndarray | None = None,
 ) -> PatientEncoder:
     """Return the online encoder at the start of training, in the dtypes of the settings.
 
@@ -274,7 +274,7 @@ def make_encoder(
         new_tokens: those that the tokenizer has and the backbone does not know; LoRA trains their
             rows.
         num_horizons: those of horizon JEPA; 0 without it.
-        prevalence_HC: of each class of codes to come within each horizon; None without that loss.
+        prevalence_HK: of each class of codes to come within each horizon; None without that loss.
 
     Raises:
         ValueError: if the model cannot be read, LoRA finds none of its targets, or an adapter does
@@ -303,8 +303,8 @@ def make_encoder(
         )
     layers, weighted = settings.objective.predictor_layers, settings.objective.codes_weight
     encoder = PatientEncoder(lm, layers, compute, num_horizons=num_horizons)
-    if prevalence_HC is not None:
-        encoder.codes = CodesHead(encoder.width, prevalence_HC, weighted == "prevalence")
+    if prevalence_HK is not None:
+        encoder.codes = CodesHead(encoder.width, prevalence_HK, weighted == "prevalence")
     return encoder.to(device)
 
 

@@ -32,6 +32,7 @@ from smbfast.base.files import (
     verify_folder,
 )
 from smbfast.model.backbone import PatientEncoder, load_adapter, load_lm, merged, require_layers
+from smbfast.model.codes_head import CodesHead
 from smbfast.model.decoder import HfModule
 from smbfast.model.target import TargetEncoder
 from smbfast.model.vocabulary import grow
@@ -248,7 +249,8 @@ def save_final(
 ) -> None:
     """Write a folder that `AutoTokenizer` and PEFT load (transformers, if all weights are trained).
 
-    Beside the adapter or model it holds `predictor.safetensors` (predictor and mask vector),
+    Beside the adapter or model it holds `predictor.safetensors` (predictor, mask vector, and the
+    head of codes to come where the run has one),
     `smbfast.json` (`record`) and `target.safetensors`: the averages by their names in the decoder.
     In merged form, `<name>` is the averaged weight; where it is bf16, `<name>.remainder` restores
     fp32 (`smbkernels.ema.join`). In tracked form, the averaged weight of a linear is the base
@@ -275,6 +277,8 @@ def save_final(
             shutil.copy(vocabulary, staging / vocabulary.name)
         extra = {f"predictor.{n}": p for n, p in encoder.predictor.state_dict().items()}
         extra["mask_vector"] = encoder.mask_vector.detach()
+        if encoder.codes is not None:
+            extra |= {f"codes.{n}": p for n, p in encoder.codes.state_dict().items()}
         save_file(_contiguous(extra), staging / "predictor.safetensors")
         if target is not None:
             save_file(_contiguous(target.state()), staging / "target.safetensors")
@@ -376,7 +380,9 @@ def restore_final(
     computes = getattr(torch, record.get("compute") or record["dtype"])  # older records lack it
     narrow = None if computes == dtype else computes
     try:
-        encoder = PatientEncoder(lm, record["predictor_layers"], narrow).to(device)
+        horizons = len(extra.get("predictor.horizon_HD", ()))
+        layers, head = record["predictor_layers"], _codes_head(_part(extra, "codes."))
+        encoder = PatientEncoder(lm, layers, narrow, num_horizons=horizons, codes=head).to(device)
         encoder.predictor.load_state_dict(_part(extra, "predictor."))
         with torch.no_grad():
             encoder.mask_vector.copy_(extra["mask_vector"])
@@ -394,6 +400,16 @@ def restore_final(
             f"{folder / 'target.safetensors'} must hold the averages of this model; it does not"
         ) from None
     return encoder, target, record
+
+
+def _codes_head(state: dict[str, Tensor]) -> CodesHead | None:
+    """Return the head of codes to come with the weights in `state`, None if that is empty."""
+    if not state:
+        return None
+    bias_HK = state["bias_HK"]
+    head = CodesHead(state["inner_HED"].shape[2], torch.sigmoid(bias_HK.double()).numpy())
+    head.load_state_dict(state)
+    return head
 
 
 def _backbone(record: dict, folder: Path, moved: str | None) -> str:

@@ -38,6 +38,7 @@ class _Rules(_Closed):
 class _CodeOptions(_Closed):
     gap_floor: int = Field(ge=0)
     max_codes: int = Field(ge=1)
+    terminal: list[str] = []
     text_chars: int = Field(ge=0)
 
 
@@ -45,6 +46,7 @@ class _TextOptions(_Closed):
     bucket: Bucket
     format: Literal["text", "text-paper"]
     values_per_line: int | None = Field(None, ge=1)
+    terminal: list[str] = []
     text_chars: int = Field(ge=0)
 
 

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from smbfast.base.config import to_toml
@@ -19,9 +20,10 @@ from smbfast.base.parts import is_part
 from smbfast.base.runtime import GIB, choose_device, held_memory
 from smbfast.data.labels import Labels
 from smbfast.data.loader import Step, make_step
+from smbfast.data.pairs import prevalence
 from smbfast.data.prepared import Prepared
 from smbfast.data.windows import WindowSet
-from smbfast.model.backbone import PatientEncoder, parameter_counts
+from smbfast.model.backbone import PatientEncoder, make_encoder, parameter_counts
 from smbfast.model.flops import ModelShape
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.run import checkpoint
@@ -35,6 +37,7 @@ from smbfast.run.optim import make_optimizer, place, total_steps
 from smbfast.run.startup import micro_tokens
 from smbfast.settings import DataSettings, TrainSettings
 
+SAMPLE = 1000  # windows in which the prevalence of codes to come is counted: our choice
 Report = Callable[[str, str], None]  # called with the name of a stage and a text about it
 
 
@@ -109,7 +112,7 @@ class OpenRun:
         # before a large model is loaded
         identity, newest = newest_checkpoint(settings, prepared, set_aside=set_aside)
         bytes_before = held_memory(device)
-        encoder = opened.make_encoder(settings, device)
+        encoder = make_encoder_of(settings, prepared, opened.windows, device)
         identity = identity.with_backbone(settings)  # of the hub: it is on this machine only now
         optimizer = make_optimizer(encoder, settings.optim)
         target, progress = _restored(newest, identity, encoder, optimizer)
@@ -259,12 +262,46 @@ def _windows(
     settings: TrainSettings, data: DataSettings, prepared: Prepared
 ) -> tuple[WindowSet, WindowSet]:
     """Return the windows of train and tuning, which overlap only if a stride says so."""
+    form, horizons, classes = settings.objective, None, None
+    if settings.reads_ahead:
+        horizons = prepared.horizons(data.window, form, data.stride)
+    if any(phase.w_codes > 0 for phase in settings.phases):
+        classes = prepared.classes()
     windows, tuning = (
-        prepared.windows(split, data.window, settings.objective, data.stride)
+        prepared.windows(split, data.window, form, data.stride, horizons, classes)
         for split in ("train", "tuning")
     )
     check_windows(windows, tuning, data.path)
     return windows, tuning
+
+
+def make_encoder_of(
+    settings: TrainSettings, prepared: Prepared, windows: WindowSet, device: torch.device
+) -> PatientEncoder:
+    """Return the encoder of a run at the start of training, with the heads that its phases train.
+
+    Args:
+        windows: of train; the head of codes to come begins at the prevalence in some of them.
+    """
+    horizons, classes, prevalence_HK = windows.horizons, windows.classes, None
+    is_latent = settings.objective.jepa == "horizon" and any(p.w_jepa > 0 for p in settings.phases)
+    if horizons is not None and classes is not None:
+        places = np.linspace(0, windows.num_with_pair - 1, min(windows.num_with_pair, SAMPLE))
+        prevalence_HK = prevalence(
+            [windows[int(windows.with_pair_C[i])] for i in places.astype(np.int64)],
+            horizons,
+            classes.num_classes,
+            positions=settings.objective.positions,
+            seed=settings.run.seed,
+        )
+    return make_encoder(
+        settings,
+        prepared.tokenizer,
+        device,
+        prepared.new_tokens,
+        num_horizons=len(horizons) if horizons is not None and is_latent else 0,
+        prevalence_HK=prevalence_HK,
+    )
 
 
 def _model_record(run: OpenRun, step: int) -> dict:
