@@ -177,9 +177,9 @@ def test_measured_losses_and_states_are_the_same(case, dtype, skeleton):
     batch = make_batch(WINDOWS, form, 0, 0, jepa=True)
     encoder, target = pairs("llama", case)[dtype]
     with torch.no_grad():
-        sft, states = objective.measure(encoder, target, batch)
-        true_sft, true = reference.measure(encoder, target, batch)
-        assert objective.measure(encoder, None, batch)[1] is None
+        sft, _, states, _ = objective.measure(encoder, target, batch)
+        true_sft, _, true, _ = reference.measure(encoder, target, batch)
+        assert objective.measure(encoder, None, batch).masked is None
     assert apart(sft, true_sft) < TOLERANCE[dtype]
     for name, expected in vars(true).items():
         assert apart(getattr(states, name), expected) < TOLERANCE[dtype], name
@@ -195,8 +195,8 @@ def test_what_precedes_a_masked_first_token_is_the_context():
     )
     encoder, target = pairs("llama", CASES[0])[FP64]
     with torch.no_grad():
-        _, states = objective.measure(encoder, target, batch)
-        _, true = reference.measure(encoder, target, batch)
+        states = objective.measure(encoder, target, batch).masked
+        true = reference.measure(encoder, target, batch).masked
         hidden_UD = target.hidden(batch.target_ids_U[None])[0]
     assert apart(states.previous_MD, hidden_UD[[8, 8, 11]]) < TOLERANCE[FP64]
     for name, expected in vars(true).items():

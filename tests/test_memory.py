@@ -16,6 +16,7 @@ from smbfast.model.backbone import PatientEncoder, lora_config
 from smbfast.model.memory import Memory, choose_micro_tokens, full_batch, predict_peak
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.objective import losses
+from smbfast.run.step import backward
 from smbfast.settings import LoraSettings, ObjectiveSettings
 from tests.tiny import tiny_encoder, tiny_lm
 
@@ -60,7 +61,7 @@ def train(kind: str, recompute: str, width: int, layers: int, tokens: int, devic
     optimizer, target = torch.optim.AdamW(trained, fused=True), TargetEncoder(encoder)
     for micro in (1, 2):
         for _ in range(micro):
-            torch.autograd.backward(objective(recompute)(encoder, target, batch))
+            backward(objective(recompute)(encoder, target, batch))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         target.update(0.99)
