@@ -17,7 +17,10 @@ from smbfast.base.staging import is_staging
 _OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9a-f]+|lost\+found|Thumbs\.db|desktop\.ini")
 _EVENTS = re.compile(r"events\.out\.tfevents\..*")
 _COHORT = re.compile(r"cohort-\d+-\d+")
-_PREPARED = ("plan.json", "prepare.json", "tokenizer", "train", "tuning", "held_out")
+_PREPARED = (
+    *("plan.json", "prepare.json", "classes.json", "tokenizer"),
+    *("train", "tuning", "held_out"),
+)
 _INDEXES = ("source", "windows", "verified.json")  # beside shards, or in a run instead of there
 _DIGESTS = "digests.json"  # of weights, in a run
 _TAIL = 1 << 20  # bytes at the end of a parquet file that are searched for the names of its columns

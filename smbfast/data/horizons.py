@@ -7,10 +7,12 @@ MOTOR, arXiv 2301.03150).
 Legend: B buckets, H horizons.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
+from smbfast.base.counts import share
 from smbfast.batch import UNKNOWN
 from smbfast.settings.model import hours_of
 
@@ -21,12 +23,46 @@ _HOUR = 3_600_000_000  # microseconds
 
 
 @dataclass(frozen=True)
+class PairCounts:
+    """Pairs of a position before a terminal event and a horizon, by horizon."""
+
+    num_positions: int
+    num_usable: tuple[int, ...]
+    num_deaths: tuple[int, ...]  # pairs with a death within the horizon, by the section of its code
+    num_deaths_usable: tuple[int, ...]
+
+    def record(self) -> dict[str, Any]:
+        """Return its fields, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> "PairCounts":
+        """Read the result of `record`, as JSON gives it back.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not that.
+        """
+        tuples = (tuple(map(int, record[f.name])) for f in fields(cls)[1:])
+        return cls(int(record["num_positions"]), *tuples)
+
+    def texts(self) -> list[str]:
+        """Return for each horizon the shares of usable pairs, of all and of those with a death."""
+        rows = zip(self.num_usable, self.num_deaths_usable, self.num_deaths, strict=True)
+        return [
+            f"{share(num, self.num_positions)} of positions"
+            + (f", {share(dying, deaths)} of those before a death" if deaths else "")
+            for num, dying, deaths in rows
+        ]
+
+
+@dataclass(frozen=True)
 class Horizons:
     """The horizons of a run and what decides where they are known."""
 
     names: tuple[str, ...]  # such as 30d, ascending
     bucket: int = 0  # length of a bucket in microseconds; 0 where a bucket is a moment
     censored: str = "drop"  # `objective.censored`
+    shares: PairCounts | None = field(default=None, compare=False)  # in the train split
 
     def __len__(self) -> int:
         return len(self.names)
@@ -35,6 +71,14 @@ class Horizons:
     def spans_H(self) -> np.ndarray:
         """Their lengths, int64 microseconds."""
         return np.array([hours_of(name) * _HOUR for name in self.names], np.int64)
+
+    @property
+    def text(self) -> str:
+        """The horizons and what of them is known in the train split, in words."""
+        if self.shares is None:
+            return ", ".join(self.names)
+        shown = zip(self.names, self.shares.texts(), strict=True)
+        return "; ".join(f"{name} known at {text}" for name, text in shown)
 
     @property
     def longest(self) -> int:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -12,6 +12,7 @@ from smbfast.base.counts import share
 from smbfast.base.files import digest_of, verify_folder
 from smbfast.base.runtime import few
 from smbfast.batch import NewToken
+from smbfast.data.code_classes import CodeClasses
 from smbfast.data.formats import (
     VOCABULARY,
     PatientEncoding,
@@ -20,15 +21,19 @@ from smbfast.data.formats import (
     read_encoding,
     serializer_of,
 )
+from smbfast.data.horizon_counts import candidates, chosen
+from smbfast.data.horizons import Horizons
 from smbfast.data.meds import MedsDataset
 from smbfast.data.shards import LAYOUT, Shard
+from smbfast.data.style import SPAN
 from smbfast.data.timelines import Preamble
 from smbfast.data.tokens import load_tokenizer
 from smbfast.data.verified import verify_files
-from smbfast.data.window_index import VERSION, cut_settings, stored_windows
+from smbfast.data.window_index import VERSION, cut_settings, stored_pairs, stored_windows
 from smbfast.data.windows import WindowSet
 from smbfast.settings import ObjectiveSettings
 
+CLASSES = "classes.json"  # of codes to come
 SHARED = ("ancestor", "prefix", "family", "section")  # rungs on which rare codes share a token
 
 
@@ -111,8 +116,8 @@ class Prepared:
         window: int,
         objective: ObjectiveSettings,
         stride: int | None = None,
-        horizons=None,
-        classes=None,
+        horizons: Horizons | None = None,
+        classes: CodeClasses | None = None,
     ) -> WindowSet:
         """Return the training windows of a split, from the table on disk, which is made if need be.
 
@@ -120,55 +125,60 @@ class Prepared:
             window: context length in tokens.
             objective: which decides the windows that have a cut.
             stride: the distance of windows in tokens; None is `window`.
+            horizons: of an objective that reads ahead (`horizons`); None where none does.
+            classes: of the codes that it reads (`classes`); None where it reads none.
         """
-        shards, preamble, record = self.shards(split), self.preamble, self.record
-        if horizons is not None:
-            return WindowSet.of(
-                shards, window, preamble, objective, stride, horizons=horizons, classes=classes
-            )
-        made_of = digest_of(
-            VERSION,
-            window,
-            stride or window,
-            [record[key] for key in ("data_format", "format", "encoder", "options")],
-            cut_settings(objective),
-            [shard["sha256"] for shard in record["shards"].get(split, [])],
-        )
+        cut = window, self.preamble, objective, stride
+        ahead = (horizons.names, horizons.bucket, horizons.censored) if horizons else None
+        made_of = self._digest(split, window, stride or window, cut_settings(objective), ahead)
         name = f"windows/{made_of}/{split}.windows"
-        return stored_windows(self._folders, name, shards, window, preamble, objective, stride)
+        return stored_windows(self._folders, name, self.shards(split), *cut, horizons, classes)
 
-    def horizons(self, window, objective, stride):
-        import numpy as np
+    def horizons(self, objective: ObjectiveSettings) -> Horizons:
+        """Return the horizons of an objective, with the shares of pairs that the train split knows.
 
-        from smbfast.data.horizons import MOST, STANDARD, Horizons, usable
+        Their counts are on disk, and are made if need be.
 
-        if objective.horizons != "auto":
-            return Horizons(tuple(objective.horizons), 0, objective.censored)
-        every = Horizons(STANDARD, 0, objective.censored)
-        total, good = 0, np.zeros(len(STANDARD))
-        for shard in self.shards("train"):
-            for i in range(len(shard)):
-                t = shard[i]
-                total += len(t.bucket_time_B)
-                good += usable(t.bucket_time_B, t.last, t.terminal, every).sum(0)
-        names = [n for n, g in zip(STANDARD, good) if g >= 0.2 * total][-MOST:]
-        print("horizons", names, good / total)
-        return Horizons(tuple(names), 0, objective.censored)
+        Raises:
+            ValueError: a named horizon is shorter than a bucket, or `auto` has none to take.
+        """
+        wanted, span = objective.horizons, SPAN[self.options.get("bucket", "moment")]
+        bucket = span if span > 1 else 0
+        if wanted == "auto":
+            horizons = candidates(bucket, objective.censored)
+        else:
+            horizons = Horizons(tuple(wanted), bucket, objective.censored)
+            if horizons.spans_H[0] < bucket:
+                raise ValueError(
+                    f"objective.horizons must not be shorter than data.bucket, which is "
+                    f"{self.options['bucket']} in {self.folder}; got {wanted[0]}"
+                )
+        made_of = self._digest("train", horizons.names, bucket, horizons.censored)
+        name = f"windows/{made_of}/pairs.json"
+        counts = stored_pairs(self._folders, name, self.shards("train"), horizons)
+        horizons = replace(horizons, shares=counts)
+        return chosen(horizons) if wanted == "auto" else horizons
 
-    def classes(self):
-        from collections import Counter
+    def classes(self) -> CodeClasses:
+        """Return the classes of codes to come, which were found in the train split.
 
-        import numpy as np
+        Raises:
+            ValueError: there is none, or their file is missing or damaged.
+        """
+        classes = CodeClasses.read(self.folder / CLASSES, self.record["classes"])
+        if not classes.num_classes:
+            raise ValueError(
+                f"{self.folder} must hold a code that ten training subjects have, for w_codes; it "
+                "has none. Prepare the train split too, or train without w_codes"
+            )
+        return classes
 
-        from smbfast.data.code_classes import CodeClasses
-
-        counts: Counter = Counter()
-        for shard in self.shards("train"):
-            for i in range(len(shard)):
-                counts.update(set(shard[i].line_code_L.tolist()))
-        ids = np.array(sorted(counts))
-        names = [str(i) for i in ids]
-        return CodeClasses.of_counts(names, np.array([counts[i] for i in ids]), 100000, ids)
+    def _digest(self, split: str, *parts: object) -> str:
+        """Return a digest of the shards of a split and of what is made of them."""
+        record = self.record
+        made_by = [record[key] for key in ("data_format", "format", "encoder", "options")]
+        shards = [shard["sha256"] for shard in record["shards"].get(split, [])]
+        return digest_of(VERSION, made_by, shards, *parts)
 
     @property
     def new_tokens(self) -> list[NewToken]:

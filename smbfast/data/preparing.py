@@ -20,6 +20,8 @@ from smbfast.base.locks import locked
 from smbfast.base.ours import prepared_entries, require_prepared_folder
 from smbfast.base.progress import Progress
 from smbfast.base.workers import worker_pool
+from smbfast.data.code_classes import CodeClasses, SubjectCounts
+from smbfast.data.codes.vocabulary import CodeVocabulary
 from smbfast.data.fitting import decided_options, fit_encoding, worth_processes
 from smbfast.data.formats import (
     VERSIONS,
@@ -31,7 +33,7 @@ from smbfast.data.formats import (
     sections_of,
 )
 from smbfast.data.meds import MedsDataset
-from smbfast.data.prepared import Prepared, ShardRecord, require_current
+from smbfast.data.prepared import CLASSES, Prepared, ShardRecord, require_current
 from smbfast.data.quality import count_quality
 from smbfast.data.sections import SectionMap
 from smbfast.data.serialize import Serializer
@@ -119,6 +121,7 @@ def _prepare(
     record = {
         **source,
         "encoder": encoding.fingerprint(),
+        "classes": _find_classes(out, shards, encoding, data.max_codes),
         "new_tokens": new_tokens,
         "meds_version": dataset.version,
         "shards": shards,
@@ -159,6 +162,7 @@ def _source(
         "sections": sections_of(data).fingerprint(),
         "tokenizer": tokenizer or made,
         "splits": list(splits),
+        "max_codes": data.max_codes,
     }
 
 
@@ -254,6 +258,17 @@ def _recorded_shards(
     return shards, counts, unmapped
 
 
+def _find_classes(
+    out: Path, shards: dict[str, list[ShardRecord]], encoding: PatientEncoding, most: int
+) -> str:
+    """Write the classes of codes to come, and return their digest."""
+    train = (Shard(out / record["file"]) for record in shards.get("train", []))
+    vocabulary = encoding if isinstance(encoding, CodeVocabulary) else None
+    classes = CodeClasses.of_shards(train, vocabulary, most)
+    classes.save(out / CLASSES)
+    return classes.digest
+
+
 def _finished(file: Path) -> bool:
     if not file.exists():
         return False
@@ -298,18 +313,22 @@ def _make_shard(
     serializer.unmapped.clear()
     if isinstance(serializer, Serializer):
         serializer.codes.clear()
+    subjects = SubjectCounts()
     with ShardWriter(path) as writer:
         for batch in dataset.file_batches(file, split, text_chars=serializer.text_chars):
             serializer.counts.update(count_quality(batch, dataset))
             for timeline in serializer.timelines(batch):
                 if len(timeline.bucket_end_B):
                     writer.add(timeline)
+                    if split == "train":
+                        subjects.add(timeline.line_code_L)
                 else:
                     serializer.counts["subjects_without_events"] += 1
             if progress:
                 progress.add(len(batch.time_N))
         if isinstance(serializer, Serializer):
             writer.add_codes(list(serializer.codes))
+        writer.add_subjects(subjects.result())
         writer.index |= {
             "split": split,
             "counts": dict(serializer.counts),

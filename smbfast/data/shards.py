@@ -37,8 +37,12 @@ TABLE = (*ABOUT, "tokens", "buckets", "lines")  # the last three: ends
 MOST_MAPS = 64  # of shards at a time, far from the 256 open files of a strict system: our choice
 BLOCK = 4096  # timelines that are read together, and as many thousands of lines: our choice
 
-# ids are last, so that reading the header reads none ahead; codes are the bytes of a JSON list
-_ARRAYS = {"timelines": np.int64, "codes": np.uint8, **dict(reversed(FIELDS.items()))}
+_ARRAYS = {
+    "timelines": np.int64,
+    "codes": np.uint8,  # a JSON list
+    "subjects_K2": np.int64,  # ids of `line_code_L`, each with the number of timelines that have it
+    **dict(reversed(FIELDS.items())),  # ids are last, so that reading the header reads none ahead
+}
 _MAPS = OpenMaps(MOST_MAPS)
 _LEFT_OUT = ("ids_T", "line_time_L", "line_code_L")  # of a block
 _WITHOUT_IDS = tuple(n for n in FIELDS if n not in _LEFT_OUT)
@@ -148,6 +152,10 @@ class ShardWriter:
         """Write, once, the codes whose places stand in `line_code_L`, if ids do not."""
         self._file.append("codes", np.frombuffer(json.dumps(codes).encode(), np.uint8))
 
+    def add_subjects(self, subjects_K2: np.ndarray) -> None:
+        """Write, once, how many timelines have each id of `line_code_L`, int64 [K, 2]."""
+        self._file.append("subjects_K2", subjects_K2)
+
     def __enter__(self) -> "ShardWriter":
         return self
 
@@ -201,8 +209,18 @@ class Shard:
 
     def codes(self) -> list[str]:
         """Return the codes whose places stand in `line_code_L`, read anew; none if ids do."""
-        raw = self._file.read({"codes": (0, self._file.places["codes"].num)})["codes"]
-        return json.loads(raw.tobytes()) if len(raw) else []
+        raw = self._whole("codes").tobytes()
+        return json.loads(raw) if raw else []
+
+    def subjects_of_codes(self) -> np.ndarray:
+        """Return ids of `line_code_L` and how many timelines have each, int64 [K, 2], read anew.
+
+        Shards of other splits than train have none.
+        """
+        return self._whole("subjects_K2").reshape(-1, 2)
+
+    def _whole(self, name: str) -> np.ndarray:
+        return self._file.read({name: (0, self._file.places[name].num)})[name]
 
     def verify(self) -> None:
         """Read every byte.

@@ -7,16 +7,21 @@ Legend: W windows, C windows with a cut, N lengths.
 """
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from smbfast.base.files import committed_file, digest_of, read_json
 from smbfast.base.progress import Progress
 from smbfast.data.array_file import ArrayFile, ArrayWriter, make_private
+from smbfast.data.code_classes import CodeClasses
+from smbfast.data.horizon_counts import counted_pairs
+from smbfast.data.horizons import Horizons, PairCounts
 from smbfast.data.shards import Shard
 from smbfast.data.timelines import Preamble
 from smbfast.data.verified import verify_files
@@ -40,6 +45,8 @@ def stored_windows(
     preamble: Preamble,
     objective: ObjectiveSettings,
     stride: int | None,
+    horizons: Horizons | None = None,
+    classes: CodeClasses | None = None,
 ) -> WindowSet:
     """Return the table of windows that one of the folders has, or make it in the first that can.
 
@@ -49,20 +56,56 @@ def stored_windows(
         name: of the file in a folder; everything that the table follows from is in it.
         shards: with the arguments behind them those of `WindowSet.of`.
     """
+
+    def mapped(file: ArrayFile) -> WindowSet:
+        arrays: dict[str, Any] = {**file.mapped()}
+        arrays["place_W5"] = arrays["place_W5"].reshape(-1, 5)
+        arrays |= {"sums": Sums(**file.index), "horizons": horizons, "classes": classes}
+        return WindowSet(shards, preamble, window, **arrays)
+
+    cut = window, preamble, objective, stride
     for folder in folders:
         if file := _finished(folder, name):
-            return _mapped(file, shards, window, preamble)
+            return mapped(file)
     for folder in folders:
         try:
             with _alone((folder / name).parent):
                 if file := _finished(folder, name):  # another process has just written it
-                    return _mapped(file, shards, window, preamble)
-                _write(folder / name, shards, window, preamble, objective, stride)
+                    return mapped(file)
+                _write(folder / name, shards, *cut, horizons)
         except OSError:
             continue
         if file := _finished(folder, name):
-            return _mapped(file, shards, window, preamble)
-    return WindowSet.of(shards, window, preamble, objective, stride)
+            return mapped(file)
+    return WindowSet.of(shards, *cut, horizons=horizons, classes=classes)
+
+
+def stored_pairs(
+    folders: Sequence[Path], name: str, shards: Sequence[Shard], horizons: Horizons
+) -> PairCounts:
+    """Return the counts of pairs that one of the folders has, or count them and record them.
+
+    Where none of the folders can be written, the next start counts again. Damaged ones are counted
+    again.
+
+    Args:
+        name: of the file in a folder; everything that the counts follow from is in it.
+    """
+    for folder in folders:
+        with suppress(ValueError, KeyError, TypeError):
+            stored = read_json(folder / name)
+            counts = PairCounts.of_record(stored["counts"])
+            if stored["digest"] == digest_of(counts.record()):
+                return counts
+    counts = counted_pairs(_counted(shards, "timelines looked ahead"), horizons)
+    record = {"digest": digest_of(counts.record()), "counts": counts.record()}
+    for folder in folders:
+        with suppress(OSError):
+            make_private((folder / name).parent)
+            with committed_file(folder / name, private=True) as staging:
+                staging.write_text(json.dumps(record), encoding="utf-8")
+            break
+    return counts
 
 
 def _finished(folder: Path, name: str) -> ArrayFile | None:
@@ -72,12 +115,6 @@ def _finished(folder: Path, name: str) -> ArrayFile | None:
     except ValueError:
         return None
     return file
-
-
-def _mapped(file: ArrayFile, shards: Sequence[Shard], window: int, preamble: Preamble) -> WindowSet:
-    arrays: dict[str, Any] = {**file.mapped()}
-    arrays["place_W5"] = arrays["place_W5"].reshape(-1, 5)
-    return WindowSet(shards, preamble, window, **arrays, sums=Sums(**file.index))
 
 
 @contextmanager
@@ -103,11 +140,13 @@ def _write(
     preamble: Preamble,
     objective: ObjectiveSettings,
     stride: int | None,
+    horizons: Horizons | None,
 ) -> None:
-    sums = Sums()
+    sums, cut = Sums(), (window, preamble, objective, stride)
     num_of = {name: np.zeros(0, np.int64) for name in ORDERS}  # windows of each length
     with ArrayWriter(path, COLUMNS | dict.fromkeys(ORDERS, np.int32)) as writer:
-        for columns in window_columns(_counted(shards), window, preamble, objective, stride, sums):
+        timelines = _counted(shards, "timelines cut into windows")
+        for columns in window_columns(timelines, *cut, sums, horizons):
             for name, part in columns.items():
                 writer.append(name, part)
             for name, flag in ORDERS.items():
@@ -120,8 +159,8 @@ def _write(
         writer.index |= vars(sums)
 
 
-def _counted(shards: Sequence[Shard]) -> Iterator[Shard]:
-    progress = Progress("smbfast", sum(map(len, shards)), "timelines cut into windows")
+def _counted(shards: Sequence[Shard], unit: str) -> Iterator[Shard]:
+    progress = Progress("smbfast", sum(map(len, shards)), unit)
     for shard in shards:
         yield shard
         progress.add(len(shard))

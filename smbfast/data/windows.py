@@ -26,6 +26,7 @@ COLUMNS: dict[str, type] = {
     "has_pair_W": np.bool_,  # whether a bucket has another within a horizon that is known
 }
 ORDERS = {"with_cut_C": "has_cut_W", "with_pair_C": "has_pair_W"}  # int32: windows, by length
+_BUCKETS = 1 << 16  # whose pairs are made together: our choice
 
 
 @dataclass
@@ -221,9 +222,13 @@ def have_pair(
     end_B = block.columns["bucket_end_B"] + np.repeat(offset_S, num_buckets_S)
     time_B, about_S5 = block.columns["bucket_time_B"], block.about_S5
     last_B, terminal_B = (np.repeat(about_S5[:, i], num_buckets_S) for i in (3, 4))
-    near_BH = usable(time_B[:-1], last_B[:-1], terminal_B[:-1], horizons)
-    near_BH &= np.diff(time_B)[:, None] <= horizons.spans_H
-    before_B = np.concatenate([[0], near_BH.any(1).cumsum()])  # pairs of the buckets before each
+    near_B = np.zeros(len(time_B), bool)
+    for first in range(0, len(time_B) - 1, _BUCKETS):
+        own = slice(first, min(first + _BUCKETS, len(time_B) - 1))
+        near_BH = usable(time_B[own], last_B[own], terminal_B[own], horizons)
+        near_BH &= np.diff(time_B[own.start : own.stop + 1])[:, None] <= horizons.spans_H
+        near_B[own] = near_BH.any(1)
+    before_B = near_B.cumsum() - near_B  # pairs of the buckets before each
     first_W = end_B.searchsorted(start_W + offset_S[owner_W], side="right")
     last_W = end_B.searchsorted(end_W + offset_S[owner_W])
     return before_B[last_W] > before_B[first_W]

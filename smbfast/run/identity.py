@@ -201,5 +201,6 @@ def _warn_of_log(run: Path, newest: Checkpoint) -> None:
 def _shards_digest(prepared: Prepared) -> str:
     """Return a digest of the bytes of the shards, by their SHA-256, and of what was fitted."""
     record = prepared.record
-    fitted = {key: record.get(key) for key in ("data_format", "format", "options", "section_rules")}
+    names = ("data_format", "format", "options", "section_rules", "classes")
+    fitted = {key: record.get(key) for key in names}
     return digest_of(record["shards"], record["counts"], record["new_tokens"], fitted)

@@ -264,7 +264,7 @@ def _windows(
     """Return the windows of train and tuning, which overlap only if a stride says so."""
     form, horizons, classes = settings.objective, None, None
     if settings.reads_ahead:
-        horizons = prepared.horizons(data.window, form, data.stride)
+        horizons = prepared.horizons(form)
     if any(phase.w_codes > 0 for phase in settings.phases):
         classes = prepared.classes()
     windows, tuning = (
