@@ -20,41 +20,31 @@ from smbfast.data.codes.bins import MIN_SUBJECTS
 from smbfast.data.codes.vocabulary import CodeVocabulary
 from smbfast.data.shards import MOST_MAPS, Shard
 
-_LINES = 1 << 20  # that are counted together: our choice
 _EVENTS = ("code", "bin", "value")  # kinds of tokens; the others say nothing of what happened
 
 
 class SubjectCounts:
-    """Counts in how many timelines each id of `line_code_L` occurs, in bounded memory."""
+    """Counts in how many timelines each id of `line_code_L` occurs."""
 
     def __init__(self) -> None:
-        self._parts: list[np.ndarray] = []
-        self._num_lines = 0
         self._num_K = np.zeros(0, np.int64)
 
-    def add(self, code_L: np.ndarray) -> None:
-        """Count the lines of one more timeline, int32 from 0."""
-        self._parts.append(code_L)
-        self._num_lines += len(code_L)
-        if self._num_lines >= _LINES:
-            self._settle()
+    def add(self, codes: Sequence[np.ndarray]) -> None:
+        """Count the lines of more timelines, int32 from 0, each timeline's in an array."""
+        if not codes:
+            return
+        owner_L = np.repeat(np.arange(len(codes)), [len(code_L) for code_L in codes])
+        key_L = np.sort((owner_L << 32) | np.concatenate(codes))
+        new_L = np.ones(len(key_L), bool)
+        new_L[1:] = key_L[1:] != key_L[:-1]
+        num_K = np.bincount(key_L[new_L] & 0xFFFFFFFF, minlength=len(self._num_K))
+        num_K[: len(self._num_K)] += self._num_K
+        self._num_K = num_K
 
     def result(self) -> np.ndarray:
         """Return the ids that occur, ascending, each with its number of timelines, int64 [K, 2]."""
-        self._settle()
         id_K = np.flatnonzero(self._num_K)
         return np.stack([id_K, self._num_K[id_K]], 1)
-
-    def _settle(self) -> None:
-        if self._num_lines:
-            owner_L = np.repeat(np.arange(len(self._parts)), [len(part) for part in self._parts])
-            key_L = np.sort((owner_L << 32) | np.concatenate(self._parts))
-            new_L = np.ones(len(key_L), bool)
-            new_L[1:] = key_L[1:] != key_L[:-1]
-            num_K = np.bincount(key_L[new_L] & 0xFFFFFFFF, minlength=len(self._num_K))
-            num_K[: len(self._num_K)] += self._num_K
-            self._num_K = num_K
-        self._parts, self._num_lines = [], 0
 
 
 class CodeClasses:

@@ -317,13 +317,13 @@ def _make_shard(
     with ShardWriter(path) as writer:
         for batch in dataset.file_batches(file, split, text_chars=serializer.text_chars):
             serializer.counts.update(count_quality(batch, dataset))
-            for timeline in serializer.timelines(batch):
-                if len(timeline.bucket_end_B):
-                    writer.add(timeline)
-                    if split == "train":
-                        subjects.add(timeline.line_code_L)
-                else:
-                    serializer.counts["subjects_without_events"] += 1
+            timelines = serializer.timelines(batch)
+            filled = [t for t in timelines if len(t.bucket_end_B)]
+            if len(filled) < len(timelines):
+                serializer.counts["subjects_without_events"] += len(timelines) - len(filled)
+            writer.add(*filled)
+            if split == "train":
+                subjects.add([t.line_code_L for t in filled])
             if progress:
                 progress.add(len(batch.time_N))
         if isinstance(serializer, Serializer):

@@ -8,7 +8,7 @@ Legend: S timelines, B buckets, L lines; the last axis of the table is TABLE.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -107,6 +107,23 @@ class Block:
         )
 
 
+class _Columns(Mapping[str, np.ndarray]):
+    """The arrays of timelines behind each other, each made when it is wanted and not held."""
+
+    def __init__(self, timelines: Sequence[Timeline]) -> None:
+        self._timelines = timelines
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        parts = [getattr(t, name) for t in self._timelines]
+        return np.concatenate(parts) if parts else np.empty(0, FIELDS[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(FIELDS)
+
+    def __len__(self) -> int:
+        return len(FIELDS)
+
+
 class ShardWriter:
     """Appends timelines to a shard, which is there once the `with` block has ended without error.
 
@@ -120,18 +137,18 @@ class ShardWriter:
         self.index = self._file.index
         self.index |= {"timelines": 0, "tokens": 0}
 
-    def add(self, timeline: Timeline) -> None:
-        """Append one timeline."""
+    def add(self, *timelines: Timeline) -> None:
+        """Append timelines; many at a time cost a fraction of as many calls."""
+        sizes = [(len(t.ids_T), len(t.bucket_end_B), len(t.line_start_L)) for t in timelines]
+        about = [(t.subject, t.birth, t.header, t.last, t.terminal) for t in timelines]
         self.add_block(
-            np.array([[getattr(timeline, name) for name in ABOUT]], np.int64),
-            np.array(
-                [[len(timeline), len(timeline.bucket_end_B), len(timeline.line_start_L)]], np.int64
-            ),
-            {name: getattr(timeline, name) for name in FIELDS},
+            np.array(about, np.int64).reshape(-1, len(ABOUT)),
+            np.array(sizes, np.int64).reshape(-1, 3),
+            _Columns(timelines),
         )
 
     def add_block(
-        self, about_S5: np.ndarray, num_S3: np.ndarray, columns: dict[str, np.ndarray]
+        self, about_S5: np.ndarray, num_S3: np.ndarray, columns: Mapping[str, np.ndarray]
     ) -> None:
         """Append timelines that lie behind each other.
 
