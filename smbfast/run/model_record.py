@@ -40,7 +40,6 @@ class _CodeOptions(_Closed):
     max_codes: int = Field(ge=1)
     terminal: list[str] = []
     text_chars: int = Field(ge=0)
-    terminal: list[str] = Field([])  # older records lack it
 
 
 class _TextOptions(_Closed):
@@ -49,7 +48,6 @@ class _TextOptions(_Closed):
     values_per_line: int | None = Field(None, ge=1)
     terminal: list[str] = []
     text_chars: int = Field(ge=0)
-    terminal: list[str] = Field([])
 
 
 class _ModelRecord(_Strict):
