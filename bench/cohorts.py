@@ -47,7 +47,7 @@ from smbfast.data.meds import MedsDataset
 from smbfast.probing import resample
 from smbfast.probing.counts import count_codes
 from smbfast.probing.features import matched, read_embeddings, read_oracle
-from smbfast.probing.logistic import probe_binary
+from smbfast.probing.logistic import fit_logistic
 
 PROG = "python -m bench.cohorts"
 ROOT = Path(__file__).resolve().parents[1]
@@ -304,7 +304,7 @@ def _probed(
     held_N = labels.split_N == "held_out"
     held, models = labels.take(held_N), {}
     for name, feature_NF in features.items():
-        fit = probe_binary(feature_NF, labels.binary_N, labels.split_N)
+        fit = fit_logistic(feature_NF, labels.binary_N, labels.split_N)
         models[name] = fit.probability_N[held_N]
         about["chosen"].setdefault(name, {})[labels.task] = fit.penalty
     about["rows"][labels.task] = labels.counts()

@@ -178,8 +178,9 @@ def _write_predictions(path: Path, labels: Labels, probability_N: np.ndarray | N
 
 def _protocol_text(config: ProbeCommandSettings) -> str:
     return (
-        "Binary tasks: MaxAbs scaling and L2 logistic regression fitted on train, penalty chosen "
-        "by tuning AUROC among 8, ties to the stronger. Time to event: Cox regression with a ridge "
+        "Binary tasks: features scaled and L2 logistic regression fitted on train; penalty (half "
+        "decades) by tuning log loss, ties to the stronger; probabilities calibrated on tuning by "
+        "slope and intercept. Time to event: Cox regression with a ridge "
         f"on at most {config.cox_components} components fitted on train, Harrell's C. All metrics "
         f"on held_out; 95 % intervals from {config.bootstraps} resamples of patients "
         f"({config.cox_bootstraps} for C). Counts: age, sex and log(1 + count) of the codes seen "

@@ -32,8 +32,8 @@ def table(record: dict[str, Any]) -> str:
                 [model["label"], *(_shown(model["metrics"].get(metric)) for metric in metrics)]
             )
             chosen = model.get("chosen", {})
-            if "log loss" in chosen.get("by", ""):
-                notes.append(f"  {model['label']}: penalty chosen by {chosen['by']}")
+            if chosen.get("at_border"):
+                notes.append(f"  {model['label']}: the penalty is the first or last of the grid")
             if chosen.get("converged") is False:
                 notes.append(f"  {model['label']}: the fit stopped at its iteration limit")
             if model.get("reason"):

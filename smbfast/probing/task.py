@@ -4,14 +4,14 @@ Shape suffixes: N label rows, H held-out rows, F features.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from smbfast.data.labels import Labels
 from smbfast.data.splits import SPLITS
-from smbfast.probing import logistic, resample, survival
+from smbfast.probing import binary, logistic, resample, survival
 from smbfast.probing.features import Features
 
 ORACLE_NAMES = {"bayes_filter": "oracle_filter", "latent": "oracle_latent"}
@@ -88,7 +88,7 @@ def _not_measurable(labels: Labels) -> str | None:
     if empty:
         return f"no row with an embedding in {', '.join(empty)}"
     if labels.kind == "binary":
-        return logistic.not_measurable(labels.binary_N, labels.split_N)
+        return binary.not_measurable(labels.binary_N, labels.split_N)
     return survival.not_measurable(*labels.survival_N, labels.split_N)
 
 
@@ -101,8 +101,14 @@ def _fit(
     if labels.kind == "binary":
         # each penalty is worth a line only where one takes minutes
         tell = progress if feature_NF.size > _LARGE else lambda _: None
-        fit = logistic.probe_binary(feature_NF, labels.binary_N, labels.split_N, tell)
-        chosen = {"C": fit.penalty, "by": fit.chosen_by, "converged": fit.converged}
+        fit = logistic.fit_logistic(feature_NF, labels.binary_N, labels.split_N, tell)
+        chosen = {
+            "C": fit.penalty,
+            "at_border": fit.at_border,
+            "tuning_log_loss": fit.tuning_log_loss,
+            "calibration": asdict(fit.calibration),
+            "converged": fit.converged,
+        }
         return fit.probability_N, chosen
     cox = survival.probe_survival(
         feature_NF,

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from lifelines.utils import concordance_index
 from scipy.sparse import csr_matrix
+from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss, roc_auc_score
-from sklearn.preprocessing import MaxAbsScaler
+from sklearn.metrics import log_loss
 
 from smbfast.probing import logistic, survival
+from smbfast.probing.binary import Calibration, calibrate, not_measurable
 from smbfast.probing.features import Rows
 
 SPLIT_N = np.repeat(["train", "tuning", "held_out"], [120, 60, 60])
@@ -31,88 +32,147 @@ def times(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return feature_NF, duration_N, rng.random(240) < 0.7
 
 
+def scaled(feature_NF: np.ndarray, sparse: bool = False) -> np.ndarray:
+    train_NF = feature_NF[SPLIT_N == "train"]
+    if sparse:
+        return feature_NF / np.abs(train_NF).max(0)
+    return (feature_NF - train_NF.mean(0)) / train_NF.std(0)
+
+
+def exact(row_NF: np.ndarray, true_N: np.ndarray, penalty: float) -> tuple[np.ndarray, float]:
+    """The logits of scikit-learn's Newton solver, and how far those of a fit may be from them.
+
+    A fit stops where its gradient g is at most `_TOL` in each of W components, or where a step
+    gains less than 64 eps. With e the least eigenvalue of the Hessian (half of it, since it moves
+    between the two), its weights are then within |g| / e or √(2 · 64 eps / e) of the optimum.
+    """
+    train_N = SPLIT_N == "train"
+    model = LogisticRegression(C=penalty, solver="newton-cholesky", tol=1e-12, max_iter=1000)
+    model.fit(row_NF[train_N], true_N[train_N])
+    chance_T = model.predict_proba(row_NF[train_N])[:, 1]
+    row_NW = np.column_stack([row_NF, np.ones(len(true_N))])
+    train_TW, num_train = row_NW[train_N], int(train_N.sum())
+    hessian = (train_TW * (chance_T * (1 - chance_T))[:, None]).T @ train_TW / num_train
+    ridge_W = np.append(np.full(row_NF.shape[1], 1 / (penalty * num_train)), 0.0)
+    least = np.linalg.eigvalsh(hessian + np.diag(ridge_W))[0] / 2
+    gradient = logistic._TOL * len(ridge_W) ** 0.5 / least
+    gain = (2 * 64 * np.finfo(float).eps / least) ** 0.5
+    reach = float(np.linalg.norm(row_NW, axis=1).max())
+    return model.decision_function(row_NF), (gradient + gain) * reach
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 def test_the_binary_probe_is_the_protocol_spelled_out(sparse: bool) -> None:
     feature_NF, true_N = binary()
-    train, tuning = SPLIT_N == "train", SPLIT_N == "tuning"
+    tuning = SPLIT_N == "tuning"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a deprecated argument would be noise for every user
         given = csr_matrix(feature_NF) if sparse else feature_NF
-        probe = logistic.probe_binary(given, true_N, SPLIT_N)
-    scaled_NF = MaxAbsScaler().fit(feature_NF[train]).transform(feature_NF)
-    best = (-1.0, None, None)
-    for penalty in (1e-8, 1e-6, 1e-4, 1e-2, 1e-1, 1, 1e2, 1e4):
-        model = LogisticRegression(C=penalty, max_iter=1000).fit(scaled_NF[train], true_N[train])
-        probability_N = model.predict_proba(scaled_NF)[:, 1]
-        score = roc_auc_score(true_N[tuning], probability_N[tuning])
-        if score > best[0]:
-            best = (score, penalty, probability_N)
-    assert probe.penalty == best[1]
-    np.testing.assert_allclose(probe.probability_N, best[2], atol=1e-6)
-    assert probe.chosen_by == "tuning AUROC" and probe.converged
+        probe = logistic.fit_logistic(given, true_N, SPLIT_N)
+    row_NF = scaled(feature_NF, sparse)
+    losses = {}
+    for penalty in logistic.PENALTIES:
+        logit_N, _ = exact(row_NF, true_N, penalty)
+        losses[penalty] = log_loss(true_N[tuning], expit(logit_N[tuning]), labels=[False, True])
+    assert probe.penalty == min(losses, key=losses.get)
+    logit_N, within = exact(row_NF, true_N, probe.penalty)
+    np.testing.assert_allclose(probe.logit_N, logit_N, rtol=0, atol=within)
+    assert within < 1e-3 and probe.converged and not probe.at_border
+    # the slope of the loss by a logit is at most 1
+    assert probe.tuning_log_loss == pytest.approx(losses[probe.penalty], rel=0, abs=within)
 
 
 def test_held_out_features_cannot_change_the_model() -> None:
     feature_NF, true_N = binary()
-    before = logistic.probe_binary(feature_NF, true_N, SPLIT_N)
+    before = logistic.fit_logistic(feature_NF, true_N, SPLIT_N)
     changed_NF, changed_N = feature_NF.copy(), true_N.copy()
-    changed_NF[SPLIT_N == "held_out"] *= 1e6
-    changed_N[SPLIT_N == "held_out"] ^= True
-    after = logistic.probe_binary(changed_NF, changed_N, SPLIT_N)
-    kept = SPLIT_N != "held_out"
-    assert before.penalty == after.penalty
-    np.testing.assert_array_equal(before.probability_N[kept], after.probability_N[kept])
+    held = SPLIT_N == "held_out"
+    changed_NF[held] *= 1e6
+    changed_N[held] ^= True
+    after = logistic.fit_logistic(changed_NF, changed_N, SPLIT_N)
+    assert before.penalty == after.penalty and before.calibration == after.calibration
+    np.testing.assert_array_equal(before.logit_N[~held], after.logit_N[~held])
+    alone = logistic.fit_logistic(feature_NF[~held], true_N[~held], SPLIT_N[~held])
+    # a product of fewer rows may be summed in another order
+    np.testing.assert_allclose(alone.probability_N, before.probability_N[~held], rtol=1e-12)
 
 
 def test_tuning_chooses_the_penalty_and_nothing_else() -> None:
     feature_NF, true_N = binary()
-    tuning = SPLIT_N == "tuning"
+    tuning, row_NF = SPLIT_N == "tuning", scaled(feature_NF)
     chosen = set()
-    for seed in range(12):
+    for seed in range(6):
         changed_N = true_N.copy()
-        changed_N[tuning] = np.random.default_rng(seed).random(60) < 0.5
-        probe = logistic.probe_binary(feature_NF, changed_N, SPLIT_N)
-        scaled_NF = MaxAbsScaler().fit(feature_NF[:120]).transform(feature_NF)
-        model = LogisticRegression(C=probe.penalty, max_iter=1000)
-        model.fit(scaled_NF[:120], true_N[:120])
-        np.testing.assert_allclose(
-            probe.probability_N, model.predict_proba(scaled_NF)[:, 1], atol=1e-6
-        )
+        changed_N[tuning] ^= np.random.default_rng(seed).random(60) < seed / 10
+        probe = logistic.fit_logistic(feature_NF, changed_N, SPLIT_N)
+        logit_N, within = exact(row_NF, true_N, probe.penalty)
+        np.testing.assert_allclose(probe.logit_N, logit_N, rtol=0, atol=within)
         chosen.add(probe.penalty)
-    assert len(chosen) > 1
+    assert len(chosen) > 2
 
 
 def test_ties_go_to_the_stronger_penalty() -> None:
-    # one feature: every penalty ranks the rows alike
-    feature_NF = np.linspace(-1, 1, 240)[:, None]
-    true_N = np.arange(240) % 3 == 0
-    true_N |= feature_NF[:, 0] > 0.9
-    order = np.random.default_rng(0).permutation(240)
-    probe = logistic.probe_binary(feature_NF[order], true_N[order], SPLIT_N)
-    assert probe.penalty == 1e-8
-
-
-def test_one_class_in_tuning_is_chosen_by_log_loss() -> None:
-    feature_NF, true_N = binary()
-    tuning = SPLIT_N == "tuning"
-    true_N[tuning] = False
-    probe = logistic.probe_binary(feature_NF, true_N, SPLIT_N)
-    assert "log loss" in probe.chosen_by
-    scaled_NF = MaxAbsScaler().fit(feature_NF[:120]).transform(feature_NF)
-    losses = {}
-    for penalty in logistic.PENALTIES:
-        model = LogisticRegression(C=penalty, max_iter=1000).fit(scaled_NF[:120], true_N[:120])
-        probability_N = model.predict_proba(scaled_NF[tuning])[:, 1]
-        losses[penalty] = log_loss(true_N[tuning], probability_N, labels=[False, True])
-    assert probe.penalty == min(losses, key=losses.get)
+    # a feature without any spread: every penalty gives the same logits
+    true_N = np.random.default_rng(0).random(240) < 0.3
+    probe = logistic.fit_logistic(np.full((240, 1), 0.1), true_N, SPLIT_N)
+    assert probe.penalty == logistic.PENALTIES[0] and probe.at_border
+    train = true_N[SPLIT_N == "train"]
+    np.testing.assert_allclose(expit(probe.logit_N), train.mean(), rtol=1e-9)
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_one_class_elsewhere_is_not_measurable(split: str) -> None:
+def test_one_class_is_not_measurable(split: str) -> None:
     _, true_N = binary()
-    assert logistic.not_measurable(true_N, SPLIT_N) is None
+    assert not_measurable(true_N, SPLIT_N) is None
     true_N[split == SPLIT_N] = True
-    assert logistic.not_measurable(true_N, SPLIT_N) == f"{split} has one class only"
+    assert not_measurable(true_N, SPLIT_N) == f"{split} has one class only"
+    assert not_measurable(true_N, SPLIT_N, "tuning") == (
+        "train has one class only" if split == "train" else None
+    )
+
+
+def test_what_no_binary_probe_can_be_fitted_on() -> None:
+    feature_NF, true_N = binary()
+    with pytest.raises(ValueError, match="both classes in train"):
+        logistic.fit_logistic(feature_NF, true_N | (SPLIT_N == "train"), SPLIT_N)
+    rest = SPLIT_N != "tuning"
+    with pytest.raises(ValueError, match="rows in tuning"):
+        logistic.fit_logistic(feature_NF[rest], true_N[rest], SPLIT_N[rest])
+
+
+def test_calibration_is_the_maximum_of_the_tuning_likelihood() -> None:
+    """At the optimum the residuals sum to zero, as do those times the logit. Its solver stops at a
+    gradient of 1e-10 in the mean, of logits of deviation 1 here: 1e-7 for 240 rows is a thousandth
+    of what one row of them weighs."""
+    rng = np.random.default_rng(0)
+    logit_S = rng.normal(size=240)
+    true_S = rng.random(240) < expit(0.5 * logit_S - 1)
+    own = calibrate(logit_S, true_S)
+    residual_S = own.probability(logit_S) - true_S
+    assert abs(residual_S.sum()) < 1e-7 and abs((residual_S * logit_S).sum()) < 1e-7
+    assert 0.2 < own.slope < 0.8 and own.intercept < -0.5
+    shifted = calibrate(100 + 1e-3 * logit_S, true_S)
+    np.testing.assert_allclose(
+        shifted.probability(100 + 1e-3 * logit_S), own.probability(logit_S), rtol=1e-7
+    )
+
+
+def test_where_no_slope_can_be_fitted_the_mean_is_met() -> None:
+    rng = np.random.default_rng(0)
+    logit_S = 5 * rng.normal(size=200) - 3
+    few_S = np.arange(200) < 9
+    turned_S = logit_S < np.quantile(logit_S, 0.3)
+    turned_S[:20] ^= True
+    separated_S = logit_S > np.quantile(logit_S, 0.7)
+    for true_S in (few_S, ~few_S, turned_S, separated_S):
+        own = calibrate(logit_S, true_S)
+        assert own.slope == 1
+        # the root is found to 2e-12, and a mean moves by a quarter of it at most
+        assert own.probability(logit_S).mean() == pytest.approx(true_S.mean(), rel=0, abs=1e-12)
+    flat = calibrate(np.full(200, 7.0), separated_S)
+    assert flat.probability(np.array([7.0]))[0] == pytest.approx(0.3)
+    assert calibrate(logit_S, np.zeros(200, bool)) == Calibration(1.0, 0.0)
+    assert calibrate(logit_S, np.arange(200) < 10).slope != 1
 
 
 @pytest.mark.parametrize("sparse", [False, True])
@@ -160,10 +220,6 @@ def test_what_cox_cannot_measure() -> None:
     assert "compared" in survival.not_measurable(last_N, event_N | held, SPLIT_N)
 
 
-def quiet(_line: str) -> None:
-    pass
-
-
 def in_chunks(feature_NF: np.ndarray, rows: int, monkeypatch: pytest.MonkeyPatch) -> Rows:
     """The same numbers as rows of a map, in another order, read `rows` at a time."""
     monkeypatch.setattr("smbfast.probing.features._CHUNK", 8 * rows * feature_NF.shape[1])
@@ -174,34 +230,13 @@ def in_chunks(feature_NF: np.ndarray, rows: int, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_fit_in_chunks_has_the_optimum_of_one_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the same stopping rule for both, at each penalty.
-
-    A solution stops where its gradient g is at most `tol` in each of W components, or where a step
-    gains less than 64 eps. With λ the least eigenvalue of the Hessian (half of it, since it moves
-    between the two), its weights are then within |g| / λ or √(2 · 64 eps / λ) of the optimum; a
-    probability differs by at most a quarter of what its logit does.
-    """
-    tol = 1e-7
-    monkeypatch.setattr(logistic, "_TOL", tol)
     feature_NF, true_N = binary()
     feature_NF = feature_NF.astype(np.float32).astype(np.float64)
-    train_N, num_train = SPLIT_N == "train", int((SPLIT_N == "train").sum())
-    rows = in_chunks(feature_NF, 7, monkeypatch)
-    held = logistic._held(feature_NF, true_N, train_N, quiet)
-    largest_F = np.abs(feature_NF[train_N]).max(0)
-    row_NW = np.column_stack([feature_NF / largest_F, np.ones(len(true_N))])
-    for (penalty, one_N, _), (other, two_N, converged) in zip(
-        held, logistic._streamed(rows, true_N, train_N, quiet), strict=True
-    ):
-        assert penalty == other and converged
-        ridge_W = np.append(np.full(feature_NF.shape[1], 1 / (penalty * num_train)), 0.0)
-        middle_T = two_N[train_N]
-        train_TW = row_NW[train_N]
-        hessian = (train_TW * (middle_T * (1 - middle_T))[:, None]).T @ train_TW / num_train
-        least = np.linalg.eigvalsh(hessian + np.diag(ridge_W))[0] / 2
-        size = np.linalg.norm(row_NW, axis=1).max()
-        weights = tol * len(ridge_W) ** 0.5 / least + (2 * 64 * np.finfo(float).eps / least) ** 0.5
-        assert np.abs(one_N - two_N).max() <= 2 * weights * size / 4
+    one = logistic.fit_logistic(feature_NF, true_N, SPLIT_N)
+    two = logistic.fit_logistic(in_chunks(feature_NF, 7, monkeypatch), true_N, SPLIT_N)
+    assert one.penalty == two.penalty and two.converged
+    _, within = exact(scaled(feature_NF), true_N, one.penalty)
+    np.testing.assert_allclose(two.logit_N, one.logit_N, rtol=0, atol=2 * within)
 
 
 def test_components_in_chunks_are_those_of_a_whole_decomposition(

@@ -201,8 +201,9 @@ def test_one_class(world: dict, split: str) -> None:
     late, sick = record["tasks"]
     assert late["reason"] is None
     if split == "tuning":
-        assert "log loss" in sick["models"][0]["chosen"]["by"]
-        assert "penalty chosen by tuning log loss" in table(record)
+        chosen = sick["models"][0]["chosen"]
+        assert chosen["calibration"] == {"slope": 1.0, "intercept": 0.0}
+        assert chosen["at_border"] == ("first or last of the grid" in table(record))
     else:
         assert sick["reason"] == f"{split} has one class only" and sick["models"] == []
         assert f"not measurable: {split} has one class only" in table(record)
@@ -375,7 +376,7 @@ def test_memory_of_a_probe_in_chunks_does_not_grow_with_the_embeddings(
         del value_ND
         tracemalloc.start()
         read = read_embeddings(file)
-        fit = logistic.probe_binary(read.features(np.arange(rows)), true_N, split_N)
+        fit = logistic.fit_logistic(read.features(np.arange(rows)), true_N, split_N)
         held = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert fit.converged and len(fit.probability_N) == rows

@@ -1,0 +1,72 @@
+"""Scales the features of a linear probe, on train alone and without a copy of them.
+
+Dense features are standardised; sparse ones are divided by their largest absolute value, so that
+zeros stay zeros. A probe works on `(x - shift) * factor`, and never holds it: shift and factor go
+into its weights. Shape suffixes: N rows, F features, C rows of a chunk.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_matrix, issparse
+
+from smbfast.probing.features import Features, Rows
+
+_FLAT = 1e-6  # of the mean: a deviation that ten roundings of float32 make is no spread
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A scaled feature is `(x - shift_F) * factor_F` (float64); factor 0 where train has no spread,
+    so that such a feature says nothing."""
+
+    shift_F: np.ndarray
+    factor_F: np.ndarray
+
+    def weights(self, weight_F: np.ndarray) -> tuple[np.ndarray, float]:
+        """Return the weights of the features as they are, and what is to be added to the score, for
+        weights of the scaled features."""
+        own_F = weight_F * self.factor_F
+        return own_F, -float(self.shift_F @ own_F)
+
+    def gradient(self, product_F: np.ndarray, total: float) -> np.ndarray:
+        """Return the gradient by the weights of the scaled features, of the products and the sum of
+        the errors (`errors @ features`, `errors.sum()`)."""
+        return (product_F - self.shift_F * total) * self.factor_F
+
+
+def chunks(feature_NF: Features) -> Iterator[tuple[slice, np.ndarray | csr_matrix]]:
+    """Yield which rows and their values; all at once where they are in memory."""
+    if isinstance(feature_NF, Rows):
+        yield from feature_NF.chunks()
+    else:
+        yield slice(0, feature_NF.shape[0]), feature_NF
+
+
+def scaling(feature_NF: Features) -> Scaling:
+    """Return the scaling that the rows given (those of train, at least one) decide."""
+    num_rows, num_features = feature_NF.shape
+    if issparse(feature_NF):
+        largest_F = np.asarray(abs(feature_NF).max(0).todense(), np.float64).ravel()
+        return Scaling(np.zeros(num_features), _inverse(largest_F, largest_F > 0))
+    shift_F, square_F = np.zeros(num_features), np.zeros(num_features)
+    for _, chunk_CF in chunks(feature_NF):
+        shift_F += chunk_CF.sum(0) / num_rows
+    for _, chunk_CF in chunks(feature_NF):
+        square_F += np.square(chunk_CF - shift_F).sum(0) / num_rows
+    spread_F = np.sqrt(square_F)
+    return Scaling(shift_F, _inverse(spread_F, spread_F > _FLAT * np.abs(shift_F)))
+
+
+def scores(feature_NF: Features, scaled: Scaling, weight_F: np.ndarray) -> np.ndarray:
+    """Return the product of scaled features and weights for every row, float64 [N]."""
+    own_F, offset = scaled.weights(weight_F)
+    score_N = np.empty(feature_NF.shape[0])
+    for part, chunk_CF in chunks(feature_NF):
+        score_N[part] = chunk_CF @ own_F + offset
+    return score_N
+
+
+def _inverse(size_F: np.ndarray, moving_F: np.ndarray) -> np.ndarray:
+    return np.divide(1.0, size_F, out=np.zeros_like(size_F), where=moving_F)
