@@ -4,11 +4,11 @@ Sex is counted by its static code, as is every code without a time. Events after
 time are never read, a birth included.
 
 Legend: K distinct nodes, C codes, N label rows, J nodes of a batch, P nodes of a piece of it, V
-visible (node, event) pairs.
+visible (node, event) pairs, of a node in the order of its events.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.sparse import csr_matrix, hstack
@@ -48,6 +48,70 @@ class CodeCounts:
         return hstack([csr_matrix(age_N2), count_NC[:, seen_C].log1p()], format="csr")
 
 
+class VisibleEvents:
+    """The events that decision nodes may see, read in one pass.
+
+    subject_K, time_K: the distinct nodes, sorted; vocabulary: the place of each code met so far.
+    """
+
+    def __init__(self, subject_N: np.ndarray, time_N: np.ndarray) -> None:
+        """Take the nodes, each as often as it comes."""
+        node_K2 = np.unique(np.stack([subject_N, time_N], 1), axis=0)
+        self.subject_K, self.time_K = node_K2[:, 0], node_K2[:, 1]
+        self.vocabulary: dict[str, int] = {}
+        self._seen_K = np.zeros(len(node_K2), bool)
+        self._birth_K = np.full(len(node_K2), STATIC)
+
+    def pieces(
+        self, dataset: MedsDataset, progress: Callable[[str], None]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield node (place in K), code (place in the vocabulary) and value (float32, nan where
+        there is none) of each visible event, in bounded pieces that no node is divided by.
+
+        Raises:
+            ValueError: a subject is not in the dataset.
+        """
+        for split in SPLITS:
+            batches = dataset.batches(split, np.unique(self.subject_K), text_chars=0)
+            for number, batch in enumerate(batches):
+                progress(f"{split}, batch {number + 1}")
+                known = self.vocabulary
+                code_C = np.array([known.setdefault(c, len(known)) for c in batch.codes], np.int64)
+                for node_V, row_V in _visible(
+                    batch, self.subject_K, self.time_K, self._seen_K, self._birth_K
+                ):
+                    yield node_V, code_C[batch.code_N[row_V]], batch.value_N[row_V]
+        if not self._seen_K.all():
+            raise ValueError(
+                f"{dataset.path} must hold every labelled subject; "
+                f"{len(np.unique(self.subject_K[~self._seen_K]))} are not in it"
+            )
+
+    def age_K(self) -> np.ndarray:
+        """Return the age in years at each node, nan without a birth; after the pass."""
+        known_K = self._birth_K != STATIC
+        return np.where(known_K, (self.time_K - self._birth_K.astype(np.float64)) / _YEAR, np.nan)
+
+
+@dataclass
+class CountParts:
+    """Counts of a pass, piece by piece."""
+
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def add(self, node_V: np.ndarray, code_V: np.ndarray, num_codes: int) -> None:
+        """Count a piece, whose codes are below `num_codes`."""
+        pair, count = np.unique(node_V * num_codes + code_V, return_counts=True)
+        self.parts.append((*np.divmod(pair, num_codes), count))
+
+    def counts(self, events: VisibleEvents) -> CodeCounts:
+        """Return the counts, after the pass."""
+        node, code, count = (np.concatenate(p) for p in zip(*self.parts, strict=True))
+        shape = (len(events.subject_K), len(events.vocabulary))
+        count_KC = csr_matrix((count.astype(np.float64), (node, code)), shape=shape)
+        return CodeCounts(events.subject_K, events.time_K, count_KC, events.age_K())
+
+
 def count_codes(
     dataset: MedsDataset,
     subject_N: np.ndarray,
@@ -59,32 +123,10 @@ def count_codes(
     Raises:
         ValueError: a subject is not in the dataset.
     """
-    node_K2 = np.unique(np.stack([subject_N, time_N], 1), axis=0)
-    subject_K, time_K = node_K2[:, 0], node_K2[:, 1]
-    seen_K = np.zeros(len(node_K2), bool)
-    birth_K = np.full(len(node_K2), STATIC)
-    vocabulary: dict[str, int] = {}
-    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    for split in SPLITS:
-        batches = dataset.batches(split, np.unique(subject_K), text_chars=0)  # no text is used
-        for number, batch in enumerate(batches):
-            progress(f"{split}, batch {number + 1}")
-            new_C = [vocabulary.setdefault(code, len(vocabulary)) for code in batch.codes]
-            code_C, width = np.array(new_C, np.int64), max(1, len(vocabulary))
-            for node_V, code_V in _visible(batch, subject_K, time_K, seen_K, birth_K):
-                pair, count = np.unique(node_V * width + code_C[code_V], return_counts=True)
-                parts.append((*np.divmod(pair, width), count))
-    if not seen_K.all():
-        raise ValueError(
-            f"{dataset.path} must hold every labelled subject; "
-            f"{len(np.unique(subject_K[~seen_K]))} are not in it"
-        )
-    node, code, count = (np.concatenate(p) for p in zip(*parts, strict=True))
-    shape = (len(node_K2), len(vocabulary))
-    # entries of one node and code that came in several pieces are added up here
-    count_KC = csr_matrix((count.astype(np.float64), (node, code)), shape=shape)
-    age_K = np.where(birth_K == STATIC, np.nan, (time_K - birth_K.astype(np.float64)) / _YEAR)
-    return CodeCounts(subject_K, time_K, count_KC, age_K)
+    events, counted = VisibleEvents(subject_N, time_N), CountParts()
+    for node_V, code_V, _ in events.pieces(dataset, progress):
+        counted.add(node_V, code_V, max(1, len(events.vocabulary)))
+    return counted.counts(events)
 
 
 def _visible(
@@ -94,7 +136,7 @@ def _visible(
     seen_K: np.ndarray,
     birth_K: np.ndarray,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (node, code of the batch) for every event a node may see, in bounded pieces; mark
+    """Yield (node, row of the batch) for every event a node may see, in bounded pieces; mark
     the nodes of the batch in `seen_K` and write their births to `birth_K`.
 
     Events of a subject are sorted by time, so what a node sees is a prefix of them.
@@ -122,4 +164,4 @@ def _visible(
         size_P, start_P = size_J[inside], start_J[inside]
         first_P = np.cumsum(size_P) - size_P
         row_V = np.arange(size_P.sum()) - np.repeat(first_P - start_P, size_P)
-        yield np.repeat(node_J[inside], size_P), batch.code_N[row_V]
+        yield np.repeat(node_J[inside], size_P), row_V

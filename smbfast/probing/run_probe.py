@@ -78,7 +78,8 @@ def run_probe(
     protocol = Protocol(
         config.bootstraps, config.cox_bootstraps, config.seed, config.cox_components
     )
-    readable = {"smbfast": _own_name(config.embeddings)} | _READABLE
+    own = _own_name(config.embeddings)
+    readable = {"smbfast": own, "smbfast_boosting": f"{own}, boosted trees"} | _READABLE
     measured: list[Measured] = []
     for labels, task, (row_N, untrained_N) in zip(matched_tasks, tasks, rows, strict=True):
         matched_N = row_N >= 0
@@ -180,7 +181,8 @@ def _protocol_text(config: ProbeCommandSettings) -> str:
     return (
         "Binary tasks: features scaled and L2 logistic regression fitted on train; penalty (half "
         "decades) by tuning log loss, ties to the stronger; probabilities calibrated on tuning by "
-        "slope and intercept. Time to event: Cox regression with a ridge "
+        "slope and intercept. Boosted trees: as many as give the least tuning log loss. "
+        "Time to event: Cox regression with a ridge "
         f"on at most {config.cox_components} components fitted on train, Harrell's C. All metrics "
         f"on held_out; 95 % intervals from {config.bootstraps} resamples of patients "
         f"({config.cox_bootstraps} for C). Counts: age, sex and log(1 + count) of the codes seen "

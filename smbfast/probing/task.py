@@ -11,7 +11,7 @@ import numpy as np
 
 from smbfast.data.labels import Labels
 from smbfast.data.splits import SPLITS
-from smbfast.probing import binary, logistic, resample, survival
+from smbfast.probing import binary, boosting, logistic, resample, survival
 from smbfast.probing.features import Features
 
 ORACLE_NAMES = {"bayes_filter": "oracle_filter", "latent": "oracle_latent"}
@@ -46,7 +46,8 @@ def measure(
     progress: Callable[[str], None] = lambda _: None,
 ) -> Measured:
     """Probe each set of features ([N, F], by model name, the trained model first) and score the
-    oracles (`bayes_filter`, `latent`: float64 [N]; empty if there are none) on held_out.
+    oracles (`bayes_filter`, `latent`: float64 [N]; empty if there are none) on held_out. For a
+    binary task the first is probed by boosted trees as well, as `<its name>_boosting`.
 
     `readable` gives a name to print for each model. A task that cannot be measured gives a record
     with the reason and no models.
@@ -66,12 +67,16 @@ def measure(
     if record["reason"]:
         return Measured(record, None)
     scores: dict[str, np.ndarray] = {}
-    for name, feature_NF in features.items():
+    first = next(iter(features))
+    heads = [(name, feature_NF, _fit) for name, feature_NF in features.items()]
+    if labels.kind == "binary":
+        heads.insert(1, (f"{first}_boosting", features[first], _fit_trees))
+    for name, feature_NF, fit in heads:
         progress(f"{labels.task}: {readable[name]}")
         model: dict[str, Any] = {"name": name, "label": readable[name], "metrics": {}}
         record["models"].append(model)
         try:
-            scores[name], model["chosen"] = _fit(labels, feature_NF, protocol, progress)
+            scores[name], model["chosen"] = fit(labels, feature_NF, protocol, progress)
         except ValueError as error:
             model["reason"] = str(error)
     for column, score_N in oracle.items():
@@ -79,8 +84,8 @@ def measure(
         scores[name] = score_N
         record["models"].append({"name": name, "label": readable[name], "metrics": {}})
     progress(f"{labels.task}: intervals")
-    _judge(record, labels, scores, protocol, next(iter(features)))
-    return Measured(record, scores.get(next(iter(features))))
+    _judge(record, labels, scores, protocol, first)
+    return Measured(record, scores.get(first))
 
 
 def _not_measurable(labels: Labels) -> str | None:
@@ -102,14 +107,8 @@ def _fit(
         # each penalty is worth a line only where one takes minutes
         tell = progress if feature_NF.size > _LARGE else lambda _: None
         fit = logistic.fit_logistic(feature_NF, labels.binary_N, labels.split_N, tell)
-        chosen = {
-            "C": fit.penalty,
-            "at_border": fit.at_border,
-            "tuning_log_loss": fit.tuning_log_loss,
-            "calibration": asdict(fit.calibration),
-            "converged": fit.converged,
-        }
-        return fit.probability_N, chosen
+        own = {"C": fit.penalty, "at_border": fit.at_border, "converged": fit.converged}
+        return fit.probability_N, own | _chosen(fit)
     cox = survival.probe_survival(
         feature_NF,
         *labels.survival_N,
@@ -118,6 +117,21 @@ def _fit(
         seed=protocol.seed,
     )
     return cox.risk_N, {"components": cox.components, "ridge": survival.RIDGE}
+
+
+def _fit_trees(
+    labels: Labels,
+    feature_NF: Features,
+    protocol: Protocol,
+    progress: Callable[[str], None],
+) -> tuple[np.ndarray, dict[str, Any]]:
+    tell = progress if feature_NF.size > _LARGE else lambda _: None
+    fit = boosting.fit_boosting(feature_NF, labels.binary_N, labels.split_N, tell)
+    return fit.probability_N, {"trees": fit.num_trees} | _chosen(fit)
+
+
+def _chosen(fit: binary.BinaryProbe) -> dict[str, Any]:
+    return {"tuning_log_loss": fit.tuning_log_loss, "calibration": asdict(fit.calibration)}
 
 
 def _judge(

@@ -219,6 +219,7 @@ def _step_figure(
 # filled or not tells models from oracles where colour cannot
 _MARKS = {
     "smbfast": ("o", BLUE, BLUE),
+    "smbfast_boosting": ("^", BLUE, BLUE),
     "untrained": ("s", ORANGE, ORANGE),
     "counts": ("D", GREEN, GREEN),
 }

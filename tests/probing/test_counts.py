@@ -17,9 +17,10 @@ SHARED = Path(__file__).parents[3] / "shared" / "data" / "mimic-iv-demo"
 
 @dataclass(frozen=True)
 class Events:
-    """A dataset held in memory; each split is a list of batches of (subject, time, code)."""
+    """A dataset held in memory; each split is a list of batches of (subject, time, code), and of a
+    value where there is one."""
 
-    splits: dict[str, list[list[tuple[int, int, str]]]]
+    splits: dict[str, list[list[tuple]]]
     path: Path = Path("memory")
 
     def batches(self, split: str, subjects: np.ndarray | None = None, text_chars: int = 0):
@@ -29,7 +30,7 @@ class Events:
                 yield batch(rows)
 
 
-def batch(rows: list[tuple[int, int, str]]) -> EventBatch:
+def batch(rows: list[tuple]) -> EventBatch:
     rows = sorted(rows, key=lambda row: row[:2])
     subject_N = np.array([row[0] for row in rows])
     codes = sorted({row[2] for row in rows})
@@ -38,7 +39,7 @@ def batch(rows: list[tuple[int, int, str]]) -> EventBatch:
         subject_N,
         np.array([row[1] for row in rows]),
         np.array([codes.index(row[2]) for row in rows], np.int32),
-        np.full(len(rows), np.nan, np.float32),
+        np.array([row[3] if len(row) > 3 else np.nan for row in rows], np.float32),
         none_N,
         codes,
         [],

@@ -7,10 +7,11 @@ import pytest
 from lifelines.utils import concordance_index
 from scipy.sparse import csr_matrix
 from scipy.special import expit
+from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
+from sklearn.metrics import log_loss, roc_auc_score
 
-from smbfast.probing import logistic, survival
+from smbfast.probing import boosting, logistic, survival
 from smbfast.probing.binary import Calibration, calibrate, not_measurable
 from smbfast.probing.features import Rows
 
@@ -173,6 +174,61 @@ def test_where_no_slope_can_be_fitted_the_mean_is_met() -> None:
     assert flat.probability(np.array([7.0]))[0] == pytest.approx(0.3)
     assert calibrate(logit_S, np.zeros(200, bool)) == Calibration(1.0, 0.0)
     assert calibrate(logit_S, np.arange(200) < 10).slope != 1
+
+
+def curved() -> tuple[np.ndarray, np.ndarray]:
+    """A label that no linear model reads, with a third of the values unknown."""
+    feature_NF = np.random.default_rng(0).normal(size=(240, 3))
+    true_N = np.abs(feature_NF[:, 0]) > 0.7
+    feature_NF[::3, 1] = np.nan
+    return feature_NF, true_N
+
+
+@pytest.fixture
+def fast_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boosting, "_SETTINGS", boosting._SETTINGS | {"learning_rate": 0.5})
+
+
+@pytest.mark.usefixtures("fast_trees")
+def test_trees_find_what_is_not_linear_and_tuning_says_how_many() -> None:
+    feature_NF, true_N = curved()
+    probe = boosting.fit_boosting(feature_NF, true_N, SPLIT_N)
+    held, tuning, train = (split == SPLIT_N for split in ("held_out", "tuning", "train"))
+    assert roc_auc_score(true_N[held], probe.logit_N[held]) > 0.95
+    model = HistGradientBoostingClassifier(
+        **boosting._SETTINGS, max_iter=probe.num_trees + 20, early_stopping=False
+    ).fit(feature_NF[train], true_N[train])
+    staged = [p[:, 1] for p in model.staged_predict_proba(feature_NF)]
+    losses = [log_loss(true_N[tuning], p[tuning]) for p in staged]
+    assert probe.num_trees == 1 + np.argmin(losses) > 1
+    # the same trees, grown at once and in blocks; rounding of sums of their leaves
+    np.testing.assert_allclose(expit(probe.logit_N), staged[probe.num_trees - 1], rtol=1e-9)
+    assert probe.tuning_log_loss == pytest.approx(min(losses))
+
+
+@pytest.mark.usefixtures("fast_trees")
+def test_trees_see_train_alone_and_tuning_stops_them() -> None:
+    feature_NF, true_N = curved()
+    before = boosting.fit_boosting(feature_NF, true_N, SPLIT_N)
+    other_N = np.where(SPLIT_N == "held_out", ~true_N, true_N)
+    after = boosting.fit_boosting(feature_NF, other_N, SPLIT_N)
+    np.testing.assert_array_equal(before.probability_N, after.probability_N)
+    turned_N = np.where(SPLIT_N == "tuning", ~true_N, true_N)
+    assert boosting.fit_boosting(feature_NF, turned_N, SPLIT_N).num_trees == 1
+    sparse = boosting.fit_boosting(csr_matrix(np.nan_to_num(feature_NF)), true_N, SPLIT_N)
+    dense = boosting.fit_boosting(np.nan_to_num(feature_NF), true_N, SPLIT_N)
+    np.testing.assert_array_equal(sparse.logit_N, dense.logit_N)
+
+
+def test_trees_do_not_take_features_that_are_too_many_or_in_a_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    feature_NF, true_N = curved()
+    rows = in_chunks(np.nan_to_num(feature_NF), 9, monkeypatch)
+    with pytest.raises(ValueError, match="at most 4,096 features in memory, got 3 in a file"):
+        boosting.fit_boosting(rows, true_N, SPLIT_N)
+    with pytest.raises(ValueError, match="got 4,097 in memory"):
+        boosting.fit_boosting(np.zeros((240, 4097)), true_N, SPLIT_N)
 
 
 @pytest.mark.parametrize("sparse", [False, True])

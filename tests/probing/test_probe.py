@@ -126,7 +126,8 @@ def test_models_baselines_oracles_and_differences(world: dict) -> None:
     late, sick = record["tasks"]
     names = ["smbfast", "untrained", "counts", "oracle_filter", "oracle_latent"]
     for task, metrics in ((sick, {"auroc", "auprc", "brier"}), (late, {"c_index"})):
-        assert [model["name"] for model in task["models"]] == names
+        trees = ["smbfast_boosting"] if task is sick else []
+        assert [model["name"] for model in task["models"]] == [*names[:1], *trees, *names[1:]]
         assert task["rows"] == {split: 2 * size for split, size in SIZES.items()}
         assert task["patients"] == SIZES
         assert task["unmatched"] == 0 and task["reason"] is None
@@ -145,6 +146,7 @@ def test_models_baselines_oracles_and_differences(world: dict) -> None:
                 assert d["low"] > 0 or (d["metric"] == "brier" and d["high"] < 0)
     metrics = {model["name"]: model["metrics"] for model in sick["models"]}
     assert metrics["smbfast"]["auroc"]["value"] > 0.85
+    assert metrics["smbfast_boosting"]["auroc"]["value"] > 0.75
     assert metrics["counts"]["auroc"]["value"] > 0.75
     assert abs(metrics["untrained"]["auroc"]["value"] - 0.5) < 0.25
     assert record["tasks"] == probe(world)["tasks"]

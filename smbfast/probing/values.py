@@ -1,0 +1,94 @@
+"""Computes a stronger baseline: counts of codes, with the last, mean, least and largest value of
+each code that has numbers, up to the prediction time.
+
+Of values at the same time the one that the file names last is the last. What a node may see is what
+`counts` lets it see. Legend: K distinct nodes, C codes, N label rows, V visible (node, event)
+pairs, P pairs of a node and a code with values, 4 summaries (last, mean, min, max), F features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from smbfast.data.meds import MedsDataset
+from smbfast.probing.counts import CodeCounts, CountParts, VisibleEvents
+from smbfast.probing.features import join
+
+SUMMARIES = ("last", "mean", "min", "max")
+
+
+@dataclass(frozen=True)
+class CodeValues:
+    """Counts, and summaries of the values, at K nodes.
+
+    node_P int64 (ascending), code_P int64; summary_P4 float64, in the order of `SUMMARIES`.
+    """
+
+    counts: CodeCounts
+    node_P: np.ndarray
+    code_P: np.ndarray
+    summary_P4: np.ndarray
+
+    def features(
+        self, subject_N: np.ndarray, time_N: np.ndarray, train_N: np.ndarray
+    ) -> np.ndarray:
+        """Return float64 [N, F]: the features of `CodeCounts`, dense, then of each code that has a
+        value in the train rows the last, mean, least and largest one; nan where there is none."""
+        count_NF = self.counts.features(subject_N, time_N, train_N).toarray()
+        row_N = join(subject_N, time_N, self.counts.subject_K, self.counts.time_K)
+        num_nodes, num_codes = self.counts.count_KC.shape
+        in_train_K = np.zeros(num_nodes, bool)
+        in_train_K[row_N[train_N]] = True
+        seen = np.unique(self.code_P[in_train_K[self.node_P]])
+        column_C = np.full(num_codes, -1)
+        column_C[seen] = np.arange(len(seen))
+        wanted_P = column_C[self.code_P] >= 0
+        node_P, column_P = self.node_P[wanted_P], column_C[self.code_P[wanted_P]]
+        value_NF = np.full((len(row_N), 4 * len(seen)), np.nan)
+        # the pairs of a label row, whose node may stand for several rows
+        first_N, last_N = (np.searchsorted(node_P, row_N, side) for side in ("left", "right"))
+        size_N = last_N - first_N
+        at = np.repeat(first_N - np.cumsum(size_N) + size_N, size_N) + np.arange(size_N.sum())
+        rows = np.repeat(np.arange(len(row_N)), size_N)
+        for place, summary_P in enumerate(self.summary_P4[wanted_P].T):
+            value_NF[rows, 4 * column_P[at] + place] = summary_P[at]
+        return np.hstack([count_NF, value_NF])
+
+
+def code_values(
+    dataset: MedsDataset,
+    subject_N: np.ndarray,
+    time_N: np.ndarray,
+    progress: Callable[[str], None] = lambda _: None,
+) -> CodeValues:
+    """Count codes and summarise values at every distinct (subject, prediction time) given, in one
+    pass.
+
+    Raises:
+        ValueError: a subject is not in the dataset.
+    """
+    events, counted = VisibleEvents(subject_N, time_N), CountParts()
+    parts = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, 4)))]
+    for node_V, code_V, value_V in events.pieces(dataset, progress):
+        num_codes = max(1, len(events.vocabulary))
+        counted.add(node_V, code_V, num_codes)
+        with_value_V = ~np.isnan(value_V)
+        pair_V = node_V[with_value_V] * num_codes + code_V[with_value_V]
+        pair_P, summary_P4 = _summaries(pair_V, value_V[with_value_V].astype(np.float64))
+        parts.append((*np.divmod(pair_P, num_codes), summary_P4))
+    node_P, code_P, summary_P4 = (np.concatenate(part) for part in zip(*parts, strict=True))
+    order_P = np.argsort(node_P, kind="stable")
+    return CodeValues(counted.counts(events), node_P[order_P], code_P[order_P], summary_P4[order_P])
+
+
+def _summaries(pair_V: np.ndarray, value_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct pairs and the summaries of their values, which are in order of time."""
+    order_V = np.argsort(pair_V, kind="stable")
+    pair_V, value_V = pair_V[order_V], value_V[order_V]
+    pair_P, first_P, size_P = np.unique(pair_V, return_index=True, return_counts=True)
+    if len(pair_P) == 0:
+        return pair_P, np.empty((0, 4))
+    last_P, mean_P = value_V[first_P + size_P - 1], np.add.reduceat(value_V, first_P) / size_P
+    least_P, most_P = (ufunc.reduceat(value_V, first_P) for ufunc in (np.minimum, np.maximum))
+    return pair_P, np.stack([last_P, mean_P, least_P, most_P], 1)

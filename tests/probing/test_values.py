@@ -1,0 +1,62 @@
+"""Summaries of values: what a node may see, and that nothing later reaches it."""
+
+import numpy as np
+import pytest
+
+from smbfast.data.meds import STATIC
+from smbfast.probing import counts, values
+from tests.probing.test_counts import DAY, NODES, TRAIN_N, Events, dataset
+
+LAB = [
+    (1, STATIC, "WEIGHT", 70.0),
+    (1, 1 * DAY, "LAB", 4.0),
+    (1, 1 * DAY, "LAB", -1.0),  # at the same time: the file names it last
+    (1, 2 * DAY, "LAB", np.nan),
+    (1, 2 * DAY, "A"),
+    (1, 3 * DAY - 1, "LAB", 3.0),
+    (1, 3 * DAY, "LAB", 99.0),
+    (2, 1 * DAY, "LAB", 99.0),
+]
+HELD_OUT = [(8, 1 * DAY, "LAB", 7.0), (8, 1 * DAY, "ONLY_HERE", 5.0), (8, 5 * DAY, "LAB", 9.0)]
+
+
+def features(data: Events) -> np.ndarray:
+    return values.code_values(data, *NODES).features(*NODES, TRAIN_N)
+
+
+@pytest.mark.parametrize("rows", [1, 4_000_000])
+def test_values_by_hand(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counts, "_ROWS", rows)  # one node a piece, and all at once
+    data = dataset(LAB, HELD_OUT)
+    feature_NF = features(data)
+    count_NF = counts.count_codes(data, *NODES).features(*NODES, TRAIN_N).toarray()
+    np.testing.assert_array_equal(feature_NF[:, : count_NF.shape[1]], count_NF)
+    none = [np.nan] * 4
+    weight, lab = {1: [70.0] * 4, 2: none, 8: none}, [-1.0, 1.5, -1.0, 4.0]
+    expected = [lab, [3.0, 2.0, -1.0, 4.0], none, [7.0] * 4, lab]  # last, mean, min, max
+    own = [[*weight[s], *row] for s, row in zip(NODES[0], expected, strict=True)]
+    # WEIGHT and LAB have values in train, in either order; ONLY_HERE has none there
+    given = feature_NF[:, count_NF.shape[1] :]
+    if np.isnan(given[2, 0]) and given[0, 0] != 70:
+        given = np.roll(given, 4, axis=1)
+    np.testing.assert_array_equal(given, own)
+
+
+def test_no_value_after_the_prediction_time_is_seen() -> None:
+    before = features(dataset(LAB, HELD_OUT))
+    later = [row for row in LAB if row[:2] not in ((1, 3 * DAY), (2, DAY))]
+    later += [(1, 3 * DAY, "LAB", -1e6), (2, 1, "LAB", -1e6), (2, 1, "NEW", 1.0)]
+    held_out = [*HELD_OUT[:2], (8, 2 * DAY + 1, "LAB", -1e6)]
+    np.testing.assert_array_equal(before, features(dataset(later, held_out)))
+
+
+def test_a_value_at_the_prediction_time_is_seen() -> None:
+    before = features(dataset(LAB, HELD_OUT))
+    after = features(dataset(LAB, [*HELD_OUT, (8, 2 * DAY, "LAB", 8.0)]))
+    assert not np.array_equal(before[3], after[3], equal_nan=True)
+    np.testing.assert_array_equal(np.delete(before, 3, 0), np.delete(after, 3, 0))
+
+
+def test_without_any_value_the_counts_remain() -> None:
+    count_NF = counts.count_codes(dataset(), *NODES).features(*NODES, TRAIN_N).toarray()
+    np.testing.assert_array_equal(features(dataset()), count_NF)
