@@ -167,15 +167,6 @@ def read_oracle(path: Path, labels: Labels) -> dict[str, np.ndarray]:
     return scores
 
 
-def max_abs(rows: Rows) -> np.ndarray:
-    """Return the largest absolute value of each column, float64 [D]; 1 where it is 0, as
-    `MaxAbsScaler` divides."""
-    scale_D = np.zeros(rows.shape[1])
-    for _, chunk_CD in rows.chunks():
-        np.maximum(scale_D, np.abs(chunk_CD).max(0), out=scale_D)
-    return np.where(scale_D > 0, scale_D, 1.0)
-
-
 def join(
     subject_N: np.ndarray, time_N: np.ndarray, subject_K: np.ndarray, time_K: np.ndarray
 ) -> np.ndarray:

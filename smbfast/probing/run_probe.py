@@ -75,9 +75,7 @@ def run_probe(
     subject_N = np.concatenate([labels.subject_N for labels in matched_tasks])
     time_N = np.concatenate([labels.time_N for labels in matched_tasks])
     counts = count_codes(dataset, subject_N, time_N, lambda text: progress(f"codes of {text}"))
-    protocol = Protocol(
-        config.bootstraps, config.cox_bootstraps, config.seed, config.cox_components
-    )
+    protocol = Protocol(config.bootstraps, config.cox_bootstraps, config.seed)
     own = _own_name(config.embeddings)
     readable = {"smbfast": own, "smbfast_boosting": f"{own}, boosted trees"} | _READABLE
     measured: list[Measured] = []
@@ -182,9 +180,9 @@ def _protocol_text(config: ProbeCommandSettings) -> str:
         "Binary tasks: features scaled and L2 logistic regression fitted on train; penalty (half "
         "decades) by tuning log loss, ties to the stronger; probabilities calibrated on tuning by "
         "slope and intercept. Boosted trees: as many as give the least tuning log loss. "
-        "Time to event: Cox regression with a ridge "
-        f"on at most {config.cox_components} components fitted on train, Harrell's C. All metrics "
-        f"on held_out; 95 % intervals from {config.bootstraps} resamples of patients "
+        "Time to event: Cox regression fitted on train with a ridge on all scaled features, its "
+        "penalty by tuning partial likelihood, Harrell's C. All metrics on held_out; "
+        f"95 % intervals from {config.bootstraps} resamples of patients "
         f"({config.cox_bootstraps} for C). Counts: age, sex and log(1 + count) of the codes seen "
         "in train, up to the prediction time. Bayes filter = bound for any model."
     )

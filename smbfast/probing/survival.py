@@ -1,125 +1,148 @@
-"""Survival probe: Cox proportional hazards by lifelines on a few standardised components.
+"""Survival probe: Cox proportional hazards on all features, with a ridge that tuning chooses.
 
-Scaler, components and regression are fitted on train alone. Shape suffixes: N rows, F features,
-K components, C rows of a chunk.
+Features are scaled on train (`scaling`), and the regression is fitted on train alone. Ties are
+Efron's (1977). Source: Cox (1972); lifelines fits the same model with a Hessian, which takes a
+minute with the features of an embedding. Shape suffixes: N rows, F features, T rows of train, R rows of
+one partial likelihood, E rows of it with an event, G distinct times of events.
 """
 
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-import lifelines
 import numpy as np
-import pandas as pd
-from lifelines.exceptions import ConvergenceError
-from scipy.sparse import issparse
-from sklearn.decomposition import PCA, TruncatedSVD
-from sklearn.preprocessing import MaxAbsScaler
 
-from smbfast.probing.features import Features, Rows, max_abs
+from smbfast.probing.features import Features
+from smbfast.probing.ridge import fit_path
+from smbfast.probing.scaling import Scaling, chunks, scaling, scores
 
-RIDGE = 0.1  # lifelines' `penalizer`, on standardised components: our choice
-EVENTS_PER_COMPONENT = 5  # fewer components where train has few events: our choice
+_SLACK = 0.5  # nats an event above the least tuning loss that end the path: our choice
 
 
 @dataclass(frozen=True)
 class CoxProbe:
-    """risk_N float64: the log partial hazard of every row given (higher = earlier event)."""
+    """risk_N float64: the log partial hazard of every row given (higher = earlier event).
+
+    tuning_loss: negative log partial likelihood, nats an event; 0 without an event. penalty: C;
+    at_border, converged: see `RidgeFit`.
+    """
 
     risk_N: np.ndarray
-    components: int
+    tuning_loss: float
+    penalty: float
+    at_border: bool
+    converged: bool
 
 
-def not_measurable(duration_N: np.ndarray, event_N: np.ndarray, split_N: np.ndarray) -> str | None:
-    """Return why a time-to-event task cannot be measured, or None."""
+def not_measurable(
+    duration_N: np.ndarray, event_N: np.ndarray, split_N: np.ndarray, judged: str = "held_out"
+) -> str | None:
+    """Return why a time-to-event task cannot be measured on the split `judged`, or None."""
     if not event_N[split_N == "train"].any():
         return "train has no event"
-    held_out = split_N == "held_out"
-    duration_N, event_N = duration_N[held_out], event_N[held_out]
+    duration_N, event_N = duration_N[split_N == judged], event_N[split_N == judged]
     if not event_N.any():
-        return "held_out has no event"
+        return f"{judged} has no event"
     first = duration_N[event_N].min()
     outlives = (duration_N > first) | ((duration_N == first) & ~event_N)
-    return None if outlives.any() else "held_out has no two rows that can be compared"
+    return None if outlives.any() else f"{judged} has no two rows that can be compared"
 
 
-def components(feature_NF: Features, split_N: np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """Return at most `wanted` components of the features, float64 [N, K].
-
-    They have mean 0 and deviation 1 on train. Features are first scaled by their largest absolute
-    value, as in the binary probe. Dense features go through PCA, sparse ones through truncated SVD.
-    A direction without spread on train is left out.
-    """
-    train = split_N == "train"
-    if isinstance(feature_NF, Rows):
-        return _standardised(_streamed_pca(feature_NF, train, wanted), train)
-    scaled_NF = MaxAbsScaler().fit(feature_NF[train]).transform(feature_NF)
-    rows, features = int(train.sum()), feature_NF.shape[1]
-    num_components = max(1, min(wanted, rows - 1, features - issparse(feature_NF)))
-    if issparse(feature_NF):
-        reducer = TruncatedSVD(num_components, random_state=seed)
-    else:
-        reducer = PCA(num_components, random_state=seed)
-    # features without any spread make it divide zero by zero for a ratio nobody reads
-    with np.errstate(invalid="ignore", divide="ignore"):
-        component_NK = reducer.fit(scaled_NF[train]).transform(scaled_NF)
-    return _standardised(component_NK, train)
-
-
-def _streamed_pca(feature_NF: Rows, train_N: np.ndarray, wanted: int) -> np.ndarray:
-    """Return the leading principal components of features that lie in a file, [N, K].
-
-    They are eigenvectors of the covariance on train, which is summed chunk by chunk in two passes.
-    """
-    train = feature_NF[train_N]
-    rows, num_features = train.shape
-    num_components = max(1, min(wanted, rows - 1, num_features))
-    scale_F, mean_F = max_abs(train), np.zeros(num_features)
-    for _, chunk_CF in train.chunks():
-        mean_F += (chunk_CF / scale_F).sum(0) / rows
-    product_FF = np.zeros((num_features, num_features))
-    for _, chunk_CF in train.chunks():
-        centred_CF = chunk_CF / scale_F - mean_F
-        product_FF += centred_CF.T @ centred_CF
-    _, axis_FF = np.linalg.eigh(product_FF)  # eigenvalues ascend
-    axis_FK = axis_FF[:, ::-1][:, :num_components]
-    component_NK = np.empty((len(train_N), num_components))
-    for part, chunk_CF in feature_NF.chunks():
-        component_NK[part] = (chunk_CF / scale_F - mean_F) @ axis_FK
-    return component_NK
-
-
-def _standardised(component_NK: np.ndarray, train: np.ndarray) -> np.ndarray:
-    mean_K, spread_K = component_NK[train].mean(0), component_NK[train].std(0)
-    moving_K = spread_K > 1e-9 * max(1.0, float(spread_K.max()))
-    return (component_NK[:, moving_K] - mean_K[moving_K]) / spread_K[moving_K]
-
-
-def probe_survival(
+def fit_cox(
     feature_NF: Features,
     duration_N: np.ndarray,
     event_N: np.ndarray,
     split_N: np.ndarray,
-    *,
-    wanted: int,
-    seed: int,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> CoxProbe:
-    """Fit on train, and return the risk of every row.
+    """Fit on train, choose C by the partial likelihood of tuning, and score every row.
+
+    Of equal penalties the stronger one is taken, so the strongest if tuning has no event.
+
+    Args:
+        feature_NF: float [N, F], dense, sparse or in a file, which is read twice for each step;
+            duration_N: float64; event_N: bool, False = censored; split_N: str, where rows that are
+            neither `train` nor `tuning` are scored alone.
 
     Raises:
-        ValueError: the regression does not converge.
+        ValueError: train has no event.
     """
-    train = split_N == "train"
-    allowed = max(1, int(event_N[train].sum()) // EVENTS_PER_COMPONENT)
-    component_NK = components(feature_NF, split_N, min(wanted, allowed), seed)
-    if component_NK.shape[1] == 0:
-        return CoxProbe(np.zeros(len(duration_N)), 0)
-    frame = pd.DataFrame(component_NK[train]).add_prefix("component")
-    frame["duration"], frame["event"] = duration_N[train], event_N[train]
-    with warnings.catch_warnings():
-        # its warnings on separation and near-constant columns are answered by the ridge
-        warnings.simplefilter("ignore")
-        try:
-            model = lifelines.CoxPHFitter(penalizer=RIDGE).fit(frame, "duration", "event")
-        except (ConvergenceError, np.linalg.LinAlgError):
-            raise ValueError("the Cox regression does not converge") from None
-    return CoxProbe(component_NK @ model.params_.to_numpy(), component_NK.shape[1])
+    train_N, tuning_N = split_N == "train", split_N == "tuning"
+    if not event_N[train_N].any():
+        raise ValueError("a Cox regression needs events in train; it has none")
+    train = feature_NF[train_N]
+    scaled = scaling(train)
+    likelihood = PartialLikelihood(duration_N[train_N], event_N[train_N])
+    judge = PartialLikelihood(duration_N[tuning_N], event_N[tuning_N])
+    fit = fit_path(
+        partial(_objective, train=train, likelihood=likelihood, scaled=scaled),
+        np.zeros(feature_NF.shape[1]),
+        np.ones(feature_NF.shape[1]),
+        likelihood.num_events,
+        score=lambda weight_F: scores(feature_NF, scaled, weight_F),
+        tuning_loss=lambda risk_N: judge.loss(risk_N[tuning_N])[0],
+        slack=_SLACK,
+        progress=progress,
+    )
+    return CoxProbe(fit.score_N, fit.tuning_loss, fit.penalty, fit.at_border, fit.converged)
+
+
+def _objective(
+    weight_F: np.ndarray, train: Features, likelihood: "PartialLikelihood", scaled: Scaling
+) -> tuple[float, np.ndarray]:
+    loss, slope_T = likelihood.loss(scores(train, scaled, weight_F))
+    product_F = np.zeros(len(weight_F))
+    for part, chunk_CF in chunks(train):
+        product_F += slope_T[part] @ chunk_CF
+    return loss, scaled.gradient(product_F, float(slope_T.sum()))
+
+
+class PartialLikelihood:
+    """The partial likelihood of rows with these durations and events, ties after Efron.
+
+    At a time with m events, event number l (from 0) has the hazards of all rows at risk less l / m
+    of those of the m events as its denominator. A row is at risk up to its own duration, included.
+    """
+
+    def __init__(self, duration_R: np.ndarray, event_R: np.ndarray) -> None:
+        """Sort the rows once: duration_R float64, event_R bool."""
+        self._order_R = np.argsort(duration_R, kind="stable")
+        time_R = duration_R[self._order_R]
+        self._event_E = np.flatnonzero(event_R[self._order_R])
+        time_G, first_G, size_G = np.unique(
+            time_R[self._event_E], return_index=True, return_counts=True
+        )
+        self.num_events = len(self._event_E)
+        self._first_G = first_G
+        self._group_E = np.repeat(np.arange(len(time_G)), size_G)
+        self._share_E = (np.arange(self.num_events) - first_G[self._group_E]) / np.repeat(
+            size_G, size_G
+        )
+        self._at_risk_G = np.searchsorted(time_R, time_G)  # the first row that is at risk
+        self._past_R = np.searchsorted(time_G, time_R, side="right")  # times it is at risk at
+
+    def loss(self, risk_R: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the negative log partial likelihood, nats an event, and its gradient by the log
+        hazard of each row, [R]; zeros without an event.
+
+        Sums of hazards are held as logarithms, so that none overflows or vanishes.
+        """
+        if self.num_events == 0:
+            return 0.0, np.zeros(len(risk_R))
+        risk_S = risk_R[self._order_R]  # in order of time
+        own_E = risk_S[self._event_E]
+        sum_G = np.logaddexp.accumulate(risk_S[::-1])[::-1][self._at_risk_G]
+        tied_G = np.logaddexp.reduceat(own_E, self._first_G)
+        part_E = self._share_E * np.exp((tied_G - sum_G)[self._group_E])
+        denominator_E = sum_G[self._group_E] + np.log1p(-part_E)
+        # log of the sum of 1 / denominator over the events of a time, and over times so far
+        inverse_G = np.logaddexp.reduceat(-denominator_E, self._first_G)
+        so_far_G = np.append(-np.inf, np.logaddexp.accumulate(inverse_G))
+        slope_S = np.exp(risk_S + so_far_G[self._past_R])
+        with np.errstate(divide="ignore"):
+            less_E = np.log(self._share_E) - denominator_E
+        less_G = np.logaddexp.reduceat(less_E, self._first_G)
+        slope_S[self._event_E] -= 1 + np.exp(own_E + less_G[self._group_E])
+        slope_R = np.empty(len(risk_R))
+        slope_R[self._order_R] = slope_S / self.num_events
+        return float((denominator_E - own_E).sum()) / self.num_events, slope_R

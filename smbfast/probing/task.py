@@ -20,12 +20,11 @@ _LARGE = 50_000_000  # numbers in a matrix of features
 
 @dataclass(frozen=True)
 class Protocol:
-    """The number of draws (`cox_bootstraps` for the C-index), the seed, the components for Cox."""
+    """The number of draws (`cox_bootstraps` for the C-index), and the seed."""
 
     bootstraps: int = 1000
     cox_bootstraps: int = 200
     seed: int = 0
-    cox_components: int = 10
 
 
 @dataclass(frozen=True)
@@ -103,20 +102,15 @@ def _fit(
     protocol: Protocol,
     progress: Callable[[str], None],
 ) -> tuple[np.ndarray, dict[str, Any]]:
+    # each penalty is worth a line only where one takes minutes
+    tell = progress if feature_NF.size > _LARGE else lambda _: None
     if labels.kind == "binary":
-        # each penalty is worth a line only where one takes minutes
-        tell = progress if feature_NF.size > _LARGE else lambda _: None
         fit = logistic.fit_logistic(feature_NF, labels.binary_N, labels.split_N, tell)
         own = {"C": fit.penalty, "at_border": fit.at_border, "converged": fit.converged}
         return fit.probability_N, own | _chosen(fit)
-    cox = survival.probe_survival(
-        feature_NF,
-        *labels.survival_N,
-        labels.split_N,
-        wanted=protocol.cox_components,
-        seed=protocol.seed,
-    )
-    return cox.risk_N, {"components": cox.components, "ridge": survival.RIDGE}
+    cox = survival.fit_cox(feature_NF, *labels.survival_N, labels.split_N, tell)
+    own = {"C": cox.penalty, "at_border": cox.at_border, "converged": cox.converged}
+    return cox.risk_N, own | {"tuning_loss": cox.tuning_loss}
 
 
 def _fit_trees(

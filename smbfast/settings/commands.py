@@ -119,13 +119,15 @@ class EmbedSettings(Settings):
 class ProbeCommandSettings(Settings):
     """Probe frozen embeddings: what does a linear model read from them about later outcomes?
 
-    Binary tasks (columns subject_id, prediction_time, boolean_value): features are scaled by their
-    largest absolute value on train, and an L2 logistic regression is fitted on train alone, with
-    the penalty that gives the best AUROC on tuning. Reported are AUROC, AUPRC and Brier score on
+    Binary tasks (columns subject_id, prediction_time, boolean_value): features are standardised on
+    train, and an L2 logistic regression is fitted on train alone, with the penalty that gives the
+    least log loss on tuning. Tuning also calibrates its probabilities, and says when boosted trees,
+    a second head for the trained model, stop. Reported are AUROC, AUPRC and Brier score on
     held_out.
 
     Time to event (columns subject_id, prediction_time, duration_days, event): a Cox regression on
-    principal components, both fitted on train. Reported is Harrell's C on held_out.
+    all features, fitted on train, with the ridge that gives the best partial likelihood on tuning.
+    Reported is Harrell's C on held_out.
 
     Intervals (95 %) resample patients, not rows, and differences between models use the same
     resamples. Two baselines stand beside: the same backbone untrained, and age, sex and counts of
@@ -185,15 +187,7 @@ class ProbeCommandSettings(Settings):
     seed: int = Field(
         0,
         ge=0,
-        description="Random seed of the resamples and of the principal components. The same seed "
-        "gives the same result.",
-    )
-    cox_components: int = Field(
-        10,
-        ge=1,
-        description="Largest number of principal components of the embeddings that the Cox "
-        "regression uses. Fewer are used if train has less than five events for each. More "
-        "components hold more of the embedding and overfit sooner.",
+        description="Random seed of the resamples. The same seed gives the same intervals.",
     )
     small_cells: int = Field(
         10,

@@ -13,7 +13,7 @@ import pytest
 from smbfast.data.labels import read_labels
 from smbfast.data.nodes import distinct_nodes
 from smbfast.probe import main
-from smbfast.probing import features, logistic
+from smbfast.probing import features, logistic, ridge
 from smbfast.probing.features import join, read_embeddings
 from smbfast.probing.run_probe import PREDICTIONS, run_probe
 from smbfast.probing.table import table
@@ -300,6 +300,9 @@ def test_the_command_line(world: dict, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         main([*arguments, "--bootstrap=3"])
     assert "did you mean `bootstraps`" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*arguments, "--cox_components=10"])  # of older command lines
+    assert "did you mean `cox_bootstraps`" in capsys.readouterr().err
 
 
 def test_join_is_exact_for_large_ids() -> None:
@@ -324,7 +327,7 @@ def test_a_probe_of_embeddings_in_a_file_has_the_results_of_one_in_memory(
 ) -> None:
     """Both fits stop at a gradient of 1e-8. Six scaled directions on 120 rows have a curvature of
     at least 1e-2, so a weight moves by less than 1e-6, and no two held-out rows swap."""
-    monkeypatch.setattr(logistic, "_TOL", 1e-8)
+    monkeypatch.setattr(ridge, "TOL", 1e-8)
     whole = pq.read_table(world["online"])
     more = whole.slice(0, 5).set_column(1, "prediction_time", stamps([9, 10, 11, 12, 13]))
     pq.write_table(pa.concat_tables([more, whole]), world["online"], row_group_size=7)
@@ -367,7 +370,7 @@ def test_memory_of_a_probe_in_chunks_does_not_grow_with_the_embeddings(
     """Four times the rows hold 6 MiB more embeddings, and keys of some bytes each."""
     monkeypatch.setattr(features, "_HELD", 0)
     monkeypatch.setattr(features, "_CHUNK", 1 << 18)
-    monkeypatch.setattr(logistic, "PENALTIES", (1e-2,))
+    monkeypatch.setattr(ridge, "PENALTIES", (1e-2,))
 
     def peak(rows: int) -> int:
         value_ND = np.random.default_rng(0).normal(size=(rows, 256))

@@ -1,0 +1,81 @@
+"""Fits a linear model under a path of L2 penalties, and takes the one that serves tuning best.
+
+The penalties are half a decade apart, strongest first, and a fit starts from the one before. Shape
+suffixes: N rows, W weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize
+
+PENALTIES = tuple(float(10.0**power) for power in np.arange(-6, 4.5, 0.5))
+"""Inverse strengths C, strongest penalty first."""
+TOL = 1e-6  # no component of the gradient is larger when a fit has converged
+FTOL = 64 * float(np.finfo(np.float64).eps)  # or no step gains more, relative to the objective
+_ITERATIONS = 1000
+_GAIN = 1e-6  # nats; what a fit's stopping rule leaves is no reason for a weaker penalty
+
+
+@dataclass(frozen=True)
+class RidgeFit:
+    """score_N: of every row; tuning_loss: in nats; penalty: C. at_border: whether C is the first or
+    last of the grid, so that one outside of it might be better. converged: False if the fit stopped
+    at the iteration limit."""
+
+    score_N: np.ndarray
+    tuning_loss: float
+    penalty: float
+    at_border: bool
+    converged: bool
+
+
+def fit_path(
+    objective: Callable[[np.ndarray], tuple[float, np.ndarray]],
+    start_W: np.ndarray,
+    penalised_W: np.ndarray,
+    num_terms: int,
+    *,
+    score: Callable[[np.ndarray], np.ndarray],
+    tuning_loss: Callable[[np.ndarray], float],
+    slack: float,
+    progress: Callable[[str], None],
+) -> RidgeFit:
+    """Minimise `objective + |penalised weights|² / (2 C num_terms)` for each C, and return the fit
+    with the least tuning loss; of equal ones that of the stronger penalty.
+
+    Args:
+        objective: weights -> mean loss of the `num_terms` terms of train, and its gradient.
+        penalised_W: 1.0 where the penalty holds, else 0.0.
+        score: weights -> score of every row; tuning_loss: those -> nats.
+        slack: nats above the least tuning loss at which the path ends: what is weaker overfits
+            more, and takes the longest.
+    """
+
+    def penalised(weight_W: np.ndarray, ridge_W: np.ndarray) -> tuple[float, np.ndarray]:
+        loss, gradient_W = objective(weight_W)
+        pull_W = ridge_W * weight_W
+        return loss + float(weight_W @ pull_W) / 2, gradient_W + pull_W
+
+    best, weight_W = None, start_W
+    for penalty in PENALTIES:
+        progress(f"C = {penalty:.2g}")
+        solved = minimize(
+            penalised,
+            weight_W,
+            args=(penalised_W / (penalty * num_terms),),
+            method="L-BFGS-B",
+            jac=True,
+            options={"maxiter": _ITERATIONS, "maxls": 50, "gtol": TOL, "ftol": FTOL},
+        )
+        weight_W = solved.x
+        score_N = score(weight_W)
+        loss = tuning_loss(score_N)
+        if best is None or loss < best.tuning_loss - _GAIN:
+            border = penalty in (PENALTIES[0], PENALTIES[-1])
+            best = RidgeFit(score_N, loss, penalty, border, solved.status == 0)
+        elif loss > best.tuning_loss + slack:
+            break
+    assert best is not None
+    return best
