@@ -6,8 +6,8 @@ model called as anyone would call it; averages, standardisation and cross-entrop
 What is given is what was drawn: the windows of a record and the positions in them.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,7 @@ class View:
     ids: tuple[int, ...]
     rows: dict[int, range]  # of a bucket, as far as the window shows it
     ends: tuple[int, ...]  # the buckets whose last token is in the window
+    first: int  # its first token that no earlier window has: header and date are repeated
     positions: tuple[int, ...] = ()  # those of them that were drawn
 
     @classmethod
@@ -75,7 +76,12 @@ class View:
                 ids += [bucket.ids[t - place] for t in inside]
                 ends += [number] * (inside.stop == place + len(bucket.ids))
             place += len(bucket.ids)
-        return cls(record, tuple(ids), rows, tuple(ends))
+        first = 1 if start == len(record.header) else len(lead)
+        return cls(record, tuple(ids), rows, tuple(ends), first)
+
+    def at(self, positions: Iterable[int]) -> "View":
+        """The same, with the buckets that were drawn."""
+        return replace(self, positions=tuple(positions))
 
     def usable(self, spans: Sequence[int], censored: str) -> list[tuple[int, int]]:
         """The pairs of a drawn bucket and the number of a horizon that are known."""
@@ -102,14 +108,14 @@ class Running:
         self.mean, self.square = zeros.clone(), zeros.clone()
         self.steps = [0] * num_horizons
 
-    def add(self, targets: list[list[Tensor]]) -> None:
-        """Take in the targets of a whole step, for each horizon a list of [D]."""
-        for h, own in enumerate(targets):
-            if own:
-                values = torch.stack(own).double()
-                self.mean[h] = DECAY * self.mean[h] + (1 - DECAY) * values.mean(0)
-                self.square[h] = DECAY * self.square[h] + (1 - DECAY) * values.square().mean(0)
-                self.steps[h] += 1
+    def add(self, h: int, targets: list[dict[tuple[int, int], Tensor]]) -> None:
+        """Take in the targets of a whole step at one horizon."""
+        own = [target for view in targets for (_, other), target in view.items() if other == h]
+        if own:
+            values = torch.stack(own).double()
+            self.mean[h] = DECAY * self.mean[h] + (1 - DECAY) * values.mean(0)
+            self.square[h] = DECAY * self.square[h] + (1 - DECAY) * values.square().mean(0)
+            self.steps[h] += 1
 
     def standardised(self, value: Tensor, h: int) -> Tensor:
         """(x - mean) / (sd + 0.01), bias-corrected."""
@@ -140,13 +146,12 @@ class HorizonOracle(Oracle):
         self.horizon_HD, self.codes, self.prevalence_HC = horizon_HD, codes, prevalence_HC
 
     def predicted(self, state_D: Tensor, h: int) -> Tensor:
-        """The first layer reads the horizon too, so that what follows it depends on both."""
-        value = state_D
+        """What goes through the first layer is of the state and the horizon."""
+        value = state_D + self.horizon_HD[h]
         for number, layer in enumerate(self.layers):
             if number:
                 value = 0.5 * value * (1 + torch.erf(value / 2**0.5))
             value = layer.weight @ value + layer.bias
-            value = value if number else value + self.horizon_HD[h]
         return value
 
     @torch.no_grad()
@@ -163,28 +168,26 @@ class HorizonOracle(Oracle):
     def losses(
         self,
         views: list[View],
-        labelled: list[Sequence[int]],
         spans: Sequence[int],
         censored: str,
         running: Running,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The means over a whole step: of SFT over tokens, of the other two over pairs.
 
-        `running` takes in this step's targets afterwards; where it has seen none, before.
+        `running` takes in this step's targets afterwards; those of a horizon that it has not seen,
+        before.
         """
         sft, jepa, codes = [], [], []
         targets = [self.targets(view, spans, censored) for view in views]
-        by_horizon = [
-            [x for own in targets for (_, g), x in own.items() if g == h] for h in range(len(spans))
-        ]
-        first = not any(running.steps)
-        if first:
-            running.add(by_horizon)
-        for view, own, label in zip(views, targets, labelled, strict=True):
+        before = list(running.steps)
+        for h, steps in enumerate(before):
+            if not steps:
+                running.add(h, targets)
+        for view, own in zip(views, targets, strict=True):
             ids = torch.tensor([view.ids])
             read = self.lm(input_ids=ids, output_hidden_states=True, use_cache=False)
             state_TD, log_TV = read.hidden_states[-1][0], read.logits[0].log_softmax(-1)
-            sft += [-log_TV[t - 1, view.ids[t]] for t in label]
+            sft += [-log_TV[t - 1, view.ids[t]] for t in range(view.first, len(ids[0]))]
             for (p, h), target_D in own.items():
                 error_D = self.predicted(state_TD[view.rows[p][-1]], h)
                 error_D = error_D - running.standardised(target_D, h)
@@ -192,8 +195,9 @@ class HorizonOracle(Oracle):
             for p, h in view.usable(spans, censored):
                 come = view.classes_within(p, spans[h])
                 codes.append(self.codes_loss(state_TD[view.rows[p][-1]], h, come))
-        if not first:
-            running.add(by_horizon)
+        for h, steps in enumerate(before):
+            if steps:
+                running.add(h, targets)
         return tuple(sum(each) / len(each) for each in (sft, jepa, codes))
 
     def codes_loss(self, state_D: Tensor, h: int, come: set[int]) -> Tensor:

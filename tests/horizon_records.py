@@ -1,33 +1,46 @@
 """Records that horizons are hard on, and the windows that show parts of them."""
 
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from smbfast.batch import Timeline
-from smbfast.data.timelines import Preamble, window_of
+from smbfast.batch import UNKNOWN, Timeline
+from smbfast.data.code_classes import CodeClasses
+from smbfast.data.horizons import Horizons
+from smbfast.data.timelines import Preamble
+from smbfast.data.windows import WindowSet
+from smbfast.settings import ObjectiveSettings
 from tests.horizon_oracle import Bucket, Record, View
 
 HOUR, DAY = 3_600_000_000, 86_400_000_000
-SPANS = (3 * DAY, 30 * DAY, 180 * DAY, 365 * DAY)
+SPANS = (DAY, 3 * DAY, 30 * DAY, 365 * DAY)
+WINDOW = 30  # tokens
 CLASSES = 7
 DEATH = CLASSES - 1  # the class of the terminal event
+CODES = [40 + 3 * c for c in range(CLASSES)] + [7]  # ids of the classes, and of what has none
 
 
 def record(
-    seed: int, times: Sequence[int], *, death: bool = False, after: Sequence[int] = (), length=0
+    seed: int,
+    times: Sequence[int],
+    *,
+    death: bool = False,
+    after: Sequence[int] = (),
+    length: int = 0,
+    large: int = -1,
 ) -> Record:
     """Random events at `times`; the last of them is a death, and `after` are later ones.
 
     Args:
         length: of a bucket; then the times are of buckets, and a death comes nine hours into one.
+        large: the number of a bucket with more events than a window has tokens.
     """
     random = np.random.default_rng(seed)
     buckets = []
     for number, time in enumerate((*times, *after)):
         dies = death and number == len(times) - 1
-        classes = random.integers(-1, CLASSES - 1, int(random.integers(1, 4))).tolist()
+        events = WINDOW if number == large else int(random.integers(1, 4))
+        classes = random.integers(-1, CLASSES - 1, events).tolist()
         classes += [DEATH] * dies
         each = random.integers(3, 50, (len(classes), 2 if length else 1)).ravel().tolist()
         gap = random.integers(3, 50, int(random.integers(0, 2))).tolist() if number else []
@@ -54,17 +67,17 @@ RECORDS = {
     "one bucket": record(5, [0]),
     "dead on arrival": record(6, [0], death=True),
     "events after a death": record(7, days(0, 1, 2, 3), death=True, after=days(3.5, 20)),
-    "long": record(8, days(*range(0, 280, 14), 281, 282.5, 283), death=True),
+    "long": record(8, days(*range(0, 140, 14), 141, 142.5, 143), death=True, large=6),
 }
 TEXT = {
     "days": record(11, days(0, 1, 2, 3, 4, 33, 34, 35, 400), length=DAY),
     "a death within a day": record(12, days(0, 3, 4, 30, 31), death=True, length=DAY),
     "a later day after a death": record(13, days(0, 2), death=True, after=days(4), length=DAY),
-    "long days": record(14, days(*range(0, 60, 3)), length=DAY),
+    "long days": record(14, days(*range(0, 21, 3)), length=DAY, large=3),
 }
 
 
-def timeline_of(own: Record, subject: int, **more: object) -> Timeline:
+def timeline_of(own: Record, subject: int) -> Timeline:
     """The record as `prepare` would hand it on."""
     ids, ends, starts, stops, times = list(own.header), [], [], [], []
     width = 2 if own.length else 1
@@ -76,6 +89,7 @@ def timeline_of(own: Record, subject: int, **more: object) -> Timeline:
             times.append(bucket.time + (9 * HOUR if own.length else 0))
         ids += bucket.ids
         ends.append(len(ids))
+    classes = [c for bucket in own.buckets for c in bucket.classes]
     return Timeline(
         subject=subject,
         ids_T=np.array(ids, np.int32),
@@ -87,19 +101,36 @@ def timeline_of(own: Record, subject: int, **more: object) -> Timeline:
         line_end_L=np.array(stops, np.int32),
         line_time_L=np.array(times, np.int64),
         line_section_L=np.full(len(starts), 3, np.uint8),
-        **more,
+        last=own.last,
+        terminal=UNKNOWN if own.terminal is None else own.terminal,
+        line_code_L=np.array([CODES[c] for c in classes], np.int32),
     )
 
 
-def windows_of(own: Record, subject: int, edges: Sequence[int]) -> list[tuple[Timeline, View]]:
-    """Windows that follow each other, cut at `edges`, tokens of the record."""
-    timeline = timeline_of(own, subject)
-    bounds = [len(own.header), *edges, len(timeline)]
-    shown = []
-    for start, stop in pairwise(bounds):
-        window, _ = window_of(timeline, start, stop, start, 256, Preamble(begin=1))
-        lead = window.ids_T[: window.header].tolist()
-        view = View.of(own, start, stop, lead)
-        assert view.ids == tuple(window.ids_T.tolist())
-        shown.append((window, view))
-    return shown
+def window_set(own: Record, horizons: Horizons, window: int = WINDOW) -> WindowSet:
+    """The training windows of a record."""
+    names = [f"class {number}" for number in range(CLASSES)]
+    classes = CodeClasses(names, np.array(CODES[:CLASSES]))
+    timelines = [timeline_of(own, own.buckets[0].ids[-1])]
+    options = {"horizons": horizons, "classes": classes}
+    return WindowSet.of([timelines], window, Preamble(begin=1), ObjectiveSettings(), **options)
+
+
+def views_of(own: Record, windows: WindowSet) -> list[tuple[Timeline, View]]:
+    """The windows as the loader gets them, and what they show of their record."""
+    views = []
+    for index in range(len(windows)):
+        one = windows[index]
+        stop = one.start + len(one) - one.header
+        view = View.of(own, one.start, stop, one.ids_T[: one.header].tolist())
+        assert view.ids == tuple(one.ids_T.tolist())
+        views.append((one, view))
+    assert sum(len(view.ends) for _, view in views) == len(own.buckets)
+    return views
+
+
+def shown(
+    records: Iterable[Record], horizons: Horizons, window: int = WINDOW
+) -> list[tuple[Timeline, View]]:
+    """All windows of the records."""
+    return [one for own in records for one in views_of(own, window_set(own, horizons, window))]

@@ -101,7 +101,7 @@ def tau(settings: TrainSettings, step: int) -> float:
 
 
 def make_optimizer(encoder: PatientEncoder, optim: OptimSettings) -> torch.optim.AdamW:
-    """Return AdamW with weight decay only on matrices that are trained whole.
+    """Return AdamW with weight decay only on matrices that are trained whole, and on no bias.
 
     It is fused: one pass over all parameters, which skips a step on the device when `found_inf`
     is set.
@@ -111,7 +111,10 @@ def make_optimizer(encoder: PatientEncoder, optim: OptimSettings) -> torch.optim
     for name, parameter in encoder.named_parameters():
         if not parameter.requires_grad:
             continue
-        whole = parameter.ndim >= 2 and "lora_" not in name and "trainable_tokens" not in name
+        partial = any(word in name for word in ("lora_", "trainable_tokens"))
+        # the bias of codes to come has a row for each horizon
+        is_bias = name.rpartition(".")[2].startswith("bias")
+        whole = parameter.ndim >= 2 and not partial and not is_bias
         (decayed if whole else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": optim.weight_decay},
