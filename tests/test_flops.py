@@ -4,6 +4,7 @@ Each count equals its closed form, and the closed forms stay under the ceilings 
 forward has to reach, against three forwards without padding.
 """
 
+from copy import copy
 from dataclasses import replace
 from functools import cache
 from unittest import mock
@@ -17,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen3Config, masking_utils
 
 from smbfast import objective, reference
-from smbfast.batch import PackedBatch, pack_segments
+from smbfast.batch import PackedBatch, WindowPairs, pack_segments
 from smbfast.model.averages import Merged
-from smbfast.model.backbone import PatientEncoder, lora_config
+from smbfast.model.backbone import PatientEncoder, Predictor, lora_config
+from smbfast.model.codes_head import CodesHead
 from smbfast.model.flops import (
     Flops,
     ModelShape,
@@ -76,14 +78,14 @@ def batch_of(cuts: list[int], horizon: int, sft: bool = True) -> PackedBatch:
     )
 
 
-def counted(path, encoder, batch, form, *, sft=1.0, jepa=1.0) -> dict[str, int]:
+def counted(path, encoder, batch, form, *, sft=1.0, jepa=1.0, codes=0.0) -> dict[str, int]:
     """FLOPs by operation, of losses and their gradients."""
     backends = {"timeline_attention": "sdpa", "lora_linear": "fused"}
     backends["linear_cross_entropy"] = "chunked"
     with mock.patch.object(Merged, "update"):  # has no values to move here
         target = TargetEncoder(encoder, replace(TRACKED, name=form))
     with use(**backends), FlopCounterMode(display=False) as counter:
-        scales = {"sft_scale": sft, "jepa_scale": jepa}
+        scales = {"sft_scale": sft, "jepa_scale": jepa, "codes_scale": codes}
         losses = path.losses(encoder, target, batch.to("meta"), normalize=True, **scales)
         torch.autograd.backward([loss for loss in losses if loss is not None])
     encoder.zero_grad(set_to_none=True)
@@ -149,6 +151,43 @@ def check_shared(encoder: PatientEncoder, form: str, losses: str) -> None:
     assert sum(found.values()) == expected.total
     assert expected.base and bool(expected.predictor) == (losses != "sft")
     assert bool(expected.lora) == encoder.is_lora
+
+
+@pytest.mark.parametrize(
+    ("name", "losses"), [("tracked", "both"), ("whole", "jepa"), ("whole", "codes")]
+)
+def test_flops_within_horizons_equal_the_closed_form(name, losses):
+    """Beside SFT; what is checkpointed in the head of codes is computed twice."""
+    targets, rows, form = VARIANTS[name]
+    encoder = copy(encoder_of(2, targets, rows))
+    encoder._modules = dict(encoder._modules)  # the other tests go on without these
+    with torch.device("meta"):
+        encoder.predictor = Predictor(encoder.width, 2, 3)
+    encoder.codes = CodesHead(encoder.width, np.full((3, 500), 0.1)).to("meta")
+    latent, codes = losses != "codes", losses != "jepa"
+    batch = pack_segments(
+        [np.zeros(n, np.int64) for n in (N, N // 2)],
+        [[], []],
+        next_tokens=[np.zeros(n, np.int64) for n in (N, N // 2)],
+        pairs=[spread(7, N), spread(5, N // 2)],
+        num_horizons=3 if latent else 0,
+    )
+    shape = ModelShape.of(encoder, tracked=TRACKED if form == "tracked" else None)
+    expected = step_flops(shape, batch, codes=codes)
+    assert batch.num_latent == (3 * 12 if latent else 0) and batch.num_pairs == 3 * 12
+    found = counted(objective, encoder, batch, form, jepa=float(latent), codes=float(codes))
+    again = 2 * batch.num_pairs * 256 * 500 if codes else 0
+    assert sum(found.values()) == expected.total + again
+    assert bool(expected.codes) == codes and bool(expected.means) == latent
+    assert expected.predictor == 6 * batch.num_latent * 2 * encoder.width**2
+
+
+def spread(positions: int, length: int) -> WindowPairs:
+    """Positions of a trunk, each with three horizons that reach to its end."""
+    token_N = np.linspace(0, length - 2, positions).astype(np.int64)
+    pair_P = np.arange(3 * positions)
+    none = np.empty(0, np.int64)
+    return WindowPairs(token_N, pair_P // 3, pair_P % 3, np.full(len(pair_P), length), none, none)
 
 
 @pytest.fixture

@@ -1,15 +1,17 @@
 """Floating-point operations of a step's matrix products, in closed form from integers on the CPU.
 
 The count holds the products that a step must compute (2 FLOPs per multiply-add): linears, LoRA,
-attention over visible pairs, the LM head at labelled rows, the predictor at masked rows, and the
-target encoder. It leaves out element-wise work, the optimizer, the update of the averages, and
-activation checkpointing, except for the scores that every attention kernel recomputes in its
-backward.
+attention over visible pairs, the LM head at labelled rows, the predictor at masked rows or at pairs
+of a position and a horizon, the head of codes to come, the means of horizon JEPA, and the target
+encoder. It leaves out element-wise work, the optimizer, the update of the averages and of the scale
+of horizon JEPA, and activation checkpointing, except for the scores that every attention kernel
+recomputes in its backward.
 
 Per token, a linear [N, K] costs 2 N K forward, 2 N K for the gradient of its input, and 2 N K for
 that of its weight where the weight is trained. Attention costs 4 C per head and visible pair
 forward and 10 C backward. The head costs what a linear costs, and so do rows of it that are trained
-separately.
+separately. The head of codes to come costs two linears: D to E for each position and horizon, E to
+K for each pair. The mean states of a trunk of S tokens within its Q pairs cost 2 Q S D.
 """
 
 from dataclasses import dataclass, fields
@@ -34,6 +36,8 @@ class Flops:
     attention: int = 0
     head: int = 0
     predictor: int = 0
+    codes: int = 0  # the head of codes to come
+    means: int = 0  # of the target's states within horizons
 
     def __add__(self, other: "Flops") -> "Flops":
         return Flops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -70,6 +74,9 @@ class ModelShape:
     head_trained: bool
     head_rows: int  # number of rows of a frozen head that are trained
     rows_trained: bool  # whether every input embedding needs a gradient, masked or not
+    horizons: int = 0  # of codes to come
+    inner: int = 0  # inner width of its head
+    classes: int = 0  # that it predicts
 
     @classmethod
     def of(cls, encoder: PatientEncoder, *, tracked: TargetForm | None = None) -> "ModelShape":
@@ -91,6 +98,7 @@ class ModelShape:
             first = name.startswith("layers.0.") and name.endswith(READS_EMBEDDING)
             linears.append(Linear(n, k, rank, columns, first))
         head_VD, token_R, _ = encoder.head
+        horizons, inner, _ = encoder.codes.inner_HED.shape if encoder.codes else (0, 0, 0)
         return cls(
             linears=tuple(linears),
             layers=config.num_hidden_layers,
@@ -104,6 +112,9 @@ class ModelShape:
             head_trained=head_VD.requires_grad,
             head_rows=0 if token_R is None else len(token_R),
             rows_trained=not encoder.is_lora or encoder.trained_rows() is not None,
+            horizons=horizons,
+            inner=inner,
+            classes=len(encoder.codes.class_KE) if encoder.codes else 0,
         )
 
     @property
@@ -116,14 +127,22 @@ class ModelShape:
         return one.attention / max(one.base, 1)  # GPT-2's linears are of another class
 
 
-def step_flops(shape: ModelShape, batch: PackedBatch) -> Flops:
-    """Return the FLOPs of a batch: one forward and backward, and the target encoder's forward."""
+def step_flops(shape: ModelShape, batch: PackedBatch, *, codes: bool = False) -> Flops:
+    """Return the FLOPs of a batch: one forward and backward, and the target encoder's forward.
+
+    Args:
+        codes: whether the step has the loss of codes to come.
+    """
+    num_positions = len(batch.pairs.row_N) if batch.pairs and codes else 0
+    num_pairs = batch.num_pairs if codes else 0
     return (
         online_flops(
             shape, batch.segments.tokens, batch.segments.pairs, masked=batch.num_masked > 0
         )
         + head_flops(shape, batch.num_labels)
-        + predictor_flops(shape, batch.num_masked)
+        + predictor_flops(shape, batch.num_masked + batch.num_latent)
+        + codes_flops(shape, num_positions, num_pairs)
+        + means_flops(shape, batch)
         + target_flops(shape, batch.target_segments.tokens, batch.target_segments.pairs)
     )
 
@@ -167,6 +186,22 @@ def head_flops(shape: ModelShape, num_labels: int) -> Flops:
     return Flops(head=product * (whole + 3 * shape.head_rows))
 
 
-def predictor_flops(shape: ModelShape, num_masked: int) -> Flops:
-    """Return the FLOPs of the predictor at masked rows, forward and backward."""
-    return Flops(predictor=6 * num_masked * shape.predictor_layers * shape.width**2)
+def predictor_flops(shape: ModelShape, num_rows: int) -> Flops:
+    """Return the FLOPs of the predictor at masked rows or latent pairs, forward and backward."""
+    return Flops(predictor=6 * num_rows * shape.predictor_layers * shape.width**2)
+
+
+def codes_flops(shape: ModelShape, num_positions: int, num_pairs: int) -> Flops:
+    """Return the FLOPs of the head of codes to come, forward and backward."""
+    inner = num_positions * shape.horizons * shape.width * shape.inner
+    return Flops(codes=6 * (inner + num_pairs * shape.inner * shape.classes))
+
+
+def means_flops(shape: ModelShape, batch: PackedBatch) -> Flops:
+    """Return the FLOPs of the target's mean states within horizons."""
+    if not batch.num_latent:
+        return Flops()
+    assert batch.pairs is not None
+    length_S = batch.target_segments.host_S6[:, 1].tolist()
+    cells = sum(q * n for q, n in zip(batch.pairs.num_by_trunk, length_S, strict=True))
+    return Flops(means=2 * cells * shape.width)
