@@ -29,11 +29,12 @@ from smbfast.data.labels import find_tasks, read_labels, with_splits
 from smbfast.data.meds import MedsDataset
 from smbfast.data.moments import as_table, nodes_at, read_moments
 from smbfast.data.nodes import Nodes, NodeText, distinct_nodes, node_texts
-from smbfast.probing.embedding import Model, Pool, embed_into, embed_nodes, packed_of
+from smbfast.probing.embedding import Model, embed_into, embed_nodes, packed_of
 from smbfast.probing.embedding_file import EmbeddingTable
 from smbfast.run.checkpoint import restore_final
 from smbfast.run.matmul import recorded
 from smbfast.run.origin import origin_of
+from smbfast.settings import Pool
 
 Which = Literal["online", "target"]
 Forward = Literal["shared", "reference"]
@@ -105,7 +106,8 @@ class Embedder:
                 Without it the text formats write codes in place of their descriptions, which is not
                 what the model was trained on, and rare codes have no parents.
             encoder: `online`, or its EMA teacher `target`.
-            pool: `last` or `mean`; None pools as the run did for its own probes.
+            pool: `last`, `mean`, `layers` or `spread`, as of the command; None pools as the run
+                did for its own probes.
             path, tokens: as of the command.
 
         Raises:
@@ -120,12 +122,7 @@ class Embedder:
         texts = self._texts(dataset, nodes, counts)
         with self._products():
             embed_into(
-                [(sink, model)],
-                len(nodes.subject_K),
-                texts,
-                self.device,
-                tokens=tokens,
-                pool=pool,
+                [({pool: sink}, model)], len(nodes.subject_K), texts, self.device, tokens=tokens
             )
         return Embeddings(sink.table(origin_of(self.folder, encoder, pool)), counts)
 

@@ -36,12 +36,13 @@ from smbfast.data.nodes import (
 from smbfast.data.prepared import Prepared
 from smbfast.model import decoder
 from smbfast.model.backbone import PatientEncoder, lora_config
-from smbfast.probing import embedding, embedding_file
-from smbfast.probing.embedding import Model, Packed, Row
+from smbfast.probing import embedding, embedding_file, pooling
+from smbfast.probing.embedding import Model
 from smbfast.probing.embedding_file import EmbeddingFile
+from smbfast.probing.pooling import Packed, Row
 from smbfast.run import evaluation
 from smbfast.run.checkpoint import restore_final
-from smbfast.settings import LoraSettings
+from smbfast.settings import POOLS, LoraSettings, Pool
 from smbfast.simulation.dataset import simulate
 from tests.ops.tolerance import rounding
 from tests.test_shared_step import batch_of
@@ -80,8 +81,8 @@ def tables(
     return {file.stem: pq.read_table(file) for file in models}
 
 
-def pooled(packed: Packed, windows: list[SharedWindow], pool: str) -> np.ndarray:
-    return embedding.pooled(packed, Row.of(windows), pool, CPU)
+def pooled(packed: Packed, windows: list[SharedWindow], pool: Pool) -> np.ndarray:
+    return pooling.pooled(packed, Row.of(windows), pool, CPU)
 
 
 def nodes_of(window: Timeline, places: list[tuple[int, int]]) -> list[NodeText]:
@@ -94,13 +95,21 @@ def nodes_of(window: Timeline, places: list[tuple[int, int]]) -> list[NodeText]:
     return texts
 
 
-def one_each(hidden, texts: list[NodeText], pool: str) -> np.ndarray:
+def one_each(hidden, texts: list[NodeText]) -> dict[Pool, np.ndarray]:
     """The reference: one forward for each node, of its window and nothing else."""
-    rows = []
+    rows: dict[Pool, list] = {pool: [] for pool in POOLS}
     for text in texts:
-        states_TD = hidden(torch.from_numpy(text.ids_T.astype(np.int64))[None])[0].double()
-        rows.append((states_TD[-1] if pool == "last" else states_TD.mean(0)).numpy())
-    return np.stack(rows)
+        layers: list[Tensor] = []
+        ids_1T = torch.from_numpy(text.ids_T.astype(np.int64))[None]
+        states_TD = hidden(ids_1T, each=layers.append)[0].double()
+        assert len(layers) == 3 and torch.equal(layers[-1][0].double(), states_TD)
+        last_D, mean_D = states_TD[-1], states_TD.mean(0)
+        most_D, deviation_D = states_TD.max(0).values, states_TD.std(0, correction=0)
+        rows["last"].append(last_D)
+        rows["mean"].append(mean_D)
+        rows["layers"].append(torch.cat([layer[0].double().mean(0) for layer in layers]))
+        rows["spread"].append(torch.cat([last_D, mean_D, most_D, deviation_D]))
+    return {pool: torch.stack(own).numpy() for pool, own in rows.items()}
 
 
 places = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), min_size=1, max_size=6)
@@ -108,12 +117,11 @@ places = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), min_size=1, m
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("dtype", [FP64, FP32], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("pool", ["last", "mean"])
 @pytest.mark.parametrize(
     ("kind", "lora", "which"),
     [("qwen3", True, "online"), ("llama", False, "online"), ("qwen3", True, "target")],
 )
-def test_nodes_of_one_forward_are_those_of_one_forward_each(kind, lora, which, pool, dtype):
+def test_nodes_of_one_forward_are_those_of_one_forward_each(kind, lora, which, dtype):
     # two layers of seven linears, each a sum of at most 24 terms
     tol = rounding(2 * 7 * 24) if dtype == FP32 else 1e-12
     encoder = make_encoder(kind, lora=lora, dtype=dtype)
@@ -128,11 +136,15 @@ def test_nodes_of_one_forward_are_those_of_one_forward_each(kind, lora, which, p
         texts = [text for own in found for text in own]
         shared = list(shared_windows(iter(texts), tokens))
         assert [node for window in shared for node in window.nodes] == texts
-        got = pooled(chosen.packed, shared, pool)
-        expected = one_each(chosen.hidden, texts, pool)
-        assert np.abs(got - expected).max() <= tol * np.abs(expected).max()
-        plain = pooled(embedding.one_by_one(chosen.hidden), shared, pool)
-        assert np.abs(plain - expected).max() <= tol * np.abs(expected).max()
+        expected = one_each(chosen.hidden, texts)
+        plain = embedding.one_by_one(chosen.hidden)
+        assert set(expected) == set(POOLS)
+        for packed in (chosen.packed, plain):
+            got = pooling.pooled_by(packed, Row.of(shared), POOLS, CPU)
+            for pool, own in expected.items():
+                assert np.abs(got[pool] - own).max() <= tol * np.abs(own).max(), pool
+                # whichever others are asked for
+                np.testing.assert_array_equal(got[pool], pooled(packed, shared, pool))
 
     equal()
 
@@ -164,10 +176,10 @@ def test_the_last_layer_computes_only_the_rows_that_are_wanted():
         return real(mlp, x_TD)
 
     with patch.object(decoder, "_mlp", counted):
-        for pool in ("last", "mean"):
-            embedding.pooled(encoder.packed, row, pool, CPU)
+        for pools in (["last"], ["mean"], ["last", "layers"]):
+            pooling.pooled_by(encoder.packed, row, pools, CPU)
     T = len(row.batch.ids_T)
-    assert lengths == [T, 2, T, T]
+    assert lengths == [T, 2, T, T, T, T, 2]
 
 
 def test_an_encoder_that_has_embedded_can_be_trained(tmp_path):
@@ -213,7 +225,7 @@ def test_windows_share_forwards_of_bounded_length(tmp_path):
     np.testing.assert_allclose(*(matrix(t) for t in both), atol=1e-5)
 
 
-@pytest.mark.parametrize("pool", ["last", "mean"])
+@pytest.mark.parametrize("pool", POOLS)
 @torch.no_grad()
 def test_nothing_a_node_does_not_see_changes_a_bit_of_it(pool):
     """Neither the rest of its trunk, nor other branches, nor the patient beside it."""
@@ -229,6 +241,7 @@ def test_nothing_a_node_does_not_see_changes_a_bit_of_it(pool):
         assert [len(window.nodes) for window in shared] == [1, 3]
         found.append(pooled(encoder.packed, shared, pool))
     np.testing.assert_array_equal(found[0][1], found[1][1])
+    assert pooling.width_of(pool, 16, 2) == len(found[0][1])
     assert all((a != b).any() for k, (a, b) in enumerate(zip(*found, strict=True)) if k != 1)
 
 

@@ -7,10 +7,12 @@ import torch
 from smbfast.batch import UNKNOWN
 from smbfast.data.meds import BIRTH
 from smbfast.data.nodes import NodeText, SharedWindow, node_texts, shared_windows
+from smbfast.probing.pooling import Row, pooled_by
+from smbfast.settings import POOLS
 from tests.data.code_tables import code_serializer
 from tests.data.event_tables import DAY, Event, batch_of, event, nodes_of, us
 from tests.data.test_prefix_law import InMemory, at
-from tests.test_embed import MANY, one_each, pooled
+from tests.test_embed import CPU, MANY, one_each
 from tests.two_paths import FP64, make_encoder, moved_target
 
 WINDOW = 48
@@ -51,15 +53,14 @@ def test_a_window_of_codes_is_its_trunk_alone() -> None:
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("which", ["online", "target"])
-@pytest.mark.parametrize("pool", ["last", "mean"])
 @torch.no_grad()
-def test_nodes_of_one_forward_are_those_of_one_forward_each(pool: str, which: str) -> None:
+def test_nodes_of_one_forward_are_those_of_one_forward_each(which: str) -> None:
     texts, windows, num_tokens = nodes_and_windows()
     encoder = make_encoder(dtype=FP64, vocab_size=num_tokens)
     chosen = encoder if which == "online" else moved_target(encoder)
-    got = pooled(chosen.packed, windows, pool)
-    expected = one_each(chosen.hidden, texts, pool)
-    # the sums of two layers differ in their order: far below 1e-12 in fp64, as in text
-    assert np.abs(got - expected).max() <= 1e-12 * np.abs(expected).max()
+    got = pooled_by(chosen.packed, Row.of(windows), POOLS, CPU)
     ends = [len(t.ids_T) for t in texts]
-    assert len(np.unique(expected.round(6), axis=0)) >= len(set(ends))
+    # the sums of two layers differ in their order: far below 1e-12 in fp64, as in text
+    for pool, expected in one_each(chosen.hidden, texts).items():
+        assert np.abs(got[pool] - expected).max() <= 1e-12 * np.abs(expected).max(), pool
+        assert len(np.unique(expected.round(6), axis=0)) >= len(set(ends))

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from smbfast.batch import NewToken
 from smbfast.model.codes_head import CodesHead
-from smbfast.model.decoder import HfModule, PackedDecoder, Recompute
+from smbfast.model.decoder import Each, HfModule, PackedDecoder, Recompute
 from smbfast.model.vocabulary import fit_vocabulary
 from smbfast.settings import LoraSettings, TrainSettings
 
@@ -149,13 +149,18 @@ class PatientEncoder(nn.Module):
         vector_D = self.mask_vector.to(embedded_BTD.dtype)
         return torch.where(masked_BT[..., None], vector_D, embedded_BTD)
 
-    def hidden(self, ids_BT: Tensor, masked_BT: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, ids_BT: Tensor, masked_BT: Tensor | None = None, *, each: Each | None = None
+    ) -> Tensor:
         """Return hidden states after the final norm, [B, T, D], under causal attention.
 
         Sequences are padded on the right. No real position sees the padding, so attention needs no
         mask for it.
+
+        Args:
+            each: called with the states of every layer; see `decode`.
         """
-        return decode(self.decoder, self.embed(ids_BT, masked_BT), self.compute)
+        return decode(self.decoder, self.embed(ids_BT, masked_BT), self.compute, each)
 
     def packed(
         self,
@@ -166,6 +171,7 @@ class PatientEncoder(nn.Module):
         *,
         rows: Tensor | None = None,
         recompute: Recompute = "none",
+        each: Each | None = None,
     ) -> Tensor:
         """Return hidden states after the final norm, [T, D], of a pack of trunks and branches.
 
@@ -173,6 +179,7 @@ class PatientEncoder(nn.Module):
             masked_M: rows of T that read the mask vector.
             rows: those of T whose states are wanted, int64; None for all.
             recompute: activation checkpointing; see `smbfast.model.decoder.PackedDecoder`.
+            each: called with the states of every layer; see there too.
 
         Raises:
             ValueError: if the packed decoder does not support the backbone's layers.
@@ -181,7 +188,7 @@ class PatientEncoder(nn.Module):
         if masked_M is not None and len(masked_M):
             vector_MD = self.mask_vector.to(embedded_TD.dtype).expand(len(masked_M), -1)
             embedded_TD = embedded_TD.index_copy(0, masked_M, vector_MD)
-        run = partial(self.packed_decoder, recompute=recompute, rows_R=rows)
+        run = partial(self.packed_decoder, recompute=recompute, rows_R=rows, each=each)
         return run(embedded_TD, position_T, segments)
 
     def embed_packed(self, ids_T: Tensor, row_RD: Tensor | None = None) -> Tensor:
@@ -244,17 +251,30 @@ class PatientEncoder(nn.Module):
         return list(adapter.token_indices["default"]), adapter.trainable_tokens_delta["default"]
 
 
-def decode(decoder: HfModule, embedded_BTD: Tensor, compute: torch.dtype | None = None) -> Tensor:
+def decode(
+    decoder: HfModule,
+    embedded_BTD: Tensor,
+    compute: torch.dtype | None = None,
+    each: Each | None = None,
+) -> Tensor:
     """Return hidden states after the final norm, [B, T, D], by transformers' own forward.
 
     Args:
         compute: dtype of the copies of the weights that it reads; None for the weights themselves.
+        each: called with the states of every layer, [B, T, D], which transformers calls
+            `hidden_states`: the input embeddings first, those after the final norm last.
     """
     inputs = {"inputs_embeds": embedded_BTD, "use_cache": False}
+    inputs["output_hidden_states"] = each is not None
     if compute is None:
-        return decoder(**inputs).last_hidden_state
-    weights = {n: p.to(compute) for n, p in decoder.named_parameters()}
-    return functional_call(decoder, weights, (), inputs).last_hidden_state
+        output = decoder(**inputs)
+    else:
+        weights = {n: p.to(compute) for n, p in decoder.named_parameters()}
+        output = functional_call(decoder, weights, (), inputs)
+    if each is not None:
+        for states_BTD in output.hidden_states:
+            each(states_BTD)
+    return output.last_hidden_state
 
 
 def make_encoder(

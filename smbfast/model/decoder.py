@@ -14,7 +14,7 @@ The residual stream is carried as two tensors, what was summed and the output th
 added, so that each addition is one pass with the norm after it.
 
 Legend: T tokens, R tokens whose states are wanted, H heads, G key and value heads, C head dim,
-D width, F width of the MLP, K input width of a linear.
+O = H C, D width, F width of the MLP, K input width of a linear.
 """
 
 from collections.abc import Callable
@@ -42,6 +42,7 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SILU = ("silu", "swish")  # the names that transformers gives it
 # the residual stream: what was summed, and what is still to be added to it, [T, D] each
 Stream = tuple[Tensor, Tensor | None]
+Each = Callable[[Tensor], None]  # takes the states of all tokens after a layer
 HfModule = Any  # a module of transformers or PEFT, which declares no types for its attributes
 
 
@@ -80,6 +81,7 @@ class PackedDecoder:
         norm: bool = True,
         recompute: Recompute = "none",
         rows_R: Tensor | None = None,
+        each: Each | None = None,
     ) -> Tensor:
         """Return hidden states [T, D] after the last layer, or those of `rows_R`, [R, D].
 
@@ -93,6 +95,10 @@ class PackedDecoder:
                 of each layer.
             rows_R: tokens whose states are wanted. The last layer computes nothing for the others
                 after its attention.
+            each: called with the states of all tokens, [T, D], of every layer: the input
+                embeddings, what each layer but the last returns, and the last one's after the final
+                norm, as `hidden_states` of transformers. What is returned has the same bits
+                without it.
         """
         stream: Stream = (embedded_TD, None)
         # transformers' own forward checks position ids to build a mask, and waits for the GPU there
@@ -101,13 +107,22 @@ class PackedDecoder:
         layers = self.decoder.layers
         for layer in layers:
             wanted_R = rows_R if layer is layers[-1] else None
-            if recompute == "full":
+            if each is not None:
+                each(_sum(stream))
+            if each is not None and wanted_R is not None:  # one attention for all and for some
+                inner = _attended(layer, stream, rotary, segments)
+                each(_norm(self.decoder.norm, _finished(layer, *inner))[1])
+                stream = _finished(layer, *inner, rows_R=wanted_R)
+            elif recompute == "full":
                 # added before, because the input of a layer is to be stored as one tensor
                 inputs = (layer, (_sum(stream), None), rotary, segments, "none", wanted_R)
                 stream = _recomputed(run_layer, *inputs)
             else:
                 stream = run_layer(layer, stream, rotary, segments, recompute, wanted_R)
-        return _norm(self.decoder.norm, stream)[1] if norm else _sum(stream)
+        out_TD = _norm(self.decoder.norm, stream)[1] if norm else _sum(stream)
+        if each is not None and rows_R is None:
+            each(out_TD)
+        return out_TD
 
 
 def run_layer(
@@ -125,9 +140,31 @@ def run_layer(
         recompute: "mlp" computes the MLP's inner activations again in the backward.
         rows_R: tokens whose states are wanted; what is returned is [R, D] of these.
     """
+    inner = _attended(layer, stream, rotary, segments)
+    return _finished(layer, *inner, recompute=recompute, rows_R=rows_R)
+
+
+def _attended(
+    layer: HfModule, stream: Stream, rotary: tuple[Tensor, Tensor], segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of a layer's input, [T, D], and what its heads read, [T, H C]."""
     hidden_TD, normed_TD = _norm(layer.input_layernorm, stream)
-    attended_TD = _attention(layer.self_attn, normed_TD, rotary, segments, rows_R)
-    hidden_TD = hidden_TD if rows_R is None else hidden_TD[rows_R]
+    return hidden_TD, _attention(layer.self_attn, normed_TD, rotary, segments)
+
+
+def _finished(
+    layer: HfModule,
+    hidden_TD: Tensor,
+    heads_TO: Tensor,
+    *,
+    recompute: Recompute = "none",
+    rows_R: Tensor | None = None,
+) -> Stream:
+    """Do what a layer does behind its heads, for all tokens or for `rows_R` alone."""
+    if rows_R is not None:
+        hidden_TD, heads_TO = hidden_TD[rows_R], heads_TO[rows_R]
+    with part("attention"):
+        attended_TD = _linears(heads_TO, layer.self_attn.o_proj)[0]
     hidden_TD, normed_TD = _norm(layer.post_attention_layernorm, (hidden_TD, attended_TD))
     if recompute == "mlp":
         return hidden_TD, _recomputed(_mlp, layer.mlp, normed_TD)
@@ -152,8 +189,8 @@ def _attention(
     x_TD: Tensor,
     rotary: tuple[Tensor, Tensor],
     segments: Segments,
-    rows_R: Tensor | None,
 ) -> Tensor:
+    """Return what the heads read, side by side: [T, H C]."""
     C = attention.head_dim
     with part("qkv"):
         projected = _linears(x_TD, attention.q_proj, attention.k_proj, attention.v_proj)
@@ -172,8 +209,7 @@ def _attention(
     if width > C:  # padded with zeros, which change neither scores nor output
         q_THC, k_TGC, v_TGC = (F.pad(x, (0, width - C)) for x in (q_THC, k_TGC, v_TGC))
     out_THC, _ = timeline_attention(q_THC, k_TGC, v_TGC, segments, scale=attention.scaling)
-    out_THC = out_THC if rows_R is None else out_THC[rows_R]
-    return _linears(out_THC[..., :C].flatten(1), attention.o_proj)[0]
+    return out_THC[..., :C].flatten(1)
 
 
 @is_part("mlp")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from smbfast.model.averages import Merged, Source, Tracked, held_rank, refuse_others
 from smbfast.model.backbone import PatientEncoder, decode
-from smbfast.model.decoder import HfModule
+from smbfast.model.decoder import Each, HfModule
 from smbfast.model.horizon_scale import HorizonScale
 from smbfast.settings import ObjectiveSettings
 
@@ -157,9 +157,13 @@ class TargetEncoder:
         self._read = None
 
     @torch.no_grad()
-    def hidden(self, ids_BT: Tensor) -> Tensor:
-        """Return hidden states after the final norm, [B, T, D], of unmasked padded sequences."""
-        return self._run(partial(decode, self.encoder.decoder), ids_BT)
+    def hidden(self, ids_BT: Tensor, *, each: Each | None = None) -> Tensor:
+        """Return hidden states after the final norm, [B, T, D], of unmasked padded sequences.
+
+        Args:
+            each: called with the states of every layer; see `smbfast.model.backbone.decode`.
+        """
+        return self._run(partial(decode, self.encoder.decoder, each=each), ids_BT)
 
     @torch.no_grad()
     def packed(
@@ -170,16 +174,17 @@ class TargetEncoder:
         *,
         rows: Tensor | None = None,
         norm: bool = True,
+        each: Each | None = None,
     ) -> Tensor:
         """Return hidden states [T, D] of a pack of unmasked trunks.
 
         Args:
             rows: those of T whose states are wanted, int64; None for all.
             norm: whether to apply the final norm; if not, apply `final_norm` where it is needed.
+            each: called with the states of every layer, see `smbfast.model.decoder.PackedDecoder`.
         """
-        decoder = self.encoder.packed_decoder
-        run = partial(decoder, position_T=position_T, segments=segments, norm=norm, rows_R=rows)
-        return self._run(run, ids_T)
+        pack = partial(self.encoder.packed_decoder, position_T=position_T, segments=segments)
+        return self._run(partial(pack, norm=norm, rows_R=rows, each=each), ids_T)
 
     def final_norm(self) -> tuple[Tensor, float]:
         """Return weight [D] and eps of the final RMSNorm, to normalize single rows of `packed`."""

@@ -2,13 +2,13 @@
 
 All nodes of a window are embedded by one forward: the complete buckets are the trunk, and what a
 node does not share with the others is a branch (`smbfast.data.nodes`). A thread makes the texts and
-packs them while the device computes. They are made once, however many models read them.
+packs them while the device computes. They are made once, however many models read them. What states
+become is the matter of `smbfast.probing.pooling`.
 
-Legend: K nodes, W windows, S branches, T tokens, D width, P sums of consecutive states, E ends of
-prefixes of a trunk.
+Legend: K nodes, M nodes of a call, W windows, B padded sequences, T tokens, D width.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
@@ -23,32 +23,17 @@ from smbkernels.attention import Segments
 from torch import Tensor
 
 from smbfast.base.progress import Progress
-from smbfast.batch import PackedBatch, pack_segments
 from smbfast.data.nodes import Nodes, NodeText, SharedWindow, shared_windows
 from smbfast.data.packing import plan_micro_batches
 from smbfast.model.backbone import PatientEncoder
-from smbfast.model.decoder import HfModule
+from smbfast.model.decoder import Each, HfModule
 from smbfast.model.target import TargetEncoder
 from smbfast.probing.embedding_file import embedding_file
-
-Pool = Literal["last", "mean"]
+from smbfast.probing.pooling import Packed, Row, pooled_by
+from smbfast.settings import Pool
 
 _PLANNED = 32  # forwards planned together: what fills them well, and fits in memory
 _MOST_ON_CPU = 1024  # tokens of a forward of several windows: more of them leave the cache
-
-
-class Packed(Protocol):
-    """The forward of a pack: ids [T] and positions [T] to the states of `rows`, or of all T."""
-
-    def __call__(
-        self,
-        ids_T: Tensor,
-        position_T: Tensor,
-        segments: Segments,
-        /,
-        *,
-        rows: Tensor | None = None,
-    ) -> Tensor: ...
 
 
 class Sink(Protocol):
@@ -64,25 +49,6 @@ class Model:
     packed: Packed
     scope: Callable[[], AbstractContextManager] = nullcontext
     origin: dict | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """The windows of one forward, packed."""
-
-    windows: list[SharedWindow]
-    batch: PackedBatch
-
-    @classmethod
-    def of(cls, windows: list[SharedWindow]) -> "Row":
-        """Pack windows."""
-        batch = pack_segments([w.trunk_T for w in windows], [w.branches for w in windows])
-        return cls(windows, batch)
-
-    @property
-    def nodes(self) -> list[NodeText]:
-        """The nodes of all windows."""
-        return [node for window in self.windows for node in window.nodes]
 
 
 def embed_nodes(
@@ -105,31 +71,29 @@ def embed_nodes(
             written.
     """
     with ExitStack() as stack:
-        files = [
-            (stack.enter_context(embedding_file(path, nodes, model.origin)), model)
-            for path, model in models.items()
-        ]
-        embed_into(files, len(nodes.subject_K), texts, device, tokens=tokens, pool=pool)
-        for file, _ in files:
-            file.write()
+        files = [stack.enter_context(embedding_file(path, nodes)) for path in models]
+        sinks = [({pool: f}, model) for f, model in zip(files, models.values(), strict=True)]
+        embed_into(sinks, len(nodes.subject_K), texts, device, tokens=tokens)
+        for file, model in zip(files, models.values(), strict=True):
+            file.write(model.origin)
 
 
 @torch.inference_mode()
 def embed_into(
-    sinks: Sequence[tuple[Sink, Model]],
+    sinks: Sequence[tuple[Mapping[Pool, Sink], Model]],
     num_nodes: int,
     texts: Iterator[NodeText],
     device: torch.device,
     *,
     tokens: int,
-    pool: Pool,
 ) -> None:
-    """Give each sink the embeddings of its model, in any order.
+    """Give each sink the embeddings of its model by its pool, in any order.
 
     Nodes of one window share its trunk. Windows of many patients share a forward of at most
     `tokens` tokens, on a CPU of at most 1,024; a longer window has a forward of its own.
 
     Args:
+        sinks: for each model those of its pools, for which it has one forward together.
         num_nodes: how many there are, for the line that says how far it is.
         texts: those of the nodes that can be embedded, in any order.
     """
@@ -140,13 +104,14 @@ def embed_into(
     groups = _groups(shared_windows(texts, tokens), most)
     with closing(_ahead(groups, stopped)) as ahead:
         for group in ahead:
-            for sink, model in sinks:
+            for by_pool, model in sinks:
                 with model.scope():
                     for row in group:
-                        own = row.nodes
-                        values_KD = pooled(model.packed, row, pool, device)
-                        sink.put([node.index for node in own], values_KD)
-                        progress.add(len(own))
+                        index_M = [node.index for node in row.nodes]
+                        values = pooled_by(model.packed, row, list(by_pool), device)
+                        for pool, sink in by_pool.items():
+                            sink.put(index_M, values[pool])
+                        progress.add(len(index_M))
 
 
 def _groups(windows: Iterator[SharedWindow], tokens: int) -> Iterator[list[Row]]:
@@ -177,53 +142,6 @@ def _next_windows(windows: Iterator[SharedWindow], tokens: int) -> list[SharedWi
     return group
 
 
-def pooled(packed: Packed, row: Row, pool: Pool, device: torch.device) -> np.ndarray:
-    """Return the embeddings of the nodes of a row, fp64 [K, D], from one forward."""
-    batch = row.batch.to(device)
-    last_K = torch.tensor(_last(row.windows)).to(device) if pool == "last" else None
-    states = packed(batch.ids_T, batch.position_T, batch.segments, rows=last_K)
-    return _mean(states, row.windows) if last_K is None else states.cpu().double().numpy()
-
-
-def _last(windows: list[SharedWindow]) -> list[int]:
-    """Return the row of each node's last token, on its trunk or at the end of its branch."""
-    start, own_start = 0, sum(len(w.trunk_T) for w in windows)  # branches lie behind all trunks
-    row_K: list[int] = []
-    for window in windows:
-        own_end = own_start + np.cumsum([0, *(len(ids) for _, ids in window.branches)])
-        for prefix, branch in zip(window.prefix_K, window.branch_K, strict=True):
-            row_K.append((start + prefix if branch < 0 else own_end[branch + 1]) - 1)
-        start, own_start = start + len(window.trunk_T), own_end[-1]
-    return row_K
-
-
-def _mean(hidden_TD: Tensor, windows: list[SharedWindow]) -> np.ndarray:
-    """Return the mean over each node's tokens: the part of the trunk that it sees, and its branch.
-
-    Each token is summed once, in fp32 at least. The pieces of a trunk between the ends of prefixes
-    are added up in fp64 from the trunk's own start. So nothing that a node does not see reaches it,
-    not even the rounding of another patient's sums.
-    """
-    ends = [np.unique(window.prefix_K) for window in windows]  # the last is the trunk's
-    pieces = [length for end_E in ends for length in np.diff(end_E, prepend=0).tolist()]
-    own = [len(ids) for window in windows for _, ids in window.branches]
-    exact = torch.promote_types(hidden_TD.dtype, torch.float32)
-    sums = [rows.sum(0, dtype=exact) for rows in hidden_TD.split(pieces + own)]
-    sum_PD = torch.stack(sums).cpu().double().numpy()
-    first, first_own = 0, len(pieces)
-    mean_K = []
-    for window, end_E in zip(windows, ends, strict=True):
-        seen_ED = sum_PD[first : first + len(end_E)].cumsum(0)
-        own_SD = sum_PD[first_own : first_own + len(window.branches)]
-        for node, prefix, branch in zip(
-            window.nodes, window.prefix_K, window.branch_K, strict=True
-        ):
-            sum_D = seen_ED[np.searchsorted(end_E, prefix)]
-            mean_K.append((sum_D if branch < 0 else sum_D + own_SD[branch]) / len(node.ids_T))
-        first, first_own = first + len(end_E), first_own + len(window.branches)
-    return np.stack(mean_K)
-
-
 def packed_of(
     encoder: PatientEncoder,
     target: TargetEncoder | None,
@@ -250,21 +168,33 @@ def untrained(encoder: PatientEncoder, path: Literal["shared", "reference"]) -> 
     return Model(packed_of(encoder, None, "online", path), lm.disable_adapter)
 
 
-def one_by_one(hidden: Callable[[Tensor], Tensor]) -> Packed:
+def one_by_one(hidden: Callable[..., Tensor]) -> Packed:
     """Return the reference of a packed forward: one forward for each trunk, and one for each branch
     with what it sees.
 
     Args:
-        hidden: ids [B, T] to hidden states [B, T, D].
+        hidden: ids [B, T] to hidden states [B, T, D]; it is given `each` where states of every
+            layer are asked for, and calls it with those, [B, T, D].
     """
 
     def packed(
-        ids_T: Tensor, position_T: Tensor, segments: Segments, *, rows: Tensor | None = None
+        ids_T: Tensor,
+        position_T: Tensor,
+        segments: Segments,
+        *,
+        rows: Tensor | None = None,
+        each: Each | None = None,
     ) -> Tensor:
-        states = []
+        states, layers = [], []
         for start, length, trunk, prefix in segments.host_S6[:, :4].tolist():
             seen_T = torch.cat([ids_T[trunk : trunk + prefix], ids_T[start : start + length]])
-            states.append(hidden(seen_T[None])[0, prefix:])
+            own: list[Tensor] = []
+            more = {} if each is None else {"each": own.append}
+            states.append(hidden(seen_T[None], **more)[0, prefix:])
+            layers.append([layer_1TD[0, prefix:] for layer_1TD in own])
+        for of_a_layer in zip(*layers, strict=True):
+            assert each is not None
+            each(torch.cat(of_a_layer))
         return torch.cat(states) if rows is None else torch.cat(states)[rows]
 
     return packed

@@ -63,10 +63,8 @@ class EmbeddingTable:
 class EmbeddingFile:
     """Embeddings on their way into a parquet file."""
 
-    def __init__(
-        self, path: Path, nodes: Nodes, unnamed: BinaryIO, origin: dict | None = None
-    ) -> None:
-        self.path, self._nodes, self._unnamed, self._origin = path, nodes, unnamed, origin
+    def __init__(self, path: Path, nodes: Nodes, unnamed: BinaryIO) -> None:
+        self.path, self._nodes, self._unnamed = path, nodes, unnamed
         self._written_K = np.zeros(len(nodes.subject_K), bool)
         self._width = 0
 
@@ -84,15 +82,18 @@ class EmbeddingFile:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._written_K[index_M] = True
 
-    def write(self) -> None:
+    def write(self, origin: dict | None = None) -> None:
         """Write all nodes that have an embedding, with page checksums and private to the user.
+
+        Args:
+            origin: what the embeddings come from, as JSON values: it becomes metadata of the file.
 
         Raises:
             ValueError: if no node has one.
         """
         _require_one(self._written_K)
         with committed_file(self.path, private=True) as staging:
-            schema = _schema(self._width, self._origin)
+            schema = _schema(self._width, origin)
             with pq.ParquetWriter(staging, schema, write_page_checksum=True) as writer:
                 for columns_M in self._parts():
                     writer.write_table(pa.table(columns_M, schema))
@@ -142,11 +143,8 @@ def _columns(nodes: Nodes, index_M: np.ndarray, values_MD: np.ndarray) -> list[p
 
 
 @contextmanager
-def embedding_file(path: Path, nodes: Nodes, origin: dict | None = None) -> Iterator[EmbeddingFile]:
+def embedding_file(path: Path, nodes: Nodes) -> Iterator[EmbeddingFile]:
     """Yield a file to fill with embeddings of `nodes`, which are in order; `write` ends it.
-
-    Args:
-        origin: what the embeddings come from, as JSON values: it becomes metadata of the file.
 
     Raises:
         OSError: if the folder of `path` cannot be written, before anything is computed for it.
@@ -158,4 +156,4 @@ def embedding_file(path: Path, nodes: Nodes, origin: dict | None = None) -> Iter
     require_embeddings(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path.parent) as unnamed:
-        yield EmbeddingFile(path, nodes, unnamed, origin)
+        yield EmbeddingFile(path, nodes, unnamed)

@@ -109,6 +109,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```"""
+_POOLS = {
+    "last": "state of the last token",
+    "mean": "mean of all tokens",
+    "layers": "means of all tokens after every layer, side by side",
+    "spread": "state of the last token beside mean, maximum and deviation of all tokens",
+}
 _COUNTED = ("subjects", "events", "tokens")
 
 
@@ -142,7 +148,7 @@ def model_card(record: dict, folder: Path, prepared: dict, best: dict, *, target
         data_format=record["data_format"],
         format=record["format"],
         window=record["window"],
-        pool="state of the last token" if record["pool"] == "last" else "mean of all tokens",
+        pool=_POOLS[record["pool"]],
         target="stored beside it" if target else "none",
         data_digest=prepared["data"],
         counts=[(n, about(int(counts[n]))) for n in _COUNTED if n in counts],

@@ -13,6 +13,7 @@ from smbfast.base.files import ForeignFormat, read_json
 from smbfast.data.formats import VERSIONS
 from smbfast.data.sections import SECTIONS
 from smbfast.data.serialize import Bucket
+from smbfast.settings import Pool
 
 FORMAT = 1  # of the record of a checkpoint and of a model's folder
 _Dtype = Literal["float32", "bfloat16", "float16"]
@@ -60,7 +61,7 @@ class _ModelRecord(_Strict):
     vocabulary: int = Field(ge=1)
     predictor_layers: int = Field(ge=1)
     window: int = Field(ge=1, lt=1 << 31)
-    pool: Literal["last", "mean"]
+    pool: Pool
     data_format: Literal["text", "text-paper", "codes"] = "text-paper"
     delimiters: Literal["special", "text"]
     format: int

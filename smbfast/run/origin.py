@@ -13,7 +13,7 @@ def origin_of(folder: Path, encoder: str, pool: str) -> dict:
     Args:
         folder: of the model (`smbfast.run.checkpoint.save_final`).
         encoder: `online` or `target`; of the model before training, `untrained`.
-        pool: `last` or `mean`.
+        pool: one of `smbfast.settings.POOLS`.
 
     Returns:
         version: of smbfast; model: a digest of all files of the model, notes aside; run: its id;

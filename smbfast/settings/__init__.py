@@ -7,6 +7,7 @@ from smbfast.settings.commands import EmbedSettings, ProbeCommandSettings, Repor
 from smbfast.settings.data import CohortSettings, DataSettings, PrepareSettings, SimulateSettings
 from smbfast.settings.decide import decided_data, require_meds_folder, tokenizer_folder
 from smbfast.settings.model import LoraSettings, ModelSettings, ObjectiveSettings
+from smbfast.settings.pools import POOLS, Pool, RunPool
 from smbfast.settings.presets import load, presets, run_arguments, run_help
 from smbfast.settings.training import (
     EvalSettings,
@@ -19,6 +20,7 @@ from smbfast.settings.training import (
 )
 
 __all__ = [
+    "POOLS",
     "CohortSettings",
     "DataSettings",
     "EmbedSettings",
@@ -28,10 +30,12 @@ __all__ = [
     "ObjectiveSettings",
     "OptimSettings",
     "PhaseSettings",
+    "Pool",
     "PrepareSettings",
     "ProbeCommandSettings",
     "ProbeSettings",
     "ReportSettings",
+    "RunPool",
     "RunSettings",
     "SimulateSettings",
     "TrainSettings",

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from smbfast.base.config import Settings
 from smbfast.settings.data import whole_fractions
+from smbfast.settings.pools import Pool
 
 
 class EmbedSettings(Settings):
@@ -74,11 +75,13 @@ class EmbedSettings(Settings):
         description="Which encoder gives the embeddings: `online`, the one that was trained, or "
         "`target`, its EMA teacher, which is stored only if the model's last phase had JEPA.",
     )
-    pool: Literal["last", "mean"] | None = Field(
+    pool: Pool | None = Field(
         None,
         description="How the hidden states of a node become one embedding: `last` takes the state "
-        "at its last token, `mean` the average over all tokens of its window. `none` does as the "
-        "run did for its own probes.",
+        "at its last token; `mean` the average over all tokens of its window; `layers` that "
+        "average after every layer, side by side, which for L layers is L + 1 times as wide; "
+        "`spread` the state at the last token beside average, maximum and standard deviation over "
+        "the tokens, four times as wide. `none` does as the run did for its own probes.",
     )
     tokens: int = Field(
         16384,

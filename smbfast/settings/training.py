@@ -9,6 +9,7 @@ from smbkernels.catalog import check_choice
 from smbfast.base.config import Settings
 from smbfast.settings.data import CohortSettings, DataSettings
 from smbfast.settings.model import LoraSettings, ModelSettings, ObjectiveSettings
+from smbfast.settings.pools import Pool
 
 Freeze = Literal["none", "decoder", "predictor"]
 
@@ -212,11 +213,12 @@ class ProbeSettings(Settings):
         "online encoder and, if the last phase has JEPA, the teacher beside it, whatever is "
         "chosen here. `target` is refused unless the last phase has JEPA.",
     )
-    pool: Literal["last", "mean"] = Field(
+    pool: Pool = Field(
         "last",
         description="How the hidden states of a decision node become one embedding: `last` takes "
-        "the state at its last token, `mean` the average over all tokens of its window. Very small "
-        "models do better with `mean`.",
+        "the state at its last token; `mean` the average over all tokens of its window; `layers` "
+        "that average after every layer, side by side; `spread` the state at the last token beside "
+        "average, maximum and standard deviation over the tokens.",
     )
     tokens: int = Field(
         16384,
