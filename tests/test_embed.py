@@ -1,5 +1,7 @@
 """Embeddings at decision nodes: what they may see, and what they are."""
 
+import json
+import shutil
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from torch import Tensor
 
 import smbfast.train as entry
 from smbfast import embed
+from smbfast.base.config import read_toml
 from smbfast.batch import Timeline
 from smbfast.data.labels import Labels, read_labels
 from smbfast.data.meds import MedsDataset
@@ -36,13 +39,15 @@ from smbfast.data.nodes import (
 from smbfast.data.prepared import Prepared
 from smbfast.model import decoder
 from smbfast.model.backbone import PatientEncoder, lora_config
+from smbfast.model.target import TargetEncoder
 from smbfast.probing import embedding, embedding_file, pooling
 from smbfast.probing.embedding import Model
 from smbfast.probing.embedding_file import EmbeddingFile
 from smbfast.probing.pooling import Packed, Row
-from smbfast.run import evaluation
-from smbfast.run.checkpoint import restore_final
-from smbfast.settings import POOLS, LoraSettings, Pool
+from smbfast.run import probes
+from smbfast.run.checkpoint import restore_final, verified_final
+from smbfast.run.open_run import OpenRun
+from smbfast.settings import POOLS, LoraSettings, Pool, TrainSettings
 from smbfast.simulation.dataset import simulate
 from tests.ops.tolerance import rounding
 from tests.test_shared_step import batch_of
@@ -417,9 +422,9 @@ def test_the_untrained_encoder_is_that_of_a_second_load(tie, path, dtype, tmp_pa
 
 def test_a_lora_run_loads_no_second_backbone():
     settings = SimpleNamespace(objective=SimpleNamespace(path="shared"))
-    with patch.object(evaluation, "make_encoder", side_effect=AssertionError):
+    with patch.object(probes, "make_encoder", side_effect=AssertionError):
         encoder = make_encoder(lora=True)
-        own = evaluation._untrained(SimpleNamespace(encoder=encoder, settings=settings))
+        own = probes._untrained(SimpleNamespace(encoder=encoder, settings=settings))
     assert own.packed == encoder.packed
 
 
@@ -492,6 +497,57 @@ def test_target_and_pooling_are_others(run, tmp_path):
     assert np.abs(mean - last).max() > 1e-2
 
 
+def test_a_run_chooses_its_pool_and_the_model_says_which(run, tmp_path, monkeypatch, capsys):
+    """Also of a finished run. A kill leaves the model of before or of after, and the same command
+    ends with the same files."""
+    shutil.copytree(run / "run", tmp_path / "run")
+    final, words = tmp_path / "run" / "final", read_toml(tmp_path / "run" / "config.toml")
+    words["run"]["dir"], words["probe"]["pool"] = str(tmp_path / "run"), "auto"
+    opened = OpenRun.open(TrainSettings(**words))
+    before = verified_final(final)
+    assert before["pool"] == "last" and "pool_choice" not in before
+
+    def probed(target: TargetEncoder | None) -> dict[str, bytes]:
+        opened.save_model(final, target, 4)  # as the loop does
+        probes.probe_run(opened, target)
+        files = [*final.iterdir(), tmp_path / "run" / "embeddings" / "online.parquet"]
+        return {file.name: file.read_bytes() for file in files}
+
+    target = opened.take_target()
+    first = probed(target)
+    record = verified_final(final)
+    scores = record["pool_choice"]["scores"]
+    assert record["pool"] == min(scores, key=scores.get) and set(scores) == set(POOLS)
+    assert f"pool {record['pool']}: least tuning log loss" in capsys.readouterr().out
+    table = pq.read_table(tmp_path / "run" / "embeddings" / "online.parquet")
+    untrained = pq.read_schema(tmp_path / "run" / "embeddings" / "untrained.parquet")
+    width = pooling.width_of(record["pool"], 64, 2)
+    assert table.schema.field("embedding").type.list_size == width
+    assert untrained.field("embedding").type.list_size == width
+    probe = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert probe["read_out"] == {"pool": record["pool"], "choice": record["pool_choice"]}
+    # who loads the model embeds as the run did, to the same bits
+    again = embedded(run / "cohort", tmp_path / "run", tmp_path / "e.parquet")
+    np.testing.assert_array_equal(matrix(again), matrix(table))
+    for broken in ("amend_final", "run_probe"):
+        with monkeypatch.context() as patched:
+            patched.setattr(probes, broken, raising)
+            with pytest.raises(KeyboardInterrupt):
+                probed(target)
+        assert verified_final(final)["pool"] == (
+            "last" if broken == "amend_final" else record["pool"]
+        )
+        assert probed(target) == first
+    # what a finished run has chosen stays chosen
+    monkeypatch.setattr(probes, "choose_pool", raising)
+    probes.probe_run(opened, target)
+    assert verified_final(final) == record
+
+
+def raising(*inputs, **more):
+    raise KeyboardInterrupt
+
+
 def test_an_embedding_is_the_last_hidden_state_of_the_node(run, tmp_path):
     table = embedded(run / "cohort", run / "run", tmp_path / "e.parquet")
     encoder, _, record = restore_final(run / "run" / "final", CPU)
@@ -544,8 +600,6 @@ def test_no_event_after_the_prediction_time_changes_a_bit(run, tmp_path):
 
 
 def test_the_probe_table_holds_baselines_and_oracles(run):
-    import json
-
     record = json.loads((run / "run" / "probe.json").read_text())
     for task in record["tasks"]:
         names = [m["name"] for m in task["models"]]

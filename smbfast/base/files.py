@@ -21,7 +21,7 @@ from typing import Any
 
 from smbfast.base import replace as replacing
 from smbfast.base.disk import cannot_write, system_error
-from smbfast.base.replace import MANIFEST, fsync, is_note, put, sha256
+from smbfast.base.replace import MANIFEST, fsync, is_note, link, put, sha256
 from smbfast.base.staging import staged, standing
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "committed_file",
     "committed_folder",
     "digest_of",
+    "link",
     "read_json",
     "remove_folder",
     "require_files",

@@ -149,11 +149,12 @@ def _carry(old: Path, content: Path) -> str | None:
         target = content / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # a note that we wrote anew and somebody has edited
-        _link(old / name, target)
+        link(old / name, target)
     return None
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """Let `target` be the same file, link or folder as `source`, or a copy of it."""
     if source.is_symlink():
         target.symlink_to(os.readlink(source))
     elif source.is_dir():

@@ -21,6 +21,7 @@ from smbfast.data.splits import SPLITS
 from smbfast.data.timelines import node_spans, node_timeline, node_window
 
 SPLIT_NAMES = ("", *SPLITS)  # "" is that of a subject whose split is not known
+HELD_OUT = SPLIT_NAMES.index("held_out")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class NodeText:
     time: int
     start: int  # the token of its timeline with which its window begins
     ids_T: np.ndarray
+    held_out: bool = False  # whether its subject is of the split of that name
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def _subject_texts(
         cut, lost = node_window(record, window, serializer.preamble, spans, complete)
         counts["tokens_lost"] += lost
         counts["embedded"] += 1
-        yield NodeText(k, timeline.subject, int(nodes.time_K[k]), cut.start, cut.ids_T)
+        held_out = bool(nodes.split_K[k] == HELD_OUT)
+        yield NodeText(k, timeline.subject, int(nodes.time_K[k]), cut.start, cut.ids_T, held_out)
 
 
 def _tails(

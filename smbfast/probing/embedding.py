@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 from threading import Event
 from typing import Literal, Protocol
@@ -115,11 +115,16 @@ def embed_into(
 
 
 def _groups(windows: Iterator[SharedWindow], tokens: int) -> Iterator[list[Row]]:
-    """Yield packed forwards, planned among few enough windows at a time to bound memory."""
-    while group := _next_windows(windows, _PLANNED * tokens):
-        size_W = np.array([len(window) for window in group])
-        plan = plan_micro_batches(size_W, size_W, tokens)
-        yield [Row.of([group[w] for w in row]) for row in plan]
+    """Yield packed forwards, planned among few enough windows at a time to bound memory.
+
+    Held-out patients have forwards of their own, so that the embeddings of the others keep their
+    bits whether these are embedded or not.
+    """
+    for _, part in groupby(windows, key=lambda window: window.nodes[0].held_out):
+        while group := _next_windows(part, _PLANNED * tokens):
+            size_W = np.array([len(window) for window in group])
+            plan = plan_micro_batches(size_W, size_W, tokens)
+            yield [Row.of([group[w] for w in row]) for row in plan]
 
 
 def _ahead(groups: Iterator[list[Row]], stopped: Event) -> Generator[list[Row], None, None]:

@@ -4,7 +4,7 @@ Each embedding goes to its place in an unnamed file, which the system removes ho
 ends. At the end that file is copied to parquet a part at a time. So memory does not grow with the
 number of nodes, and the parquet file appears whole or not at all.
 
-Legend: K nodes, M nodes of a call, D width.
+Legend: K nodes, M nodes of a call, N label rows, D width.
 """
 
 import errno
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -23,9 +23,16 @@ import pyarrow.parquet as pq
 from smbfast.base.files import committed_file
 from smbfast.base.ours import require_embeddings
 from smbfast.data.nodes import SPLIT_NAMES, Nodes
+from smbfast.probing.features import Features, Rows, join
 
 METADATA = b"smbfast"  # the key of the file's metadata under which its origin stands, as JSON
 _PART = 1 << 24  # bytes of embeddings that are copied at once: a row group
+
+
+def read_origin(path: Path) -> dict[str, Any] | None:
+    """Return what the embeddings of a file come from, or None where the file does not say."""
+    written = (pq.read_schema(path).metadata or {}).get(METADATA)
+    return None if written is None else json.loads(written)
 
 
 class EmbeddingTable:
@@ -97,6 +104,23 @@ class EmbeddingFile:
             with pq.ParquetWriter(staging, schema, write_page_checksum=True) as writer:
                 for columns_M in self._parts():
                     writer.write_table(pa.table(columns_M, schema))
+
+    def features(self, subject_N: np.ndarray, time_N: np.ndarray) -> tuple[np.ndarray, Features]:
+        """Return which label rows have an embedding so far, bool [N], and the embeddings of these.
+
+        They are float64 [N, D], or `Rows` of the unnamed file where they would take too much.
+
+        Raises:
+            ValueError: if no node has one.
+        """
+        _require_one(self._written_K)
+        nodes = self._nodes
+        node_N = join(subject_N, time_N, nodes.subject_K, nodes.time_K)
+        has_N = (node_N >= 0) & self._written_K[node_N]
+        shape_KD = len(nodes.subject_K), self._width
+        os.ftruncate(self._unnamed.fileno(), 4 * shape_KD[0] * shape_KD[1])  # to its whole length
+        rows = Rows(np.memmap(self._unnamed, np.float32, "r", shape=shape_KD), node_N[has_N])
+        return has_N, rows.at_hand()
 
     def _parts(self) -> Iterator[list[pa.Array]]:
         """Yield the columns of successive nodes that have an embedding."""

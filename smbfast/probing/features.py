@@ -49,6 +49,12 @@ class Rows:
         """Return the chosen rows (indices or a mask); nothing is read."""
         return Rows(self.matrix_MD, self.row_N[chosen_N])
 
+    def at_hand(self) -> "np.ndarray | Rows":
+        """Return the rows in memory, float64 [N, D], or these where they would take too much."""
+        if 4 * self.size > _HELD:
+            return self
+        return self.matrix_MD[self.row_N].astype(np.float64)
+
     def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield which rows of these, and their values in float64 [C, D]."""
         size = max(_CHUNK // (8 * self.matrix_MD.shape[1]), 1)

@@ -20,6 +20,7 @@ from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits,
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import distinct_nodes
 from smbfast.probing.counts import count_codes
+from smbfast.probing.embedding_file import read_origin
 from smbfast.probing.features import Embeddings, Features, matched, read_embeddings, read_oracle
 from smbfast.probing.table import table
 from smbfast.probing.task import Measured, Protocol, measure
@@ -94,6 +95,7 @@ def run_probe(
     record = {
         "tasks": [result.record for result in measured],
         "protocol": _protocol_text(config),
+        "read_out": _read_out(config.embeddings),
         "small_cells": config.small_cells,
     }
     _write(out, record, matched_tasks, measured)
@@ -186,6 +188,12 @@ def _protocol_text(config: ProbeCommandSettings) -> str:
         f"({config.cox_bootstraps} for C). Counts: age, sex and log(1 + count) of the codes seen "
         "in train, up to the prediction time. Bayes filter = bound for any model."
     )
+
+
+def _read_out(embeddings: Path) -> dict[str, Any]:
+    """Return the pool of the embeddings and why a run chose it, as far as the file says."""
+    origin = read_origin(embeddings) or {}
+    return {"pool": origin.get("pool"), "choice": origin.get("pool_choice")}
 
 
 def _own_name(path: Path) -> str:

@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from smbfast.base.files import (
     MANIFEST,
     ForeignFormat,
     committed_folder,
+    link,
     read_json,
     remove_folder,
     require_files,
@@ -285,6 +287,29 @@ def save_final(
         (staging / "smbfast.json").write_text(json.dumps(record, indent=1))
         if card is not None:  # in place of PEFT's empty one
             (staging / "README.md").write_text(card, encoding="utf-8")
+
+
+def amend_final(folder: Path, changes: dict, card: Callable[[dict], str]) -> None:
+    """Write the record of a final folder anew with other values, and its card.
+
+    The other files are linked into the new folder, so that a large model is not written twice, and
+    at any moment there is the old or the new folder, whole.
+
+    Args:
+        changes: keys of `smbfast.json` with their new values.
+        card: from the record to the text of README.md.
+
+    Raises:
+        ValueError: see `verified_final`.
+    """
+    record = verified_final(folder) | changes
+    names = read_json(folder / MANIFEST)["files"].keys() - {"smbfast.json"}
+    with committed_folder(folder, replace=True) as staging:
+        for name in sorted(names):
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            link(folder / name, staging / name)
+        (staging / "smbfast.json").write_text(json.dumps(record, indent=1))
+        (staging / "README.md").write_text(card(record), encoding="utf-8")
 
 
 def _refuse_non_finite(tensors: dict[str, Tensor]) -> None:

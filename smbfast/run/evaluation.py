@@ -1,38 +1,26 @@
-"""What a run measures: losses on fixed tuning windows during training, and probes at its end.
+"""What a run measures during training: losses on fixed tuning windows.
 
 Legend: M masked tokens, D width.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from smbfast import objective, reference
-from smbfast.base.files import write_text
-from smbfast.base.helpers import helper
 from smbfast.base.parts import is_part
-from smbfast.base.runtime import few
 from smbfast.batch import PackedBatch
 from smbfast.data.loader import FIXED, make_micro_batches
 from smbfast.data.masking import needs_cuts
-from smbfast.data.meds import MedsDataset
-from smbfast.data.nodes import distinct_nodes, node_texts
-from smbfast.data.source_index import FOLDER
-from smbfast.model.backbone import PatientEncoder, make_encoder
+from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import JepaStates, TargetEncoder
-from smbfast.probing.embedding import Model, embed_nodes, packed_of, untrained
-from smbfast.probing.run_probe import run_probe
 from smbfast.reference import Measured
-from smbfast.reporting.sample import sample_of
 from smbfast.run import console
 from smbfast.run.diagnostics import diagnose
 from smbfast.run.metrics import MetricsLog
 from smbfast.run.open_run import OpenRun
-from smbfast.run.origin import origin_of
-from smbfast.settings import PhaseSettings, ProbeCommandSettings, TrainSettings
+from smbfast.settings import PhaseSettings, TrainSettings
 
 
 def fixed_batches(run: OpenRun) -> dict[bool, list[PackedBatch]]:
@@ -142,60 +130,3 @@ def evaluate_step(
         best[phase.name] = {"loss": loss, "step": step}
         run.save_model(run.folder / "best" / phase.name, target, step)
     return health
-
-
-def probe_run(run: OpenRun, target: TargetEncoder | None) -> None:
-    """Embed decision nodes with the trained and the untrained encoder, and probe both."""
-    settings, probe, prepared = run.settings, run.settings.probe, run.prepared
-    if settings.data.path is None:
-        with helper("the report's sample"):
-            sample = sample_of(prepared, settings)
-            write_text(run.folder / "sample.json", json.dumps(sample))
-    if not run.tasks:
-        return
-    index = prepared.folder / FOLDER
-    dataset = MedsDataset.open(run.data.folder, index=index, split=run.data.split)
-    nodes = distinct_nodes([labels for _, labels in run.tasks])
-    probed = packed_of(run.encoder, target, probe.encoder, settings.objective.path)
-    models = {probe.encoder: Model(probed), "untrained": _untrained(run)}
-    final = run.folder / "final"
-    files = {name: run.folder / "embeddings" / f"{name}.parquet" for name in models}
-    counts: dict[str, int] = {}
-    embed_nodes(
-        {
-            files[name]: replace(model, origin=origin_of(final, name, probe.pool))
-            for name, model in models.items()
-        },
-        nodes,
-        node_texts(dataset, prepared.serializer(dataset), nodes, run.data.window, counts),
-        run.device,
-        tokens=probe.tokens,
-        pool=probe.pool,
-    )
-    del models  # an untrained model of its own is needed no longer
-    text = ", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in counts.items())
-    for name in files:
-        print(f"embeddings/{name}.parquet: {text}")
-    run_probe(
-        ProbeCommandSettings(
-            embeddings=files[probe.encoder],
-            untrained=files["untrained"],
-            data=dataset.path,
-            split=run.data.split,
-            labels=[str(folder) for folder, _ in run.tasks],
-            out=run.folder,
-            bootstraps=probe.bootstraps,
-            seed=settings.run.seed,
-        ),
-        index=index,
-    )
-
-
-def _untrained(run: OpenRun) -> Model:
-    """Return the encoder as it was before training; without LoRA it is made a second time."""
-    path = run.settings.objective.path
-    if run.encoder.is_lora:
-        return untrained(run.encoder, path)
-    prepared = run.prepared
-    again = make_encoder(run.settings, prepared.tokenizer, run.device, prepared.new_tokens)
-    return Model(packed_of(again, None, "online", path))

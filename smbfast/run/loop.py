@@ -20,11 +20,12 @@ from smbfast.model.flops import step_flops
 from smbfast.model.target import TargetEncoder
 from smbfast.reporting.page import write_report
 from smbfast.run import checkpoint, console
-from smbfast.run.evaluation import evaluate, evaluate_step, fixed_batches, probe_run
+from smbfast.run.evaluation import evaluate, evaluate_step, fixed_batches
 from smbfast.run.folder import write_status
 from smbfast.run.metrics import Meter, log_step, open_log
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import due_after, learning_rate, place, tau, total_steps
+from smbfast.run.probes import probe_run
 from smbfast.run.profile import profiled
 from smbfast.run.startup import checks_itself, layer_dtype, losses_of, self_check
 from smbfast.run.step import LossScales, Updater, forward_backward

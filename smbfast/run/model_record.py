@@ -62,6 +62,7 @@ class _ModelRecord(_Strict):
     predictor_layers: int = Field(ge=1)
     window: int = Field(ge=1, lt=1 << 31)
     pool: Pool
+    pool_choice: dict[str, Any] | None = None
     data_format: Literal["text", "text-paper", "codes"] = "text-paper"
     delimiters: Literal["special", "text"]
     format: int

@@ -315,7 +315,7 @@ def _model_record(run: OpenRun, step: int) -> dict:
         "vocabulary": len(prepared.tokenizer),
         "predictor_layers": settings.objective.predictor_layers,
         "window": run.data.window,
-        "pool": settings.probe.pool,
+        "pool": settings.probe.settled_pool,
         "data_format": prepared.record["data_format"],
         "delimiters": prepared.record["delimiters"],
         "format": prepared.record["format"],

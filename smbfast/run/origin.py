@@ -18,8 +18,9 @@ def origin_of(folder: Path, encoder: str, pool: str) -> dict:
     Returns:
         version: of smbfast; model: a digest of all files of the model, notes aside; run: its id;
         data: the digest of what it was trained on; step; backbone and its digest, where there is
-        one; encoder; pool; window: the context length; data_format and format: its number;
-        tokens: the digest of tokenizer or vocabulary.
+        one; encoder; pool; pool_choice: why the run chose this pool, where it did; window: the
+        context length; data_format and format: its number; tokens: the digest of tokenizer or
+        vocabulary.
     """
     record = json.loads((folder / "smbfast.json").read_text())
     files = json.loads((folder / MANIFEST).read_text())["files"]
@@ -33,6 +34,7 @@ def origin_of(folder: Path, encoder: str, pool: str) -> dict:
         "backbone_digest": record.get("weights_digest"),
         "encoder": encoder,
         "pool": pool,
+        "pool_choice": record.get("pool_choice") if pool == record["pool"] else None,
         "window": record["window"],
         "data_format": record.get("data_format", "text-paper"),
         "format": record.get("format"),

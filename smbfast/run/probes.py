@@ -1,0 +1,178 @@
+"""Embeds the decision nodes of a run with the trained and the untrained encoder, and probes both.
+
+Nodes of train and tuning are embedded first, by each pool that the run may choose from. The pool is
+then chosen, and those of held_out are embedded by it alone, in forwards of their own: so figures of
+tuning do not depend on whether the run is judged on held_out.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from smbfast.base.files import read_json, write_text
+from smbfast.base.helpers import helper
+from smbfast.base.runtime import few
+from smbfast.data.labels import Labels
+from smbfast.data.meds import MedsDataset
+from smbfast.data.nodes import HELD_OUT, Nodes, NodeText, distinct_nodes, node_texts
+from smbfast.data.source_index import FOLDER
+from smbfast.model.backbone import make_encoder
+from smbfast.model.target import TargetEncoder
+from smbfast.probing.embedding import Model, embed_into, packed_of, untrained
+from smbfast.probing.embedding_file import EmbeddingFile, embedding_file
+from smbfast.probing.read_out import Choice, candidates, choose_pool
+from smbfast.probing.run_probe import run_probe
+from smbfast.reporting.sample import sample_of
+from smbfast.run.checkpoint import amend_final
+from smbfast.run.model_card import model_card
+from smbfast.run.open_run import OpenRun
+from smbfast.run.origin import origin_of
+from smbfast.settings import Pool, ProbeCommandSettings
+
+
+def probe_run(run: OpenRun, target: TargetEncoder | None, *, final: bool = True) -> None:
+    """Embed decision nodes with the trained and the untrained encoder, and probe both.
+
+    The folder `final` of the run must be there; the pool by which it was probed goes into its
+    record. A finished run may be probed again, opened at its last checkpoint: a pool that it has
+    chosen then stays chosen.
+
+    Args:
+        final: whether to judge on held_out; without it no held-out patient is embedded.
+    """
+    settings, probe, prepared = run.settings, run.settings.probe, run.prepared
+    if settings.data.path is None:
+        with helper("the report's sample"):
+            sample = sample_of(prepared, settings)
+            write_text(run.folder / "sample.json", json.dumps(sample))
+    if not run.tasks:
+        return
+    index = prepared.folder / FOLDER
+    dataset = MedsDataset.open(run.data.folder, index=index, split=run.data.split)
+    asked = [t if final else t.take(t.split_N != "held_out") for _, t in run.tasks]
+    files = _embedded(run, target, dataset, asked)
+    run_probe(
+        ProbeCommandSettings(
+            embeddings=files[probe.encoder],
+            untrained=files["untrained"],
+            data=dataset.path,
+            split=run.data.split,
+            labels=[str(folder) for folder, _ in run.tasks],
+            out=run.folder,
+            bootstraps=probe.bootstraps,
+            seed=settings.run.seed,
+        ),
+        index=index,
+    )
+
+
+def _embedded(
+    run: OpenRun, target: TargetEncoder | None, dataset: MedsDataset, tasks: list[Labels]
+) -> dict[str, Path]:
+    """Embed the nodes of `tasks` and settle the pool; return the file of each encoder by name."""
+    settings, probe = run.settings, run.settings.probe
+    probed = packed_of(run.encoder, target, probe.encoder, settings.objective.path)
+    models = {probe.encoder: Model(probed), "untrained": _untrained(run)}
+    paths = {name: run.folder / "embeddings" / f"{name}.parquet" for name in models}
+    embedding = _Embedding(run, dataset, distinct_nodes(tasks), models)
+    pools, left_out = _pools(run)
+    with ExitStack() as stack:
+        files = {
+            name: {
+                pool: stack.enter_context(embedding_file(path, embedding.nodes)) for pool in pools
+            }
+            for name, path in paths.items()
+        }
+        embedding.fill(files, held_out=False)
+        pool, choice = pools[0], None
+        if len(pools) > 1:
+            choice = choose_pool(tasks, files[probe.encoder], left_out)
+            pool = choice.pool
+            print(f"embeddings: {choice.text()}")
+        _settle(run, target, pool, choice)
+        chosen = {name: {pool: own[pool]} for name, own in files.items()}
+        embedding.fill(chosen, held_out=True)
+        for name, path in paths.items():
+            chosen[name][pool].write(origin_of(run.folder / "final", name, pool))
+            print(f"embeddings/{path.name}: {embedding.counted()}")
+    return paths
+
+
+def _pools(run: OpenRun) -> tuple[list[Pool], dict[Pool, str]]:
+    """Return the pools to embed by, narrowest first; of a run that chooses, also why others are
+    left out."""
+    pool = run.settings.probe.pool
+    if pool != "auto":
+        return [pool], {}
+    record = read_json(run.folder / "final" / "smbfast.json")
+    if record.get("pool_choice"):
+        return [record["pool"]], {}
+    return candidates(run.encoder.width, run.encoder.base.config.num_hidden_layers)
+
+
+def _settle(run: OpenRun, target: TargetEncoder | None, pool: Pool, choice: Choice | None) -> None:
+    """Let the record of `final` name the pool that the run is probed by, and why it was chosen."""
+    final = run.folder / "final"
+    record = read_json(final / "smbfast.json")
+    if choice is None and record["pool"] == pool:
+        return
+    prepared, best = run.prepared.record, run.progress.best
+    amend_final(
+        final,
+        {"pool": pool, "pool_choice": choice.record() if choice else None},
+        lambda record: model_card(record, final, prepared, best, target=target is not None),
+    )
+
+
+@dataclass
+class _Embedding:
+    """Decision nodes on their way into files, a part of their splits at a time."""
+
+    run: OpenRun
+    dataset: MedsDataset
+    nodes: Nodes
+    models: dict[str, Model]
+
+    def __post_init__(self) -> None:
+        self._counts: dict[str, int] = {}
+
+    def fill(self, files: dict[str, dict[Pool, EmbeddingFile]], *, held_out: bool) -> None:
+        """Embed the nodes of held_out, or all others, into `files`: by name of the model, by pool.
+
+        Nodes of one part are read in the order in which all nodes are, so that the command embeds
+        to the same bits.
+        """
+        place_M = np.flatnonzero((self.nodes.split_K == HELD_OUT) == held_out)
+        if not len(place_M):
+            return
+        sinks = [(files[name], model) for name, model in self.models.items()]
+        texts = self._texts(place_M)
+        tokens = self.run.settings.probe.tokens
+        embed_into(sinks, len(place_M), texts, self.run.device, tokens=tokens)
+
+    def _texts(self, place_M: np.ndarray) -> Iterator[NodeText]:
+        nodes, run = self.nodes, self.run
+        part = Nodes(nodes.subject_K[place_M], nodes.time_K[place_M], nodes.split_K[place_M])
+        serializer, counts = run.prepared.serializer(self.dataset), dict[str, int]()
+        for text in node_texts(self.dataset, serializer, part, run.data.window, counts):
+            yield replace(text, index=int(place_M[text.index]))
+        for key, count in counts.items():
+            self._counts[key] = self._counts.get(key, 0) + count
+
+    def counted(self) -> str:
+        """Return in words how many nodes there were, and what was lost."""
+        return ", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in self._counts.items())
+
+
+def _untrained(run: OpenRun) -> Model:
+    """Return the encoder as it was before training; without LoRA it is made a second time."""
+    path = run.settings.objective.path
+    if run.encoder.is_lora:
+        return untrained(run.encoder, path)
+    prepared = run.prepared
+    again = make_encoder(run.settings, prepared.tokenizer, run.device, prepared.new_tokens)
+    return Model(packed_of(again, None, "online", path))
