@@ -18,7 +18,7 @@ from smbfast.data.labels import Labels
 from smbfast.probing import resample
 from smbfast.probing.embedding_file import EmbeddingFile
 from smbfast.probing.features import Features
-from smbfast.probing.logistic import probe_binary
+from smbfast.probing.logistic import fit_logistic
 from smbfast.probing.pooling import width_of
 from smbfast.probing.survival import probe_survival
 from smbfast.settings import POOLS, Pool
@@ -120,23 +120,15 @@ def _scores(
 
 
 def _log_loss(labels: Labels, feature_NF: Features) -> float:
-    """Return the tuning log loss of the logistic probe."""
-    train, tuning = labels.split_N == "train", labels.split_N == "tuning"
-    true_N = labels.binary_N
-    if len(np.unique(true_N[train])) < 2 or not tuning.any():
-        return float("nan")
-    probability_N = np.clip(
-        probe_binary(feature_NF, true_N, labels.split_N).probability_N, 1e-12, 1 - 1e-12
-    )
-    likely_N = np.where(true_N, probability_N, 1 - probability_N)
-    return -float(np.log(likely_N[tuning]).mean())
+    """Return the tuning log loss of the logistic probe, in nats."""
+    return fit_logistic(feature_NF, labels.binary_N, labels.split_N).tuning_log_loss
 
 
 def _disorder(labels: Labels, feature_NF: Features) -> float:
     """Return 1 - Harrell's C on tuning; NaN where train has no event or no pair is comparable."""
-    train, tuning = labels.split_N == "train", labels.split_N == "tuning"
+    tuning = labels.split_N == "tuning"
     duration_N, event_N = labels.survival_N
-    if not event_N[train].any():
+    if not event_N[labels.split_N == "train"].any():
         return float("nan")
     cox = probe_survival(feature_NF, duration_N, event_N, labels.split_N, wanted=10, seed=0)
     own = resample.c_index(cox.risk_N[tuning], duration_N[tuning], event_N[tuning])
