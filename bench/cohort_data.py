@@ -1,17 +1,11 @@
-"""Data of `bench.cohorts`: a run's own patients, beside those of another cohort that judge it.
-
-A run with cohort seed S is judged by patients that were simulated for that alone, with seed
-S + 100,000. They stand in one MEDS folder with the run's own patients of train and tuning, as its
-split held_out, so that `smbfast.embed` and the probes read all of them as they read any dataset.
-The held-out patients of the run's own cohort are not in it.
+"""Data of `bench.cohorts`: what the runs on a cohort share, and the patients who judge them.
 
 Legend: K nodes, L lines, T tokens, V tokens of the vocabulary, P tokens that a node sees.
 """
 
 import hashlib
-import json
 import shutil
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy.sparse import csr_matrix, hstack
-from transformers import AutoTokenizer
 
-from smbfast.base.files import committed_folder
+from smbfast.base.files import committed_folder, digest_of
 from smbfast.batch import Timeline
-from smbfast.data.formats import read_encoding, serializer_of
 from smbfast.data.meds import MedsDataset
+from smbfast.data.prepared import Prepared
 from smbfast.data.splits import SPLITS
 from smbfast.probing.features import join
+from smbfast.run.folder import data_of, prepared_data
+from smbfast.settings import TrainSettings
 from smbfast.simulation.dataset import simulate
 
 TASKS = ("death_1y", "death_3y", "progression_1y")
@@ -35,42 +30,85 @@ SHIFT = 10**9  # added to their subject ids: patient i of every cohort has the i
 YEAR = int(365.25 * 86_400e6)  # microseconds
 
 
-def separate_cohort(work: Path, seed: int, patients: int, split: str) -> Path:
-    """Return the folder with the patients of one split of the cohort that judges seed `seed`.
+@dataclass(frozen=True)
+class Shared:
+    """What all runs on a cohort read: its patients and the token shards of train and tuning."""
 
-    It is simulated once and kept in `work`; the patients of the other splits are removed.
+    cohort: Path
+    prepared: Prepared
+
+    @classmethod
+    def of(cls, work: Path, settings: TrainSettings) -> "Shared":
+        """Simulate the cohort of a run and make its shards, as the run would, or open them.
+
+        They lie in `work`, in a folder for each choice of cohort, data settings and tokenizer.
+        """
+        folder = work / f"data-{settings.cohort.seed}-{shared_key(settings)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        data = data_of(settings, folder)
+        data = data.model_copy(update={"prepared": str(folder / "prepared")})
+        return cls(data.folder, prepared_data(settings, data, folder))
+
+    def lend(self, run: Path) -> list[str]:
+        """Link the cohort into a run's folder, where the run looks for it, and return the words
+        that tell it of the shards."""
+        run.mkdir(parents=True, exist_ok=True)
+        link = run / self.cohort.name
+        if not link.is_symlink():
+            link.symlink_to(self.cohort.resolve(), target_is_directory=True)
+        return [f"--data.prepared={self.prepared.folder.resolve()}"]
+
+
+def shared_key(settings: TrainSettings) -> str:
+    """Return a digest of the settings that decide what runs share."""
+    made_of = (settings.cohort.model_dump(), settings.data.model_dump(), settings.model.path)
+    return digest_of(*made_of)[:8]
+
+
+def judged_by(work: Path, own: Path, seed: int, patients: int, split: str) -> Path:
+    """Return a MEDS folder with train and tuning of `own`, and those who judge as held_out.
+
+    Of the split held_out that is `own` itself. Of tuning the judges are the tuning patients of
+    another cohort, with seed `seed` + 100,000: those of `own` choose penalties, and are few.
     """
-    folder = work / f"separate-{patients}-{seed + APART}-{split}"
+    return own if split == "held_out" else joined(work, own, seed, patients)
+
+
+def separate_cohort(work: Path, seed: int, patients: int) -> Path:
+    """Return the folder with the tuning patients of the cohort that judges seed `seed`.
+
+    It is simulated once and stays in `work`; the patients of the other splits are removed.
+    """
+    folder = work / f"separate-{patients}-{seed + APART}"
     if not folder.is_dir():
         with committed_folder(folder) as staging:
             whole = staging / "whole"
             simulate(whole, patients, seed + APART)
-            shutil.move(whole / "data" / split, staging / "data")
+            shutil.move(whole / "data" / "tuning", staging / "data")
             for kind in ("labels", "oracles"):
                 (staging / kind).mkdir()
                 for task in TASKS:
-                    file = whole / kind / task / f"{split}.parquet"
+                    file = whole / kind / task / "tuning.parquet"
                     shutil.move(file, staging / kind / f"{task}.parquet")
             shutil.rmtree(whole)
     return folder
 
 
-def joined(work: Path, own: Path, seed: int, patients: int, split: str) -> Path:
+def joined(work: Path, own: Path, seed: int, patients: int) -> Path:
     """Return a MEDS folder with train and tuning of `own`, and separate patients as held_out.
 
-    It is made once and kept in `work`. The name holds a digest of the run's own patients, so that
+    It is made once and stays in `work`. The name holds a digest of the run's own patients, so that
     two versions that simulate other patients from one seed never share it.
 
     Args:
-        own: the simulated cohort that a run trained on.
+        own: the simulated cohort that runs train on.
         seed: the seed of that cohort.
         patients: the size of the separate cohort, all splits together.
-        split: the split of the separate cohort whose patients judge.
     """
-    folder = work / f"joined-{digest(own)}-{patients}-{seed + APART}-{split}"
+    folder = work / f"joined-{digest(own)}-{patients}-{seed + APART}"
     if folder.is_dir():
         return folder
-    separate = separate_cohort(work, seed, patients, split)
+    separate = separate_cohort(work, seed, patients)
     with committed_folder(folder) as staging:
         shutil.copytree(own / "metadata", staging / "metadata")
         (staging / "metadata" / "subject_splits.parquet").unlink()  # folders name the splits
@@ -108,39 +146,27 @@ def _shifted(file: Path, target: Path) -> None:
 
 
 def bag_of_tokens(
-    final: Path,
-    data: Path,
-    subject_K: np.ndarray,
-    time_K: np.ndarray,
-    say: Callable[[str], None] = lambda _: None,
+    dataset: MedsDataset, prepared: Prepared, subject_K: np.ndarray, time_K: np.ndarray
 ) -> csr_matrix:
     """Return how often each token of a run stands in the record of each node, csr [K, 2 V].
 
-    The tokens are those of the model in `final`, of the whole record and not of a window; the first
-    V columns count what happened up to the node, the others what happened in the year before it.
+    The tokens are those of the run's shards, of the whole record and not of a window; the first V
+    columns count what happened up to the node, the others what happened in the year before it.
     Tags, headers and whatever else is in no line is left out; demographics have no time and count
     in the first V columns alone.
-
-    Raises:
-        ValueError: this version cannot read the format of the model.
     """
-    # records of the first version do not name their format, which was the paper's
-    record = {"data_format": "text-paper", **json.loads((final / "smbfast.json").read_text())}
-    tokenizer = AutoTokenizer.from_pretrained(final, local_files_only=True)
-    dataset = MedsDataset.open(data)
-    serializer = serializer_of(dataset, read_encoding(final, tokenizer, record), record)
+    serializer, width = prepared.serializer(dataset), len(prepared.tokenizer)
     order_K = np.lexsort((time_K, subject_K))
     sorted_K = subject_K[order_K]
     ever: list[np.ndarray] = [np.empty(0, np.int64)] * len(subject_K)
     year = list(ever)
     for split in SPLITS:
-        for number, batch in enumerate(dataset.batches(split, np.unique(subject_K))):
-            say(f"tokens of {split}, batch {number + 1}")
+        for batch in dataset.batches(split, np.unique(subject_K)):
             for timeline in serializer.timelines(batch):
                 first, last = np.searchsorted(sorted_K, [timeline.subject, timeline.subject + 1])
                 for k in order_K[first:last]:
                     ever[k], year[k] = seen_tokens(timeline, int(time_K[k]))
-    return hstack([_counts(ever, record["vocabulary"]), _counts(year, record["vocabulary"])], "csr")
+    return hstack([_counts(ever, width), _counts(year, width)], "csr")
 
 
 def seen_tokens(timeline: Timeline, time: int) -> tuple[np.ndarray, np.ndarray]:

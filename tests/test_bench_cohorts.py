@@ -1,5 +1,6 @@
-"""The bench of cohorts: who judges a run, what is counted, how two variants are compared."""
+"""The bench of cohorts: who judges a run, what is counted, how arms are compared."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,18 +8,28 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
-from bench import cohort_data, cohorts, embed, records
+from bench import cohort_data, cohort_models, cohort_stats, cohorts, records
+from bench.cohort_models import BOOSTING, POOLS, Probed
+from bench.cohort_stats import COUNTS, FILTER, MEAN
+from smbfast import train
 from smbfast.base.config import build
 from smbfast.base.entry import RunFailed
+from smbfast.data.labels import read_labels
 from smbfast.data.meds import MedsDataset
+from smbfast.data.nodes import NodeText
+from smbfast.probing.embedding import Model, embed_into
 from smbfast.probing.resample import patient_weights
+from smbfast.run.folder import data_of, prepared_data
 from smbfast.simulation.dataset import simulate
-from tests.tiny import random_window
+from tests.tiny import random_window, tiny_encoder
 
 SEED = 5
+CPU = torch.device("cpu")
 PATIENTS = 300  # few, of which every split has some
+SMALL = f"--cohort.patients={PATIENTS} --phases.0.steps=2 --phases.1.steps=2 --eval.windows=2"
 
 
 @pytest.fixture(scope="module")
@@ -28,61 +39,81 @@ def folders(tmp_path_factory):
     own, other = work / "own", work / "other"
     simulate(own, PATIENTS, SEED)
     simulate(other, PATIENTS, SEED + cohort_data.APART)
-    return (
-        own,
-        other,
-        {
-            split: cohort_data.joined(work, own, SEED, PATIENTS, split)
-            for split in ("held_out", "tuning")
-        },
-    )
+    return own, other, cohort_data.judged_by(work, own, SEED, PATIENTS, "tuning")
 
 
-def settings_of(work: Path, **more: object) -> cohorts.CohortsBench:
-    return build(cohorts.CohortsBench, {"name": "x", "seeds": [SEED], "work": work, **more}, [])
+def bench_of(work: Path, **more: object) -> cohorts.CohortsBench:
+    values = {"cohorts": [SEED], "work": work, "arms": f"tiny: {SMALL}", "draws": 20, **more}
+    return build(cohorts.CohortsBench, {"patients": PATIENTS, "seeds": [0], **values}, [])
 
 
-def random_scores(seed: int, patients: int = 60) -> cohorts.Scores:
-    """Scores of two models, with patients of several rows and tasks of other patients."""
+KNOWN = {"run": 0.5, COUNTS: 0.2, FILTER: 1.0}  # how much each model knows of the truth
+
+
+def random_scores(seed: int, patients: int = 60, seeds: int = 1) -> cohort_stats.Scores:
+    """Scores of models, with patients of several rows and tasks of other patients."""
     random = np.random.default_rng(seed)
     size = 4 * patients
     true_N = random.random(size) < 0.3
-    return cohorts.Scores(
+    return cohort_stats.Scores(
         task_N=random.choice(cohort_data.TASKS, size),
         subject_N=random.integers(0, patients, size),
         time_N=np.arange(size),
         true_N=true_N,
-        # rounded, so that some are equal
-        models={n: np.round(true_N * s + random.random(size), 1) for n, s in MODELS.items()},
+        # rounded, so that several are equal
+        models={
+            n: np.round(true_N * s + random.random((seeds if n == "run" else 1, size)), 1)
+            for n, s in KNOWN.items()
+        },
     )
 
 
-MODELS = {"run": 0.5, "counts": 0.2}  # how much each knows of the truth
-
-
-@pytest.mark.parametrize("split", ["held_out", "tuning"])
-def test_a_run_is_judged_by_patients_of_another_cohort(folders, split):
+def test_a_run_is_judged_by_tuning_patients_of_another_cohort(folders):
     own, other, joined = folders
-    data = MedsDataset.open(joined[split])
+    data = MedsDataset.open(joined)
     for name in ("train", "tuning"):
         assert np.array_equal(data.subjects(name), MedsDataset.open(own).subjects(name))
-    judges = MedsDataset.open(other).subjects(split)
+    judges = MedsDataset.open(other).subjects("tuning")
     assert len(judges) and np.array_equal(data.subjects("held_out"), judges + cohort_data.SHIFT)
     for kind in ("labels", "oracles"):
         for task in cohort_data.TASKS:
-            judge = pq.read_table(joined[split] / kind / task / "held_out.parquet").to_pydict()
-            wanted = pq.read_table(other / kind / task / f"{split}.parquet").to_pydict()
+            judge = pq.read_table(joined / kind / task / "held_out.parquet").to_pydict()
+            wanted = pq.read_table(other / kind / task / "tuning.parquet").to_pydict()
             wanted["subject_id"] = [s + cohort_data.SHIFT for s in wanted["subject_id"]]
             assert judge == wanted
-    events = pq.read_table(joined[split] / "data" / "held_out" / "0.parquet")
-    assert events.num_rows == pq.read_table(other / "data" / split / "0.parquet").num_rows
+    events = pq.read_table(joined / "data" / "held_out" / "0.parquet")
+    assert events.num_rows == pq.read_table(other / "data" / "tuning" / "0.parquet").num_rows
+
+
+def test_held_out_judges_are_those_of_the_cohort_itself(folders, tmp_path):
+    own = folders[0]
+    assert cohort_data.judged_by(tmp_path, own, SEED, PATIENTS, "held_out") == own
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_patients_of_the_same_seed_have_a_folder_of_their_own(folders, tmp_path):
     own, _, joined = folders
     simulate(tmp_path / "own", PATIENTS + 1, SEED)
-    assert cohort_data.digest(own) in joined["held_out"].name
+    assert cohort_data.digest(own) in joined.name
     assert cohort_data.digest(tmp_path / "own") != cohort_data.digest(own)
+
+
+def test_runs_share_what_a_run_would_make_by_itself(tmp_path):
+    """The cohort and the shards are byte for byte those of the run's own folder."""
+    run = cohorts.Run(bench_of(tmp_path), "tiny", SMALL, SEED, 0)
+    shared = cohort_data.Shared.of(tmp_path, run.settings)
+    alone = tmp_path / "alone"
+    data = data_of(run.settings, alone)
+    own = prepared_data(run.settings, data, alone)
+    assert own.record["shards"] == shared.prepared.record["shards"]
+    assert own.record["encoder"] == shared.prepared.record["encoder"]
+    words = shared.lend(run.folder)
+    assert words == shared.lend(run.folder) == [f"--data.prepared={shared.prepared.folder}"]
+    lent = data_of(run.settings, run.folder)  # what the run takes for its own, and simulates not
+    assert (run.folder / Path(str(lent.path)).name).resolve() == shared.cohort
+    other = cohorts.Run(bench_of(tmp_path), "tiny", f"{SMALL} --data.window=128", SEED, 0)
+    assert cohort_data.shared_key(other.settings) != cohort_data.shared_key(run.settings)
+    assert other.folder != run.folder
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -114,30 +145,67 @@ def test_bag_features_are_columns_of_train_alone():
 
 def test_areas_are_those_of_rows_that_are_repeated():
     """A draw in which a patient comes twice has the AUROC of a table that repeats its rows."""
-    scores, draws = random_scores(0), 120  # more than are held at once
-    areas = cohorts.areas(scores, draws, SEED)
+    scores, draws = random_scores(0, seeds=2), 120  # more than are held at once
+    areas = cohort_stats.areas(scores, draws, SEED)
     subject_P, at_N = np.unique(scores.subject_N, return_inverse=True)
     weight_BN = patient_weights(subject_P, range(draws), SEED)[:, at_N]
-    for model, score_N in scores.models.items():
-        for weight_N, get in [
-            (np.ones(len(at_N), int), lambda cell: cell[0]),
-            *((weight_BN[b], lambda cell, b=b: cell[1][b]) for b in (0, 49, 50, draws - 1)),
-        ]:
-            by_task = []
-            for task in cohort_data.TASKS:
-                row_R = np.repeat(np.arange(len(at_N)), weight_N * (scores.task_N == task))
-                by_task.append(roc_auc_score(scores.true_N[row_R], score_N[row_R]))
-                assert get(areas[model, task]) == pytest.approx(by_task[-1], abs=1e-12)
-            assert get(areas[model, "mean"]) == pytest.approx(np.mean(by_task), abs=1e-12)
+    for model, score_SN in scores.models.items():
+        for s, score_N in enumerate(score_SN):
+            for b in (None, 0, 49, 50, draws - 1):
+                weight_N = np.ones(len(at_N), int) if b is None else weight_BN[b]
+                by_task = []
+                for task in (*cohort_data.TASKS, MEAN):
+                    key = model, task
+                    value = areas.of_seed[key][s] if b is None else areas.drawn[key][b, s]
+                    if task != MEAN:
+                        row_R = np.repeat(np.arange(len(at_N)), weight_N * (scores.task_N == task))
+                        by_task.append(roc_auc_score(scores.true_N[row_R], score_N[row_R]))
+                    wanted = np.mean(by_task) if task == MEAN else by_task[-1]
+                    assert value == pytest.approx(wanted, abs=1e-12)
 
 
-def test_two_variants_are_compared_on_the_same_draws():
-    scores = random_scores(1)
-    both = scores.beside(replace(scores, models={"old": scores.models["run"]}))
-    gain = cohorts.difference(cohorts.areas(both, 60, SEED), "run", "old")
-    assert set(gain) == {*cohort_data.TASKS, "mean"}
-    # equal scores are equal in every draw, so that the interval has no width
-    assert all(cell == {"value": 0.0, "low": 0.0, "high": 0.0} for cell in gain.values())
+def test_a_draw_without_an_outcome_has_no_area():
+    ranks = cohort_stats.Ranks.of(np.array([0.1, 0.2, 0.3]), np.array([True, False, False]))
+    weight_RB = np.array([[1, 0], [1, 1], [1, 2]], np.int32)
+    assert np.isnan(ranks.auroc(weight_RB)).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4])
+def test_drawn_seeds_vary_as_much_as_their_mean_is_uncertain(seeds):
+    """Over all draws, each as likely, the variance is the unbiased one over the number of seeds."""
+    value_S = np.random.default_rng(seeds).normal(size=seeds)
+    every = itertools.product(range(seeds), repeat=seeds)
+    count_BS = np.array([np.bincount(own, minlength=seeds) for own in every])
+    weight_BS = cohort_stats.stretched(count_BS)
+    assert np.allclose(weight_BS.sum(1), 1)
+    drawn_B = weight_BS @ value_S
+    assert drawn_B.mean() == pytest.approx(value_S.mean())
+    assert drawn_B.var() == pytest.approx(value_S.var(ddof=1) / seeds)
+
+
+def test_a_draw_is_of_patients_and_of_training_seeds():
+    one = random_scores(0)
+    same = replace(one, models={n: np.repeat(s, 3, 0) for n, s in one.models.items()})
+    alone = cohort_stats.over_seeds(cohort_stats.areas(one, 200, SEED), SEED)
+    equal = cohort_stats.over_seeds(cohort_stats.areas(same, 200, SEED), SEED)
+    for key, (value, drawn_B) in alone.items():  # seeds that are alike add nothing
+        assert equal[key][0] == pytest.approx(value)
+        assert np.allclose(equal[key][1], drawn_B)
+    # of seeds that are not alike, the interval is wider
+    unlike = replace(one, models={"run": np.concatenate([one.models[n] for n in KNOWN])})
+    wide = cohort_stats.over_seeds(cohort_stats.areas(unlike, 200, SEED), SEED)
+    assert wide["run", MEAN][1].std() > 2 * alone["run", MEAN][1].std()
+
+
+def test_differences_are_paired_by_patient_and_training_seed():
+    scores = random_scores(1, seeds=3)
+    both = scores.beside(replace(scores, models={"other": 2 * scores.models["run"] - 1}))
+    own = cohort_stats.over_seeds(cohort_stats.areas(both, 60, SEED), SEED)
+    gain = cohort_stats.cells(cohort_stats.differences(own, [("run", "other")]))["run - other"]
+    assert set(gain) == {*cohort_data.TASKS, MEAN}
+    # the same order of patients in every seed: no draw tells the two from each other
+    for cell in gain.values():
+        assert all(value is not None and abs(value) < 1e-12 for value in cell.values())
     for other in (
         replace(scores, subject_N=scores.subject_N + 1),
         replace(scores, true_N=~scores.true_N),
@@ -146,82 +214,213 @@ def test_two_variants_are_compared_on_the_same_draws():
             scores.beside(other)
 
 
-def test_a_variant_that_was_not_measured_is_no_rival(tmp_path):
-    with pytest.raises(ValueError, match="must be measured before"):
-        cohorts.with_other(settings_of(tmp_path, against="old"), SEED, random_scores(1))
+def test_scores_of_training_seeds_are_put_together(tmp_path):
+    one, other = (random_scores(1), random_scores(1))
+    other = replace(other, models={n: s + 1 for n, s in other.models.items()})
+    both = cohort_stats.by_seed([one, other])
+    wanted = [*one.models["run"].tolist(), *other.models["run"].tolist()]
+    assert both.models["run"].tolist() == wanted
+    with pytest.raises(ValueError, match="must have the same models; they differ in filter, run"):
+        cohort_stats.by_seed([one, replace(other, models={COUNTS: other.models[COUNTS]})])
+    with open(tmp_path / "x.npz", "wb") as file:
+        both.write(file, {"a": [1]})
+    read, about = cohort_stats.Scores.read(tmp_path / "x.npz")
+    assert about == {"a": [1]} and read.models.keys() == both.models.keys()
+    assert np.array_equal(read.beside(both).models["run"], both.models["run"])
 
 
-def test_the_mean_over_seeds_is_taken_draw_by_draw():
-    one, other = (cohorts.areas(random_scores(s), 30, s) for s in (2, 3))
-    mean = cohorts.mean_areas([one, other])
+def test_shares_are_of_the_gap_from_counts_to_the_filter():
+    scores = random_scores(1)
+    models = {**scores.models, "low": scores.models[COUNTS], "high": scores.models[FILTER]}
+    own = cohort_stats.over_seeds(
+        cohort_stats.areas(replace(scores, models=models), 30, SEED), SEED
+    )
+    closed = cohort_stats.shares(own)
+    assert {model for model, _ in closed} == {"run", "low", "high"}
+    for task in (*cohort_data.TASKS, MEAN):
+        assert closed["low", task][0] == 0 and closed["high", task][0] == 1
+        assert (closed["low", task][1] == 0).all() and np.allclose(closed["high", task][1], 1)
+        low, high = own[COUNTS, task], own[FILTER, task]
+        value = (own["run", task][0] - low[0]) / (high[0] - low[0])
+        assert closed["run", task][0] == pytest.approx(value)
+        assert closed["run", task][1][7] == pytest.approx(
+            (own["run", task][1][7] - low[1][7]) / (high[1][7] - low[1][7])
+        )
+
+
+def test_the_mean_over_cohorts_is_taken_draw_by_draw():
+    one, other = (
+        cohort_stats.over_seeds(cohort_stats.areas(random_scores(s), 30, s), s) for s in (2, 3)
+    )
+    mean = cohort_stats.over_cohorts([one, other])
     for key in one:
         assert mean[key][0] == pytest.approx((one[key][0] + other[key][0]) / 2)
         assert np.allclose(mean[key][1], (one[key][1] + other[key][1]) / 2)
 
 
-def test_what_misses_the_bar():
-    well = {21: (100.0, 110.0), 22: (110.0, 110.0)}
-    assert cohorts.judged({21: 0.05, 22: 0.04}, well, 0.04) == []
-    assert cohorts.judged({21: 0.05, 22: 0.0399}, well, 0.04) == [
-        "seed 22: +0.0399 mean AUROC, and the bar is +0.0400"
-    ]
-    assert cohorts.judged({21: float("nan")}, {}, 0.04)
-    assert cohorts.judged({21: 0.05}, {21: (111.0, 110.0)}, 0.04) == [
-        "seed 21: 111 CPU seconds, and the other run took 110"
-    ]
-    assert "unknown" in cohorts.judged({21: 0.05}, {21: (None, 110.0)}, 0.04)[0]
+def planted(**changed: float) -> dict[str, cohort_stats.Estimates]:
+    """Figures that reach every bar exactly, but for those that are changed, by their key."""
+    spread_B = np.linspace(-0.005, 0.005, 101)
+
+    def estimate(value: float) -> cohort_stats.Estimate:
+        return value, value + spread_B
+
+    tasks, rivals = cohort_data.TASKS, {"untrained/auto": 0.006, COUNTS: 0.006, BOOSTING: -0.01}
+    share = {("a/auto", t): estimate(changed.get(f"share {t}", 0.65)) for t in tasks}
+    share["a/auto", MEAN] = estimate(changed.get("share mean", 0.75))
+    wanted = {f"a/auto - {name}": value for name, value in rivals.items()}
+    wanted["a/last - b/last"] = 0.01
+    difference = {
+        (name, t): estimate(changed.get(f"{name}, {t}", value))
+        for name, value in wanted.items()
+        for t in tasks
+    }
+    return {"share": share, "difference": difference}
+
+
+def test_bars_are_judged_one_by_one(tmp_path):
+    bench = bench_of(tmp_path, arms="a: ; b: --run.seed=1")
+    reached = cohorts.bars(bench, planted())
+    assert len(reached) == 4 + 3 * 3 + 2 and all(good for good, _ in reached)
+    for key, value in {
+        "share mean": 0.7499,
+        "share death_3y": 0.6499,
+        "a/auto - untrained/auto, death_1y": 0.004,  # its interval is not above zero
+        "a/auto - counts, progression_1y": 0.004,
+        "a/auto - boosting, death_3y": -0.0101,
+        "a/last - b/last, death_1y": 0.0099,
+    }.items():
+        missed = [text for good, text in cohorts.bars(bench, planted(**{key: value})) if not good]
+        assert len(missed) == 1 and key.removeprefix("share ").split(", ")[-1] in missed[0]
+
+
+def test_one_read_out_is_chosen_on_tuning_for_all_tasks():
+    loss = {(p, t): 0.5 for p in (*POOLS, "last+layers") for t in ("a", "b")}
+    assert cohort_models.chosen_pool(loss) == "last"  # of equal ones the first
+    assert cohort_models.chosen_pool(loss | {("layers", "a"): 0.4, ("mean", "a"): 0.41}) == "layers"
+    # no pool by itself: not chosen, however good
+    assert cohort_models.chosen_pool(loss | {("last+layers", "a"): 0.1}) == "last"
+
+
+def test_read_outs_are_those_that_the_command_embed_gives():
+    """From padded forwards of transformers, against the packed ones: equal but for rounding."""
+    encoder = tiny_encoder()
+    random = np.random.default_rng(0)
+    ids = [random.integers(0, 40, size).astype(np.int32) for size in (1, 7, 30, 7, 12)]
+    texts = [NodeText(k, k, 0, 0, own) for k, own in enumerate(ids)]
+    own = cohort_models.pooled(encoder, [texts[k] for k in (3, 0, 4, 2, 1)])
+    for pool in ("last", "mean"):
+        rows: dict[int, np.ndarray] = {}
+        sink = Taken(rows)
+        embed_into([(sink, Model(encoder.packed))], 5, iter(texts), CPU, tokens=64, pool=pool)
+        wanted = np.stack([rows[k] for k in range(5)])
+        assert np.abs(own[pool] - wanted).max() < 1e-5 * np.abs(wanted).max()
+    width = encoder.width
+    assert np.array_equal(own["layers"][:, -width:], own["mean"])
+    assert np.array_equal(own["spread"][:, : 2 * width], np.hstack([own["last"], own["mean"]]))
+    assert np.array_equal(own["spread"][0, 2 * width :], np.hstack([own["last"][0], [0] * width]))
+    hidden_TD = encoder.hidden(torch.from_numpy(ids[2])[None].long())[0].detach().numpy()
+    largest_D, spread_D = np.split(own["spread"][2, 2 * width :], 2)
+    assert np.allclose(largest_D, hidden_TD.max(0), rtol=1e-5, atol=1e-5)
+    assert np.allclose(spread_D, hidden_TD.std(0), rtol=1e-4, atol=1e-5)
+
+
+class Taken:
+    """A sink that takes embeddings into a dictionary by their node."""
+
+    def __init__(self, rows: dict[int, np.ndarray]) -> None:
+        self.rows = rows
+
+    def put(self, index_M: list[int], values_MD: np.ndarray) -> None:
+        self.rows |= dict(zip(index_M, values_MD, strict=True))
+
+
+def test_a_probe_is_fitted_on_train_and_chosen_on_tuning_alone(folders):
+    """Outcomes of those who judge, turned round, change none of their scores."""
+    labels = read_labels(folders[2] / "labels" / "death_3y")
+    held_N = labels.split_N == "held_out"
+    feature_NF = np.random.default_rng(0).normal(size=(len(labels), 3))
+    feature_NF[:, 0] += labels.binary_N
+    turned = replace(labels, value_N=labels.binary_N ^ held_N)
+    one, other = Probed(), Probed()
+    logit_N = one.fit("x", labels, feature_NF)
+    assert np.array_equal(logit_N, other.fit("x", turned, feature_NF))
+    assert one.loss == other.loss and one.chosen == other.chosen
+    scores = one.scores([labels])
+    assert np.array_equal(scores.models["x"], logit_N[None, held_N])
+    assert np.array_equal(scores.subject_N, labels.subject_N[held_N])
+    assert roc_auc_score(scores.true_N, scores.models["x"][0]) > 0.6
+
+
+def test_arms_are_names_and_words():
+    arms = "a: ; b: sft --optim.batch=4 --objective.horizons=30d,365d;c:x.toml"
+    assert cohorts.arms_of(arms) == {
+        "a": "",
+        "b": "sft --optim.batch=4 --objective.horizons=30d,365d",
+        "c": "x.toml",
+    }
+    for wrong in ("a", "a: ; a: sft", "counts: ", "untrained: ", "a-b: ", ": sft"):
+        with pytest.raises(ValueError, match="`arms` must be `name: words"):
+            cohorts.arms_of(wrong)
+
+
+def test_the_arms_of_the_proof_are_of_equal_steps_and_of_half_as_many_again(tmp_path):
+    phases = {
+        arm: cohorts.Run(bench_of(tmp_path), arm, words, SEED, 3).settings.phases
+        for arm, words in cohorts.arms_of(None).items()
+    }
+    steps = {arm: sum(phase.steps for phase in own) for arm, own in phases.items()}
+    assert steps["sft"] == steps["default"] and steps["sft_longer"] == steps["default"] * 3 // 2
+    assert any(phase.w_jepa > 0 for phase in phases["default"])
+    for arm in ("sft", "sft_longer"):
+        assert all(p.w_jepa == p.w_codes == 0 and p.w_sft == 1 for p in phases[arm])
+        assert [p.lr for p in phases[arm]] == [p.lr for p in phases["default"]]
+
+
+def test_what_is_stored_is_not_made_again(tmp_path):
+    bench, made = bench_of(tmp_path), []
+    about: dict[str, dict] = {}
+
+    def make():
+        made.append(1)
+        return random_scores(1), {"a": 1}
+
+    for _ in range(2):
+        scores = cohorts._stored(bench, "x", about, make)
+    assert made == [1] and about == {"x": {"a": 1}} and scores.models.keys() == KNOWN.keys()
+    cohorts._stored(bench_of(tmp_path, split="held_out"), "x", about, make)
+    assert made == [1, 1]  # other patients judge
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`work` must be outside"):
-        cohorts.measure(settings_of(cohorts.ROOT / "build"))
-    with pytest.raises(ValueError, match="needs the variant"):
-        cohorts.measure(settings_of(tmp_path, bar=0.04))
-    with pytest.raises(ValueError, match="must be none of"):
-        cohorts.measure(settings_of(tmp_path, against="counts"))
-    run = tmp_path / f"x-{SEED}"
-    run.mkdir()
-    with pytest.raises(ValueError, match="must hold a finished run, its state is unknown"):
-        cohorts.trained(settings_of(tmp_path), SEED)
-    (run / "status.json").write_text('{"state": "done"}')
-    (run / "config.toml").write_text("[data]\nwindow = 64\n[cohort]\nseed = 6\n")
-    with pytest.raises(ValueError, match=f"simulated cohort with seed {SEED}"):
-        cohorts.trained(settings_of(tmp_path), SEED)
-    run.rename(tmp_path / "elsewhere")
-    with pytest.raises(RunFailed, match=r"x-5\.log has more"):
-        cohorts.trained(settings_of(tmp_path, train="--data.window=nothing"), SEED)
+        cohorts.measure(bench_of(cohorts.ROOT / "build"))
+    with pytest.raises(RunFailed, match=r"x\.log has more"):
+        cohorts.command_in(1, ["smbfast.no_such_command"], tmp_path / "x.log")
 
 
 @pytest.mark.slow
-def test_a_run_is_trained_measured_and_compared(tmp_path, monkeypatch, capsys):
+def test_runs_are_trained_measured_and_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
-    words = [f"--work={tmp_path}", "--seeds=31", "--patients=400", "--draws=20", "--save"]
-    train = "--train=tiny --cohort.patients=400 --probe.pool=mean --phases.0.steps=2"
-    cohorts.main(["--name=old", *words, train])
-    with pytest.raises(SystemExit, match=r"seed 31: \+0.0000 mean AUROC"):
-        (tmp_path / "new-31").symlink_to(tmp_path / "old-31")  # the same run by another name
-        for file in list(tmp_path.glob("old-31.*")):
-            (tmp_path / file.name.replace("old", "new")).symlink_to(file)
-        cohorts.main(["--name=new", *words, "--against=old", "--bar=0.01"])
-    lines = [
-        json.loads(line)
-        for line in (tmp_path / "results" / "cohorts.jsonl").read_text().splitlines()
-    ]
-    assert [line["variant"] for line in lines] == ["old", "new"]
-    assert set(lines[0]["auroc"]) == {"run", "bag", "counts", "filter"}
-    assert lines[1]["differences"]["run - old"]["mean"]["value"] == 0
-    assert lines[0]["cost"]["cpu_s"] > 0 and lines[0]["settings"]["phases"][0]["steps"] == 2
-    assert "CPU seconds" in capsys.readouterr().out
 
-    # the nodes of train have the embeddings that the run itself wrote, but for rounding
-    file = tmp_path / "old-31.400.held_out.mean.embeddings.parquet"
-    own, other = (
-        {(r["subject_id"], r["prediction_time"]): r["embedding"] for r in table.to_pylist()}
-        for table in (
-            pq.read_table(f, filters=[("split", "=", "train")])
-            for f in (file, tmp_path / "old-31" / "embeddings" / "online.parquet")
-        )
-    )
-    assert own and own.keys() <= other.keys()
-    own_KD, other_KD = np.array([*own.values()]), np.array([other[k] for k in own])
-    assert np.abs(own_KD - other_KD).max() < embed.TOLERANCE * np.abs(other_KD).max()
+    def in_this_process(_threads: int, command: list[str], _log: Path) -> dict:
+        train.main(command[1:])
+        return {"wall_s": 2.0, "cpu_s": 1.0, "load": 0.0, "threads": 1}
+
+    monkeypatch.setattr(cohorts, "command_in", in_this_process)
+    arms = f"--arms=a: tiny {SMALL}; b: tiny {SMALL}"
+    words = [f"--work={tmp_path}", f"--cohorts={SEED}", "--seeds=0", "--patients=400", arms]
+    cohorts.main([*words, "--draws=20", "--save"])
+    seconds = "seconds of a run  wall  CPU  runs\na                 2     1    1"
+    assert seconds in capsys.readouterr().out
+    record = json.loads((tmp_path / "results" / "cohorts.jsonl").read_text())
+    # two arms of the same words are the same run, and the untrained encoder is another
+    for pool in cohort_models.READOUTS:
+        assert record["difference"][f"a/{pool} - b/{pool}"]["mean"]["value"] == 0
+        assert record["difference"][f"a/{pool} - untrained/{pool}"]["mean"]["value"] != 0
+        assert f"a/{pool}" in record["share"]
+        assert f"a/{pool}" in record["by_cohort"][str(SEED)]["auroc"]
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "scores").iterdir()}
+    assert len(before) == 4
+    cohorts.main([*words, "--draws=20"])
+    assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "scores").iterdir()}
