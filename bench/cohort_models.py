@@ -4,11 +4,10 @@ All read-outs of an encoder come from one forward of each decision node. A probe
 its penalty chosen by tuning log loss. `auto` is the one of `POOLS` with the least tuning log loss,
 mean over the tasks; `last+layers` is the mean of the logits of two probes.
 
-Legend: K nodes, N label rows of a task, R of them who judge, B nodes of a forward, T tokens, L
-layers, D width, F features, S training seeds (always 1 here).
+Legend: K nodes, N label rows of a task, R of them who judge, M nodes of a call, D width, C codes, V
+tokens, F features.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
-from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-from sklearn.preprocessing import MaxAbsScaler, StandardScaler
-from torch import Tensor
 
 from bench.cohort_data import TASKS, bag_features, bag_of_tokens, rows_of
 from bench.cohort_stats import COUNTS, FILTER, Scores
@@ -28,17 +22,20 @@ from smbfast.data.labels import Labels, read_labels
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import Nodes, NodeText, distinct_nodes, node_texts
 from smbfast.data.prepared import Prepared
-from smbfast.model.backbone import PatientEncoder, padded
-from smbfast.probing.counts import count_codes
+from smbfast.model.backbone import PatientEncoder
+from smbfast.probing.binary import log_loss
+from smbfast.probing.boosting import fit_boosting
+from smbfast.probing.embedding import Model, embed_into
 from smbfast.probing.features import read_oracle
+from smbfast.probing.logistic import fit_logistic
+from smbfast.probing.values import code_values
+from smbfast.settings import POOLS
 
-POOLS = ("last", "mean", "layers", "spread")
 AUTO, BLEND = "auto", "last+layers"
 READOUTS = (*POOLS, AUTO, BLEND)
-BAG, BOOSTING = "bag", "boosting"
-BASELINES = (COUNTS, BAG)
-_TOKENS = 8192  # of a forward, its padding included: our choice
-_PENALTIES = 10.0 ** np.arange(-6, 2.5, 0.5)
+VALUES, BAG, BOOSTING = "values", "bag", "boosting"
+BASELINES = (COUNTS, VALUES, BAG, BOOSTING)
+_TOKENS = 16384  # of a forward, as many as a run has by default
 
 
 @dataclass(frozen=True)
@@ -84,17 +81,16 @@ class Probed:
 
     def fit(self, name: str, labels: Labels, feature_NF: np.ndarray | csr_matrix) -> np.ndarray:
         """Fit the probe of a model for a task and return its logits of all rows, [N]."""
-        logit_N, penalty = _fit(feature_NF, labels.binary_N, labels.split_N)
-        self.put(name, labels, logit_N)
-        self.chosen.setdefault(name, {})[labels.task] = penalty
-        return logit_N
+        probe = fit_logistic(feature_NF, labels.binary_N, labels.split_N)
+        self.put(name, labels, probe.logit_N)
+        self.chosen.setdefault(name, {})[labels.task] = probe.penalty
+        return probe.logit_N
 
     def put(self, name: str, labels: Labels, logit_N: np.ndarray) -> None:
         """Take the logits of a model for a task."""
         key, tuning_N = (name, labels.task), labels.split_N == "tuning"
         self.logit_R[key] = logit_N[labels.split_N == "held_out"]
-        true_N = labels.binary_N[tuning_N]
-        self.loss[key] = log_loss(true_N, expit(logit_N[tuning_N]), labels=[False, True])
+        self.loss[key] = log_loss(logit_N[tuning_N], labels.binary_N[tuning_N])
 
     def scores(self, tasks: list[Labels]) -> Scores:
         """Return the logits as scores of one training seed, all tasks below each other."""
@@ -107,23 +103,6 @@ class Probed:
             np.concatenate([own.binary_N for own in held]),
             {n: np.concatenate([self.logit_R[n, own.task] for own in held])[None] for n in names},
         )
-
-
-def _fit(
-    feature_NF: np.ndarray | csr_matrix, true_N: np.ndarray, split_N: np.ndarray
-) -> tuple[np.ndarray, float]:
-    train_N, tuning_N = split_N == "train", split_N == "tuning"
-    scaler = StandardScaler() if isinstance(feature_NF, np.ndarray) else MaxAbsScaler()
-    scaled_NF = scaler.fit(feature_NF[train_N]).transform(feature_NF)
-    model = LogisticRegression(tol=1e-6, max_iter=1000, warm_start=True)
-    best, least = (np.empty(0), 0.0), np.inf
-    for penalty in _PENALTIES:
-        model.set_params(C=penalty).fit(scaled_NF[train_N], true_N[train_N])
-        logit_N = model.decision_function(scaled_NF)
-        loss = log_loss(true_N[tuning_N], expit(logit_N[tuning_N]), labels=[False, True])
-        if loss < least - 1e-6:
-            best, least = (logit_N, float(penalty)), loss
-    return best
 
 
 def read_out(prefix: str, judged: Judged, encoder: PatientEncoder) -> tuple[Scores, dict]:
@@ -141,7 +120,7 @@ def read_out(prefix: str, judged: Judged, encoder: PatientEncoder) -> tuple[Scor
     loss: dict[str, dict[str, float]] = {}
     for (name, task), value in probed.loss.items():
         loss.setdefault(name, {})[task] = value
-    about = {"auto": chosen, "penalty": probed.chosen, "tuning_log_loss": loss}
+    about = {"auto": chosen, "chosen": probed.chosen, "tuning_log_loss": loss}
     return Scores(**{**vars(scores), "models": named}), about
 
 
@@ -152,70 +131,62 @@ def chosen_pool(loss: dict[tuple[str, str], float]) -> str:
     )
 
 
-@torch.inference_mode()
 def pooled(encoder: PatientEncoder, texts: list[NodeText]) -> dict[str, np.ndarray]:
-    """Return each of `POOLS` of every node, float32 [K, F], from one forward of transformers.
-
-    `last` and `mean` are of the states after the final norm; `layers` puts the means of all layers
-    beside each other, input embeddings included; `spread` is last, mean, max and standard deviation
-    over tokens.
-    """
-    parts: dict[str, list[np.ndarray]] = {pool: [] for pool in POOLS}
-    index: list[int] = []
-    for batch in _batches(texts):
-        ids_BT = padded([torch.from_numpy(text.ids_T).long() for text in batch], 0)
-        length_B = torch.tensor([len(text.ids_T) for text in batch])
-        # no real position sees the padding behind it
-        states = encoder.decoder(
-            inputs_embeds=encoder.embed(ids_BT), use_cache=False, output_hidden_states=True
-        ).hidden_states
-        for pool, value_BF in _pools(states, length_B).items():
-            parts[pool].append(value_BF.float().numpy())
-        index += [text.index for text in batch]
-    order = np.argsort(index)
-    return {pool: np.concatenate(own)[order] for pool, own in parts.items()}
+    """Return the embeddings of every node by each pool, float32 [K, F], from one forward."""
+    device = torch.device("cpu")
+    taken = {pool: Taken(len(texts)) for pool in POOLS}
+    model = Model(encoder.packed)
+    embed_into([(taken, model)], len(texts), iter(texts), device, tokens=_TOKENS)
+    return {pool: own.value_KF for pool, own in taken.items()}
 
 
-def _batches(texts: list[NodeText]) -> Iterator[list[NodeText]]:
-    """Yield nodes of like length, at most `_TOKENS` together with their padding."""
-    batch: list[NodeText] = []
-    for text in sorted(texts, key=lambda text: len(text.ids_T)):
-        if batch and (len(batch) + 1) * len(text.ids_T) > _TOKENS:
-            yield batch
-            batch = []
-        batch.append(text)
-    if batch:
-        yield batch
+class Taken:
+    """Takes embeddings into an array, by their node."""
 
+    def __init__(self, nodes: int) -> None:
+        self._nodes = nodes
+        self.value_KF = np.empty((0, 0), np.float32)
 
-def _pools(states: tuple[Tensor, ...], length_B: Tensor) -> dict[str, Tensor]:
-    real_BT1 = (torch.arange(states[-1].shape[1]) < length_B[:, None])[..., None]
-    means = [(s_BTD * real_BT1).sum(1) / length_B[:, None] for s_BTD in states]
-    top_BTD, mean_BD = states[-1], means[-1]
-    last_BD = top_BTD[torch.arange(len(length_B)), length_B - 1]
-    square_BD = ((top_BTD - mean_BD[:, None]).square() * real_BT1).sum(1) / length_B[:, None]
-    largest_BD = top_BTD.masked_fill(~real_BT1, -torch.inf).amax(1)
-    spread = torch.cat([last_BD, mean_BD, largest_BD, square_BD.sqrt()], 1)
-    return {"last": last_BD, "mean": mean_BD, "layers": torch.cat(means, 1), "spread": spread}
+    def put(self, index_M: list[int], values_MD: np.ndarray) -> None:
+        """Take the embeddings of the nodes `index_M`."""
+        if not self.value_KF.size:
+            self.value_KF = np.empty((self._nodes, values_MD.shape[1]), np.float32)
+        self.value_KF[index_M] = values_MD
 
 
 def baselines(judged: Judged) -> tuple[Scores, dict]:
-    """Return the scores of code counts, of the bag of the model's own tokens and of the filter."""
+    """Return the scores of the models that no training changes, and of the filter, with what the
+    record says of them."""
     probed, nodes = Probed(), judged.nodes
-    counts = count_codes(judged.dataset, nodes.subject_K, nodes.time_K)
+    values = code_values(judged.dataset, nodes.subject_K, nodes.time_K)
     bag_KV = bag_of_tokens(judged.dataset, judged.prepared, nodes.subject_K, nodes.time_K)
     for labels in judged.tasks:
         train_N = labels.split_N == "train"
-        count_NC = counts.features(labels.subject_N, labels.time_N, train_N)
+        count_NC = values.counts.features(labels.subject_N, labels.time_N, train_N)
+        value_NF = values.features(labels.subject_N, labels.time_N, train_N)
         probed.fit(COUNTS, labels, count_NC)
+        probed.fit(VALUES, labels, filled(value_NF, train_N))
         bag_NF = bag_features(bag_KV, judged.rows(labels), count_NC[:, :2], train_N)
         probed.fit(BAG, labels, bag_NF)
+        boosting = fit_boosting(value_NF, labels.binary_N, labels.split_N)
+        probed.put(BOOSTING, labels, boosting.logit_N)
+        probed.chosen.setdefault(BOOSTING, {})[labels.task] = boosting.num_trees
         held = labels.take(labels.split_N == "held_out")
         oracle = read_oracle(judged.data / "oracles" / labels.task / "held_out.parquet", held)
         probed.logit_R[FILTER, labels.task] = oracle["bayes_filter"]
     about = {
-        "penalty": probed.chosen,
+        "chosen": probed.chosen,
         "rows": {labels.task: labels.counts() for labels in judged.tasks},
         "positives": {labels.task: labels.positives() for labels in judged.tasks},
     }
     return probed.scores(judged.tasks), about
+
+
+def filled(value_NF: np.ndarray, train_N: np.ndarray) -> np.ndarray:
+    """Return features without nan, for a linear model: the mean of train in its place, and behind
+    all of them whether there is a value, float64 [N, 2 F]."""
+    has_NF = np.isfinite(value_NF)
+    count_F = has_NF[train_N].sum(0)
+    sum_F = np.where(has_NF, value_NF, 0.0)[train_N].sum(0)
+    mean_F = sum_F / np.maximum(count_F, 1)
+    return np.hstack([np.where(has_NF, value_NF, mean_F), has_NF.astype(np.float64)])

@@ -399,7 +399,7 @@ def measure(bench: CohortsBench) -> tuple[dict[str, Any], list[tuple[bool, str]]
         each.append(estimates(bench, scores, cohort))
     mean = {kind: over_cohorts([own[kind] for own in each]) for kind in each[0]}
     shown = {kind: cells(own) for kind, own in mean.items()}
-    reached = bars(bench, mean) if BOOSTING in BASELINES else []
+    reached = bars(bench, mean)
     settings = bench.model_dump(mode="json", exclude={"work", "save", "bars"})
     record = {
         **stamp,

@@ -12,7 +12,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from bench import cohort_data, cohort_models, cohort_stats, cohorts, records
-from bench.cohort_models import BOOSTING, POOLS, Probed
+from bench.cohort_models import BOOSTING, Probed
 from bench.cohort_stats import COUNTS, FILTER, MEAN
 from smbfast import train
 from smbfast.base.config import build
@@ -20,14 +20,13 @@ from smbfast.base.entry import RunFailed
 from smbfast.data.labels import read_labels
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import NodeText
-from smbfast.probing.embedding import Model, embed_into
 from smbfast.probing.resample import patient_weights
 from smbfast.run.folder import data_of, prepared_data
+from smbfast.settings import POOLS
 from smbfast.simulation.dataset import simulate
 from tests.tiny import random_window, tiny_encoder
 
 SEED = 5
-CPU = torch.device("cpu")
 PATIENTS = 300  # few, of which every split has some
 SMALL = f"--cohort.patients={PATIENTS} --phases.0.steps=2 --phases.1.steps=2 --eval.windows=2"
 
@@ -302,37 +301,33 @@ def test_one_read_out_is_chosen_on_tuning_for_all_tasks():
     assert cohort_models.chosen_pool(loss | {("last+layers", "a"): 0.1}) == "last"
 
 
-def test_read_outs_are_those_that_the_command_embed_gives():
-    """From padded forwards of transformers, against the packed ones: equal but for rounding."""
+def test_every_read_out_of_a_node_comes_from_its_own_tokens():
+    """In the order of the nodes, whatever their order in the data; equal but for rounding to
+    transformers' own forward of each node by itself."""
     encoder = tiny_encoder()
     random = np.random.default_rng(0)
-    ids = [random.integers(0, 40, size).astype(np.int32) for size in (1, 7, 30, 7, 12)]
-    texts = [NodeText(k, k, 0, 0, own) for k, own in enumerate(ids)]
+    texts = [
+        NodeText(k, k, 0, 0, random.integers(0, 40, size).astype(np.int32))
+        for k, size in enumerate((1, 7, 30, 7, 12))
+    ]
     own = cohort_models.pooled(encoder, [texts[k] for k in (3, 0, 4, 2, 1)])
-    for pool in ("last", "mean"):
-        rows: dict[int, np.ndarray] = {}
-        sink = Taken(rows)
-        embed_into([(sink, Model(encoder.packed))], 5, iter(texts), CPU, tokens=64, pool=pool)
-        wanted = np.stack([rows[k] for k in range(5)])
-        assert np.abs(own[pool] - wanted).max() < 1e-5 * np.abs(wanted).max()
-    width = encoder.width
-    assert np.array_equal(own["layers"][:, -width:], own["mean"])
-    assert np.array_equal(own["spread"][:, : 2 * width], np.hstack([own["last"], own["mean"]]))
-    assert np.array_equal(own["spread"][0, 2 * width :], np.hstack([own["last"][0], [0] * width]))
-    hidden_TD = encoder.hidden(torch.from_numpy(ids[2])[None].long())[0].detach().numpy()
-    largest_D, spread_D = np.split(own["spread"][2, 2 * width :], 2)
-    assert np.allclose(largest_D, hidden_TD.max(0), rtol=1e-5, atol=1e-5)
-    assert np.allclose(spread_D, hidden_TD.std(0), rtol=1e-4, atol=1e-5)
+    assert set(own) == set(POOLS)
+    for text in texts:
+        hidden_TD = encoder.hidden(torch.from_numpy(text.ids_T)[None].long())[0].detach().numpy()
+        wanted = {"last": hidden_TD[-1], "mean": hidden_TD.mean(0)}
+        for pool, value_D in wanted.items():
+            assert np.abs(own[pool][text.index] - value_D).max() < 1e-5 * np.abs(hidden_TD).max()
 
 
-class Taken:
-    """A sink that takes embeddings into a dictionary by their node."""
-
-    def __init__(self, rows: dict[int, np.ndarray]) -> None:
-        self.rows = rows
-
-    def put(self, index_M: list[int], values_MD: np.ndarray) -> None:
-        self.rows |= dict(zip(index_M, values_MD, strict=True))
+def test_values_without_nan_say_where_there_is_one():
+    value_NF = np.array([[1.0, np.nan], [np.nan, np.nan], [3.0, 5.0], [np.nan, 7.0]])
+    train_N = np.array([True, True, True, False])
+    assert cohort_models.filled(value_NF, train_N).tolist() == [
+        [1, 5, 1, 0],
+        [2, 5, 0, 0],
+        [3, 5, 1, 1],
+        [2, 7, 0, 1],
+    ]
 
 
 def test_a_probe_is_fitted_on_train_and_chosen_on_tuning_alone(folders):
@@ -424,3 +419,5 @@ def test_runs_are_trained_measured_and_compared(tmp_path, monkeypatch, capsys):
     assert len(before) == 4
     cohorts.main([*words, "--draws=20"])
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "scores").iterdir()}
+    with pytest.raises(SystemExit):  # two steps reach no bar
+        cohorts.main([*words, "--draws=20", "--bars"])
