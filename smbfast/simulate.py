@@ -15,10 +15,12 @@ def main(argv: list[str] | None = None) -> None:
             config.out,
             config.patients,
             config.seed,
+            held_out=config.held_out,
             nodes=config.nodes,
             patients_per_file=config.patients_per_file,
         )
-    print(f"{config.out}: {config.patients:,} simulated patients, seed {config.seed}")
+    further = f" and {config.held_out:,} held out" if config.held_out else ""
+    print(f"{config.out}: {config.patients:,} simulated patients{further}, seed {config.seed}")
 
 
 if __name__ == "__main__":

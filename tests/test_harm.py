@@ -260,6 +260,7 @@ def test_a_folder_of_others_is_no_run_folder(name: str, tmp_path: Path):
 def test_what_a_run_leaves_that_ended_early_is_ours(tmp_path: Path):
     ours.require_run_folder(tmp_path / "none")
     write(tmp_path / "cohort-60-0", events="1")
+    write(tmp_path / "cohort-60-0-99", events="1")
     write(tmp_path / "prepared" / "tokenizer", model="1")
     (tmp_path / "prepared" / "plan.json").write_text("{}")
     killed_in_a_write(tmp_path / "prepared")

@@ -1,6 +1,7 @@
 """The simulated dataset on disk: valid MEDS, the same bytes, the same patient in every cohort."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import meds
@@ -15,6 +16,7 @@ from smbfast.simulation import cohort, oracles
 from smbfast.simulation.dataset import simulate
 
 PATIENTS = 700
+TASKS = oracles.TASKS
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,29 @@ def test_a_patient_is_the_same_in_a_smaller_cohort_and_in_other_files(dataset, t
     assert not events(tmp_path / "other").equals(small)
 
 
+def test_further_patients_are_held_out_and_change_nobody(tmp_path):
+    """The next patients of a larger cohort, but all in held_out, with their labels and oracles."""
+    simulate(tmp_path / "more", 100, 4, held_out=200)
+    simulate(tmp_path / "alone", 100, 4)
+    simulate(tmp_path / "larger", 300, 4)
+    assert events(tmp_path / "more").equals(events(tmp_path / "larger"))
+    for split in ("train", "tuning"):
+        for file in (f"data/{split}/0.parquet", *(f"labels/{t}/{split}.parquet" for t in TASKS)):
+            more, alone = (tmp_path / name / file for name in ("more", "alone"))
+            assert more.read_bytes() == alone.read_bytes()
+    splits = pq.read_table(tmp_path / "more/metadata/subject_splits.parquet").to_pydict()
+    split_of = dict(zip(splits["subject_id"], splits["split"], strict=True))
+    assert sorted(split_of) == list(range(1, 301))
+    assert {split_of[i] for i in range(101, 301)} == {"held_out"}
+    for kind, task in product(("labels", "oracles"), TASKS):
+        whole = pa.concat_tables(
+            pq.read_table(tmp_path / f"larger/{kind}/{task}/{split}.parquet") for split in SPLITS
+        ).sort_by([("subject_id", "ascending")])
+        mine = [split_of[i] == "held_out" for i in whole["subject_id"].to_pylist()]
+        judged = pq.read_table(tmp_path / f"more/{kind}/{task}/held_out.parquet")
+        assert judged.equals(whole.filter(pa.array(mine)))
+
+
 def test_values_are_rounded_and_only_labs_have_them(dataset):
     table = events(dataset).to_pydict()
     steps = {lab.code: lab.step for lab in cohort.LABS}
@@ -120,4 +145,6 @@ def test_a_number_out_of_range_is_named(tmp_path, name):
     settings = {"patients": 10, "seed": 0, name: 0}
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         simulate(tmp_path / "none", **settings)
+    with pytest.raises(ValueError, match="held_out must not be negative, got -1"):
+        simulate(tmp_path / "none", 10, 0, held_out=-1)
     assert list(tmp_path.iterdir()) == []

@@ -16,7 +16,7 @@ from smbfast.base.staging import is_staging
 # what systems leave in any folder and nobody misses; it is never touched either
 _OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9a-f]+|lost\+found|Thumbs\.db|desktop\.ini")
 _EVENTS = re.compile(r"events\.out\.tfevents\..*")
-_COHORT = re.compile(r"cohort-\d+-\d+")
+_COHORT = re.compile(r"cohort-\d+-\d+(-\d+)?")
 _PREPARED = (
     *("plan.json", "prepare.json", "classes.json", "tokenizer"),
     *("train", "tuning", "held_out"),

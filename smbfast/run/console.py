@@ -199,7 +199,7 @@ def already_done(settings: TrainSettings) -> None:
 
 
 def _cohort(settings: TrainSettings) -> str:
-    return f"{settings.folder}/cohort-{settings.cohort.patients}-{settings.cohort.seed}"
+    return f"{settings.folder}/{settings.cohort.folder_name}"
 
 
 def _card(rows: list[tuple[str, str]], width: int = 11) -> None:

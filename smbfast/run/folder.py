@@ -186,9 +186,10 @@ def data_of(settings: TrainSettings, run: Path) -> DataSettings:
     data = decided_data(settings)
     if data.path is None:
         # the name says which cohort it is, so other settings never reuse it
-        cohort = run / f"cohort-{settings.cohort.patients}-{settings.cohort.seed}"
+        asked = settings.cohort
+        cohort = run / asked.folder_name
         if not cohort.is_dir():
-            simulate(cohort, settings.cohort.patients, settings.cohort.seed)
+            simulate(cohort, asked.patients, asked.seed, held_out=asked.held_out)
         data = data.model_copy(update={"path": str(cohort)})
     return data
 

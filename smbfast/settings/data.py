@@ -255,6 +255,20 @@ class CohortSettings(Settings):
         "Another seed is another cohort; with the same seed patient i is the same person, however "
         "many patients there are.",
     )
+    held_out: int = Field(
+        0,
+        ge=0,
+        description="Number of further simulated patients, all of them held_out, beside those of "
+        "cohort.patients. They cost seconds to simulate and make the figures of --final more "
+        "certain; without --final none of them is embedded. No patient is trained on or tuned on "
+        "because of them.",
+    )
+
+    @property
+    def folder_name(self) -> str:
+        """The name of the cohort's folder in a run, which says which cohort it is."""
+        further = f"-{self.held_out}" if self.held_out else ""
+        return f"cohort-{self.patients}-{self.seed}{further}"
 
 
 class PrepareSettings(DataSettings):
@@ -343,6 +357,12 @@ class SimulateSettings(Settings):
         ge=1,
         description="Number of simulated patients, all splits together: about 60 % fall into "
         "train, 15 % into tuning and 25 % into held_out.",
+    )
+    held_out: int = Field(
+        0,
+        ge=0,
+        description="Number of further patients, all of them held_out. Their ids follow those of "
+        "`patients`, who stay as they are.",
     )
     seed: int = Field(
         0,

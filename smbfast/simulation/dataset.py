@@ -47,12 +47,19 @@ _ORACLE = pa.schema(
 
 
 def simulate(
-    out: Path, patients: int, seed: int, *, nodes: int = 1, patients_per_file: int = 16384
+    out: Path,
+    patients: int,
+    seed: int,
+    *,
+    held_out: int = 0,
+    nodes: int = 1,
+    patients_per_file: int = 16384,
 ) -> None:
     """Write the cohort described at the top of this file to `out`, whole or not at all.
 
     Patient i has `subject_id` i + 1 and is the same whatever `patients` and `patients_per_file`;
-    its split is a draw of its own (60 / 15 / 25 %). `nodes` changes labels, never events.
+    its split is a draw of its own (60 / 15 / 25 %). The next `held_out` patients are all held_out,
+    whatever their draw says. `nodes` changes labels, never events.
 
     Raises:
         ValueError: `out` exists already, or a number is out of range.
@@ -64,33 +71,39 @@ def simulate(
     ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
+    for name, value in (("seed", seed), ("held_out", held_out)):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
     with committed_folder(Path(out)) as folder:
-        _write(folder, patients, seed, nodes, patients_per_file)
+        _write(folder, patients, held_out, seed, nodes, patients_per_file)
 
 
-def _write(folder: Path, patients: int, seed: int, nodes: int, patients_per_file: int) -> None:
-    blocks = -(-patients // cohort.BLOCK)
+def _write(
+    folder: Path, patients: int, held_out: int, seed: int, nodes: int, patients_per_file: int
+) -> None:
+    everyone = patients + held_out
+    blocks = -(-everyone // cohort.BLOCK)
     per_file = -(-patients_per_file // cohort.BLOCK)
     counts = {
         task: {split: {"rows": 0, "subjects": 0, "positive": 0} for split in SPLITS}
         for task in oracles.TASKS
     }
-    progress = Progress("smbfast.simulate", patients, "patients")
+    progress = Progress("smbfast.simulate", everyone, "patients")
     with _Tables(folder) as tables:
         _open_all(tables)
         for file, first in enumerate(range(0, blocks, per_file)):
             held: dict[str, list[pa.Table]] = {}
             for number in range(first, min(first + per_file, blocks)):
                 block = cohort.draw_block(seed, number)
-                real = block.index_B < patients
-                _hold_block(held, block, real, cohort.draw_nodes(block, seed, nodes), file, counts)
-                progress.add(int(real.sum()))
+                split_B = np.where(block.index_B < patients, block.split_B, "held_out")
+                split_B[block.index_B >= everyone] = ""
+                at_nodes = cohort.draw_nodes(block, seed, nodes)
+                _hold_block(held, block, split_B, at_nodes, file, counts)
+                progress.add(int((split_B != "").sum()))
             for name in sorted(held):
                 tables.write(name, pa.concat_tables(held[name]))
             tables.close_data()
-    _write_metadata(folder, patients, seed)
+    _write_metadata(folder, patients, held_out, seed)
     about = [
         {
             "task": task,
@@ -116,14 +129,17 @@ def _open_all(tables: "_Tables") -> None:
 def _hold_block(
     held: dict[str, list[pa.Table]],
     block: cohort.Block,
-    real_B: np.ndarray,
+    split_B: np.ndarray,
     nodes: cohort.Nodes,
     file: int,
     counts: dict[str, dict[str, dict[str, int]]],
 ) -> None:
-    """Put the tables of one block into `held`, by the file they belong to."""
-    subject_B = block.index_B + 1
-    split_B = np.where(real_B, block.split_B, "")
+    """Put the tables of one block into `held`, by the file they belong to.
+
+    Args:
+        split_B: of each patient; "" for one who is not in the cohort.
+    """
+    subject_B, real_B = block.index_B + 1, split_B != ""
     splits = pa.table(
         {"subject_id": subject_B[real_B], "split": split_B[real_B].astype(object)},
         schema=meds.SubjectSplitSchema.schema(),
@@ -174,7 +190,7 @@ def _event_table(rows: cohort.Rows, at: np.ndarray, subject_B: np.ndarray) -> pa
     )
 
 
-def _write_metadata(folder: Path, patients: int, seed: int) -> None:
+def _write_metadata(folder: Path, patients: int, held_out: int, seed: int) -> None:
     codes = pa.table(
         {
             "code": [code for code, _ in cohort.CODES],
@@ -184,9 +200,10 @@ def _write_metadata(folder: Path, patients: int, seed: int) -> None:
         schema=meds.CodeMetadataSchema.schema(),
     )
     pq.write_table(codes, folder / "metadata" / "codes.parquet")
+    further = f" and {held_out} held out" if held_out else ""
     dataset = {
         "dataset_name": "smbfast simulated cohort",
-        "dataset_version": f"seed {seed}, {patients} patients",
+        "dataset_version": f"seed {seed}, {patients} patients{further}",
         "etl_name": "smbfast.simulate",
         "etl_version": "1",
         "meds_version": meds.__version__,
