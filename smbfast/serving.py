@@ -10,7 +10,7 @@ and moments both give the same bits.
 Legend: K nodes, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,17 +114,43 @@ class Embedder:
             ValueError: data or moments that cannot be used, no node that can be embedded, or an
                 encoder that the model does not have.
         """
+        pool = pool or self.record["pool"]
+        more = {"codes": codes, "encoder": encoder, "path": path, "tokens": tokens}
+        return self.embed_by([pool], data, at, **more)[pool]
+
+    def embed_by(
+        self,
+        pools: Sequence[Pool],
+        data: Any,
+        at: Any,
+        *,
+        codes: Any = None,
+        encoder: Which = "online",
+        path: Forward = "shared",
+        tokens: int = 16384,
+    ) -> dict[Pool, Embeddings]:
+        """Return the embeddings by each of several pools, from one forward for all of them.
+
+        Each has the bits that `embed` gives by that pool alone.
+
+        Args:
+            pools: of `last`, `mean`, `layers` and `spread`.
+            data, at, codes, encoder, path, tokens: see `embed`.
+
+        Raises:
+            ValueError: see `embed`.
+        """
         model = Model(packed_of(self._encoder, self._target, encoder, path))
         moments, dataset = read_moments(at), _dataset(data, codes)
         nodes, counts = nodes_at(dataset, moments), dict[str, int]()
-        pool = pool or self.record["pool"]
-        sink = EmbeddingTable(nodes)
+        sinks = {pool: EmbeddingTable(nodes) for pool in pools}
         texts = self._texts(dataset, nodes, counts)
         with self._products():
-            embed_into(
-                [({pool: sink}, model)], len(nodes.subject_K), texts, self.device, tokens=tokens
-            )
-        return Embeddings(sink.table(origin_of(self.folder, encoder, pool)), counts)
+            embed_into([(sinks, model)], len(nodes.subject_K), texts, self.device, tokens=tokens)
+        return {
+            pool: Embeddings(sink.table(origin_of(self.folder, encoder, pool)), counts)
+            for pool, sink in sinks.items()
+        }
 
     def tokens(self, data: Any, at: Any, *, codes: Any = None) -> pa.Table:
         """Return the token ids that each node is embedded from.

@@ -24,6 +24,7 @@ from smbfast.data.moments import nodes_at, read_moments
 from smbfast.data.tokens import train_tokenizer
 from smbfast.probing.embedding_file import METADATA
 from smbfast.run.model_card import about
+from smbfast.settings import POOLS
 from tests.factory import (
     CODES,
     at,
@@ -185,15 +186,22 @@ def test_one_patient_in_memory(command: Any, model: Any, home: Path) -> None:
 
 
 def test_tokens_are_what_a_plain_model_needs(model: Any, home: Path) -> None:
+    by = model.embed_by(POOLS, EVENTS, at="last", codes=codes(home))
     result = model.embed(EVENTS, at="last", codes=codes(home), pool="last")
+    assert by["last"].table.equals(result.table, check_metadata=True)
     table = model.text(EVENTS, at="last", codes=codes(home))
     assert table["subject_id"].to_pylist() == result.subject_K.tolist()
     plain = AutoPeftModelForCausalLM.from_pretrained(home / "run" / "final")
-    for row, vector_D in zip(table.to_pylist(), result.vector_KD, strict=True):
+    for place, row in enumerate(table.to_pylist()):
         ids = torch.tensor([row["token_ids"]])
         with torch.no_grad():
-            states = plain(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-        assert np.abs(states[0, -1].numpy() - vector_D).max() <= PLAIN * np.abs(vector_D).max()
+            layers = plain(input_ids=ids, output_hidden_states=True).hidden_states
+        states_TD, means = layers[-1][0].numpy(), [layer[0].mean(0).numpy() for layer in layers]
+        last, own = states_TD[-1], [states_TD.mean(0), states_TD.max(0), states_TD.std(0)]
+        expected = {"last": last, "mean": own[0], "layers": np.concatenate(means)}
+        for pool, vector in (expected | {"spread": np.concatenate([last, *own])}).items():
+            gap = np.abs(vector - by[pool].vector_KD[place]).max()
+            assert gap <= PLAIN * np.abs(vector).max(), pool
         assert model.tokenizer(row["text"], add_special_tokens=False).input_ids == row["token_ids"]
         assert "Glucose in Blood" in row["text"]  # a description, from codes
 

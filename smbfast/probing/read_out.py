@@ -20,7 +20,7 @@ from smbfast.probing.embedding_file import EmbeddingFile
 from smbfast.probing.features import Features
 from smbfast.probing.logistic import fit_logistic
 from smbfast.probing.pooling import width_of
-from smbfast.probing.survival import probe_survival
+from smbfast.probing.survival import fit_cox
 from smbfast.settings import POOLS, Pool
 
 WIDEST = 16_384  # numbers of an embedding that a run chooses by itself: our choice
@@ -130,6 +130,6 @@ def _disorder(labels: Labels, feature_NF: Features) -> float:
     duration_N, event_N = labels.survival_N
     if not event_N[labels.split_N == "train"].any():
         return float("nan")
-    cox = probe_survival(feature_NF, duration_N, event_N, labels.split_N, wanted=10, seed=0)
+    cox = fit_cox(feature_NF, duration_N, event_N, labels.split_N)
     own = resample.c_index(cox.risk_N[tuning], duration_N[tuning], event_N[tuning])
     return 1 - float(own(np.ones((1, int(tuning.sum())), np.int32))[0])

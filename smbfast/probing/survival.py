@@ -2,8 +2,8 @@
 
 Features are scaled on train (`scaling`), and the regression is fitted on train alone. Ties are
 Efron's (1977). Source: Cox (1972); lifelines fits the same model with a Hessian, which takes a
-minute with the features of an embedding. Shape suffixes: N rows, F features, T rows of train, R rows of
-one partial likelihood, E rows of it with an event, G distinct times of events.
+minute with the features of an embedding. Shape suffixes: N rows, F features, T rows of train, R
+rows of one partial likelihood, E rows of it with an event, G distinct times of events.
 """
 
 from collections.abc import Callable
