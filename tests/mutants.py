@@ -302,6 +302,40 @@ DECODER = [
         "tests/test_shared_step.py::test_linears_with_bias[lora-merged-tied-targets0]",
     ),
     mutant(
+        "pool-of-the-whole-trunk",
+        "a pool of a node reaches to the end of its trunk",
+        "smbfast/probing/pooling.py",
+        "seen_ED[np.searchsorted(end_E, prefix)]",
+        "seen_ED[-1]",
+        "tests/test_embed.py::test_nothing_a_node_does_not_see_changes_a_bit_of_it",
+    ),
+    mutant(
+        "pool-chosen-on-held-out",
+        "held-out patients decide which pool a run takes",
+        "smbfast/probing/read_out.py",
+        'np.isin(labels.split_N, ("train", "tuning"))) for labels in tasks]\n',
+        'labels.split_N != "tuning") for labels in tasks]\n'
+        "    for labels in read:\n"
+        '        labels.split_N[labels.split_N == "held_out"] = "tuning"\n',
+        "tests/probing/test_read_out.py::test_held_out_patients_have_no_say",
+    ),
+    mutant(
+        "held-out-in-the-same-forwards",
+        "held-out patients share forwards with those of tuning, whose bits they change",
+        "smbfast/probing/embedding.py",
+        "window.nodes[0].held_out",
+        "False",
+        "tests/test_embed.py::test_held_out_patients_have_forwards_of_their_own",
+    ),
+    mutant(
+        "choice-not-recorded",
+        "the model does not say which pool its run has chosen",
+        "smbfast/run/probes.py",
+        "        _settle(run, target, pool, choice)\n",
+        "",
+        "tests/test_embed.py::test_a_run_chooses_its_pool_and_the_model_says_which",
+    ),
+    mutant(
         "untrained-with-trained-rows",
         "the untrained encoder reads the token rows that LoRA has trained",
         "smbfast/model/backbone.py",

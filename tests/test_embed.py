@@ -230,6 +230,23 @@ def test_windows_share_forwards_of_bounded_length(tmp_path):
     np.testing.assert_allclose(*(matrix(t) for t in both), atol=1e-5)
 
 
+def test_held_out_patients_have_forwards_of_their_own(tmp_path):
+    """So the others keep their bits whether held-out patients are embedded or not."""
+    texts = [t for s in range(40) for t in nodes_of(random_window(s), [(1, 2), (4, 0)])]
+    texts = [replace(t, held_out=t.subject >= 25) for t in texts]
+    forwards: list[list[tuple[int, ...]]] = []
+
+    def packed(ids_T: Tensor, *more, **rows) -> Tensor:
+        forwards[-1].append(tuple(ids_T.tolist()))
+        return states(ids_T, *more, **rows)
+
+    for asked in (texts, [t for t in texts if not t.held_out], [t for t in texts if t.held_out]):
+        forwards.append([])
+        tables(tmp_path, {"a": packed}, asked, tokens=256)
+    both, others, held_out = forwards
+    assert both == others + held_out and len(held_out) > 2
+
+
 @pytest.mark.parametrize("pool", POOLS)
 @torch.no_grad()
 def test_nothing_a_node_does_not_see_changes_a_bit_of_it(pool):
