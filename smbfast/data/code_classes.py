@@ -121,7 +121,7 @@ class CodeClasses:
             classes = None
         if classes is None or classes.digest != digest:
             raise ValueError(
-                f"{file} must hold the classes that were found with these shards; it is damaged or "
+                f"{file} must hold the classes that belong to these shards; it is damaged or "
                 "of other shards. Prepare the data again, into another folder"
             )
         return classes
