@@ -305,7 +305,7 @@ def test_every_step_with_jepa_has_masked_tokens(tmp_path: Path) -> None:
 
 
 def test_a_phase_without_a_token_to_predict_is_refused() -> None:
-    windows = SimpleNamespace(num_with_cut=0, num_labels=0)
+    windows = SimpleNamespace(num_with_cut=0, num_labels=0, horizons=None)
     settings = load("sft", [])
     (text,) = data_card._nothing_to_predict(settings, windows)
     assert text.startswith("phase sft: SFT has no token to predict")

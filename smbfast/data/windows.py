@@ -145,16 +145,20 @@ class WindowSet:
         """The number of windows with a pair, which take part in a latent loss of horizons."""
         return len(self.with_pair_C)
 
+    def without_pairs(self) -> str:
+        """Return what to say where no window has a pair."""
+        names = ", ".join(self.horizons.names) if self.horizons else "none"
+        return (
+            "what is to come needs training windows in which a bucket has another within a "
+            f"horizon that the record covers; with the horizons {names} none of "
+            f"{few(len(self))} has one. Name longer ones (objective.horizons), raise data.window "
+            "or take objective.censored=none"
+        )
+
     def require_pairs(self) -> None:
         """Raise a ValueError unless at least one window has a pair."""
         if not self.num_with_pair:
-            names = ", ".join(self.horizons.names) if self.horizons else "none"
-            raise ValueError(
-                "JEPA of horizons needs training windows in which a bucket has another within a "
-                f"horizon that the record covers; with the horizons {names} none of "
-                f"{few(len(self))} has one. Name longer ones (objective.horizons), raise "
-                "data.window, take objective.censored=none, or train with objective.jepa=mask"
-            )
+            raise ValueError(self.without_pairs())
 
     def require_cuts(self) -> None:
         """Raise a ValueError unless at least one window has a cut."""

@@ -44,6 +44,7 @@ ODD = 0.01  # of events with an odd date or an empty code, and of subjects with 
 SEEN = 0.1  # of the tokens of records, by embeddings at their ends
 FEW_CUT = 0.5  # of tokens in windows with a cut
 FEW_MASKED = 16  # masked tokens a step
+ENOUGH_DEATHS = 0.9  # of the pairs with a death inside, used
 _STEPS = 8  # with JEPA, whose masks are drawn
 _WINDOWS = 512  # of these steps together, at most, beside those of the first one
 
@@ -136,6 +137,7 @@ def data_card(
         *_rows(settings, prepared, windows, losses),
         *_quality_rows(settings, prepared),
         *_predicted_rows(windows, masks),
+        *_ahead_rows(windows),
         *(_label_row(f, n) for f, n in zip(tasks, early, strict=True)),
     ]
     num_tasks = f"{len(tasks)} task{'' if len(tasks) == 1 else 's'} to probe"
@@ -146,14 +148,15 @@ def data_card(
 
 
 def _masks(settings: TrainSettings, windows: WindowSet) -> Masks | None:
-    """Draw the masks of a few steps with JEPA; None if there is no such step or no cut.
+    """Draw the masks of a few steps with mask JEPA; None if there is no such step or no cut.
 
     Each step of such a phase takes windows with a cut alone, whose future has a line that can be
     masked, and of it at least one token is: so the table of windows says it for all steps.
     """
     steps, first = [], 0
     for phase in settings.phases:
-        steps += [range(first, first + phase.steps)] if phase.w_jepa > 0 else []
+        is_mask = phase.w_jepa > 0 and settings.objective.jepa == "mask"
+        steps += [range(first, first + phase.steps)] if is_mask else []
         first += phase.steps
     num_steps = sum(len(r) for r in steps)
     if not num_steps or not windows.num_with_cut:
@@ -191,7 +194,10 @@ def _nothing_to_predict(settings: TrainSettings, windows: WindowSet) -> list[str
     refusals = []
     for phase in settings.phases:
         cuts = needs_cuts(objective, jepa=phase.w_jepa > 0)
-        if cuts and not windows.num_with_cut:
+        ahead = windows.horizons is not None and not cuts  # then in all phases
+        if ahead and not windows.num_with_pair:
+            refusals.append(f"phase {phase.name}: {windows.without_pairs()}.")
+        elif cuts and not windows.num_with_cut:
             what = "JEPA" if phase.w_jepa > 0 else "SFT on the future alone"
             refusals.append(
                 f"phase {phase.name}: {what} needs training windows with a cut; none of "
@@ -199,7 +205,7 @@ def _nothing_to_predict(settings: TrainSettings, windows: WindowSet) -> list[str
                 "(`python -m smbfast.train sft`); if records are longer than windows, raise "
                 "data.window or, in a text format, choose a finer data.bucket."
             )
-        elif not cuts and not windows.num_labels:
+        elif not (cuts or ahead) and not windows.num_labels:
             refusals.append(
                 f"phase {phase.name}: SFT has no token to predict, since no training window has "
                 "more than one token; check that subjects have events with a time."
@@ -277,13 +283,52 @@ def _cut_warnings(
             f"a step with JEPA predicts {masks.mean:.0f} masked tokens, which is very few: raise "
             "optim.batch, data.window or objective.mask_ratio."
         )
-    if any(p.w_jepa > 0 for p in phases) and not tuning.num_with_cut:
+    is_mask = objective.jepa == "mask" and any(p.w_jepa > 0 for p in phases)
+    if is_mask and not tuning.num_with_cut:
         warnings.append(
             f"no tuning window of {few(len(tuning))} has a cut, so JEPA is not measured on tuning "
             "subjects, and its phases have no best step: raise data.window or lower "
             "objective.min_future."
         )
+    return warnings + _ahead_warnings(windows, tuning)
+
+
+def _ahead_warnings(windows: WindowSet, tuning: WindowSet) -> list[str]:
+    """Warn of deaths that are taken for the end of follow-up, and of tuning without a pair."""
+    horizons = windows.horizons
+    if horizons is None:
+        return []
+    warnings = []
+    deaths, usable = _deaths(windows)
+    if usable < ENOUGH_DEATHS * deaths:
+        warnings.append(
+            f"of the positions with a death inside a horizon, {share(usable, deaths)} are used, "
+            "since the others are taken for the end of follow-up: name the codes of deaths in "
+            "data.terminal."
+        )
+    if not tuning.num_with_pair:
+        warnings.append(
+            f"no tuning window of {few(len(tuning))} has a bucket with another within a horizon, "
+            "so what is to come is not measured on tuning subjects: raise data.window."
+        )
     return warnings
+
+
+def _deaths(windows: WindowSet) -> tuple[int, int]:
+    """Return pairs with a death inside, all horizons together, and those of them that are used."""
+    shares = windows.horizons and windows.horizons.shares
+    return (sum(shares.num_deaths), sum(shares.num_deaths_usable)) if shares else (0, 0)
+
+
+def _ahead_rows(windows: WindowSet) -> list[Row]:
+    if windows.horizons is None:
+        return []
+    deaths, usable = _deaths(windows)
+    part = share(windows.num_with_pair, len(windows))
+    classes = f"; {windows.classes.num_classes:,} codes to come" if windows.classes else ""
+    level: Level = "warn" if usable < ENOUGH_DEATHS * deaths else "good"
+    text = f"{windows.horizons.text}; {part} of windows have a pair{classes}"
+    return [Row("horizons", text, level)]
 
 
 def _rows(
@@ -437,6 +482,7 @@ def _facts(
         "seen_at_the_end": round(losses.seen, 6),
         "masked_a_step": None if masks is None else round(masks.mean, 1),
         "steps_with_masks": None if masks is None else masks.num_steps,
+        "horizons": _horizon_facts(windows),
         "unmapped_share": _rounded(unmapped, unmapped / max(events, 1)),
         **{name: recorded(counts[name], events) for name in left},
         "nonfinite_values": recorded(counts["nonfinite_values"]),
@@ -456,6 +502,22 @@ def _label_facts(facts: TaskFacts, early: tuple[int, int]) -> dict[str, Any]:
         "positives": {s: recorded(facts.positives[s], facts.matched[s]) for s in SPLITS},
         "rows_of": {s: recorded(facts.matched[s]) for s in SPLITS},
         "before_records": recorded(*early),
+    }
+
+
+def _horizon_facts(windows: WindowSet) -> dict[str, Any] | None:
+    """Return for each horizon its share of known positions, and of those before a death."""
+    horizons = windows.horizons
+    if horizons is None or horizons.shares is None:
+        return None
+    counts = horizons.shares
+    columns = zip(counts.num_usable, counts.num_deaths, counts.num_deaths_usable, strict=True)
+    return {
+        name: {
+            "known": _rounded(usable, usable / max(counts.num_positions, 1)),
+            "deaths": _rounded(dying, dying / max(deaths, 1)),
+        }
+        for name, (usable, deaths, dying) in zip(horizons.names, columns, strict=True)
     }
 
 
