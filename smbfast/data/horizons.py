@@ -45,15 +45,6 @@ class PairCounts:
         tuples = (tuple(map(int, record[f.name])) for f in fields(cls)[1:])
         return cls(int(record["num_positions"]), *tuples)
 
-    def texts(self) -> list[str]:
-        """Return for each horizon the shares of usable pairs, of all and of those with a death."""
-        rows = zip(self.num_usable, self.num_deaths_usable, self.num_deaths, strict=True)
-        return [
-            f"{share(num, self.num_positions)} of positions"
-            + (f", {share(dying, deaths)} of those before a death" if deaths else "")
-            for num, dying, deaths in rows
-        ]
-
 
 @dataclass(frozen=True)
 class Horizons:
@@ -75,10 +66,16 @@ class Horizons:
     @property
     def text(self) -> str:
         """The horizons and what of them is known in the train split, in words."""
-        if self.shares is None:
+        counts = self.shares
+        if counts is None:
             return ", ".join(self.names)
-        shown = zip(self.names, self.shares.texts(), strict=True)
-        return "; ".join(f"{name} known at {text}" for name, text in shown)
+        known = (share(num, counts.num_positions) for num in counts.num_usable)
+        shown = ", ".join(f"{name} {part}" for name, part in zip(self.names, known, strict=True))
+        if not any(counts.num_deaths):
+            return f"{shown} of positions known"
+        pairs = zip(counts.num_deaths_usable, counts.num_deaths, strict=True)
+        dying = ", ".join(share(num, of) if of else "-" for num, of in pairs)
+        return f"{shown} of positions known; with a death inside {dying}"
 
     @property
     def longest(self) -> int:

@@ -138,7 +138,9 @@ def test_horizons_of_auto_are_the_longest_that_records_cover(codes: Prepared) ->
     # the half that dies is followed up for ever; the other half at least for six hours at a time
     assert horizons.names == ("30d", "180d", "365d", "1095d") and horizons.bucket == 0
     assert horizons.shares.num_deaths == horizons.shares.num_deaths_usable > (0,) * 4
-    assert "1095d known at" in horizons.text and "100.0% of those before a death" in horizons.text
+    known, dying = horizons.text.split("; with a death inside ")
+    assert dying == ", ".join(["100.0%"] * 4)
+    assert ", 1095d " in known and known.endswith(" of positions known")
     windows = codes.windows("train", 128, OBJECTIVE, None, horizons, codes.classes())
     assert windows.num_with_pair and not windows.place_W5.flags.owndata  # a map
     assert codes.windows("train", 128, OBJECTIVE).num_with_pair == 0
