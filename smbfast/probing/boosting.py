@@ -1,8 +1,10 @@
 """Boosting probe: gradient-boosted trees on the features as they are, fitted on train; the tuning
 split says when to stop.
 
-Its settings are fixed (our choice, on the tuning split of one simulated cohort, where they hardly
-mattered). Shape suffixes: N rows, F features, T rows of train, S rows of tuning.
+Its settings are fixed, our choice: of fifteen tried on counts with values of four simulated cohorts
+(seeds 0-3, three tasks each, judged on tuning patients that stop nothing), small trees that look at
+a third of the features for each split gave the best AUROC, 0.799 for 0.783 of trees with 31 leaves.
+Shape suffixes: N rows, F features, S rows of tuning.
 """
 
 from collections.abc import Callable
@@ -17,11 +19,12 @@ from smbfast.probing.binary import BinaryProbe, calibrate, log_loss, require_cla
 from smbfast.probing.features import Features, Rows
 
 MOST_FEATURES = 4096  # a node of a tree then holds 5 MB of histograms
-_TREES, _BLOCK = 600, 25  # trees at most, and how many are grown at once
+_TREES, _BLOCK = 1000, 50  # trees at most, and how many are grown at once: each time bins anew
 _PATIENCE = 50  # trees without a gain that end a fit
 _SETTINGS = {
     "learning_rate": 0.05,
-    "max_leaf_nodes": 31,
+    "max_leaf_nodes": 6,
+    "max_features": 0.3,
     "min_samples_leaf": 20,
     "l2_regularization": 10.0,
     "max_bins": 64,

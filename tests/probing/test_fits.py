@@ -198,7 +198,7 @@ def test_trees_find_what_is_not_linear_and_tuning_says_how_many() -> None:
     held, tuning, train = (split == SPLIT_N for split in ("held_out", "tuning", "train"))
     assert roc_auc_score(true_N[held], probe.logit_N[held]) > 0.95
     model = HistGradientBoostingClassifier(
-        **boosting._SETTINGS, max_iter=probe.num_trees + 20, early_stopping=False
+        **boosting._SETTINGS, max_iter=probe.num_trees + 20, early_stopping=False, random_state=0
     ).fit(feature_NF[train], true_N[train])
     staged = [p[:, 1] for p in model.staged_predict_proba(feature_NF)]
     losses = [log_loss(true_N[tuning], p[tuning]) for p in staged]
