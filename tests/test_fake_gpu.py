@@ -49,7 +49,7 @@ for number, arguments in enumerate(json.load(sys.stdin)):
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     Path(f"{sys.argv[1]}/{number}").write_text(str(code))
 """
-STEP, SCRIPT = "step", "script"
+STEP, SCRIPT, HORIZONS = "step", "script", "horizons"
 MISTAKES = ("mixed", "large")
 
 
@@ -59,6 +59,7 @@ def done(compiler, tmp_path_factory) -> dict[str, subprocess.CompletedProcess[st
     folder = tmp_path_factory.mktemp("commands")
     commands = {STEP: ["-m", "bench.fakegpu", "--check"], SCRIPT: command("tests.gpu_script", [])}
     commands |= {mistake: command("tests.gpu_script", [mistake]) for mistake in MISTAKES}
+    commands[HORIZONS] = command("tests.gpu_horizons", [])
     assert all(given[:2] == ["-m", "bench.fakegpu"] for given in commands.values())
     whole = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(folder)],
@@ -92,6 +93,14 @@ def test_nothing_but_log_lines_waits_for_the_gpu(step):
 @pytest.mark.slow
 def test_no_copy_to_the_gpu_waits(step):
     assert step["copies"] == []
+
+
+@pytest.mark.slow
+def test_losses_that_look_ahead_wait_for_nothing(done):
+    assert done[HORIZONS].returncode == 0, done[HORIZONS].stderr[-3000:]
+    read = json.loads(done[HORIZONS].stdout.splitlines()[-1])
+    assert read["kernels"] > 500 and read["waits"] == []
+    assert {how for _, how, _ in read["copies"]} == {"asynchronous"}
 
 
 @pytest.mark.slow

@@ -74,7 +74,8 @@ def train(settings: TrainSettings, command: str) -> str:
             summed = forward_backward(own, encoder, target, batch.micro_batches, scales)
             grad_norm = updater.step(lr, target, tau(settings, step))
             # FLOPs of the shared forward; what the reference path computes beyond them is waste
-            meter.add(batch, sum(step_flops(run.shape, m).total for m in batch.micro_batches))
+            flops = partial(step_flops, run.shape, codes=phase.w_codes > 0)
+            meter.add(batch, sum(flops(m).total for m in batch.micro_batches))
 
             # a signal may come at any moment, so the flag is read only once per step
             due = due_after(settings, at, step + 1, first, bool(stop))
