@@ -37,6 +37,10 @@ THREE_STEPS = (
     "tests/test_second_oracle.py::test_three_steps_are_those_of_transformers_and_peft"
     "[qwen3-whole-merged-tied-shared]"
 )
+JUDGE = "tests/test_horizon_judge.py"
+AHEAD_STEPS = (
+    f"{JUDGE}::test_three_steps_are_those_of_the_judge[qwen3-whole-merged-tied-shared-codes-drop]"
+)
 MASKS = "tests/data/test_loader.py::test_masks_cuts_and_batches"
 ATTENTION = "tests/ops/test_timeline_attention.py::test_sdpa_in_fp64_is_exact"
 MOMENT = "tests/data/test_prefix_law.py::test_a_node_sees_its_own_moment_and_nothing_later"
@@ -96,8 +100,8 @@ OBJECTIVE = [
         "jepa-mean-over-labels",
         "the JEPA loss is divided by the number of labels",
         "smbfast/run/step.py",
-        "/ max(num_masked, 1)",
-        "/ max(num_labels, 1)",
+        "counts = (num_labels, num_masked, num_pairs)",
+        "counts = (num_labels, num_labels, num_pairs)",
         THREE_STEPS,
     ),
     mutant(
@@ -107,6 +111,114 @@ OBJECTIVE = [
         "torch.autograd.backward(present)",
         "torch.autograd.backward(present[:1])",
         THREE_STEPS,
+    ),
+]
+
+AHEAD = [
+    mutant(
+        "death-is-censored",
+        "a record that ends with a death is followed no further than one that is lost",
+        "smbfast/data/horizons.py",
+        "return (followed_BH | known[..., None]) & before_B[:, None]",
+        "return followed_BH & before_B[:, None]",
+        f"{JUDGE}::test_every_death_within_a_horizon_is_a_pair",
+    ),
+    mutant(
+        "no-end-of-follow-up",
+        "pairs that end after a record's last event are kept",
+        "smbfast/data/horizons.py",
+        'if horizons.censored == "none":',
+        'if horizons.censored != "none":',
+        f"{JUDGE}::test_pairs_are_usable_where_what_comes_is_known",
+    ),
+    mutant(
+        "horizon-without-its-end",
+        "what comes at the very end of a horizon is left out",
+        "smbfast/data/pairs.py",
+        'time_B.searchsorted(time_B[:, None] + horizons.spans_H, side="right")',
+        'time_B.searchsorted(time_B[:, None] + horizons.spans_H, side="left")',
+        f"{JUDGE}::test_a_window_has_the_pairs_tokens_and_classes_of_its_record",
+    ),
+    mutant(
+        "codes-end-with-the-window",
+        "codes to come are read as far as the window reaches",
+        "smbfast/data/windows.py",
+        "lines_ahead(whole, start, end, self.horizons.longest)",
+        "lines_ahead(whole, start, end, 0)",
+        f"{JUDGE}::test_a_window_has_the_pairs_tokens_and_classes_of_its_record",
+    ),
+    mutant(
+        "end-of-a-bucket-that-goes-on",
+        "a position stands in the middle of a moment",
+        "smbfast/data/pairs.py",
+        "if window.goes_on:",
+        "if window.goes_on is None:",
+        f"{JUDGE}::test_a_window_has_the_pairs_tokens_and_classes_of_its_record",
+    ),
+    mutant(
+        "mean-with-the-position",
+        "the last token that is known is averaged with those to come",
+        "smbfast/objective.py",
+        "row_S >= pairs.first_Q[own, None]",
+        "row_S >= pairs.first_Q[own, None] - 1",
+        AHEAD_STEPS,
+    ),
+    mutant(
+        "scale-of-a-micro-batch",
+        "each micro-batch moves the scale on which the next one compares",
+        "smbfast/run/step.py",
+        "        backward(terms)\n",
+        "        backward(terms)\n        if scale:\n"
+        '            scale.update(options["sums"], num_by_horizon)\n',
+        AHEAD_STEPS,
+    ),
+    mutant(
+        "first-step-without-a-scale",
+        "the targets of the first step are compared as they are",
+        "smbfast/run/step.py",
+        "        scale.begin(sums)\n",
+        "",
+        AHEAD_STEPS,
+    ),
+    mutant(
+        "scale-without-correction",
+        "running means begin at nothing",
+        "smbfast/model/horizon_scale.py",
+        "own.count_H1, own.first_HD, own.second_HD)\n        moved",
+        "own.count_H1.clamp_min(1), own.first_HD, own.second_HD)\n        moved",
+        AHEAD_STEPS,
+    ),
+    mutant(
+        "scale-forgotten",
+        "a run that is resumed begins its scale anew",
+        "smbfast/model/target.py",
+        "            self.scale.load(scale)\n",
+        "            pass\n",
+        "tests/test_train.py::test_lora_stopped_and_resumed_equals_never_stopped[merged]",
+    ),
+    mutant(
+        "horizon-behind-the-predictor",
+        "the horizon is added to what is predicted, so that it and the patient never meet",
+        "smbfast/objective.py",
+        "predict(encoder, state_QD + F.embedding(pairs.horizon_Q, table_HD), frozen=frozen)",
+        "predict(encoder, state_QD, frozen=frozen) + F.embedding(pairs.horizon_Q, table_HD)",
+        AHEAD_STEPS,
+    ),
+    mutant(
+        "code-that-comes-unweighted",
+        "of a rare code only its absence weighs more",
+        "smbfast/model/codes_head.py",
+        "logit_Z = logit_Z * weight_HK.flatten()[place_Z]",
+        "pass",
+        f"{JUDGE}::test_fp32_loses_nothing_but_rounding[shared]",
+    ),
+    mutant(
+        "bias-decays",
+        "the bias of codes to come is pulled towards one half",
+        "smbfast/run/optim.py",
+        "not partial and not is_bias",
+        "not partial",
+        AHEAD_STEPS,
     ),
 ]
 
@@ -163,7 +275,7 @@ LOADER = [
         "jepa-on-any-window",
         "a phase with JEPA takes windows without a cut",
         "smbfast/data/masking.py",
-        'return jepa or objective.sft_labels == "future"',
+        'return (jepa and objective.jepa == "mask") or objective.sft_labels == "future"',
         'return objective.sft_labels == "future"',
         "tests/data/test_loader.py::test_only_windows_with_a_cut_take_part_where_cuts_are_needed",
     ),
@@ -508,8 +620,8 @@ UPDATE = [
         "weight-decay-on-adapters",
         "LoRA's factors are decayed",
         "smbfast/run/optim.py",
-        '"lora_" not in name and ',
-        "",
+        '("lora_", "trainable_tokens")',
+        '("trainable_tokens",)',
         "tests/test_optim.py::test_weight_decay_spares_lora_norms_biases_and_the_mask_vector[True]",
     ),
 ]
@@ -535,8 +647,8 @@ RESUMING = [
         "micro-batch-of-today",
         "a resumed run, and its preflight, take the micro-batch that would fit today",
         "smbfast/run/open_run.py",
-        ", progress.micro_tokens)",
-        ")",
+        "encoder, progress.micro_tokens, num_horizons)",
+        "encoder, None, num_horizons)",
         "tests/test_check.py::test_a_resumed_run_is_predicted_with_its_own_micro_batches",
     ),
     mutant(
@@ -750,6 +862,14 @@ KERNELS = [
 
 ON_A_GPU = [
     mutant(
+        "spans-through-the-host",
+        "the host reads where each mean begins, in every micro-batch",
+        "smbfast/objective.py",
+        "row_S >= pairs.first_Q[own, None]",
+        "row_S >= pairs.first_Q.cpu().to(row_S.device)[own, None]",
+        "tests/test_fake_gpu.py::test_losses_that_look_ahead_wait_for_nothing",
+    ),
+    mutant(
         "loss-read-in-a-step",
         "the host waits for the GPU in every micro-batch",
         "smbfast/objective.py",
@@ -769,8 +889,8 @@ ON_A_GPU = [
         "sum-begun-on-the-cpu",
         "a scalar is made on the CPU in every step, and its copy waits",
         "smbfast/run/step.py",
-        "sft = jepa = torch.zeros((), device=device)",
-        "sft = jepa = torch.zeros(()).to(device)",
+        "total = [torch.zeros((), device=device)]",
+        "total = [torch.zeros(()).to(device)]",
         "tests/test_fake_gpu.py::test_no_copy_to_the_gpu_waits",
     ),
     mutant(
@@ -811,6 +931,7 @@ GPU_BENCH = [
 ]
 MUTANTS = [
     *OBJECTIVE,
+    *AHEAD,
     *LOADER,
     *LEAKS,
     *DECODER,
