@@ -23,6 +23,7 @@ from torch import nn
 from smbfast.batch import PackedBatch
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetForm
+from smbfast.settings.training import Freeze
 
 READS_EMBEDDING = ("q_proj", "k_proj", "v_proj")  # of the first layer
 
@@ -127,31 +128,42 @@ class ModelShape:
         return one.attention / max(one.base, 1)  # GPT-2's linears are of another class
 
 
-def step_flops(shape: ModelShape, batch: PackedBatch, *, codes: bool = False) -> Flops:
+def step_flops(
+    shape: ModelShape, batch: PackedBatch, *, codes: bool = False, freeze: Freeze = "none"
+) -> Flops:
     """Return the FLOPs of a batch: one forward and backward, and the target encoder's forward.
 
     Args:
         codes: whether the step has the loss of codes to come.
+        freeze: what gets no gradient; see `smbfast.objective.losses`.
     """
     num_positions = len(batch.pairs.row_N) if batch.pairs and codes else 0
     num_pairs = batch.num_pairs if codes else 0
     return (
         online_flops(
-            shape, batch.segments.tokens, batch.segments.pairs, masked=batch.num_masked > 0
+            shape,
+            batch.segments.tokens,
+            batch.segments.pairs,
+            masked=batch.num_masked > 0,
+            backward=freeze != "decoder",
         )
         + head_flops(shape, batch.num_labels)
-        + predictor_flops(shape, batch.num_masked + batch.num_latent)
-        + codes_flops(shape, num_positions, num_pairs)
+        + predictor_flops(shape, batch.num_masked, freeze)
+        + predictor_flops(shape, batch.num_latent, freeze, embedded=True)
+        + codes_flops(shape, num_positions, num_pairs, freeze)
         + means_flops(shape, batch)
         + target_flops(shape, batch.target_segments.tokens, batch.target_segments.pairs)
     )
 
 
-def online_flops(shape: ModelShape, tokens: int, pairs: int, *, masked: bool) -> Flops:
+def online_flops(
+    shape: ModelShape, tokens: int, pairs: int, *, masked: bool, backward: bool = True
+) -> Flops:
     """Return the FLOPs of the online encoder's layers, forward and backward.
 
     Args:
         masked: whether the batch reads the mask vector, which is trained.
+        backward: whether they are trained; if not, the forward alone.
     """
     embedding = (
         masked or shape.rows_trained
@@ -160,12 +172,15 @@ def online_flops(shape: ModelShape, tokens: int, pairs: int, *, masked: bool) ->
     for linear in shape.linears:
         product = 2 * tokens * linear.n * linear.k
         needs_x = embedding or not linear.reads_embedding
-        base += product * (1 + needs_x + shape.whole)
         rank, size = [linear.rank], [(linear.n, linear.k)]
+        base += product
         lora += lora_flops(tokens, size, rank, backward=False) - product
-        lora += lora_flops(tokens, size, rank, backward=True, needs_x=needs_x) - product * needs_x
+        if backward:
+            base += product * (needs_x + shape.whole)
+            back = lora_flops(tokens, size, rank, backward=True, needs_x=needs_x)
+            lora += back - product * needs_x
     sizes = (pairs, shape.heads, shape.head_dim)
-    attention = attention_flops(*sizes) + attention_flops(*sizes, backward=True)
+    attention = attention_flops(*sizes) + backward * attention_flops(*sizes, backward=True)
     return Flops(base=base, lora=lora, attention=shape.layers * attention)
 
 
@@ -186,15 +201,29 @@ def head_flops(shape: ModelShape, num_labels: int) -> Flops:
     return Flops(head=product * (whole + 3 * shape.head_rows))
 
 
-def predictor_flops(shape: ModelShape, num_rows: int) -> Flops:
-    """Return the FLOPs of the predictor at masked rows or latent pairs, forward and backward."""
-    return Flops(predictor=6 * num_rows * shape.predictor_layers * shape.width**2)
+def predictor_flops(
+    shape: ModelShape, num_rows: int, freeze: Freeze = "none", *, embedded: bool = False
+) -> Flops:
+    """Return the FLOPs of the predictor at masked rows or latent pairs, forward and backward.
+
+    Args:
+        embedded: whether a horizon is embedded in what it reads, which is trained with it.
+    """
+    layers = shape.predictor_layers
+    inputs = layers - (freeze == "decoder" and not embedded)  # whose gradient is taken
+    products = layers + inputs + layers * (freeze != "predictor")
+    return Flops(predictor=2 * num_rows * products * shape.width**2)
 
 
-def codes_flops(shape: ModelShape, num_positions: int, num_pairs: int) -> Flops:
+def codes_flops(
+    shape: ModelShape, num_positions: int, num_pairs: int, freeze: Freeze = "none"
+) -> Flops:
     """Return the FLOPs of the head of codes to come, forward and backward."""
     inner = num_positions * shape.horizons * shape.width * shape.inner
-    return Flops(codes=6 * (inner + num_pairs * shape.inner * shape.classes))
+    outer = num_pairs * shape.inner * shape.classes
+    of_weights = freeze != "predictor"
+    products = inner * (1 + (freeze != "decoder") + of_weights) + outer * (2 + of_weights)
+    return Flops(codes=2 * products)
 
 
 def means_flops(shape: ModelShape, batch: PackedBatch) -> Flops:

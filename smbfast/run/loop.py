@@ -57,9 +57,9 @@ def train(settings: TrainSettings, command: str) -> str:
         for batch in profiled(meter.waits(ahead), run):
             step, at = batch.index, place(settings, batch.index)
             phase = at.phase
-            if phase.w_jepa == 0:
-                target = None
-            elif target is None or (phase.sync and at.begins_phase):
+            if phase.w_jepa == 0 or (phase.sync and at.begins_phase):
+                target = None  # gone before its successor is made: no two at a time
+            if phase.w_jepa > 0 and target is None:
                 target = TargetEncoder(encoder, run.target_form)
             if at.begins_phase:
                 health = entry = evaluate(encoder, target, fixed, settings, phase)
@@ -74,7 +74,7 @@ def train(settings: TrainSettings, command: str) -> str:
             summed = forward_backward(own, encoder, target, batch.micro_batches, scales)
             grad_norm = updater.step(lr, target, tau(settings, step))
             # FLOPs of the shared forward; what the reference path computes beyond them is waste
-            flops = partial(step_flops, run.shape, codes=phase.w_codes > 0)
+            flops = partial(step_flops, run.shape, codes=phase.w_codes > 0, freeze=phase.freeze)
             meter.add(batch, sum(flops(m).total for m in batch.micro_batches))
 
             # a signal may come at any moment, so the flag is read only once per step

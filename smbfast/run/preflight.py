@@ -49,14 +49,18 @@ class PhasePlan:
     step: Step  # that step
     largest: PackedBatch  # the micro-batch with the most online tokens
     mean_tokens: float  # online tokens per step
-    masked: list[int]  # number of masked positions of each step that was inspected
+    masked: list[int]  # masked positions, or pairs that JEPA predicts, of each inspected step
 
     @property
     def scales(self) -> LossScales:
         """The loss scales of its first step."""
-        return LossScales.of(
-            self.phase.w_sft, self.phase.w_jepa, self.step.num_labels, self.step.num_masked
-        )
+        return LossScales.of_batch(self.phase, self.step)
+
+    @property
+    def weight(self) -> tuple[bool, int]:
+        """Orders phases by the memory of their largest micro-batch: a frozen decoder stores no
+        activations."""
+        return self.phase.freeze != "decoder", self.largest.segments.tokens
 
 
 def check(settings: TrainSettings, command: str) -> None:
@@ -87,15 +91,16 @@ def _go_through(run: OpenRun, stages: "_Stages") -> None:
     """The stages from `plan` on."""
     settings = run.settings
     plans = list(_plans(run))
-    plan = max(plans, key=lambda p: p.largest.segments.tokens)
+    plan = max(plans, key=lambda p: p.weight)
     segments = plan.largest.segments
     num_segments = len(plan.largest.segment_tuples)
     pack = f"largest pack {segments.tokens:,} tokens, {num_segments} segments"
-    stages.done("plan", "; ".join([pack, *_masked(plans)]))
+    stages.done("plan", "; ".join([pack, *_predicted(plans, settings.objective.jepa)]))
     losses, target = losses_of(settings), run.take_target()
     if target is None and any(p.phase.w_jepa > 0 for p in plans):
         target = TargetEncoder(run.encoder, run.target_form)
-    stages.done("worst pack", _largest_pack(run, target, plan, losses))
+    worst = partial(losses, freeze=plan.phase.freeze)
+    stages.done("worst pack", _largest_pack(run, target, plan, worst))
     if checks_itself(settings):
         gaps = self_check(run.encoder, target, run.windows, settings, plan.first, plan.phase)
         pairs = ", ".join(f"{name} {value:.1e}" for name, value in gaps.items())
@@ -120,8 +125,11 @@ class _Stages:
 def _plans(run: OpenRun) -> Iterator[PhasePlan]:
     settings, windows, first = run.settings, run.windows, 0
     for phase in settings.phases:
-        cut = needs_cuts(settings.objective, jepa=phase.w_jepa > 0)
-        num_windows = windows.num_with_cut if cut else len(windows)
+        num_windows = len(windows)
+        if needs_cuts(settings.objective, jepa=phase.w_jepa > 0):
+            num_windows = windows.num_with_cut
+        elif windows.horizons is not None:
+            num_windows = windows.num_with_pair
         look = min(LOOK, -(-num_windows // settings.optim.batch), phase.steps)
         masked: list[int] = []
         first_step, largest, tokens = None, None, 0
@@ -138,13 +146,14 @@ def _plans(run: OpenRun) -> Iterator[PhasePlan]:
         first += phase.steps
 
 
-def _masked(plans: list[PhasePlan]) -> Iterator[str]:
-    """Yield how many positions the steps of each phase with JEPA mask."""
+def _predicted(plans: list[PhasePlan], jepa: str) -> Iterator[str]:
+    """Yield how much the steps of each phase with JEPA predict."""
+    verb, noun = ("masks", "positions") if jepa == "mask" else ("predicts", "pairs")
     for plan in plans:
         if plan.phase.w_jepa > 0:
             mean = sum(plan.masked) / len(plan.masked)
             yield (
-                f"{plan.phase.name} masks {mean:,.0f} positions a step, {min(plan.masked):,} to "
+                f"{plan.phase.name} {verb} {mean:,.0f} {noun} a step, {min(plan.masked):,} to "
                 f"{max(plan.masked):,} in the first {len(plan.masked)}"
             )
 
@@ -202,9 +211,8 @@ def _times(
         phase = plan.phase
         micros = [m.to(run.device) for m in plan.step.micro_batches[:TIMED]]
         start = _synchronized(run.device)
-        forward_backward(
-            losses, run.encoder, target if phase.w_jepa > 0 else None, micros, plan.scales
-        )
+        own, held = partial(losses, freeze=phase.freeze), target if phase.w_jepa > 0 else None
+        forward_backward(own, run.encoder, held, micros, plan.scales)
         seconds = _synchronized(run.device) - start
         run.encoder.zero_grad(set_to_none=True)
         step = seconds * plan.mean_tokens / sum(m.segments.tokens for m in micros)

@@ -28,6 +28,7 @@ from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.objective import Losses
 from smbfast.run.step import LossScales, backward
 from smbfast.settings import PhaseSettings, TrainSettings
+from smbfast.settings.training import Freeze
 
 MOST_ON_CPU = 4096  # tokens: the prediction of a CPU's memory was compared up to here
 SLICE = 1024  # tokens of the windows that the self-check compares: our choice
@@ -80,40 +81,66 @@ def micro_tokens(
     device = encoder.mask_vector.device
     free = free_memory(device)
     held = sum(t.numel() * t.element_size() for t in encoder.parameters())
-    phases = settings.phases
-    sft, jepa, codes = (
-        any(getattr(p, weight) > 0 for p in phases) for weight in ("w_sft", "w_jepa", "w_codes")
-    )
-    form = settings.objective
-    target = TargetForm.of(form) if jepa else None
-    run = partial(
-        losses_of(settings),
-        sft_scale=float(sft),
-        jepa_scale=float(jepa),
-        codes_scale=float(codes),
-    )
-    branches = jepa and form.jepa == "mask"
+    form, kinds = settings.objective, _heaviest([_Kind.of(phase) for phase in settings.phases])
 
-    @cache
-    def needs(tokens: int) -> int:
+    def peak(kind: _Kind, tokens: int) -> int:
+        """Return the bytes of a step of such a phase."""
+        ahead = kind.codes or (kind.jepa and form.jepa == "horizon")
         batch = full_batch(
             tokens,
             settings.data.window,
             form,
-            sft=sft,
-            jepa=jepa,
-            num_horizons=num_horizons,
+            sft=kind.sft,
+            jepa=kind.jepa,
+            num_horizons=num_horizons if ahead else 0,
         )
-        return predict_peak(encoder, batch, run, target=target).total - held
+        run = partial(
+            losses_of(settings),
+            sft_scale=float(kind.sft),
+            jepa_scale=float(kind.jepa),
+            codes_scale=float(kind.codes),
+            freeze=kind.freeze,
+        )
+        target = TargetForm.of(form) if kind.jepa else None
+        return predict_peak(encoder, batch, run, target=target).total
+
+    @cache
+    def needs(tokens: int) -> int:
+        return max(peak(kind, tokens) for kind in kinds) - held
 
     window = settings.data.window
     future = min(round((1 - form.context[0]) * window), form.horizon or window)
+    branches = form.jepa == "mask" and any(kind.jepa for kind in kinds)
     largest = window + branches * form.cuts * future  # forms a micro-batch alone if it must
     if chosen != "auto":
         return chosen, needs(max(chosen, largest)) + held
     most = MOST_ON_CPU if device.type == "cpu" else MOST
     chosen = choose_micro_tokens(needs, free, least=largest, most=most)
     return chosen, needs(chosen) + held
+
+
+class _Kind(NamedTuple):
+    """What decides the memory of a phase's steps."""
+
+    sft: bool
+    jepa: bool
+    codes: bool
+    freeze: Freeze
+
+    @classmethod
+    def of(cls, phase: PhaseSettings) -> "_Kind":
+        return cls(phase.w_sft > 0, phase.w_jepa > 0, phase.w_codes > 0, phase.freeze)
+
+    def within(self, other: "_Kind") -> bool:
+        """Whether `other` has all of these losses, and as many gradients."""
+        has_all = all(o or not s for s, o in zip(self[:3], other[:3], strict=True))
+        return has_all and other.freeze in ("none", self.freeze)
+
+
+def _heaviest(kinds: list[_Kind]) -> list[_Kind]:
+    """Return the kinds that are within no other, each once; a prediction takes a second."""
+    kinds = list(dict.fromkeys(kinds))
+    return [k for k in kinds if not any(k.within(o) for o in kinds if o != k)]
 
 
 def self_check(
