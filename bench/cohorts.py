@@ -34,6 +34,7 @@ from bench.cohort_stats import (
     COUNTS,
     FILTER,
     MEAN,
+    Areas,
     Estimates,
     Scores,
     areas,
@@ -315,13 +316,14 @@ def _stored(
     return scores
 
 
-def estimates(bench: CohortsBench, scores: Scores, cohort: int) -> dict[str, Estimates]:
-    """Return AUROC, shares of the gap and differences of one cohort, with their draws."""
-    own = over_seeds(areas(scores, bench.draws, cohort), cohort)
+def estimates(bench: CohortsBench, own: dict[int, Areas]) -> dict[str, Estimates]:
+    """Return AUROC, shares of the gap and differences, means over cohorts, with their draws."""
+    each = [over_seeds(areas, cohort, len(own)) for cohort, areas in own.items()]
+    pairs = pairs_of(list(arms_of(bench.arms)))
     return {
-        "auroc": own,
-        "share": shares(own),
-        "difference": differences(own, pairs_of(list(arms_of(bench.arms)))),
+        "auroc": over_cohorts(each),
+        "share": over_cohorts([shares(one) for one in each]),
+        "difference": over_cohorts([differences(one, pairs) for one in each]),
     }
 
 
@@ -393,23 +395,26 @@ def measure(bench: CohortsBench) -> tuple[dict[str, Any], list[tuple[bool, str]]
     bench.work.mkdir(parents=True, exist_ok=True, mode=0o700)
     stamp = records.stamp("cohorts", "cpu")
     about: dict[str, Any] = {}
-    each = []
+    own = {}
     for cohort in bench.cohorts:
         scores, about[str(cohort)] = cohort_scores(bench, cohort)
-        each.append(estimates(bench, scores, cohort))
-    mean = {kind: over_cohorts([own[kind] for own in each]) for kind in each[0]}
-    shown = {kind: cells(own) for kind, own in mean.items()}
+        own[cohort] = areas(scores, bench.draws, cohort)
+    mean = estimates(bench, own)
+    shown = {kind: cells(one) for kind, one in mean.items()}
     reached = bars(bench, mean)
-    settings = bench.model_dump(mode="json", exclude={"work", "save", "bars"})
+    by_cohort = {}
+    for cohort, one in own.items():
+        alone = {kind: cells(e) for kind, e in estimates(bench, {cohort: one}).items()}
+        runs = {
+            f"{model}, {task}": value_S.tolist() for (model, task), value_S in one.of_seed.items()
+        }
+        by_cohort[str(cohort)] = {**alone, "of_seed": runs}
     record = {
         **stamp,
-        **settings,
+        **bench.model_dump(mode="json", exclude={"work", "save", "bars"}),
         **shown,
         "bars": [{"reached": good, "bar": text} for good, text in reached],
-        "by_cohort": {
-            str(cohort): {kind: cells(own) for kind, own in one.items() if kind != "difference"}
-            for cohort, one in zip(bench.cohorts, each, strict=True)
-        },
+        "by_cohort": by_cohort,
         "about": about,
     }
     print(table(shown) + "\n")
