@@ -129,7 +129,7 @@ def build(folder: str) -> dict:
 def first_step(folder: str) -> dict:
     """Open a run, make its fixed batches and its first step; return the windows that were made."""
     from smbfast.data.windows import WindowSet
-    from smbfast.run.evaluation import fixed_batches
+    from smbfast.run.fixed import Fixed
     from smbfast.run.open_run import OpenRun
     from smbfast.run.startup import losses_of
     from smbfast.run.step import LossScales, Updater, forward_backward
@@ -145,7 +145,7 @@ def first_step(folder: str) -> dict:
 
     WindowSet.__getitem__ = noted  # type: ignore[method-assign]
     run = OpenRun.open(settings)
-    fixed_batches(run)
+    Fixed.of(run)
     step = run.make_step(0)
     scales = LossScales.of(1.0, 0.0, step.num_labels, step.num_masked)
     forward_backward(losses_of(settings), run.encoder, None, step.micro_batches, scales)

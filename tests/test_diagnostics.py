@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from smbfast.reference import JepaStates
-from smbfast.run.diagnostics import diagnose, effective_rank
+from smbfast.model.target import HorizonStates, JepaStates
+from smbfast.run.diagnostics import diagnose, diagnose_horizons, effective_rank, spread
 
 M, D = 500, 32
 
@@ -55,3 +55,69 @@ def test_a_perfect_predictor_has_ratio_zero_and_a_constant_one():
     assert diagnose(states(target, prediction=constant), normalize=True)["ratio"] == pytest.approx(
         1, rel=1e-4
     )
+
+
+def test_spread_does_not_depend_on_scale_and_sees_constant_states():
+    state = torch.randn(M, D)
+    measures = spread(state)
+    # of independent numbers without a shared mean; both errors are of order M ** -0.5
+    assert measures["std"] == pytest.approx(1, abs=M**-0.5)
+    # scaling by a power of two changes no digit
+    assert spread(state / 1024) == measures
+    shared = torch.randn(1, D).expand(M, D)
+    assert spread(shared)["std"] < 1e-6  # the rounding of a mean
+    assert spread(torch.zeros(M, D))["std"] == 0
+    assert spread(shared + 0.005 * state)["std"] < 0.01 < spread(shared + 0.1 * state)["std"]
+    state[3, 4] = float("nan")
+    assert all(value != value for value in spread(state).values())
+
+
+def horizon_states(error, *, slope=1.0, target=None):
+    """Two horizons of M pairs; the prediction is off by `error` times a standard normal."""
+    at = torch.randn(M, D)
+    own = torch.randn(M, D) + slope * at if target is None else target
+    horizon = torch.arange(2).repeat_interleave(M)
+    return HorizonStates(
+        torch.cat([own, own]) + error * torch.randn(2 * M, D),
+        torch.cat([own, own]),
+        torch.cat([at, at]) * 3 + 7,  # copying is judged after a slope and an offset
+        horizon,
+    )
+
+
+def test_r2_of_horizons_by_hand():
+    states = horizon_states(0.5)
+    measures = diagnose_horizons(states, ["30d", "180d"])
+    for place, name in enumerate(["30d", "180d"]):
+        own = states.horizon_Q == place
+        target, left = states.target_QD[own], (states.prediction_QD - states.target_QD)[own]
+        total = ((target - target.mean(0)) ** 2).sum()
+        assert measures[f"r2_{name}"] == pytest.approx(1 - float(left.square().sum() / total))
+        # of each width, the least-squares line leaves 1 - correlation ** 2
+        columns = zip(states.at_QD[own].T, target.T, strict=True)
+        r_D = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in columns])
+        total_D = ((target - target.mean(0)) ** 2).sum(0)
+        copied = float((r_D.square() * total_D).sum() / total_D.sum())
+        assert measures[f"r2_copy_{name}"] == pytest.approx(copied, rel=1e-4)  # fp32 sums of M
+    assert measures["r2"] == pytest.approx((measures["r2_30d"] + measures["r2_180d"]) / 2)
+    assert measures["target_rank"] == pytest.approx(effective_rank(states.at_QD[:M]))
+
+
+def test_a_target_that_equals_its_running_mean_has_r2_zero():
+    """Rounding, divided by (sd + 0.01), is no variance that a prediction could explain or miss."""
+    rounding = 1e-5 * torch.randn(M, D)
+    for target in (torch.zeros(M, D), rounding):
+        measures = diagnose_horizons(horizon_states(0.1, target=target), ["1d", "3d"])
+        values = [v for k, v in measures.items() if k.startswith("r2")]
+        assert values == [0.0] * 6
+    good = diagnose_horizons(horizon_states(0.0), ["1d", "3d"])
+    assert good["r2"] == 1.0
+    constant = horizon_states(0.0)
+    constant.prediction_QD[:] = constant.target_QD.mean(0)
+    assert diagnose_horizons(constant, ["1d", "3d"])["r2"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_horizon_without_two_pairs_has_no_r2():
+    measures = diagnose_horizons(horizon_states(0.5), ["1d", "3d", "7d"])
+    assert "r2_7d" not in measures and "r2_copy_7d" not in measures
+    assert measures["r2"] == pytest.approx((measures["r2_1d"] + measures["r2_3d"]) / 2)

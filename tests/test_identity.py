@@ -19,13 +19,12 @@ from transformers import AutoModelForCausalLM
 
 from smbfast import check, embed, train
 from smbfast.base.digests import CACHE, check_weights, local_model, weights_digest
-from smbfast.base.files import MANIFEST, digest_of, verify_folder
+from smbfast.base.files import MANIFEST, digest_of, legal, verify_folder
 from smbfast.data.preparing import prepare
 from smbfast.model.backbone import lora_config
 from smbfast.run import checkpoint
 from smbfast.run.checkpoint import restore_final
 from smbfast.run.folder import earlier, run_id, status_of
-from smbfast.run.metrics import legal
 from smbfast.run.open_run import OpenRun
 from smbfast.settings import LoraSettings, load, run_arguments
 from tests.factory import tiny_run, write_labels, write_meds

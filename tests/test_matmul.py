@@ -69,7 +69,7 @@ def opened(words: list[str]) -> OpenRun:
 def test_a_run_says_and_saves_what_it_measured(meds, tmp_path, faster, monkeypatch, capsys):
     """And multiplies by it: in training, in evaluations, and where nodes are embedded."""
     used = {}
-    for name in ("forward_backward", "evaluate", "probe_run"):
+    for name in ("forward_backward", "evaluate_entry", "probe_run"):
         function = getattr(loop, name)
 
         def watched(*args, name=name, function=function):
@@ -79,7 +79,7 @@ def test_a_run_says_and_saves_what_it_measured(meds, tmp_path, faster, monkeypat
         monkeypatch.setattr(loop, name, watched)
     folder = tmp_path / "run"
     entry.main(words_of(meds, folder))
-    assert used == dict.fromkeys(("forward_backward", "evaluate", "probe_run"), ROWS)
+    assert used == dict.fromkeys(("forward_backward", "evaluate_entry", "probe_run"), ROWS)
     told = next(v for v in capsys.readouterr().out.splitlines() if v.startswith("products"))
     assert ONEDNN in told and f"{matmul.title('torch')}, at this model's shapes" in told
     assert "2.00 x" in told

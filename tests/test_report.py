@@ -10,7 +10,8 @@ import pytest
 
 from smbfast.report import main
 from smbfast.reporting.page import write_report
-from smbfast.reporting.runlog import collapse, read_run
+from smbfast.reporting.runlog import Finding, read_run
+from smbfast.reporting.verdict import alarms, collapse
 
 HOSTILE = "</pre><script>alert(1)</script><img src=https://evil.example/x onerror=alert(2)> $x_{"
 
@@ -78,7 +79,7 @@ def metrics(rank_falls_to: float = 0.93, ratio: float = 0.52, jepa: bool = True)
                 "wait": 0.01 + abs(wobble) / 5,
             }
         )
-        if step % 20 == 0 or step == 121:
+        if step % 20 == 0 or step in (1, 121):
             share = 1 - (1 - rank_falls_to) * into / 180
             records.append(
                 {
@@ -93,7 +94,14 @@ def metrics(rank_falls_to: float = 0.93, ratio: float = 0.52, jepa: bool = True)
                     "target_std": 0.9 * (0.5 + share / 2) if second else None,
                     "target_std_p5": 0.4 * (0.3 + 0.7 * share) if second else None,
                     "target_rank": 31.2 * share if second else None,
-                    "online_rank": 30.5 * share if second else None,
+                    "online_std": 0.8,
+                    "online_rank": 30.5 * (share if second else 1.0),
+                    "embedding_std": 0.7,
+                    "embedding_rank": 24.0 * (share if second else 1.0),
+                    "probe_task": "death_1y",
+                    "probe_auroc": 0.7 + 0.1 * step / 300,
+                    "grad_sft": 0.9 * math.exp(-step / 80),
+                    **({"grad_jepa": 0.3, "cos_sft_jepa": 0.02} if second else {}),
                     "distance": 0.02 * (1 - math.exp(-into / 50)) if second else None,
                 }
             )
@@ -355,7 +363,7 @@ def test_missing_files_are_said(tmp_path: Path) -> None:
 
 def test_without_jepa(tmp_path: Path) -> None:
     _, page = read(run_folder(tmp_path / "run", metrics(jepa=False)))
-    assert "No phase of this run measured a target encoder" in page.text
+    assert "No signs of collapse in phase “sft”" in page.text
     assert "Latent prediction loss" not in page.text and "Next-token loss" in page.text
 
 
@@ -391,12 +399,68 @@ def test_values_of_the_wrong_type_do_not_stop_it(tmp_path: Path) -> None:
     assert "1 of 300 steps" in page.text
 
 
-def test_collapse_flips_when_the_rank_halves(tmp_path: Path) -> None:
-    kept = collapse(read_run(run_folder(tmp_path / "a", metrics(rank_falls_to=0.52))).phases)
-    fell = collapse(read_run(run_folder(tmp_path / "b", metrics(rank_falls_to=0.45))).phases)
-    assert (kept.level, fell.level) == ("good", "bad")
-    assert "No signs of collapse" in kept.text
-    assert "Signs of collapse" in fell.text and "effective rank to 45 %" in fell.text
+def finding_of(tmp_path: Path, records: list[dict]) -> Finding:
+    return collapse(read_run(run_folder(tmp_path / "run", records)).phases)
+
+
+@pytest.mark.parametrize(
+    ("share", "level", "words"),
+    [
+        (0.52, "good", "No signs of collapse"),
+        (0.45, "warn", "effective rank of the states of the online encoder fell to 45 %"),
+        (0.09, "bad", "The run collapsed in phase “jepa”"),
+    ],
+)
+def test_collapse_flips_where_the_rank_passes_half_and_a_tenth(
+    tmp_path: Path, share: float, level: str, words: str
+) -> None:
+    finding = finding_of(tmp_path, metrics(rank_falls_to=share))
+    assert finding.level == level and words in finding.text
+
+
+@pytest.mark.parametrize("kind", ["online", "embedding"])
+def test_states_that_are_nearly_constant_have_collapsed_at_that_evaluation(
+    tmp_path: Path, kind: str
+) -> None:
+    """In a phase of SFT alone too, whatever losses and ranks say, and also where it recovers."""
+    records = metrics(jepa=False)
+    evals = [r for r in records if r["kind"] == "eval"]
+    evals[2][f"{kind}_std"] = 0.0099
+    finding = finding_of(tmp_path, records)
+    assert finding.level == "bad" and "nearly constant" in finding.text
+    assert "target" not in finding.text
+    entry, later = evals[0], evals[1]
+    assert alarms(entry, [later], jepa=False) == []
+    assert [f.level for f in alarms(entry, [evals[2]], jepa=False)] == ["bad"]
+
+
+def test_random_weights_are_no_reference(tmp_path: Path) -> None:
+    records = metrics(jepa=False)
+    entry = next(r for r in records if r["kind"] == "eval")
+    entry["online_rank"] = 90.0
+    assert finding_of(tmp_path / "a", records).level == "warn"
+    entry["untrained"] = True
+    assert finding_of(tmp_path / "b", records).level == "good"
+
+
+@pytest.mark.parametrize(
+    ("r2", "copied", "level", "words"),
+    [
+        (0.35, 0.05, "good", "R² of the latent loss is 0.35"),
+        (0.04, 0.05, "warn", "no better than copying"),
+        (-0.1, -0.2, "warn", "no better than a constant"),
+    ],
+)
+def test_horizon_jepa_is_compared_with_copying(
+    tmp_path: Path, r2: float, copied: float, level: str, words: str
+) -> None:
+    latent = {"r2": r2, "r2_copy": copied, "r2_30d": r2, "r2_copy_30d": copied, "ratio": None}
+    nothing = {"trivial_mean": None, "trivial_copy": None}
+    records = [{**r, **latent, **nothing} if r["phase"] == "jepa" else r for r in metrics()]
+    finding = finding_of(tmp_path, records)
+    assert finding.level == level and words in finding.text
+    _, page = read(tmp_path / "run")
+    assert "R², 30d, copying the state" in page.text
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ other file that somebody has put there.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ __all__ = [
     "committed_file",
     "committed_folder",
     "digest_of",
+    "legal",
     "link",
     "read_json",
     "remove_folder",
@@ -135,6 +137,15 @@ def require_files(manifest: dict[str, Any], path: Path, names: Iterable[str]) ->
     missing = [name for name in names if name not in manifest["files"]]
     if missing:
         raise ValueError(f"{path / MANIFEST} must name {missing[0]}; it does not")
+
+
+def legal(value: object) -> object:
+    """Return what JSON can hold: a number that is not finite becomes null, which readers know."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: legal(inner) for key, inner in value.items()}
+    return [legal(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class CodesHead(nn.Module):
     """The head's parameters, fp32; its logits start at the prevalence of each code."""
 
     weight_HK: Tensor | None
+    prevalence_HK: Tensor  # its logits, at which the bias begins
 
     def __init__(self, width: int, prevalence_HK: np.ndarray, weighted: bool = False) -> None:
         """Make a head for [H, K] prevalences, each above 0 and below 1.
@@ -44,6 +45,7 @@ class CodesHead(nn.Module):
         self.inner_HED = nn.Parameter(torch.randn(horizons, inner, width) * width**-0.5)
         self.class_KE = nn.Parameter(torch.randn(classes, inner) * 0.02)
         self.bias_HK = nn.Parameter(torch.logit(prevalence).float())
+        self.register_buffer("prevalence_HK", self.bias_HK.detach().clone(), persistent=False)
         weight = prevalence.clamp_min(_RARE).rsqrt().float() if weighted else None
         self.register_buffer("weight_HK", weight, persistent=False)
 
@@ -90,6 +92,18 @@ def codes_sum(
         where = (pairs.pair_Z[part], pairs.class_Z[part], pairs.horizon_P)
         total = total - _apart(some, own_PE, class_KE, bias_HK, *where)
     return total * SHARE
+
+
+@torch.no_grad()
+def prevalence_sum(head: CodesHead, pairs: FuturePairs) -> Tensor:
+    """Return the summed loss of a head that predicts the prevalence for every patient, a scalar."""
+    logit_HK = head.prevalence_HK
+    weight_HK = torch.ones_like(logit_HK) if head.weight_HK is None else head.weight_HK
+    device = logit_HK.device
+    horizon_P, class_Z = pairs.horizon_P.to(device), pairs.class_Z.to(device)
+    every_H = (F.softplus(logit_HK) * weight_HK).double().sum(1)
+    occurring_Z = (logit_HK * weight_HK)[horizon_P[pairs.pair_Z.to(device)], class_Z]
+    return (every_H[horizon_P].sum() - occurring_Z.double().sum()) * SHARE
 
 
 def _apart(function: partial, *inputs: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ Legend: N records of one phase.
 """
 
 import io
+import itertools
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from xml.etree import ElementTree
@@ -23,14 +24,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from smbfast.reporting.runlog import (
-    GOOD_RATIO,
-    HALF,
     Phase,
     Record,
     column,
     relative,
-    trivial_ratio,
 )
+from smbfast.reporting.verdict import GOOD_RATIO, HALF, trivial_ratio
 
 # Okabe and Ito: distinct with every common colour vision deficiency
 BLUE, ORANGE, GREEN, PURPLE, GREY, INK = (
@@ -73,6 +72,7 @@ _STYLE: dict[Any, Any] = {
 }
 # a longer line is not finer on paper, only a larger file
 _POINTS = 600
+_COLUMNS = 3  # panels beside each other
 _SVG = "{http://www.w3.org/2000/svg}"
 _LINK = "{http://www.w3.org/1999/xlink}href"
 
@@ -89,14 +89,16 @@ class ForestRow:
 
 
 Panel = Callable[[Axes], None]
+Series = tuple[str, str | None, str, str]  # key, label, colour, marker
 
 
 def losses(phases: list[Phase]) -> str | None:
-    """Plot SFT and JEPA loss by step: every step, smoothed, and on the tuning split."""
+    """Plot each loss by step: every step, smoothed, and on the tuning split."""
     panels: list[Panel] = []
     for key, title, unit in (
         ("sft", "Next-token loss (SFT)", "cross-entropy (nats / token)"),
         ("jepa", "Latent prediction loss (JEPA)", "mean squared error"),
+        ("codes", "Codes to come", "cross-entropy of a pair / 10"),
     ):
         shown = [phase for phase in phases if _known(phase.steps + phase.evals, key)]
         if shown:
@@ -117,30 +119,86 @@ def _loss_panel(ax: Axes, phases: list[Phase], key: str, title: str, unit: str) 
 
 
 def health(phases: list[Phase]) -> str | None:
-    """Plot collapse diagnostics by step: spread of the target, trivial predictors, distance."""
-    spread = _with(phases, lambda phase: phase.judged)
-    ratio = _with(phases, lambda phase: bool(np.isfinite(trivial_ratio(phase.evals)).any()))
-    distance = _with(phases, lambda phase: _known(phase.evals, "distance"))
-    panels: list[Panel] = []
-    if spread:
-        panels.append(lambda ax: _spread_panel(ax, spread))
-    if ratio:
-        panels.append(lambda ax: _ratio_panel(ax, ratio))
-    if distance:
-        panels.append(lambda ax: _distance_panel(ax, distance))
-    return _draw("health", panels, "Collapse diagnostics by optimizer step")
+    """Plot diagnostics by step: ranks and spread of states, probe, latent loss, gradients."""
+    shown: list[tuple[Callable[[Axes, list[Phase]], None], Callable[[Phase], bool]]] = [
+        (_rank_panel, lambda p: any(_known(p.evals, key) for key, *_ in _RANKS)),
+        (_share_panel, lambda p: any(_known(p.evals, key) for key, *_ in _RANKS)),
+        (_probe_panel, lambda p: _known(p.evals, "probe_auroc")),
+        (_ratio_panel, lambda p: bool(np.isfinite(trivial_ratio(p.evals)).any())),
+        (_r2_panel, lambda p: bool(horizons(p.evals))),
+        (_spread_panel, lambda p: _known(p.evals, "target_std")),
+        (_distance_panel, lambda p: _known(p.evals, "distance")),
+        (_gradient_panel, lambda p: bool(_pulls(p, "grad"))),
+        (_cosine_panel, lambda p: bool(_pulls(p, "cos"))),
+    ]
+
+    def drawn(panel: Callable[[Axes, list[Phase]], None], own: list[Phase]) -> Panel:
+        return lambda ax: panel(ax, own)
+
+    panels = [drawn(panel, own) for panel, has in shown if (own := _with(phases, has))]
+    return _draw("health", panels, "Health of the representation by optimizer step")
+
+
+_RANKS: list[Series] = [
+    ("online_rank", "online encoder", BLUE, "o"),
+    ("embedding_rank", "embeddings at nodes", GREEN, "^"),
+    ("target_rank", "target encoder", ORANGE, "s"),
+]
+
+
+def _rank_panel(ax: Axes, phases: list[Phase]) -> None:
+    _frame(ax, phases, "Effective rank of states", "directions in use")
+    _series(ax, phases, _RANKS)
+    ax.set_ylim(0, ax.get_ylim()[1] * 1.05 or 1.0)
+    ax.legend(loc="upper right")
+
+
+def _share_panel(ax: Axes, phases: list[Phase]) -> None:
+    _frame(ax, phases, "Effective rank since phase entry", "share of value at phase entry")
+    # ranks of random weights are no reference
+    after = [replace(p, evals=[r for r in p.evals if not r.get("untrained")]) for p in phases]
+    _series(ax, after, _RANKS, relative)
+    _line(ax, HALF, "one half", INK)
+    ax.set_ylim(0, max(1.1, ax.get_ylim()[1]))
+
+
+def _probe_panel(ax: Axes, phases: list[Phase]) -> None:
+    tasks = [record.get("probe_task") for phase in phases for record in phase.evals]
+    task = next((_plain(str(name), 24) for name in tasks if name), "")
+    _frame(ax, phases, f"Online probe: {task}", "AUROC on tuning nodes")
+    _series(ax, phases, [("probe_auroc", None, BLUE, "o")])
+    _line(ax, 0.5, "chance", INK)
+
+
+def _r2_panel(ax: Axes, phases: list[Phase]) -> None:
+    _frame(ax, phases, "R² of the latent loss by horizon", "R² (dashed: copying the state)")
+    names = list(dict.fromkeys(name for phase in phases for name in horizons(phase.evals)))
+    for name, color in zip(names, itertools.cycle((BLUE, ORANGE, GREEN, PURPLE)), strict=False):
+        _series(ax, phases, [(f"r2_{name}", _plain(name, 12), color, "o")])
+        copied: list[Series] = [(f"r2_copy_{name}", None, color, "")]
+        _series(ax, phases, copied, linestyle=(0, (3, 2)), linewidth=1.0)
+    # before its first steps a random predictor is far below any constant
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(max(low, -0.5), -0.05), max(high, 0.1))
+    _line(ax, 0.0, "a constant", INK)
+    ax.legend(loc="lower right", ncols=2)
+
+
+def horizons(records: list[Record]) -> list[str]:
+    """Return the names of the horizons that evaluations measured R² of, in their order."""
+    keys = dict.fromkeys(key for record in records for key in record if key.startswith("r2_"))
+    return [
+        k.removeprefix("r2_") for k in keys if not k.startswith("r2_copy") and _known(records, k)
+    ]
 
 
 def _spread_panel(ax: Axes, phases: list[Phase]) -> None:
     _frame(ax, phases, "Spread of the target", "share of value at phase entry")
-    for key, label, color, marker in (
-        ("target_rank", "effective rank", BLUE, "o"),
+    series: list[Series] = [
         ("target_std", "mean std", ORANGE, "s"),
         ("target_std_p5", "5th percentile std", GREEN, "^"),
-    ):
-        for i, phase in enumerate(phases):
-            step_N, value_N = _finite(phase.evals, relative(column(phase.evals, key)))
-            _plot(ax, step_N, value_N, color=color, marker=marker, label=None if i else label)
+    ]
+    _series(ax, phases, series, relative)
     _line(ax, HALF, "one half", INK)
     ax.set_ylim(0, max(1.1, ax.get_ylim()[1]))
     ax.legend(loc="lower left", bbox_to_anchor=(0, 0.0))
@@ -158,10 +216,58 @@ def _ratio_panel(ax: Axes, phases: list[Phase]) -> None:
 
 def _distance_panel(ax: Axes, phases: list[Phase]) -> None:
     _frame(ax, phases, "Online to target distance", "relative distance")
-    for phase in phases:
-        step_N, value_N = _finite(phase.evals, column(phase.evals, "distance"))
-        _plot(ax, step_N, value_N, color=PURPLE, marker="o")
+    _series(ax, phases, [("distance", None, PURPLE, "o")])
     ax.set_ylim(0, max(ax.get_ylim()[1], 1e-6))
+
+
+def _gradient_panel(ax: Axes, phases: list[Phase]) -> None:
+    _frame(ax, phases, "Gradient of each loss on the trunk", "L2 norm, unweighted")
+    _pull_series(ax, phases, "grad")
+    ax.set_ylim(0, ax.get_ylim()[1] * 1.05 or 1.0)
+    ax.legend(loc="upper right")
+
+
+def _cosine_panel(ax: Axes, phases: list[Phase]) -> None:
+    _frame(ax, phases, "Cosine of two gradients", "cosine (below 0: they oppose)")
+    _pull_series(ax, phases, "cos")
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(low, -0.2), max(high, 0.2))
+    _line(ax, 0.0, "orthogonal", INK)
+    ax.legend(loc="upper right")
+
+
+def _pull_series(ax: Axes, phases: list[Phase], kind: str) -> None:
+    keys = dict.fromkeys(key for phase in phases for key in _pulls(phase, kind))
+    looks = itertools.cycle(((BLUE, "o"), (ORANGE, "s"), (GREEN, "^")))
+    for key, (color, marker) in zip(keys, looks, strict=False):
+        label = _plain(" and ".join(key.split("_")[1:]), 24)
+        _series(ax, phases, [(key, label, color, marker)])
+
+
+def _pulls(phase: Phase, kind: str) -> list[str]:
+    keys = dict.fromkeys(key for record in phase.evals for key in record)
+    return [k for k in keys if k.startswith(f"{kind}_") and _known(phase.evals, k)]
+
+
+def _series(
+    ax: Axes,
+    phases: list[Phase],
+    series: Sequence[Series],
+    change: Callable[[np.ndarray], np.ndarray] = lambda value_N: value_N,
+    **style: Any,
+) -> None:
+    """Plot columns of evaluations, each with its label once, broken between phases.
+
+    Args:
+        series: key, label, colour and marker of each.
+        change: what is plotted of a column of one phase.
+    """
+    for key, label, color, marker in series:
+        for phase in phases:
+            step_N, value_N = _finite(phase.evals, change(column(phase.evals, key)))
+            if len(step_N):
+                _plot(ax, step_N, value_N, color=color, marker=marker, label=label, **style)
+                label = None
 
 
 def optimizer(phases: list[Phase]) -> str | None:
@@ -350,11 +456,14 @@ def _draw(name: str, panels: list[Panel], label: str) -> str | None:
     if not panels:
         return None
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 2.75), layout="constrained")
-        for ax, panel in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-        ):
+        columns = min(len(panels), _COLUMNS)
+        rows = -(-len(panels) // columns)
+        figure = Figure(figsize=(10, 2.75 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for ax, panel in zip(axes, panels, strict=False):
             panel(ax)
+        for ax in axes[len(panels) :]:
+            ax.remove()
         return _svg(figure, name, label)
 
 

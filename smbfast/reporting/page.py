@@ -23,12 +23,11 @@ from smbfast.reporting.runlog import (
     Phase,
     Record,
     Run,
-    collapse,
     column,
     number,
     read_run,
-    trivial_ratio,
 )
+from smbfast.reporting.verdict import collapse, judged, trivial_ratio
 
 # below this nobody can be found again in a count: the rule of the US claims data (CMS)
 SMALL = 10
@@ -39,6 +38,7 @@ _METRICS = {
     "brier": "Brier",
     "c_index": "C-index",
 }
+_COPIES = (("", ""), (", copying the state", "copy_"))
 _KINDS = {"binary": "yes or no within the horizon", "time_to_event": "time to event"}
 
 
@@ -172,7 +172,11 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     for key, label, form in (
         ("sft", "tuning SFT loss, last", "{:.3f}"),
         ("jepa", "tuning JEPA loss, last", "{:.3f}"),
+        ("codes", "tuning loss of codes to come, last", "{:.3f}"),
+        ("online_rank", "online effective rank, last", "{:.1f}"),
         ("target_rank", "target effective rank, last", "{:.1f}"),
+        ("r2", "R² of the latent loss, last", "{:.2f}"),
+        ("probe_auroc", "probe AUROC on tuning nodes, last", "{:.3f}"),
     ):
         known_N = column(evals, key)
         known_N = known_N[known_N == known_N]
@@ -188,21 +192,48 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 def _health_rows(phases: list[Phase]) -> list[list[str]]:
     rows = []
     for phase in phases:
-        for label, value_N, form in (
-            ("target effective rank", column(phase.evals, "target_rank"), "{:.1f}"),
+        series = [
             ("online effective rank", column(phase.evals, "online_rank"), "{:.1f}"),
+            ("online std over size", column(phase.evals, "online_std"), "{:.3f}"),
+            ("embeddings' effective rank", column(phase.evals, "embedding_rank"), "{:.1f}"),
+            ("embeddings' std over size", column(phase.evals, "embedding_std"), "{:.3f}"),
+            ("probe AUROC on tuning nodes", column(phase.evals, "probe_auroc"), "{:.3f}"),
+            ("target effective rank", column(phase.evals, "target_rank"), "{:.1f}"),
             ("target std, mean over dimensions", column(phase.evals, "target_std"), "{:.3f}"),
             ("target std, 5th percentile", column(phase.evals, "target_std_p5"), "{:.3f}"),
             ("loss / best trivial predictor", trivial_ratio(phase.evals), "{:.3f}"),
+            *((f"R², {name}", column(phase.evals, key), "{:.3f}") for name, key in _r2(phase)),
+            ("codes to come: gain over prevalence", column(phase.evals, "codes_gain"), "{:.4f}"),
             ("online to target distance", column(phase.evals, "distance"), "{:.3g}"),
             ("tracked target: share discarded", column(phase.evals, "discarded"), "{:.2g}"),
             ("tracked target: bound of error", column(phase.evals, "target_error"), "{:.2g}"),
-        ):
+            *((name, column(phase.evals, key), "{:.3g}") for name, key in _pulls(phase)),
+        ]
+        for label, value_N, form in series:
             known_N = value_N[value_N == value_N]
-            if phase.judged and len(known_N):
+            if judged(phase) and len(known_N):
                 shown = (known_N[0], known_N.min(), known_N.max(), known_N[-1])
                 rows.append([phase.name, label, *(form.format(value) for value in shown)])
     return rows
+
+
+def _r2(phase: Phase) -> list[tuple[str, str]]:
+    """Return the name and the key of R² by horizon, with that of copying the state."""
+    keys = {key for record in phase.evals for key in record if key.startswith("r2_")}
+    names = figures.horizons(phase.evals)
+    both = [(f"{name}{words}", f"r2_{copy}{name}") for name in names for words, copy in _COPIES]
+    return [(name, key) for name, key in both if key in keys]
+
+
+def _pulls(phase: Phase) -> list[tuple[str, str]]:
+    """Return the name and the key of gradient norms and cosines."""
+    keys = [key for record in phase.evals for key in record]
+    words = {"grad": "gradient norm of", "cos": "cosine of the gradients of"}
+    return [
+        (f"{words[key.split('_')[0]]} {' and '.join(key.split('_')[1:])}", key)
+        for key in dict.fromkeys(keys)
+        if key.split("_")[0] in words
+    ]
 
 
 def _task(task: Record) -> Record:

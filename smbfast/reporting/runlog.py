@@ -1,4 +1,4 @@
-"""Reads what a run folder holds: its records by phase, and whether the JEPA target collapsed.
+"""Reads what a run folder holds: its records by phase.
 
 A run that was killed leaves half a line, one without JEPA leaves nulls, and a resumed one may write
 steps twice. All of that is read and counted; only a folder without any record is an error.
@@ -17,10 +17,6 @@ import numpy as np
 
 Record = dict[str, Any]
 
-# our choice: what the report (and the goal of the default run) calls healthy
-HALF = 0.5
-GOOD_RATIO = 0.9
-
 
 @dataclass(frozen=True)
 class Phase:
@@ -31,11 +27,6 @@ class Phase:
     end: int
     steps: list[Record]
     evals: list[Record]
-
-    @property
-    def judged(self) -> bool:
-        """Return whether the target encoder was measured at all."""
-        return bool(np.isfinite(column(self.evals, "target_rank")).any())
 
 
 @dataclass(frozen=True)
@@ -177,89 +168,3 @@ def relative(value_N: np.ndarray) -> np.ndarray:
     if not len(finite) or value_N[finite[0]] <= 0:
         return np.full(len(value_N), np.nan)
     return value_N / value_N[finite[0]]
-
-
-def trivial_ratio(records: list[Record]) -> np.ndarray:
-    """Return the JEPA loss over that of the better trivial predictor, as logged: float64 [N]."""
-    ratio_N = column(records, "ratio")
-    trivial_N = np.fmin(column(records, "trivial_mean"), column(records, "trivial_copy"))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        computed_N = column(records, "jepa") / np.where(trivial_N > 0, trivial_N, np.nan)
-    return np.where(np.isfinite(ratio_N), ratio_N, computed_N)
-
-
-def collapse(phases: list[Phase]) -> Finding:
-    """Judge whether the target collapsed in any phase with JEPA; return the worst finding.
-
-    Bad: effective rank or mean std fell below half of its value at phase entry. Doubtful: the
-    weakest dimensions did, or the last loss is above 0.9 of the best trivial predictor's.
-    """
-    findings = [_collapse_of(phase) for phase in phases if phase.judged]
-    if not findings:
-        return Finding("unknown", "No phase of this run measured a target encoder.")
-    order = ("good", "unknown", "warn", "bad")
-    return max(reversed(findings), key=lambda finding: order.index(finding.level))
-
-
-def _collapse_of(phase: Phase) -> Finding:
-    where = f"in phase “{phase.name}”"
-    names = {
-        "target_rank": "effective rank",
-        "target_std": "mean standard deviation",
-        "target_std_p5": "5th percentile of the standard deviations",
-    }
-    lowest = {}
-    for key in names:
-        share_N = relative(column(phase.evals, key))
-        share_N = share_N[np.isfinite(share_N)]
-        if len(share_N) > 1:
-            lowest[key] = float(share_N.min())
-    if "target_rank" not in lowest and "target_std" not in lowest:
-        return Finding(
-            "unknown",
-            f"Too early to say {where}: collapse shows as change since phase entry, "
-            "and there is no second measurement yet.",
-        )
-    fallen = [key for key, share in lowest.items() if share < HALF]
-    ratio_N = trivial_ratio(phase.evals)
-    ratio_N = ratio_N[np.isfinite(ratio_N)]
-    loss = (
-        f"the last tuning loss is {ratio_N[-1]:.2f} of the best trivial predictor's "
-        f"(below 1 is needed, {GOOD_RATIO} or less is good)"
-        if len(ratio_N)
-        else "the loss was not compared with trivial predictors"
-    )
-    if {"target_rank", "target_std"} & set(fallen):
-        drops = " and ".join(f"the {names[key]} to {_percent(lowest[key])}" for key in fallen)
-        return Finding(
-            "bad",
-            f"Signs of collapse {where}: the target fell below half of its value at phase entry "
-            f"({drops} of it); {loss}. Its representations no longer spread as they did, so a low "
-            "loss means little. Remedies: a larger share of SFT, a lower learning rate, "
-            "a target that moves more slowly.",
-        )
-    spread = " and ".join(
-        f"its {names[key]} at or above {_percent(lowest[key])}"
-        for key in ("target_rank", "target_std")
-        if key in lowest
-    )
-    spread = f"the target kept {spread} of the value at phase entry"
-    if fallen:
-        return Finding(
-            "warn",
-            f"No collapse as a whole {where}, but single dimensions die: {spread}, yet the "
-            f"{names['target_std_p5']} fell to {_percent(lowest['target_std_p5'])}; {loss}.",
-        )
-    if len(ratio_N) and ratio_N[-1] > GOOD_RATIO:
-        verdict = "no better than" if ratio_N[-1] >= 1 else "hardly better than"
-        return Finding(
-            "warn",
-            f"No collapse {where}, but the prediction is {verdict} a trivial one: {spread}; "
-            f"{loss}.",
-        )
-    return Finding("good", f"No signs of collapse {where}: {spread}; {loss}.")
-
-
-def _percent(share: float) -> str:
-    # rounded down, so that 49.9 % never reads as the half it missed
-    return f"{math.floor(share * 100)} %"

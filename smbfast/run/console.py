@@ -12,7 +12,8 @@ from smbfast.base.runtime import GIB, git_state, versions
 from smbfast.model.backbone import parameter_counts
 from smbfast.model.decoder import HfModule
 from smbfast.model.target import target_bytes
-from smbfast.reporting.runlog import GOOD_RATIO, HALF
+from smbfast.reporting.runlog import Finding, number
+from smbfast.reporting.verdict import KINDS, alarms, learning
 from smbfast.run.data_card import DataCard
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import total_steps
@@ -91,21 +92,33 @@ def _step_rows(run: OpenRun, trained: int) -> list[tuple[str, str]]:
     ]
 
 
-def warn(health: dict, entry: dict) -> None:
-    """Warn if the target collapses or the predictor learns nothing, and say what to try."""
-    if health.get("target_rank") is None:
-        return
-    if health["ratio"] > 1 and health["ratio"] >= entry.get("ratio", 0):
+def warn(health: dict, entry: dict, phase: PhaseSettings) -> Finding | None:
+    """Warn if the run collapses or JEPA learns nothing, and say what to try.
+
+    Args:
+        health: measures of an evaluation.
+        entry: those of the evaluation with which the phase began.
+
+    Returns:
+        The first finding that calls the run collapsed, if there is one.
+    """
+    wrong = alarms(entry, [health], jepa=phase.w_jepa > 0)
+    for finding in wrong:
+        _warning(finding.text)
+    learns = learning([health])
+    # one that is still random only has to become better
+    if learns.level == "warn" and not _better(health, entry):
         _warning(
-            f"JEPA loss is {health['ratio']:.2f} of the best trivial predictor's (good: below "
-            f"{GOOD_RATIO}); if it stays, train longer, lower the learning rate or raise w_sft"
+            f"{learns.text}; if it stays, train longer, lower the learning rate or raise w_sft"
         )
-    for name in ("target_rank", "target_std"):
-        if health[name] < HALF * entry.get(name, 0):
-            _warning(
-                f"{name} {health[name]:.2f} is below half of its value at phase entry: the target "
-                "is collapsing; raise w_sft or tau, or lower the learning rate"
-            )
+    return next((finding for finding in wrong if finding.level == "bad"), None)
+
+
+def _better(health: dict, entry: dict) -> bool:
+    """Whether JEPA predicts better than when the phase began."""
+    if health.get("r2") is not None:
+        return number(health["r2"]) > number(entry.get("r2"))
+    return number(health.get("ratio")) < number(entry.get("ratio"))
 
 
 def warn_of_step(record: dict, phase: PhaseSettings, known: set[tuple[str, str]]) -> None:
@@ -158,14 +171,10 @@ def end_card(opened: OpenRun, training: float, health: dict) -> None:
         for p in settings.phases
         if p.name not in best
     ]
-    if health.get("target_rank") is not None:
-        rows.append(
-            (
-                "target",
-                f"effective rank {health['target_rank']:.1f}, std {health['target_std']:.2f}, loss "
-                f"{health['ratio']:.2f} of the best trivial predictor's",
-            )
-        )
+    if states := _states(health):
+        rows.append(("states", states))
+    if (learns := learning([health])).level != "unknown":
+        rows.append(("jepa", learns.text))
     data = settings.data.path or _cohort(settings)
     rows += [
         ("report", f"{run}/report.html"),
@@ -179,6 +188,19 @@ def end_card(opened: OpenRun, training: float, health: dict) -> None:
     if settings.trains == "lora":
         rows.pop()
     _card(rows)
+
+
+def _states(health: dict) -> str:
+    """Return the effective ranks of an evaluation, and what the probe made of the embeddings."""
+    ranks = [
+        f"{health[f'{kind}_rank']:.1f} ({states})"
+        for kind, states in KINDS.items()
+        if health.get(f"{kind}_rank") is not None
+    ]
+    texts = [f"effective rank {', '.join(ranks)}"] if ranks else []
+    if health.get("probe_auroc") is not None:
+        texts.append(f"{health['probe_task']} AUROC {health['probe_auroc']:.3f} on tuning nodes")
+    return "; ".join(texts)
 
 
 def already_done(settings: TrainSettings) -> None:

@@ -23,6 +23,8 @@ from smbfast.simulation.dataset import simulate
 # settings that may differ when a run resumes, as they change weights only by rounding, if at all
 FREE_KEYS = (
     "data.workers",
+    "eval.nodes",
+    "eval.stop_on_collapse",
     "kernels",
     "model.recompute",
     "objective.path",

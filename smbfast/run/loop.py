@@ -20,7 +20,8 @@ from smbfast.model.flops import step_flops
 from smbfast.model.target import TargetEncoder
 from smbfast.reporting.page import write_report
 from smbfast.run import checkpoint, console
-from smbfast.run.evaluation import evaluate, evaluate_step, fixed_batches
+from smbfast.run.evaluation import evaluate_entry, evaluate_step
+from smbfast.run.fixed import Fixed
 from smbfast.run.folder import write_status
 from smbfast.run.metrics import Meter, log_step, open_log
 from smbfast.run.open_run import OpenRun
@@ -40,17 +41,17 @@ def train(settings: TrainSettings, command: str) -> str:
 
     Raises:
         ValueError: if data are bad, a model does not load, or the folder belongs to another run.
-        RunFailed: if the gradient was not finite in several steps in a row.
+        RunFailed: if the gradient was not finite in several steps in a row, or the run collapsed
+            and `eval.stop_on_collapse` asks to stop then.
     """
     run = OpenRun.open(settings)
     encoder, target, first = run.encoder, run.take_target(), run.progress.step
     total, losses = total_steps(settings), losses_of(settings)
     updater = Updater(run.optimizer, settings.optim.clip)
-    fixed = fixed_batches(run)
+    fixed = Fixed.of(run)
     meter = Meter(total, first, matmul_rate(run.device, layer_dtype(encoder)))
     log = open_log(run)
     health: dict = {}
-    entry: dict = {}  # measures of the evaluation when the phase began
     write_status(run.folder, "running", first, command)
     with stop_on_signals() as stop, run.matmul.used():
         ahead = prefetched(run.steps_to_do(), pin=run.device.type == "cuda")
@@ -62,8 +63,7 @@ def train(settings: TrainSettings, command: str) -> str:
             if phase.w_jepa > 0 and target is None:
                 target = TargetEncoder(encoder, run.target_form)
             if at.begins_phase:
-                health = entry = evaluate(encoder, target, fixed, settings, phase)
-                log.write("eval", step=step, phase=phase.name, **health)
+                health = evaluate_entry(run, target, fixed, phase, step, log)
             if checks_itself(settings) and (at.begins_phase or step == first):
                 gaps = self_check(encoder, target, run.windows, settings, step, phase)
                 log.write("self_check", step=step, phase=phase.name, **gaps)
@@ -84,9 +84,9 @@ def train(settings: TrainSettings, command: str) -> str:
             if due.log:
                 norm = None if skipped else float(grad_norm)
                 pace = meter.read(step + 1)
-                log_step(log, run, batch, summed, health, lr=lr, grad_norm=norm, pace=pace)
+                log_step(log, run, batch, summed, lr=lr, grad_norm=norm, pace=pace)
             if due.evaluate:
-                health = evaluate_step(run, target, fixed, phase, step + 1, entry, log)
+                health = evaluate_step(run, target, fixed, phase, step + 1, log)
             if due.save and not skipped:
                 run.save(target, step + 1, log.offset, command)
             if due.stop:

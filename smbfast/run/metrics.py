@@ -1,12 +1,12 @@
 """metrics.jsonl, TensorBoard events and the step line of a run."""
 
 import json
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from smbfast.base.files import legal
 from smbfast.base.progress import duration
 from smbfast.base.runtime import MatmulRate, peak_memory_gib
 from smbfast.data.loader import Step
@@ -15,6 +15,7 @@ from smbfast.run.board import Board
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import place, total_steps
 from smbfast.run.step import StepLosses
+from smbfast.settings import PhaseSettings
 
 
 class MetricsLog:
@@ -55,15 +56,6 @@ class MetricsLog:
         """Flush and close both."""
         self._file.close()
         self._board.close()
-
-
-def legal(value: object) -> object:
-    """Return what JSON can hold: a number that is not finite becomes null, which readers know."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: legal(inner) for key, inner in value.items()}
-    return [legal(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 class Meter:
@@ -136,7 +128,6 @@ def log_step(
     run: OpenRun,
     step: Step,
     summed: StepLosses,
-    health: dict,
     *,
     lr: float,
     grad_norm: float | None,
@@ -146,7 +137,6 @@ def log_step(
 
     Args:
         summed: the weighted losses of the step; reading them waits for the device.
-        health: measures of the last evaluation.
         grad_norm: None if the step was skipped.
         pace: from `Meter.read`.
     """
@@ -167,11 +157,19 @@ def log_step(
     }
     log.write("step", **record)
     console.warn_of_step(record, phase, log.warned)
-    line = step_line(record, total_steps(run.settings), health if phase.w_jepa > 0 else None)
-    print(line, flush=True)
+    print(step_line(record, total_steps(run.settings)), flush=True)
 
 
-def step_line(record: dict, total: int, health: dict | None) -> str:
+def log_evaluation(
+    log: MetricsLog, run: OpenRun, step: int, phase: PhaseSettings, health: dict
+) -> None:
+    """Log and print an evaluation after `step` steps, from `smbfast.run.evaluation.evaluate`."""
+    record = {"step": step, "phase": phase.name, **health}
+    log.write("eval", **record)
+    print(evaluation_line(record, total_steps(run.settings)), flush=True)
+
+
+def step_line(record: dict, total: int) -> str:
     """Return a step as one plain line, which suits the log of a job."""
     parts = [f"step {record['step']}/{total}", f"{record['phase']:<9}"]
     parts.append(f"sft {_number(record['sft'])}  jepa {_number(record['jepa'])}")
@@ -184,9 +182,39 @@ def step_line(record: dict, total: int, health: dict | None) -> str:
         parts.append(f"{record['masked_per_s'] / 1e3:.1f}k masked/s")
     parts.append(f"matmul {record['matmul']:.0%}  {record['memory_gib']:.1f} GiB")
     parts.append(f"wait {record['wait']:.1%}")
-    if health and health.get("target_rank") is not None:
-        parts.append(f"rank {health['target_rank']:.0f}  triv {health['ratio']:.2f}")
     return "  ".join([*parts, f"eta {duration(record['eta'])}"])
+
+
+def evaluation_line(record: dict, total: int) -> str:
+    """Return an evaluation as one plain line: losses, ranks, the latent loss, probe, gradients."""
+    parts = [f"eval {record['step']}/{total}", f"{record['phase']:<9}"]
+    parts.append(f"sft {_number(record.get('sft'))}  jepa {_number(record.get('jepa'))}")
+    if record.get("codes") is not None:
+        parts.append(f"codes {_number(record['codes'])} (gain {record['codes_gain']:.4f})")
+    ranks = [
+        f"{word} {record[key]:.1f}"
+        for word, key in (
+            ("online", "online_rank"),
+            ("nodes", "embedding_rank"),
+            ("target", "target_rank"),
+        )
+        if record.get(key) is not None
+    ]
+    parts += [f"rank {' '.join(ranks)}"] if ranks else []
+    if record.get("ratio") is not None:
+        parts.append(f"triv {record['ratio']:.2f}")
+    if record.get("r2") is not None:
+        parts.append(f"r2 {record['r2']:.3f} (copy {record['r2_copy']:.3f})")
+    if record.get("probe_auroc") is not None:
+        parts.append(f"{record['probe_task']} auroc {record['probe_auroc']:.3f}")
+    for word in ("grad", "cos"):
+        values = {k: v for k, v in record.items() if k.startswith(f"{word}_") and v is not None}
+        if values:
+            names = (
+                f"{k.removeprefix(word + '_').replace('_', '/')} {v:.2f}" for k, v in values.items()
+            )
+            parts.append(f"{word} {' '.join(names)}")
+    return "  ".join(parts)
 
 
 def _number(value: float | None) -> str:

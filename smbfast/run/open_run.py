@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from smbfast.base.config import to_toml
-from smbfast.base.files import write_text
+from smbfast.base.files import legal, write_text
 from smbfast.base.parts import is_part
 from smbfast.base.runtime import GIB, choose_device, held_memory
 from smbfast.data.labels import Labels
@@ -48,6 +48,7 @@ class Progress:
     step: int = 0  # number of steps done
     metrics_offset: int = 0  # bytes of metrics.jsonl that were written by then
     best: dict[str, dict] = field(default_factory=dict)  # per phase: loss and step
+    entry: dict = field(default_factory=dict)  # measures of the evaluation when the phase began
     seconds: float = 0.0  # time spent training
     micro_tokens: int | None = None  # tokens of a micro-batch, chosen when the run began
     matmul: str | None = None  # backend of `smbkernels.linear`, chosen when it began on a CPU
@@ -199,6 +200,7 @@ class OpenRun:
             **self.identity.record(),
             "metrics_offset": offset,
             "best": self.progress.best,
+            "entry": legal(self.progress.entry),
             "micro_tokens": self.micro_tokens,
             "matmul": self.progress.matmul,
             "seconds": self.seconds(),

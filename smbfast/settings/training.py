@@ -187,6 +187,22 @@ class EvalSettings(Settings):
         "the split, or all if there are fewer. More windows make the losses less noisy and "
         "evaluations slower.",
     )
+    nodes: int = Field(
+        0,
+        ge=0,
+        description="Number of decision nodes of the first yes-or-no task of the probes, in train "
+        "and again in tuning, that each evaluation embeds; 0 embeds none. A probe fitted on those "
+        "of train gives `probe_auroc` on those of tuning, and the rank of the embeddings shows a "
+        "collapse that losses hide. Up to half of the nodes are positive. They are the same at "
+        "each evaluation, and each costs a forward pass of its window.",
+    )
+    stop_on_collapse: bool = Field(
+        False,
+        description="`true` ends the run at the evaluation that calls it collapsed: the states of "
+        "the encoder, the embeddings at decision nodes or the states of the EMA teacher are nearly "
+        "constant, or their effective rank is below a tenth of its value when the phase began. "
+        "The exit status is 1, and checkpoints before that evaluation stay. `false` only warns.",
+    )
 
 
 class ProbeSettings(Settings):
