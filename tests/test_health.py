@@ -8,7 +8,9 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import smbfast.train as entry
+from smbfast.batch import FuturePairs
 from smbfast.data.nodes import SPLIT_NAMES
+from smbfast.model.codes_head import CodesHead, codes_sum, prevalence_sum
 from smbfast.model.target import TargetEncoder
 from smbfast.run import gradients as pulls
 from smbfast.run import loop
@@ -148,6 +150,8 @@ def evals_of(folder):
 
 
 def test_a_run_says_how_it_is_and_nothing_of_it_changes_the_weights(words, tmp_path, capsys, short):
+    words = [*words, "--objective.jepa=horizon", "--objective.horizons=30d,365d"]
+    words += ["--phases.1.w_codes=1.0"]
     for name, nodes in (("a", NODES), ("b", 0)):
         entry.main(
             [
@@ -159,7 +163,7 @@ def test_a_run_says_how_it_is_and_nothing_of_it_changes_the_weights(words, tmp_p
         )
         out = capsys.readouterr().out
         assert ("death_3y auroc" in out) == (nodes > 0)
-        assert "rank online" in out and "cos sft/jepa" in out
+        assert "rank online" in out and "cos sft/jepa" in out and "r2 " in out
     files = [tmp_path / name / "final" / "model.safetensors" for name in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
     first, *rest = evals_of(tmp_path / "a")
@@ -167,6 +171,34 @@ def test_a_run_says_how_it_is_and_nothing_of_it_changes_the_weights(words, tmp_p
     keys = {"online_std", "online_rank", "embedding_std", "embedding_rank", "grad_sft"}
     assert all(keys <= set(r) and 0 <= r["probe_auroc"] <= 1 for r in [first, *rest])
     assert not any("embedding_rank" in r for r in evals_of(tmp_path / "b"))
+    begins, *later = [r for r in rest if r["phase"] == "jepa"]
+    assert begins["jepa"] is None and all(r["jepa"] > 0 for r in later)
+    keys = {"r2", "r2_copy", "r2_30d", "r2_copy_365d", "target_rank", "cos_jepa_codes"}
+    assert all(keys | {"codes", "codes_gain"} <= set(r) for r in [begins, *later])
+    assert later[-1]["r2"] > begins["r2"]
+
+
+def test_a_head_without_states_predicts_the_prevalence():
+    """Also where codes are weighted; a bias that has moved is no prevalence."""
+    pairs = FuturePairs(
+        row_N=torch.tensor([3, 5]),
+        position_P=torch.tensor([0, 0, 1]),
+        horizon_P=torch.tensor([0, 1, 1]),
+        latent_Q=torch.tensor([], dtype=torch.int64),
+        first_Q=torch.tensor([], dtype=torch.int64),
+        end_Q=torch.tensor([], dtype=torch.int64),
+        pair_Z=torch.tensor([0, 2, 2]),
+        class_Z=torch.tensor([4, 0, 3]),
+        num_by_trunk=(),
+        num_by_horizon=(0, 0),
+    )
+    for weighted in (False, True):
+        head = CodesHead(8, np.random.default_rng(0).uniform(0.01, 0.6, (2, 5)), weighted)
+        torch.nn.init.zeros_(head.class_KE)
+        expected = codes_sum(head, torch.randn(2, 8), pairs).item()
+        torch.nn.init.zeros_(head.bias_HK)
+        # fp32 sums of 18 numbers of size 1
+        assert float(prevalence_sum(head, pairs)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("stops", [True, False])

@@ -78,7 +78,8 @@ def _losses(
     if target is not None:
         values |= _jepa_health(measured, fixed, settings) | target.measures()
         pairs = [b.pairs.num_by_horizon for b in batches if b.pairs is not None]
-        if target.scale and target.scale.lacks([sum(n) for n in zip(*pairs, strict=True)]):
+        numbers = [sum(number) for number in zip(*pairs, strict=True)]
+        if target.scale and numbers and target.scale.lacks(numbers):
             values["jepa"] = None  # before its first step horizon JEPA has no scale
     weights = ((phase.w_sft, "sft"), (phase.w_jepa, "jepa"), (phase.w_codes, "codes"))
     parts = [(weight, values[name]) for weight, name in weights]
