@@ -98,10 +98,6 @@ def metrics(rank_falls_to: float = 0.93, ratio: float = 0.52, jepa: bool = True)
                     "online_rank": 30.5 * (share if second else 1.0),
                     "embedding_std": 0.7,
                     "embedding_rank": 24.0 * (share if second else 1.0),
-                    "probe_task": "death_1y",
-                    "probe_auroc": 0.7 + 0.1 * step / 300,
-                    "grad_sft": 0.9 * math.exp(-step / 80),
-                    **({"grad_jepa": 0.3, "cos_sft_jepa": 0.02} if second else {}),
                     "distance": 0.02 * (1 - math.exp(-into / 50)) if second else None,
                 }
             )
@@ -459,8 +455,26 @@ def test_horizon_jepa_is_compared_with_copying(
     records = [{**r, **latent, **nothing} if r["phase"] == "jepa" else r for r in metrics()]
     finding = finding_of(tmp_path, records)
     assert finding.level == level and words in finding.text
-    _, page = read(tmp_path / "run")
-    assert "R², 30d, copying the state" in page.text
+
+
+def test_the_page_shows_the_probe_the_horizons_and_the_gradients(tmp_path: Path) -> None:
+    more = {"r2": 0.3, "r2_copy": 0.05, "r2_30d": 0.3, "r2_copy_30d": 0.05, "codes_gain": 0.1}
+    more |= {"probe_task": HOSTILE, "probe_auroc": 0.7, "codes": 1.5}
+    more |= {"grad_sft": 0.9, "grad_jepa": 0.3, "cos_sft_jepa": 0.02}
+    records = [{**r, **more} if r["phase"] == "jepa" else r for r in metrics()]
+    page_source, page = read(run_folder(tmp_path / "run", records))
+    assert "<script" not in page_source
+    for text in (
+        "R², 30d, copying the state",
+        "probe AUROC on tuning nodes",
+        "cosine of the gradients of sft and jepa",
+        "codes to come: gain over prevalence",
+        "R² of the latent loss by horizon",
+        "Gradient of each loss on the trunk",
+        "Effective rank since phase entry",
+        "Codes to come",
+    ):
+        assert text in page.text
 
 
 @pytest.mark.parametrize(
