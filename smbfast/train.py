@@ -28,6 +28,8 @@ it the preset `default` is used. In a file, a setting that is none is left out.
   --resume=never     Short for --run.resume=never; likewise --resume=restart.
   --export=merged    Short for --run.export=merged.
   --profile=3        Short for --run.profile=3.
+  --final            Short for --probe.final=true: judge the probes on held-out
+                     patients, at the end of the run or once it is finished.
 
 Examples
 
@@ -39,6 +41,9 @@ Examples
 
   Train LoRA adapters of a pretrained backbone:
     python -m smbfast.train lora --data.path=MEDS_FOLDER --model.path=Qwen/Qwen3-8B
+
+  Judge the finished run on held-out patients, once, when nothing is chosen any more:
+    python -m smbfast.train --final
 
   See the settings of a preset with their explanations:
     python -m smbfast.train lora --help"""
@@ -73,13 +78,16 @@ def _run(settings: TrainSettings, command: str, start: float) -> None:
     from smbfast.run import console, loop
     from smbfast.run.folder import earlier, write_end
 
+    everywhere, by_op = kernel_choice(settings.kernels)
     if earlier(settings.folder, settings) == "done":
         loop.export(settings, choose_device(settings.run.device))
+        if settings.probe.final:
+            with use(everywhere, **by_op):
+                loop.judge(settings, command)
         console.already_done(settings)
         return
     # from here on how it ends is written to the run's status
     with _entry(on_end=partial(write_end, settings)):
-        everywhere, by_op = kernel_choice(settings.kernels)
         with use(everywhere, **by_op):
             outcome = loop.train(settings, command)
         if outcome == "preempted":

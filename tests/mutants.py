@@ -764,8 +764,8 @@ KERNELS = [
         "embeddings-by-another-library",
         "nodes are embedded by torch's own products, not by those of the training",
         "smbfast/run/loop.py",
-        "    with run.matmul.used():\n        probe_run(run, target)",
-        "    if True:\n        probe_run(run, target)",
+        "    with run.matmul.used():\n        probe_run(run, target,",
+        "    if True:\n        probe_run(run, target,",
         "tests/test_matmul.py::test_a_run_says_and_saves_what_it_measured",
     ),
     mutant(

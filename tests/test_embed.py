@@ -527,7 +527,7 @@ def test_a_run_chooses_its_pool_and_the_model_says_which(run, tmp_path, monkeypa
 
     def probed(target: TargetEncoder | None) -> dict[str, bytes]:
         opened.save_model(final, target, 4)  # as the loop does
-        probes.probe_run(opened, target)
+        probes.probe_run(opened, target, final=True)
         files = [*final.iterdir(), tmp_path / "run" / "embeddings" / "online.parquet"]
         return {file.name: file.read_bytes() for file in files}
 
@@ -560,7 +560,7 @@ def test_a_run_chooses_its_pool_and_the_model_says_which(run, tmp_path, monkeypa
         assert probed(target) == first
     # what a finished run has chosen stays chosen
     monkeypatch.setattr(probes, "choose_pool", raising)
-    probes.probe_run(opened, target)
+    probes.probe_run(opened, target, final=True)
     assert verified_final(final) == record
 
 

@@ -104,7 +104,7 @@ def metrics(rank_falls_to: float = 0.93, ratio: float = 0.52, jepa: bool = True)
     return records
 
 
-def probe(task: str = "death_1y") -> dict:
+def probe(task: str = "death_1y", judged_on: str = "tuning") -> dict:
     names = {
         "smbfast": ("smbfast, target encoder", 0.791),
         "untrained": ("same backbone, untrained", 0.702),
@@ -113,6 +113,7 @@ def probe(task: str = "death_1y") -> dict:
         "oracle_latent": ("the latent state itself", 0.901),
     }
     return {
+        "judged_on": judged_on,
         "protocol": "L2 logistic regression, penalty chosen on tuning; 200 resamples of subjects.",
         "tasks": [
             {
@@ -171,7 +172,7 @@ def probe(task: str = "death_1y") -> dict:
                 "rows": {"train": 400, "tuning": 7, "held_out": 100},
                 "positives": {"train": 3, "tuning": 0, "held_out": 97},
                 "unmatched": 0,
-                "reason": "the held-out split has a single class",
+                "reason": "tuning has one class only",
                 "models": [],
                 "differences": [],
             },
@@ -267,7 +268,8 @@ def test_whole_run(source: str, page: Page) -> None:
     assert "0.791 [0.761, 0.821]" in page.text
     assert "+0.089 [+0.059, +0.119]" in page.text
     assert "On 1 of 2 measured tasks" in page.text
-    assert "Not measurable: the held-out split has a single class" in page.text
+    assert "Not measurable: tuning has one class only" in page.text
+    assert "Judged on tuning patients" in page.text and "on the tuning split" in page.text
     assert "SIM//misc" in page.text and "cut: the future begins" in page.text
     assert page.tags.count("svg") == 6
     assert source.count('class="line hidden"') == 3  # two masked lines and the legend
@@ -341,6 +343,31 @@ def test_small_counts_are_not_told(tmp_path: Path) -> None:
     assert "tuning: ≤10 rows, 0 positive" in page.text
     # 97 of 100: the three negatives would be told by subtraction
     assert "held out: 100 rows, all but ≤10 positive" in page.text
+
+
+def test_held_out_figures_are_shown_with_final_alone_and_counted(tmp_path: Path) -> None:
+    run = whole(tmp_path / "run", probe=probe(judged_on="held_out"))
+    source, page = read(run)
+    assert "The probes were judged on held-out patients" in page.text
+    for figure in ("0.791", "0.089", "204 positive", "1,020", "better", "resamples"):
+        assert figure not in page.text.replace("≤10", "")
+    assert not (run / "held_out.json").exists()
+    main([f"--run={run}", "--final"])
+    main([f"--run={run}", "--final"])
+    shown = Page((run / "report.html").read_text()).text
+    assert "0.791 [0.761, 0.821]" in shown and "held out: 1,020 rows, 204 positive" in shown
+    assert "Judged on held-out patients, who were looked at 2 times" in shown
+    assert "on the held-out split" in shown
+    looks = json.loads((run / "held_out.json").read_text())["looks"]
+    assert [look["command"] for look in looks] == [
+        f"python -m smbfast.report --run={run} --final"
+    ] * 2
+    hidden = read(run)[0]
+    assert hidden.replace(" Held-out patients were looked at 2 times in this run.", "") == source
+    old = probe()
+    del old["judged_on"]
+    (run / "probe.json").write_text(json.dumps(old))
+    assert "0.791" not in read(run)[1].text  # of a version that judged on held_out alone
 
 
 def test_real_patients_are_never_shown(tmp_path: Path) -> None:

@@ -24,7 +24,13 @@ _PREPARED = (
 _INDEXES = ("source", "windows", "verified.json")  # beside shards, or in a run instead of there
 _DIGESTS = "digests.json"  # of weights, in a run
 _TAIL = 1 << 20  # bytes at the end of a parquet file that are searched for the names of its columns
-_OUTPUTS = ("report.html", "probe.json", "embeddings/*.parquet", "predictions/*.parquet")
+_OUTPUTS = (
+    "report.html",
+    "probe.json",
+    "held_out.json",
+    "embeddings/*.parquet",
+    "predictions/*.parquet",
+)
 
 
 def require_run_folder(folder: Path) -> None:
@@ -160,6 +166,10 @@ def _is_probe(file: Path) -> bool:
     return _json(file).keys() >= {"tasks", "protocol"}
 
 
+def _is_record_of_looks(file: Path) -> bool:
+    return "looks" in _json(file)
+
+
 def _json(file: Path) -> dict:
     """Return the JSON object in a file, empty if there is none."""
     try:
@@ -188,6 +198,7 @@ def _has_columns(file: Path, *names: bytes) -> bool:
 _FORMS: dict[str, Callable[[Path], bool]] = {
     "report.html": _is_report,
     "probe.json": _is_probe,
+    "held_out.json": _is_record_of_looks,
     "embeddings": _is_embeddings,
     "predictions": _is_predictions,
 }

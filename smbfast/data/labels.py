@@ -161,14 +161,25 @@ def with_splits(labels: Labels, dataset: MedsDataset) -> Labels:
     return replace(labels, split_N=np.where(labels.split_N == "", dataset_N, labels.split_N))
 
 
-def require_splits(labels: Labels) -> None:
-    """Raise a ValueError unless train, tuning and held_out each have a row."""
-    empty = [split for split, rows in labels.counts().items() if rows == 0]
+def splits_read(final: bool) -> tuple[str, ...]:
+    """Return the splits that probes read: held_out only where they are judged on it."""
+    return SPLITS if final else tuple(split for split in SPLITS if split != "held_out")
+
+
+def require_splits(labels: Labels, final: bool) -> None:
+    """Raise a ValueError unless train and tuning have a row each; held_out too if it is judged."""
+    wanted = splits_read(final)
+    empty = [split for split in wanted if not labels.counts()[split]]
     if empty:
         raise ValueError(
-            f"labels of {labels.task} must have rows in train, tuning and held_out; "
+            f"labels of {labels.task} must have rows in {' and '.join(wanted)}; "
             f"no row in {', '.join(empty)}"
         )
+
+
+def without_held_out(labels: Labels) -> Labels:
+    """Return all rows but those of held_out, as if there were none."""
+    return labels.take(labels.split_N != "held_out")
 
 
 def read_nodes(file: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,9 @@
 """Probes frozen embeddings: how much do they say about outcomes?
 
 Reads embeddings (`python -m smbfast.embed`) and labels, writes `probe.json` and for each binary
-task `predictions/<task>.parquet` in the schema of meds-evaluation, and prints the table.
+task `predictions/<task>.parquet` in the schema of meds-evaluation, and prints the table. Figures
+and predictions are of tuning; those of held_out are made and counted (`smbfast.base.held_out`) only
+where they are asked for, and nothing of held-out patients is used before.
 """
 
 import json
@@ -15,8 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smbfast.base.files import committed_file
+from smbfast.base.held_out import count_look, num_looks, run_of
 from smbfast.base.ours import require_replaceable
-from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits, with_splits
+from smbfast.data.labels import (
+    Labels,
+    find_tasks,
+    read_labels,
+    require_splits,
+    with_splits,
+    without_held_out,
+)
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import distinct_nodes
 from smbfast.probing.counts import count_codes
@@ -44,12 +54,17 @@ _READABLE = {
 
 
 def run_probe(
-    config: ProbeCommandSettings, say: Callable[[str], None] = print, index: Path | None = None
+    config: ProbeCommandSettings,
+    say: Callable[[str], None] = print,
+    index: Path | None = None,
+    command: str = "python -m smbfast.probe",
 ) -> dict[str, Any]:
     """Probe every task, write `probe.json` and the predictions, and print the table.
 
     Args:
         index: that of the dataset (see `MedsDataset.open`), if it has one.
+        command: what is recorded if held-out figures are asked for, in the folder of the run that
+            wrote the embeddings, or else in `out`.
 
     Returns the content of `probe.json`.
 
@@ -63,9 +78,10 @@ def run_probe(
         say(f"probe {time.monotonic() - started:6.1f} s  {text}")
 
     out = config.out or config.embeddings.parent
+    run = run_of(config.embeddings) or out
     dataset = MedsDataset.open(config.data, index=index, split=config.split)
     tasks = _read_tasks(config, dataset)
-    _require_outputs(out, tasks)
+    _require_outputs(out, run, tasks)
     nodes = distinct_nodes(tasks)
     trained = read_embeddings(config.embeddings, nodes)
     untrained = read_embeddings(config.untrained, nodes) if config.untrained else None
@@ -76,7 +92,7 @@ def run_probe(
     subject_N = np.concatenate([labels.subject_N for labels in matched_tasks])
     time_N = np.concatenate([labels.time_N for labels in matched_tasks])
     counts = count_codes(dataset, subject_N, time_N, lambda text: progress(f"codes of {text}"))
-    protocol = Protocol(config.bootstraps, config.cox_bootstraps, config.seed)
+    protocol = _protocol(config)
     own = _own_name(config.embeddings)
     readable = {"smbfast": own, "smbfast_boosting": f"{own}, boosted trees"} | _READABLE
     measured: list[Measured] = []
@@ -88,30 +104,55 @@ def run_probe(
         features["counts"] = counts.features(
             labels.subject_N, labels.time_N, labels.split_N == "train"
         )
-        oracle = _oracle(config.data, labels)
+        oracle = _oracle(config.data, labels, protocol.judged_on)
         result = measure(labels, features, oracle, readable, protocol, progress)
         result.record["unmatched"] = len(task) - len(labels)
         measured.append(result)
-    record = {
-        "tasks": [result.record for result in measured],
-        "protocol": _protocol_text(config),
-        "read_out": _read_out(config.embeddings),
-        "small_cells": config.small_cells,
-    }
+    # a look is counted before its figures are written, so that none is missed
+    looks = count_look(run, command) if config.final else num_looks(run)
+    record = _record(config, protocol, measured, looks)
     _write(out, record, matched_tasks, measured)
     say(table(record))
     return record
 
 
+def _protocol(config: ProbeCommandSettings) -> Protocol:
+    return Protocol(
+        config.bootstraps,
+        config.cox_bootstraps,
+        config.seed,
+        "held_out" if config.final else "tuning",
+    )
+
+
+def _record(
+    config: ProbeCommandSettings, protocol: Protocol, measured: list[Measured], looks: int
+) -> dict[str, Any]:
+    """Return the content of `probe.json`."""
+    return {
+        "judged_on": protocol.judged_on,
+        "num_looks": looks,
+        "tasks": [result.record for result in measured],
+        "protocol": _protocol_text(config),
+        "read_out": _read_out(config.embeddings),
+        "small_cells": config.small_cells,
+    }
+
+
 def _write(out: Path, record: dict, tasks: list[Labels], measured: list[Measured]) -> None:
     for labels, result in zip(tasks, measured, strict=True):
-        _write_predictions(out / "predictions" / f"{labels.task}.parquet", labels, result.score_N)
+        judged_N = labels.split_N == record["judged_on"]
+        score_J = None if result.score_N is None else result.score_N[judged_N]
+        file = out / "predictions" / f"{labels.task}.parquet"
+        _write_predictions(file, labels.take(judged_N), score_J)
     with committed_file(out / "probe.json") as staging:
         staging.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _require_outputs(out: Path, tasks: list[Labels]) -> None:
-    """Raise a ValueError if `out` is no folder, or holds files of others by the names of ours."""
+def _require_outputs(out: Path, run: Path, tasks: list[Labels]) -> None:
+    """Raise a ValueError if `out` is no folder, or holds files of others by the names of ours, or
+    if the looks of `run` cannot be counted."""
+    num_looks(run)
     if out.exists() and not out.is_dir():
         raise ValueError(f"`out` must be a folder to write to; {out} is a file")
     require_replaceable(out / "probe.json")
@@ -123,12 +164,12 @@ def _read_tasks(config: ProbeCommandSettings, dataset: MedsDataset) -> list[Labe
     folders = find_tasks(config.labels, config.data)
     tasks = [with_splits(read_labels(folder), dataset) for folder in folders]
     for labels in tasks:
-        require_splits(labels)
+        require_splits(labels, config.final)
     names = [labels.task for labels in tasks]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"`labels` must name each task once; `{name}` is there twice")
-    return tasks
+    return tasks if config.final else [without_held_out(labels) for labels in tasks]
 
 
 def _matched_rows(
@@ -148,30 +189,29 @@ def _matched_rows(
     return np.where(both_N, row_N, -1), np.where(both_N, other_N, -1)
 
 
-def _oracle(data: Path, labels: Labels) -> dict[str, np.ndarray]:
-    """Return scores for each row: those of held_out, and nan elsewhere, as nothing is fitted."""
-    file = data / "oracles" / labels.task / "held_out.parquet"
+def _oracle(data: Path, labels: Labels, judged_on: str) -> dict[str, np.ndarray]:
+    """Return scores for each row: those of the judged split, and nan elsewhere, as nothing is
+    fitted."""
+    file = data / "oracles" / labels.task / f"{judged_on}.parquet"
     if not file.is_file():
         return {}
-    held_N = labels.split_N == "held_out"
-    scores = read_oracle(file, labels.take(held_N)) if held_N.any() else {}
+    judged_N = labels.split_N == judged_on
+    scores = read_oracle(file, labels.take(judged_N)) if judged_N.any() else {}
     full = {name: np.full(len(labels), np.nan) for name in scores}
-    for name, score_H in scores.items():
-        full[name][held_N] = score_H
+    for name, score_J in scores.items():
+        full[name][judged_N] = score_J
     return full
 
 
-def _write_predictions(path: Path, labels: Labels, probability_N: np.ndarray | None) -> None:
-    if labels.kind != "binary" or probability_N is None:
+def _write_predictions(path: Path, judged: Labels, probability_J: np.ndarray | None) -> None:
+    if judged.kind != "binary" or probability_J is None:
         return
-    held_N = labels.split_N == "held_out"
-    probability_H = probability_N[held_N]
     columns = [
-        pa.array(labels.subject_N[held_N]),
-        pa.array(labels.time_N[held_N]).cast(pa.timestamp("us")),
-        pa.array(labels.binary_N[held_N]),
-        pa.array(probability_H >= 0.5),
-        pa.array(probability_H),
+        pa.array(judged.subject_N),
+        pa.array(judged.time_N).cast(pa.timestamp("us")),
+        pa.array(judged.binary_N),
+        pa.array(probability_J >= 0.5),
+        pa.array(probability_J),
     ]
     with committed_file(path, private=True) as staging:
         pq.write_table(pa.table(columns, schema=PREDICTIONS), staging)
@@ -183,10 +223,10 @@ def _protocol_text(config: ProbeCommandSettings) -> str:
         "decades) by tuning log loss, ties to the stronger; probabilities calibrated on tuning by "
         "slope and intercept. Boosted trees: as many as give the least tuning log loss. "
         "Time to event: Cox regression fitted on train with a ridge on all scaled features, its "
-        "penalty by tuning partial likelihood, Harrell's C. All metrics on held_out; "
-        f"95 % intervals from {config.bootstraps} resamples of patients "
-        f"({config.cox_bootstraps} for C). Counts: age, sex and log(1 + count) of the codes seen "
-        "in train, up to the prediction time. Bayes filter = bound for any model."
+        "penalty by tuning partial likelihood, Harrell's C. All metrics on "
+        f"{'held_out' if config.final else 'tuning'}; 95 % intervals from {config.bootstraps} "
+        f"resamples of patients ({config.cox_bootstraps} for C). Counts: age, sex and log(1 + count) of the "
+        "codes seen in train, up to the prediction time. Bayes filter = bound for any model."
     )
 
 

@@ -2,13 +2,17 @@
 
 from typing import Any
 
+from smbfast.base.held_out import times
+
 _COLUMNS = {"binary": ["auroc", "auprc", "brier"], "time_to_event": ["c_index"]}
+_PATIENTS = {"tuning": "tuning", "held_out": "held-out"}
 _TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier (low is good)", "c_index": "C-index"}
 
 
 def table(record: dict[str, Any]) -> str:
     """Return the content of `probe.json` as text: one block per task, one line per model."""
     small = int(record.get("small_cells", 10))
+    judged_on = record["judged_on"]
     lines: list[str] = []
     for task in record["tasks"]:
         kind = "positive" if task["kind"] == "binary" else "events"
@@ -17,8 +21,8 @@ def table(record: dict[str, Any]) -> str:
             f"({_count(task['positives'][split], small)} {kind})"
             for split in task["rows"]
         )
-        patients = _count(task["patients"]["held_out"], small)
-        lines += ["", f"{task['task']}: {sizes}; {patients} held-out patients"]
+        patients = f"{_count(task['patients'][judged_on], small)} {_PATIENTS[judged_on]} patients"
+        lines += ["", f"{task['task']}: {sizes}; judged on {patients}"]
         if task["unmatched"]:
             lines.append(f"  {_count(task['unmatched'], small)} label rows have no embedding")
         if task["reason"]:
@@ -46,7 +50,22 @@ def table(record: dict[str, Any]) -> str:
     lines += ["", "95 % intervals by resampling patients; differences on the same resamples."]
     if oracle:
         lines.append("Bayes filter = bound for any model that sees the observed history.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_judges(judged_on, record["num_looks"])])
+
+
+def _judges(judged_on: str, num_looks: int) -> list[str]:
+    """Say what the figures are worth, by the patients that they are of."""
+    if judged_on == "held_out":
+        return [f"Held-out patients: looked at {times(num_looks)} in this run."]
+    lines = [
+        "Tuning patients: penalty, read-out and calibration were chosen on them, so new patients "
+        "will be",
+        "predicted somewhat worse. --final judges on held-out patients; it is for the end, and "
+        "counted.",
+    ]
+    if num_looks:
+        lines.append(f"Held-out patients: looked at {times(num_looks)} in this run.")
+    return lines
 
 
 def _count(number: int, small: int) -> str:

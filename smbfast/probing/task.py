@@ -1,16 +1,15 @@
 """Measures one task: every model on the same rows, with intervals and paired differences.
 
-Shape suffixes: N label rows, H held-out rows, F features.
+Shape suffixes: N label rows, J rows of the split that is judged, F features.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from smbfast.data.labels import Labels
-from smbfast.data.splits import SPLITS
+from smbfast.data.labels import Labels, splits_read
 from smbfast.probing import binary, boosting, logistic, resample, survival
 from smbfast.probing.features import Features
 
@@ -20,11 +19,18 @@ _LARGE = 50_000_000  # numbers in a matrix of features
 
 @dataclass(frozen=True)
 class Protocol:
-    """The number of draws (`cox_bootstraps` for the C-index), and the seed."""
+    """The number of draws (`cox_bootstraps` for the C-index), the seed, and the split whose rows are
+    judged."""
 
     bootstraps: int = 1000
     cox_bootstraps: int = 200
     seed: int = 0
+    judged_on: Literal["tuning", "held_out"] = "tuning"
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that are read: held_out only where it is judged."""
+        return splits_read(self.judged_on == "held_out")
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,8 @@ def measure(
     progress: Callable[[str], None] = lambda _: None,
 ) -> Measured:
     """Probe each set of features ([N, F], by model name, the trained model first) and score the
-    oracles (`bayes_filter`, `latent`: float64 [N]; empty if there are none) on held_out. For a
-    binary task the first is probed by boosted trees as well, as `<its name>_boosting`.
+    oracles (`bayes_filter`, `latent`: float64 [N]; empty if there are none) on the judged split.
+    For a binary task the first is probed by boosted trees as well, as `<its name>_boosting`.
 
     `readable` gives a name to print for each model. A task that cannot be measured gives a record
     with the reason and no models.
@@ -54,12 +60,13 @@ def measure(
     record: dict[str, Any] = {
         "task": labels.task,
         "kind": labels.kind,
-        "rows": labels.counts(),
-        "positives": labels.positives(),
+        "rows": {split: labels.counts()[split] for split in protocol.splits},
+        "positives": {split: labels.positives()[split] for split in protocol.splits},
         "patients": {
-            split: len(np.unique(labels.subject_N[labels.split_N == split])) for split in SPLITS
+            split: len(np.unique(labels.subject_N[labels.split_N == split]))
+            for split in protocol.splits
         },
-        "reason": _not_measurable(labels),
+        "reason": _not_measurable(labels, protocol),
         "models": [],
         "differences": [],
     }
@@ -87,13 +94,13 @@ def measure(
     return Measured(record, scores.get(first))
 
 
-def _not_measurable(labels: Labels) -> str | None:
-    empty = [split for split, rows in labels.counts().items() if rows == 0]
+def _not_measurable(labels: Labels, protocol: Protocol) -> str | None:
+    empty = [split for split in protocol.splits if labels.counts()[split] == 0]
     if empty:
         return f"no row with an embedding in {', '.join(empty)}"
     if labels.kind == "binary":
-        return binary.not_measurable(labels.binary_N, labels.split_N)
-    return survival.not_measurable(*labels.survival_N, labels.split_N)
+        return binary.not_measurable(labels.binary_N, labels.split_N, protocol.judged_on)
+    return survival.not_measurable(*labels.survival_N, labels.split_N, protocol.judged_on)
 
 
 def _fit(
@@ -135,17 +142,18 @@ def _judge(
     protocol: Protocol,
     first: str,
 ) -> None:
-    """Fill in metrics and differences: all models on the same held-out rows and draws."""
-    held = labels.take(labels.split_N == "held_out")
-    held_H = labels.split_N == "held_out"
+    """Fill in metrics and differences: all models on the same rows of the judged split and the same
+    draws."""
+    judged_N = labels.split_N == protocol.judged_on
+    judged = labels.take(judged_N)
     metrics = {
         (name, metric): compute
         for name, score_N in scores.items()
-        for metric, compute in _metrics(held, score_N[held_H]).items()
+        for metric, compute in _metrics(judged, score_N[judged_N]).items()
     }
     binary = labels.kind == "binary"
     draws = protocol.bootstraps if binary else protocol.cox_bootstraps
-    values, drawn = resample.resampled(metrics, held.subject_N, draws, protocol.seed)
+    values, drawn = resample.resampled(metrics, judged.subject_N, draws, protocol.seed)
     for model in record["models"]:
         for name, metric in values:
             if name == model["name"]:
@@ -162,14 +170,14 @@ def _judge(
                 record["differences"].append(named | _as_record(difference))
 
 
-def _metrics(held: Labels, score_H: np.ndarray) -> dict[str, resample.Metric]:
-    if held.kind == "binary":
+def _metrics(judged: Labels, score_J: np.ndarray) -> dict[str, resample.Metric]:
+    if judged.kind == "binary":
         return {
-            "auroc": resample.auroc(score_H, held.binary_N),
-            "auprc": resample.auprc(score_H, held.binary_N),
-            "brier": resample.brier(score_H, held.binary_N),
+            "auroc": resample.auroc(score_J, judged.binary_N),
+            "auprc": resample.auprc(score_J, judged.binary_N),
+            "brier": resample.brier(score_J, judged.binary_N),
         }
-    return {"c_index": resample.c_index(score_H, *held.survival_N)}
+    return {"c_index": resample.c_index(score_J, *judged.survival_N)}
 
 
 def _as_record(interval: resample.Interval) -> dict[str, float | None]:

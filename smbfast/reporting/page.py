@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from smbfast.base.counts import FEW_TEXT
 from smbfast.base.files import committed_file
+from smbfast.base.held_out import count_look, num_looks, times
 from smbfast.base.ours import require_replaceable
 from smbfast.reporting import figures
 from smbfast.reporting.runlog import (
@@ -42,11 +43,15 @@ _COPIES = (("", ""), (", copying the state", "copy_"))
 _KINDS = {"binary": "yes or no within the horizon", "time_to_event": "time to event"}
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, *, final: bool = False, counted: str | None = None) -> Path:
     """Write `run/report.html` from the other files of the folder and return its path.
 
     The same files give the same bytes. What is missing (probe, sample, a broken last line of
     metrics.jsonl) is said on the page.
+
+    Args:
+        final: whether to show figures of held-out patients, if the probes were judged on them.
+        counted: the command that is recorded if it shows them; None where that was done.
 
     Raises:
         ValueError: the folder is missing or has no metrics.jsonl with a readable line, or its
@@ -55,20 +60,30 @@ def write_report(run: Path) -> Path:
     run = Path(run)
     path = run / "report.html"
     require_replaceable(path)
-    page = render(read_run(run))
+    content = read_run(run)
+    if final and counted and _judged_on(content) == "held_out":
+        count_look(run, counted)
+    page = render(content, final=final)
     with committed_file(path) as staging:
         # lone surrogates are legal in json and in no file
         staging.write_bytes(page.encode("utf-8", errors="replace"))
     return path
 
 
-def render(run: Run) -> str:
-    """Return the whole page as text; the template escapes everything but our own SVG."""
+def render(run: Run, *, final: bool = False) -> str:
+    """Return the whole page as text; the template escapes everything but our own SVG.
+
+    Args:
+        final: whether to show figures of held-out patients.
+    """
+    judged_on = _judged_on(run)
+    hidden = judged_on == "held_out" and not final
+    probe = {} if hidden else run.probe or {}
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = resources.files("smbfast.reporting").joinpath("templates/report.html")
-    tasks = [_task(task) for task in _dicts((run.probe or {}).get("tasks"))]
+    tasks = [_task(task) for task in _dicts(probe.get("tasks"))]
     finding = collapse(run.phases)
     page = environment.from_string(template.read_text("utf-8")).render(
         name=run.path.resolve().name,
@@ -83,11 +98,13 @@ def render(run: Run) -> str:
         machine=_markup(figures.machine(run.phases)),
         tasks=tasks,
         probe_summary=_probe_summary(tasks),
-        protocol=str((run.probe or {}).get("protocol") or ""),
+        judges=_judges(run, hidden) if run.probe else None,
+        judged_on=judged_on.replace("_", "-"),
+        protocol=str(probe.get("protocol") or ""),
         forests=[
-            _markup(figures.forest(_forest_rows(run.probe or {}, key), _METRICS[key]))
+            _markup(figures.forest(_forest_rows(probe, key), _METRICS[key]))
             for key in ("auroc", "c_index")
-            if _forest_rows(run.probe or {}, key)
+            if _forest_rows(probe, key)
         ],
         oracles=any(task["groups"][1] for task in tasks),
         sample=_sample(run),
@@ -286,6 +303,34 @@ def _row(model: Record, keys: list[str]) -> Record:
 
 def _oracle(model: Record) -> bool:
     return str(model.get("name")).startswith("oracle")
+
+
+def _judged_on(run: Run) -> str:
+    """Return the split whose figures the probes give; earlier versions judged on held_out alone."""
+    return "tuning" if (run.probe or {}).get("judged_on") == "tuning" else "held_out"
+
+
+def _judges(run: Run, hidden: bool) -> Finding:
+    """Say whose figures these are, and how often held-out patients were looked at."""
+    looks = num_looks(run.path)
+    seen = f" Held-out patients were looked at {times(looks)} in this run." if looks else ""
+    if hidden:
+        return Finding(
+            "unknown",
+            "The probes were judged on held-out patients, and their figures are not shown here: "
+            f"python -m smbfast.report --run={run.path} --final shows them, and is counted.{seen}",
+        )
+    if _judged_on(run) == "held_out":
+        return Finding(
+            "warn" if looks > 1 else "good",
+            f"Judged on held-out patients, who were looked at {times(looks)} in this run. "
+            "Figures of patients who were looked at once are worth most.",
+        )
+    return Finding(
+        "unknown",
+        "Judged on tuning patients, on whom penalty, read-out and calibration were chosen: new "
+        f"patients will be predicted somewhat worse. --final judges on held-out ones.{seen}",
+    )
 
 
 def _probe_summary(tasks: list[Record]) -> str:

@@ -176,8 +176,10 @@ def end_card(opened: OpenRun, training: float, health: dict) -> None:
     if (learns := learning([health])).level != "unknown":
         rows.append(("jepa", learns.text))
     data = settings.data.path or _cohort(settings)
+    rows.append(("report", f"{run}/report.html"))
+    if opened.tasks and not settings.probe.final:
+        rows.append(("held out", "at the end, the same command with --final, which is counted"))
     rows += [
-        ("report", f"{run}/report.html"),
         (
             "embed",
             f"python -m smbfast.embed --model={run}/final --data={data} --labels=TASK --out=F",
@@ -207,6 +209,8 @@ def already_done(settings: TrainSettings) -> None:
     """Say that a run is finished already, and how to probe labels that it has not probed."""
     run = settings.folder
     print(f"{run} is finished: {run}/report.html. Name another --run.dir for a new run.")
+    if settings.probe.final:
+        return
     then = (read_toml(run / "config.toml").get("probe") or {}).get("labels")
     asked = settings.probe.labels or []
     data = settings.data.path or _cohort(settings)

@@ -424,10 +424,10 @@ def _predicted_rows(windows: WindowSet, masks: Masks | None) -> list[Row]:
 
 
 def _label_row(facts: TaskFacts, early: tuple[int, int]) -> Row:
-    """Say what labels match, and how many are positive in each split."""
+    """Say what labels match, and how many are positive in train and tuning."""
     positives = [
-        f"{s} {of_whole(facts.positives[s], facts.matched[s])} of {few(facts.matched[s])}"
-        for s in SPLITS
+        f"{s} {of_whole(number, facts.matched[s])} of {few(facts.matched[s])}"
+        for s, number in facts.positives.items()
     ]
     ratio = facts.num_matched / max(facts.num_rows, 1)
     level: Level = "bad" if facts.refusals() else "good" if ratio >= MATCHED else "warn"
@@ -438,8 +438,8 @@ def _label_row(facts: TaskFacts, early: tuple[int, int]) -> Row:
     return Row(
         "labels",
         f"{facts.task}: {share(facts.num_matched, facts.num_rows)} of rows match a subject; {what} "
-        f"{', '.join(positives)}; before every event in train and tuning "
-        f"{of_whole(num_early, num_read)}, not known in held_out",
+        f"{', '.join(positives)}; held_out has {few(facts.matched['held_out'])} rows, for --final; "
+        f"before every event in train and tuning {of_whole(num_early, num_read)}",
         level,
     )
 
@@ -499,7 +499,7 @@ def _label_facts(facts: TaskFacts, early: tuple[int, int]) -> dict[str, Any]:
             min(facts.num_matched, facts.num_rows - facts.num_matched),
             facts.num_matched / max(facts.num_rows, 1),
         ),
-        "positives": {s: recorded(facts.positives[s], facts.matched[s]) for s in SPLITS},
+        "positives": {s: recorded(n, facts.matched[s]) for s, n in facts.positives.items()},
         "rows_of": {s: recorded(facts.matched[s]) for s in SPLITS},
         "before_records": recorded(*early),
     }

@@ -244,7 +244,7 @@ def read_tasks(
     for (_, labels), fact in zip(tasks, facts, strict=True):
         # labels of another dataset have no split where files name none: say that first
         require_none(fact.refusals())
-        require_splits(labels)
+        require_splits(labels, settings.probe.final)
     return tasks, facts
 
 

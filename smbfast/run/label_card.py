@@ -11,7 +11,7 @@ import numpy as np
 from smbfast.base.counts import share
 from smbfast.base.runtime import few
 from smbfast.batch import Timeline
-from smbfast.data.labels import Labels
+from smbfast.data.labels import Labels, splits_read
 from smbfast.data.meds import MedsDataset
 from smbfast.data.shards import Shard
 from smbfast.data.splits import SPLITS
@@ -29,7 +29,8 @@ class TaskFacts:
     kind: str  # binary or time_to_event
     num_rows: int
     matched: dict[str, int]  # rows by split whose subject is in it
-    positives: dict[str, int]  # of the matched: true labels, or observed events
+    # of the matched in train and tuning: true labels, or observed events; held_out is for the end
+    positives: dict[str, int]
     labels: Labels
 
     @classmethod
@@ -45,7 +46,7 @@ class TaskFacts:
             labels.kind,
             len(labels),
             {split: int(known_N.sum()) for split, known_N in known.items()},
-            {split: int((known_N & true_N).sum()) for split, known_N in known.items()},
+            {split: int((known[split] & true_N).sum()) for split in splits_read(final=False)},
             labels,
         )
 

@@ -99,14 +99,32 @@ def train(settings: TrainSettings, command: str) -> str:
     seconds = run.seconds()
     export(settings, run.device)
     with run.matmul.used():
-        probe_run(run, target)
+        probe_run(run, target, final=settings.probe.final, command=command)
     log.write("end", step=total, seconds=seconds, best=run.progress.best)
     log.close()
     with helper("the report"):
-        write_report(run.folder)
+        write_report(run.folder, final=settings.probe.final)
     write_status(run.folder, "done", total, command)
     console.end_card(run, seconds, health)
     return "done"
+
+
+def judge(settings: TrainSettings, command: str) -> None:
+    """Probe a finished run on held-out patients, and write its report again. Nothing is trained.
+
+    Raises:
+        ValueError: the checkpoint of the last step is not there, or data or labels are bad.
+    """
+    run = OpenRun.open(settings, set_aside=False)
+    if run.progress.step != total_steps(settings):
+        raise ValueError(
+            f"{run.folder} must hold the checkpoint of its last step, {total_steps(settings)}, to "
+            f"be judged on held-out patients; its newest is of step {run.progress.step}. Embed "
+            f"them with smbfast.embed --model={run.folder}/final, then smbfast.probe --final"
+        )
+    with run.matmul.used():
+        probe_run(run, run.take_target(), final=True, command=command)
+    write_report(run.folder, final=True)
 
 
 def export(settings: TrainSettings, device: torch.device) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from smbfast.base.files import read_json, write_text
 from smbfast.base.helpers import helper
 from smbfast.base.runtime import few
-from smbfast.data.labels import Labels
+from smbfast.data.labels import Labels, without_held_out
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import HELD_OUT, Nodes, NodeText, distinct_nodes, node_texts
 from smbfast.data.source_index import FOLDER
@@ -34,7 +34,13 @@ from smbfast.run.origin import origin_of
 from smbfast.settings import Pool, ProbeCommandSettings
 
 
-def probe_run(run: OpenRun, target: TargetEncoder | None, *, final: bool = True) -> None:
+def probe_run(
+    run: OpenRun,
+    target: TargetEncoder | None,
+    *,
+    final: bool = False,
+    command: str = "python -m smbfast.train --final",
+) -> None:
     """Embed decision nodes with the trained and the untrained encoder, and probe both.
 
     The folder `final` of the run must be there; the pool by which it was probed goes into its
@@ -42,7 +48,9 @@ def probe_run(run: OpenRun, target: TargetEncoder | None, *, final: bool = True)
     chosen then stays chosen.
 
     Args:
-        final: whether to judge on held_out; without it no held-out patient is embedded.
+        final: whether to judge on held_out instead of tuning; without it no held-out patient is
+            embedded.
+        command: what is recorded beside the run if it is final.
     """
     settings, probe, prepared = run.settings, run.settings.probe, run.prepared
     if settings.data.path is None:
@@ -53,7 +61,7 @@ def probe_run(run: OpenRun, target: TargetEncoder | None, *, final: bool = True)
         return
     index = prepared.folder / FOLDER
     dataset = MedsDataset.open(run.data.folder, index=index, split=run.data.split)
-    asked = [t if final else t.take(t.split_N != "held_out") for _, t in run.tasks]
+    asked = [labels if final else without_held_out(labels) for _, labels in run.tasks]
     files = _embedded(run, target, dataset, asked)
     run_probe(
         ProbeCommandSettings(
@@ -65,8 +73,10 @@ def probe_run(run: OpenRun, target: TargetEncoder | None, *, final: bool = True)
             out=run.folder,
             bootstraps=probe.bootstraps,
             seed=settings.run.seed,
+            final=final,
         ),
         index=index,
+        command=command,
     )
 
 

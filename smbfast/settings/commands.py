@@ -125,12 +125,14 @@ class ProbeCommandSettings(Settings):
     Binary tasks (columns subject_id, prediction_time, boolean_value): features are standardised on
     train, and an L2 logistic regression is fitted on train alone, with the penalty that gives the
     least log loss on tuning. Tuning also calibrates its probabilities, and says when boosted trees,
-    a second head for the trained model, stop. Reported are AUROC, AUPRC and Brier score on
-    held_out.
+    a second head for the trained model, stop. Reported are AUROC, AUPRC and Brier score.
 
     Time to event (columns subject_id, prediction_time, duration_days, event): a Cox regression on
     all features, fitted on train, with the ridge that gives the best partial likelihood on tuning.
-    Reported is Harrell's C on held_out.
+    Reported is Harrell's C.
+
+    Figures and predictions are of tuning, on which models are chosen. Those of held_out are for the
+    end: --final gives them, and counts in held_out.json of the run how often it did.
 
     Intervals (95 %) resample patients, not rows, and differences between models use the same
     resamples. Two baselines stand beside: the same backbone untrained, and age, sex and counts of
@@ -142,7 +144,11 @@ class ProbeCommandSettings(Settings):
   Probe the embeddings of a run on two tasks, beside the same backbone untrained:
     python -m smbfast.probe --data=MEDS_FOLDER --labels=mortality_1y,readmission_30d \\
         --embeddings=runs/x/embeddings/online.parquet \\
-        --untrained=runs/x/embeddings/untrained.parquet"""
+        --untrained=runs/x/embeddings/untrained.parquet
+
+  Judge embeddings of all splits on held-out patients, once, at the end:
+    python -m smbfast.probe --data=MEDS_FOLDER --labels=mortality_1y --final \\
+        --embeddings=all.parquet"""
 
     embeddings: Path = Field(
         description="Parquet file with the embeddings of the trained model, as `python -m "
@@ -174,10 +180,17 @@ class ProbeCommandSettings(Settings):
         description="Folder that receives the results, probe.json, and for binary tasks the "
         "predictions, predictions/<task>.parquet. `none` means the folder of the embeddings.",
     )
+    final: bool = Field(
+        False,
+        description="Whether the probes are judged on held_out instead of tuning. It is for the "
+        "end: who chooses anything by held-out figures needs other patients to judge by. The file "
+        "held_out.json, in the folder of the run that wrote the embeddings or else in `out`, "
+        "records when and by which command it was asked for. --final is short for it.",
+    )
     bootstraps: int = Field(
         1000,
         ge=0,
-        description="Number of times the held-out patients are resampled for the 95 % intervals of "
+        description="Number of times the judged patients are resampled for the 95 % intervals of "
         "AUROC, AUPRC and Brier score. More resamples make the limits steadier and take longer; 0 "
         "gives no intervals.",
     )
@@ -221,4 +234,10 @@ class ReportSettings(Settings):
         Path("runs/default"),
         description="Folder of a training run, as it was given by --run.dir. The page is written "
         "to report.html in it, replacing an older one.",
+    )
+    final: bool = Field(
+        False,
+        description="Whether figures of held-out patients are shown, where the probes were judged "
+        "on them; without it the page leaves them out. Each time is recorded in held_out.json of "
+        "the run. --final is short for it.",
     )

@@ -22,6 +22,8 @@ def run_arguments(argv: list[str]) -> tuple[str, list[str]]:
     words = list(argv)
     named = words and "=" not in words[0] and not words[0].startswith("-")
     name = words.pop(0) if named else "default"
+    words = [f"--probe.{a[2:]}" if a.startswith("--final=") else a for a in words]
+    words = ["--probe.final=true" if a == "--final" else a for a in words]
     for short in ("export", "profile", "resume"):  # `--export merged`, `--export=merged`
         words = [f"--run.{a[2:]}" if a.startswith(f"--{short}=") else a for a in words]
         if f"--{short}" in words[:-1]:

@@ -210,9 +210,10 @@ class ProbeSettings(Settings):
 
     A decision node is a patient and a time at which a prediction is asked for, one for each row of
     the labels. Its embedding sees the buckets that were complete by then and a tail: the events of
-    the current bucket up to that time. Probes are fitted on the split train, their regularization
-    is chosen on tuning, and they are measured on held_out. The same is done for the backbone before
-    any training and for plain counts of codes, to compare with.
+    the current bucket up to that time. Probes are fitted on the split train, and their
+    regularization is chosen on tuning, where they are measured too; on held_out only with --final.
+    The same is done for the backbone before any training and for plain counts of codes, to compare
+    with.
     """
 
     labels: list[str] | None = Field(
@@ -240,6 +241,14 @@ class ProbeSettings(Settings):
         "numbers do not take part, and without a task it is `last`. The choice is printed and "
         "recorded in probe.json and in the model, so that embedding does the same.",
     )
+    final: bool = Field(
+        False,
+        description="Whether the probes are judged on held_out instead of tuning. It is for the "
+        "end: who chooses anything by held-out figures needs other patients to judge by. Without "
+        "it held-out patients are neither embedded nor judged. The same command with --final, "
+        "which is short for it, judges a finished run; nothing is trained again. The file "
+        "held_out.json of the run records when and by which command it was asked for.",
+    )
     tokens: int = Field(
         16384,
         ge=64,
@@ -251,7 +260,7 @@ class ProbeSettings(Settings):
     bootstraps: int = Field(
         1000,
         ge=100,
-        description="Number of times the held-out patients are resampled for the 95 % intervals of "
+        description="Number of times the judged patients are resampled for the 95 % intervals of "
         "AUROC, AUPRC and Brier score. More resamples make the limits of the intervals steadier "
         "and take longer. The C-index of time-to-event tasks always takes 200.",
     )
@@ -416,6 +425,10 @@ class TrainSettings(Settings):
         names = [p.name for p in self.phases]
         if len(set(names)) != len(names):
             raise ValueError(f"phases must differ in their names, got {', '.join(names)}")
+        if self.probe.final and not (
+            self.probe.labels or (self.probe.labels is None and self.data.path is None)
+        ):
+            raise ValueError("probe.final needs tasks to judge, in probe.labels; there are none")
         if self.probe.encoder == "target" and self.phases[-1].w_jepa == 0:
             raise ValueError("probe.encoder=target needs a last phase with w_jepa above 0")
         if self.objective.path == "reference" and self.model.recompute != "none":

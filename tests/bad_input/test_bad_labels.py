@@ -197,4 +197,7 @@ def test_probe_without_a_row_in_a_split(trained: Path, tmp_path: Path) -> None:
         }
     )
     file = write_table(tmp_path / "out.parquet", table)
-    refused(lambda: probe.main(probe_words(file, data)), "task", "tuning", "held_out")
+    refused(lambda: probe.main(probe_words(file, data)), "task", "no row in tuning")
+    final = probe_words(file, data, "--final")
+    refused(lambda: probe.main(final), "task", "no row in tuning, held_out")
+    assert not (tmp_path / "held_out.json").exists()

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smbfast.data.labels import read_labels, require_splits, with_splits
+from smbfast.data.labels import read_labels, require_splits, with_splits, without_held_out
 
 SPLITS = ("train", "tuning", "held_out")
 SECRET = 987_654_321  # a value that no error may show
@@ -61,7 +61,12 @@ def test_a_task_folder(tmp_path: Path) -> None:
     assert labels.positives() == {"train": 2, "tuning": 2, "held_out": 2}
     assert labels.subject_N.dtype == np.int64 and labels.value_N.dtype == bool
     assert labels.time_N[:3].tolist() == [0, 1_000_000, 2_000_000]
-    require_splits(labels)
+    require_splits(labels, final=True)
+    chosen_on = without_held_out(labels)
+    assert chosen_on.counts() == {"train": 3, "tuning": 3, "held_out": 0}
+    require_splits(chosen_on, final=False)
+    with pytest.raises(ValueError, match="no row in held_out"):
+        require_splits(chosen_on, final=True)
 
 
 def test_time_to_event_is_known_by_its_columns(tmp_path: Path) -> None:
@@ -81,7 +86,7 @@ def test_other_columns_and_layouts_are_accepted(tmp_path: Path) -> None:
     labels = read_labels(tmp_path / "task")
     assert labels.counts() == {"train": 3, "tuning": 0, "held_out": 1}
     with pytest.raises(ValueError, match="no row in tuning"):
-        require_splits(labels)
+        require_splits(labels, final=False)
 
 
 def test_splits_come_from_the_dataset_where_files_have_none(tmp_path: Path) -> None:

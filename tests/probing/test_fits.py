@@ -312,13 +312,14 @@ def test_without_an_event_in_tuning_the_strongest_penalty_is_taken() -> None:
 
 def test_what_cox_cannot_measure() -> None:
     _, duration_N, event_N = times()
-    assert survival.not_measurable(duration_N, event_N, SPLIT_N) is None
+    judged = (SPLIT_N, "held_out")
+    assert survival.not_measurable(duration_N, event_N, *judged) is None
     held = SPLIT_N == "held_out"
-    assert "train" in survival.not_measurable(duration_N, event_N & held, SPLIT_N)
-    assert "held_out" in survival.not_measurable(duration_N, event_N & ~held, SPLIT_N)
+    assert "train" in survival.not_measurable(duration_N, event_N & held, *judged)
+    assert "held_out" in survival.not_measurable(duration_N, event_N & ~held, *judged)
     assert survival.not_measurable(duration_N, event_N & ~held, SPLIT_N, "tuning") is None
     last_N = np.where(held, 1.0, duration_N)
-    assert "compared" in survival.not_measurable(last_N, event_N | held, SPLIT_N)
+    assert "compared" in survival.not_measurable(last_N, event_N | held, *judged)
 
 
 def in_chunks(feature_NF: np.ndarray, rows: int, monkeypatch: pytest.MonkeyPatch) -> Rows:

@@ -1,8 +1,10 @@
 """The entry: a small dataset with known answers, its files, and what bad input gets."""
 
 import json
+import shutil
 import stat
 import tracemalloc
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from smbfast.settings import ProbeCommandSettings
 DAY = 86_400_000_000
 SIZES = {"train": 60, "tuning": 30, "held_out": 40}
 SECRET = 987_654_321.5
+KEYS = ("subject_id", "prediction_time", "split", "embedding")
 
 
 def stamps(days: list) -> pa.Array:
@@ -120,16 +123,20 @@ def probe(world: dict, **other: object) -> dict:
     return run_probe(config(world, **other), say=lambda _: None)
 
 
-def test_models_baselines_oracles_and_differences(world: dict) -> None:
-    record = probe(world)
+@pytest.mark.parametrize("final", [False, True])
+def test_models_baselines_oracles_and_differences(world: dict, final: bool) -> None:
+    record = probe(world, final=final)
     assert record == json.loads((world["out"] / "probe.json").read_text())
+    assert record["judged_on"] == ("held_out" if final else "tuning")
+    assert record["num_looks"] == final
+    splits = SIZES if final else ("train", "tuning")
     late, sick = record["tasks"]
     names = ["smbfast", "untrained", "counts", "oracle_filter", "oracle_latent"]
     for task, metrics in ((sick, {"auroc", "auprc", "brier"}), (late, {"c_index"})):
         trees = ["smbfast_boosting"] if task is sick else []
         assert [model["name"] for model in task["models"]] == [*names[:1], *trees, *names[1:]]
-        assert task["rows"] == {split: 2 * size for split, size in SIZES.items()}
-        assert task["patients"] == SIZES
+        assert task["rows"] == {split: 2 * SIZES[split] for split in splits}
+        assert task["patients"] == {split: SIZES[split] for split in splits}
         assert task["unmatched"] == 0 and task["reason"] is None
         for model in task["models"]:
             assert set(model["metrics"]) == metrics
@@ -142,18 +149,19 @@ def test_models_baselines_oracles_and_differences(world: dict) -> None:
         for d in task["differences"]:
             gap = value["smbfast"][d["metric"]]["value"] - value[d["against"]][d["metric"]]["value"]
             assert d["value"] == pytest.approx(gap)
-            if d["against"] == "untrained":
+            if d["against"] == "untrained" and final:
                 assert d["low"] > 0 or (d["metric"] == "brier" and d["high"] < 0)
     metrics = {model["name"]: model["metrics"] for model in sick["models"]}
     assert metrics["smbfast"]["auroc"]["value"] > 0.85
     assert metrics["smbfast_boosting"]["auroc"]["value"] > 0.75
     assert metrics["counts"]["auroc"]["value"] > 0.75
     assert abs(metrics["untrained"]["auroc"]["value"] - 0.5) < 0.25
-    assert record["tasks"] == probe(world)["tasks"]
+    assert record["tasks"] == probe(world, final=final)["tasks"]
 
 
-def test_the_predictions_are_those_of_the_held_out_rows(world: dict) -> None:
-    record = probe(world, labels=["sick"])
+@pytest.mark.parametrize("judged_on", ["tuning", "held_out"])
+def test_the_predictions_are_those_of_the_judged_rows(world: dict, judged_on: str) -> None:
+    record = probe(world, labels=["sick"], final=judged_on == "held_out")
     file = world["out"] / "predictions" / "sick.parquet"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     found = pq.read_table(file)
@@ -165,7 +173,7 @@ def test_the_predictions_are_those_of_the_held_out_rows(world: dict) -> None:
         "predicted_boolean_value": "bool",
         "predicted_boolean_probability": "double",
     }
-    labels = pq.read_table(world["data"] / "labels" / "sick" / "held_out.parquet")
+    labels = pq.read_table(world["data"] / "labels" / "sick" / f"{judged_on}.parquet")
     assert found.select(labels.column_names).equals(labels)
     probability_N = found["predicted_boolean_probability"].to_numpy()
     assert (found["predicted_boolean_value"].to_numpy() == (probability_N >= 0.5)).all()
@@ -178,7 +186,7 @@ def test_meds_evaluation_accepts_the_predictions(world: dict) -> None:
     schema = pytest.importorskip("meds_evaluation.schema").PredictionSchema
     probe(world, labels=["sick"])
     found = pq.read_table(world["out"] / "predictions" / "sick.parquet")
-    assert schema.align(found).num_rows == 2 * SIZES["held_out"]
+    assert schema.align(found).num_rows == 2 * SIZES["tuning"]
 
 
 def test_rows_without_an_embedding_are_counted(world: dict) -> None:
@@ -186,23 +194,27 @@ def test_rows_without_an_embedding_are_counted(world: dict) -> None:
     kept = np.arange(len(nodes["subject"])) % 10 != 3
     some = {key: np.array(value)[kept] for key, value in nodes.items()}
     write_embeddings(world["untrained"], some, 0.0)
-    task = probe(world, labels=["sick"])["tasks"][0]
+    record = probe(world, labels=["sick"], final=True)
+    task = record["tasks"][0]
     assert task["unmatched"] == int(np.sum(~kept)) > 0
     assert sum(task["rows"].values()) == int(kept.sum())
     assert pq.read_table(world["out"] / "predictions" / "sick.parquet").num_rows < 80
-    assert "label rows have no embedding" in table({"tasks": [task]})
+    assert "label rows have no embedding" in table(record)
 
 
+@pytest.mark.parametrize("final", [False, True])
 @pytest.mark.parametrize("split", ["train", "tuning", "held_out"])
-def test_one_class(world: dict, split: str) -> None:
+def test_one_class(world: dict, split: str, final: bool) -> None:
     file = world["data"] / "labels" / "sick" / f"{split}.parquet"
     labels = pq.read_table(file)
     one = pa.array([False] * len(labels))
     pq.write_table(labels.set_column(2, "boolean_value", one), file)
-    record = probe(world)
+    record = probe(world, final=final)
     late, sick = record["tasks"]
     assert late["reason"] is None
-    if split == "tuning":
+    if split == "held_out" and not final:
+        assert sick["reason"] is None and len(sick["models"]) == 6
+    elif split == "tuning" and final:
         chosen = sick["models"][0]["chosen"]
         assert chosen["calibration"] == {"slope": 1.0, "intercept": 0.0}
         assert chosen["at_border"] == ("first or last of the grid" in table(record))
@@ -280,10 +292,37 @@ def test_an_oracle_must_score_every_row(world: dict) -> None:
     file = world["data"] / "oracles" / "sick" / "held_out.parquet"
     scores = pq.read_table(file)
     pq.write_table(scores.slice(3), file)
-    refused(world, "held_out.parquet", "3 of 80")
+    refused(world, "held_out.parquet", "3 of 80", final=True)
     wild = pa.array([SECRET] * len(scores))
     pq.write_table(scores.set_column(2, "bayes_filter", wild), file)
-    refused(world, "held_out.parquet", "`bayes_filter`", "probabilities")
+    refused(world, "held_out.parquet", "`bayes_filter`", "probabilities", final=True)
+    assert probe(world)["judged_on"] == "tuning"
+
+
+def test_held_out_figures_are_counted_beside_the_run(world: dict) -> None:
+    """In the folder of the run that wrote the embeddings, before anything is shown."""
+    run = world["online"].parents[1] / "theirs"
+    online = run / "embeddings" / "online.parquet"
+    write(online, {name: pq.read_table(world["online"])[name] for name in KEYS})
+    (run / "run.json").write_text("{}")
+    asked = [f"--embeddings={online}", f"--data={world['data']}", f"--out={world['out']}"]
+    asked += ["--labels=sick", "--bootstraps=0"]
+    main(asked)
+    assert not (run / "held_out.json").exists()
+    main([*asked, "--final"])
+    main([*asked, "--final=true"])
+    looks = json.loads((run / "held_out.json").read_text())["looks"]
+    words = [look["command"].split()[-1] for look in looks]
+    assert words == ["--final", "--final=true"]
+    assert all(datetime.fromisoformat(look["at"]).tzinfo for look in looks)
+    assert stat.S_IMODE((run / "held_out.json").stat().st_mode) == 0o600
+    record = json.loads((world["out"] / "probe.json").read_text())
+    assert (record["judged_on"], record["num_looks"]) == ("held_out", 2)
+    assert "looked at 2 times" in table(record)
+    assert "looked at 2 times" in table(run_probe(config(world, embeddings=online), lambda _: None))
+    (run / "held_out.json").write_text("{}")
+    shutil.rmtree(world["out"])
+    refused(world, "held_out.json", "`looks`", embeddings=online)
 
 
 def test_the_command_line(world: dict, capsys: pytest.CaptureFixture) -> None:
