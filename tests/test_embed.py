@@ -494,9 +494,13 @@ def test_a_node_that_tasks_share_is_embedded_once(run, tmp_path):
 
 def test_the_entry_and_the_training_run_agree_and_batches_do_not_matter(run, tmp_path):
     trained = pq.read_table(run / "run" / "embeddings" / "online.parquet")
-    again = embedded(run / "cohort", run / "run", tmp_path / "e.parquet")
-    alone = embedded(run / "cohort", run / "run", tmp_path / "one.parquet", "--tokens=64")
-    plain = embedded(run / "cohort", run / "run", tmp_path / "p.parquet", "--path=reference")
+    tasks = [shutil.copytree(f, tmp_path / f.name) for f in run.glob("cohort/labels/*_*/")]
+    for file in tmp_path.glob("*/held_out.parquet"):  # a run embeds none of them
+        file.unlink()
+    same = "--labels=" + ",".join(str(f) for f in tasks if f.name in ("death_3y", "tte_death"))
+    again = embedded(run / "cohort", run / "run", tmp_path / "e.parquet", same)
+    alone = embedded(run / "cohort", run / "run", tmp_path / "one.parquet", same, "--tokens=64")
+    plain = embedded(run / "cohort", run / "run", tmp_path / "p.parquet", same, "--path=reference")
     assert again["subject_id"].equals(trained["subject_id"])
     np.testing.assert_array_equal(matrix(again), matrix(trained))
     np.testing.assert_allclose(matrix(alone), matrix(again), atol=2e-5)

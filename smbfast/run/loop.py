@@ -115,12 +115,14 @@ def judge(settings: TrainSettings, command: str) -> None:
     Raises:
         ValueError: the checkpoint of the last step is not there, or data or labels are bad.
     """
-    run = OpenRun.open(settings, set_aside=False)
-    if run.progress.step != total_steps(settings):
+    folder, total = settings.folder, total_steps(settings)
+    has_any = checkpoint.folders(folder)
+    run = OpenRun.open(settings, set_aside=False) if has_any else None
+    if run is None or run.progress.step != total:
         raise ValueError(
-            f"{run.folder} must hold the checkpoint of its last step, {total_steps(settings)}, to "
-            f"be judged on held-out patients; its newest is of step {run.progress.step}. Embed "
-            f"them with smbfast.embed --model={run.folder}/final, then smbfast.probe --final"
+            f"{folder} must hold the checkpoint of its last step, {total}, to be judged on "
+            f"held-out patients; it does not. Use smbfast.embed --model={folder}/final, then "
+            "smbfast.probe --final"
         )
     with run.matmul.used():
         probe_run(run, run.take_target(), final=True, command=command)
