@@ -225,8 +225,9 @@ def _protocol_text(config: ProbeCommandSettings) -> str:
         "Time to event: Cox regression fitted on train with a ridge on all scaled features, its "
         "penalty by tuning partial likelihood, Harrell's C. All metrics on "
         f"{'held_out' if config.final else 'tuning'}; 95 % intervals from {config.bootstraps} "
-        f"resamples of patients ({config.cox_bootstraps} for C). Counts: age, sex and log(1 + count) of the "
-        "codes seen in train, up to the prediction time. Bayes filter = bound for any model."
+        f"resamples of patients ({config.cox_bootstraps} for C). Counts: age, sex and log(1 + "
+        "count) of the codes seen in train, up to the prediction time. Bayes filter = bound for "
+        "any model."
     )
 
 

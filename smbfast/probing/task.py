@@ -19,7 +19,7 @@ _LARGE = 50_000_000  # numbers in a matrix of features
 
 @dataclass(frozen=True)
 class Protocol:
-    """The number of draws (`cox_bootstraps` for the C-index), the seed, and the split whose rows are
+    """The number of draws (`cox_bootstraps` for the C-index), the seed, and the split that is
     judged."""
 
     bootstraps: int = 1000
