@@ -156,10 +156,10 @@ def predict(encoder: PatientEncoder, online_MD: Tensor, *, frozen: bool = False)
     value_MD = online_MD.to(predictor.dtype)
     for module in predictor:
         if isinstance(module, torch.nn.Linear):
-            weight, bias = module.weight, module.bias
+            weights: tuple[Tensor, Tensor] = module.weight, module.bias
             if frozen:
-                weight, bias = weight.detach(), bias.detach()
-            value_MD = product(value_MD, weight, bias)
+                weights = module.weight.detach(), module.bias.detach()
+            value_MD = product(value_MD, *weights)
         else:
             value_MD = module(value_MD)
     return value_MD
@@ -176,9 +176,9 @@ def predict_ahead(
         state_ND: the online states at the positions.
         frozen: whether the predictor's weights get no gradient.
     """
-    pairs, table_HD = batch.pairs, encoder.predictor.horizon_HD
-    assert pairs is not None and table_HD is not None
-    table_HD = table_HD.detach() if frozen else table_HD
+    pairs, own_HD = batch.pairs, encoder.predictor.horizon_HD
+    assert pairs is not None and own_HD is not None
+    table_HD: Tensor = own_HD.detach() if frozen else own_HD
     # gathers by embedding, whose backward is in a fixed order on a GPU
     state_QD = F.embedding(pairs.position_P[pairs.latent_Q], state_ND.to(table_HD.dtype))
     return predict(encoder, state_QD + F.embedding(pairs.horizon_Q, table_HD), frozen=frozen)

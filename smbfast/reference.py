@@ -129,9 +129,9 @@ def predict_ahead(
     encoder: PatientEncoder, state_PD: Tensor, batch: PackedBatch, *, frozen: bool = False
 ) -> Tensor:
     """Return g(z_p, e_H) for each pair of horizon JEPA, [Q, D]."""
-    pairs, table_HD = _pairs(batch), encoder.predictor.horizon_HD
-    assert table_HD is not None
-    table_HD = table_HD.detach() if frozen else table_HD
+    pairs, own_HD = _pairs(batch), encoder.predictor.horizon_HD
+    assert own_HD is not None
+    table_HD: Tensor = own_HD.detach() if frozen else own_HD
     state_QD = state_PD[pairs.latent_Q].to(table_HD.dtype) + table_HD[pairs.horizon_Q]
     return predict(encoder, state_QD, frozen=frozen)
 
@@ -208,7 +208,7 @@ def predict(encoder: PatientEncoder, online_MD: Tensor, *, frozen: bool = False)
     CUDA its products round their operands to TF32 then (`smbfast.model.tf32`).
     """
     linears = [module for module in encoder.predictor if isinstance(module, torch.nn.Linear)]
-    weights = [(linear.weight, linear.bias) for linear in linears]
+    weights: list[tuple[Tensor, Tensor]] = [(linear.weight, linear.bias) for linear in linears]
     if frozen:
         weights = [(weight.detach(), bias.detach()) for weight, bias in weights]
     product = predictor_linear(online_MD, weights[0][0].dtype)

@@ -56,8 +56,9 @@ class CodesHead(nn.Module):
 
     def parts(self, frozen: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return A, C and b; detached if `frozen`."""
-        weights = (self.inner_HED, self.class_KE, self.bias_HK)
-        return tuple(w.detach() for w in weights) if frozen else weights
+        if frozen:
+            return self.inner_HED.detach(), self.class_KE.detach(), self.bias_HK.detach()
+        return self.inner_HED, self.class_KE, self.bias_HK
 
 
 def codes_sum(
