@@ -306,43 +306,56 @@ def pack_segments(
     windows = trunks if windows is None else windows
     next_T = np.concatenate([*(next_tokens or []), np.empty(0, np.int64)])
     labelled_N = np.flatnonzero(next_T >= 0)
-    masked_rows, replaced_rows, target_rows, targets = [], [], [], []
-    own_start, target_start = sum(len(t) for t in trunks), 0  # branches lie behind all trunks
-    is_masked, masked = bool(masked), masked or [[] for _ in trunks]
-    per_trunk = zip(windows, branches, masked, replaced or masked, strict=True)
-    for window, own_branches, *positions in per_trunk:
-        last = 0
-        for (prefix, ids), mask, other in zip(own_branches, *positions, strict=is_masked):
-            masked_rows.append(own_start + mask)
-            replaced_rows.append(own_start + other)
-            target_rows.append(target_start + prefix + mask)
-            own_start += len(ids)
-            last = max(last, prefix + int(mask[-1]) + 1)
-        if last:
-            targets.append(window[:last])
-            target_start += last
+    rows, targets = _branch_rows(trunks, branches, windows, masked, replaced)
     future = None
     if pairs is not None:
         future, ends = _future_pairs(pairs, [len(t) for t in trunks], num_horizons)
         assert not targets or not any(ends)
         targets += [window[:end] for window, end in zip(windows, ends, strict=True) if end]
     target_ids_U, target_position_U, target_segments = _concatenated(targets, [[] for _ in targets])
-    none = np.empty(0, np.int64)
     return PackedBatch(
         ids_T=ids_T,
         position_T=position_T,
         segments=segments,
         labelled_N=_long(labelled_N),
         label_N=_long(next_T[labelled_N]),
-        masked_M=_long(np.concatenate([*masked_rows, none])),
-        replaced_R=_long(np.concatenate([*replaced_rows, none])),
+        masked_M=_long(rows[0]),
+        replaced_R=_long(rows[1]),
         target_ids_U=target_ids_U,
         target_position_U=target_position_U,
         target_segments=target_segments,
-        target_M=_long(np.concatenate([*target_rows, none])),
+        target_M=_long(rows[2]),
         num_trunk_tokens=sum(len(window) for window in windows),
         pairs=future,
     )
+
+
+def _branch_rows(
+    trunks: list[np.ndarray],
+    branches: list[list[tuple[int, np.ndarray]]],
+    windows: list[np.ndarray],
+    masked: list[list[np.ndarray]] | None,
+    replaced: list[list[np.ndarray]] | None,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return masked rows of T, replaced rows of T and the masked tokens' rows of U; also what the
+    target reads of each trunk with masked tokens."""
+    rows: list[list[np.ndarray]] = [[np.empty(0, np.int64)] for _ in range(3)]
+    targets = []
+    own_start, target_start = sum(len(t) for t in trunks), 0  # branches lie behind all trunks
+    is_masked, masked = bool(masked), masked or [[] for _ in trunks]
+    per_trunk = zip(windows, branches, masked, replaced or masked, strict=True)
+    for window, own_branches, *positions in per_trunk:
+        last = 0
+        for (prefix, ids), mask, other in zip(own_branches, *positions, strict=is_masked):
+            rows[0].append(own_start + mask)
+            rows[1].append(own_start + other)
+            rows[2].append(target_start + prefix + mask)
+            own_start += len(ids)
+            last = max(last, prefix + int(mask[-1]) + 1)
+        if last:
+            targets.append(window[:last])
+            target_start += last
+    return [np.concatenate(own) for own in rows], targets
 
 
 def _future_pairs(

@@ -6,12 +6,21 @@ those of `smbfast.reference`, which specifies them. Work is done only where it c
 encoder (EMA teacher) reads each trunk up to the last token that is compared, its final norm runs
 only where it is needed, and logits exist only for a chunk of rows at a time.
 
+    SFT           the cross-entropy of the next token, from the states at labelled rows of trunks
+    JEPA          the predictor maps the states at masked rows of branches, and the squared error
+                  compares them with the target's states of the same tokens
+    horizon JEPA  it maps the states at positions of trunks, with the embedding of a horizon, and
+                  the squared error compares them with the mean of the target's states within the
+                  horizon, standardised
+    codes         the cross-entropy of which codes occur within a horizon behind a position
+
 Legend: T tokens of the pack, U tokens of the target encoder, D width, M masked tokens, N positions,
 Q pairs of a position and a horizon that horizon JEPA predicts, R pairs and S tokens of one trunk.
 """
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +34,8 @@ from smbfast.model.codes_head import codes_sum
 from smbfast.model.decoder import Recompute
 from smbfast.model.horizon_scale import ScaleSums
 from smbfast.model.target import HorizonStates, JepaStates, TargetEncoder
+from smbfast.model.terms import Measured, Terms
 from smbfast.model.tf32 import predictor_linear
-from smbfast.reference import Measured, Terms
 from smbfast.settings.training import Freeze
 
 Losses = Callable[..., Terms]  # `losses` of this module or of `reference`
@@ -47,19 +56,10 @@ def losses(
 ) -> Terms:
     """Return the summed losses, each times its scale.
 
-    1. The target encoder reads the unmasked trunks, without gradients. It goes first, so that its
-       temporary memory is free again before the online activations are stored.
-    2. The online encoder reads all trunks and branches in one forward.
-    3. SFT: the cross-entropy of the next token, from the states at labelled rows of trunks.
-    4. JEPA: the predictor maps the states at masked rows of branches, and the squared error
-       compares them with the target's states of the same tokens. Horizon JEPA: it maps the states
-       at positions of trunks, with the embedding of a horizon, and the squared error compares them
-       with the mean of the target's states within the horizon, standardised.
-    5. Codes to come: the cross-entropy of which codes occur within a horizon behind a position.
-
+    The target encoder goes first, without gradients, so that its temporary memory is free again
+    before the online activations are stored. Then one online forward reads all trunks and branches.
     With scales of weight / (count in the whole step), gradients of micro-batches simply add up to
-    the gradient of the step (gradient accumulation). Losses are scalars on the device, fp32 (fp64
-    for fp64 models).
+    the gradient of the step (gradient accumulation). Losses are fp32 (fp64 for fp64 models).
 
     Args:
         target: may be None where `jepa_scale` is 0.
@@ -78,39 +78,28 @@ def losses(
     has_codes = codes_scale > 0 and batch.num_pairs > 0
     if not (has_sft or has_masked or has_latent or has_codes):
         return Terms()
-    sft = jepa = codes = None
+    sft, jepa, codes, frozen = None, None, None, freeze == "predictor"
     if has_masked:
-        target_UD = _target(target, batch, norm=False)
+        compared = _target(target, batch, norm=False)
     if has_latent:
-        target_QD = latent_target(target, batch, sums)
+        compared = latent_target(target, batch, sums)
     with torch.no_grad() if freeze == "decoder" else nullcontext():
         hidden_TD = _online(encoder, batch, recompute)
     if has_sft:
         sft = _sft(encoder, hidden_TD, batch, sft_scale)
-    frozen = freeze == "predictor"
-    with part("head"):
-        if has_masked:
-            assert target is not None
-            norm_weight_D, norm_eps = target.final_norm()
-            jepa = masked_jepa_mse(
-                predict(encoder, hidden_TD.index_select(0, batch.masked_M), frozen=frozen),
-                target_UD,
-                batch.target_M,
-                norm_weight_D,
-                normalize=normalize,
-                norm_eps=norm_eps,
-                scale=jepa_scale,
-            )
-        if has_latent or has_codes:
-            assert batch.pairs is not None
-            state_ND = hidden_TD.index_select(0, batch.pairs.row_N)
-        if has_latent:
-            prediction_QD = predict_ahead(encoder, state_ND, batch, frozen=frozen)
-            error_QD = prediction_QD - target_QD.to(prediction_QD.dtype)
-            jepa = error_QD.square().sum() * (jepa_scale / encoder.width)
-        if has_codes:
-            assert encoder.codes is not None and batch.pairs is not None
-            codes = codes_sum(encoder.codes, state_ND, batch.pairs, frozen=frozen) * codes_scale
+    if has_masked:
+        error = partial(_masked, normalize=normalize, frozen=frozen)
+        jepa = error(encoder, target, batch, hidden_TD, compared, jepa_scale)
+    if batch.pairs is not None and (has_latent or has_codes):
+        state_ND = hidden_TD.index_select(0, batch.pairs.row_N)
+        with part("head"):
+            if has_latent:
+                error_QD = predict_ahead(encoder, state_ND, batch, frozen=frozen)
+                error_QD = error_QD - compared.to(error_QD.dtype)
+                jepa = error_QD.square().sum() * (jepa_scale / encoder.width)
+            if has_codes:
+                assert encoder.codes is not None
+                codes = codes_sum(encoder.codes, state_ND, batch.pairs, frozen=frozen) * codes_scale
     return Terms(sft, jepa, codes)
 
 
@@ -247,6 +236,31 @@ def _target(target: TargetEncoder | None, batch: PackedBatch, *, norm: bool = Tr
     assert target is not None
     pack = (batch.target_ids_U, batch.target_position_U, batch.target_segments)
     return target.packed(*pack, norm=norm)
+
+
+@is_part("head")
+def _masked(
+    encoder: PatientEncoder,
+    target: TargetEncoder | None,
+    batch: PackedBatch,
+    hidden_TD: Tensor,
+    target_UD: Tensor,
+    scale: float,
+    *,
+    normalize: bool,
+    frozen: bool,
+) -> Tensor:
+    assert target is not None
+    norm_weight_D, norm_eps = target.final_norm()
+    return masked_jepa_mse(
+        predict(encoder, hidden_TD.index_select(0, batch.masked_M), frozen=frozen),
+        target_UD,
+        batch.target_M,
+        norm_weight_D,
+        normalize=normalize,
+        norm_eps=norm_eps,
+        scale=scale,
+    )
 
 
 @is_part("head")

@@ -19,7 +19,6 @@ pairs of a position and a horizon, Q those that horizon JEPA predicts.
 """
 
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,25 +30,9 @@ from smbfast.model.backbone import PatientEncoder, padded
 from smbfast.model.codes_head import SHARE
 from smbfast.model.horizon_scale import ScaleSums
 from smbfast.model.target import HorizonStates, JepaStates, TargetEncoder
+from smbfast.model.terms import Measured, Terms
 from smbfast.model.tf32 import predictor_linear
 from smbfast.settings.training import Freeze
-
-
-class Terms(NamedTuple):
-    """The scaled losses of a batch; None where one has no weight or nothing to predict."""
-
-    sft: Tensor | None = None
-    jepa: Tensor | None = None
-    codes: Tensor | None = None
-
-
-class Measured(NamedTuple):
-    """Summed losses of a batch, and the states that JEPA compares if there is a target."""
-
-    sft: Tensor
-    codes: Tensor | None = None
-    masked: JepaStates | None = None
-    latent: HorizonStates | None = None
 
 
 def losses(

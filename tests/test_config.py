@@ -200,7 +200,7 @@ def test_help_shows_the_values_of_the_preset_it_names():
     assert "default 16;" not in lora and "default 8, set by" in lines_of(lora, "optim.batch")
     assert lines_of(default, "lora.r") == lines_of(lora, "lora.r")
     assert "phases.1:  name=jepa  steps=1200  w_sft=0.1  w_jepa=1  w_codes=0  lr=none" in lora
-    assert "phases.1:  name=jepa  steps=250  w_sft=0.1  w_jepa=1  w_codes=0  lr=0.001" in default
+    assert "phases.1:  name=ahead  steps=500  w_sft=1  w_jepa=1  w_codes=1  lr=0.003" in default
 
 
 def test_help_shows_overrides_and_files(tmp_path):

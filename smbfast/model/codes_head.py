@@ -81,17 +81,17 @@ def codes_sum(
     place_P = pairs.position_P * horizons + pairs.horizon_P
     own_PE = F.embedding(place_P, own_NHE.flatten(0, 1))
     every = partial(_every, weight_HK=head.weight_HK)
-    some = partial(_occurring, weight_HK=head.weight_HK)
+    occurring = partial(_occurring, weight_HK=head.weight_HK)
     total = own_PE.new_zeros(())
     rows = max(_CHUNK // len(class_KE), 1)
     for first in range(0, len(own_PE), rows):
         part = slice(first, first + rows)
-        total = total + _apart(every, own_PE[part], class_KE, bias_HK, pairs.horizon_P[part])
+        total = total + _recomputed(every, own_PE[part], class_KE, bias_HK, pairs.horizon_P[part])
     rows = max(_CHUNK // inner, 1)
     for first in range(0, len(pairs.pair_Z), rows):
         part = slice(first, first + rows)
         where = (pairs.pair_Z[part], pairs.class_Z[part], pairs.horizon_P)
-        total = total - _apart(some, own_PE, class_KE, bias_HK, *where)
+        total = total - _recomputed(occurring, own_PE, class_KE, bias_HK, *where)
     return total * SHARE
 
 
@@ -107,7 +107,7 @@ def prevalence_sum(head: CodesHead, pairs: FuturePairs) -> Tensor:
     return (every_H[horizon_P].sum() - occurring_Z.double().sum()) * SHARE
 
 
-def _apart(function: partial, *inputs: Tensor) -> Tensor:
+def _recomputed(function: partial, *inputs: Tensor) -> Tensor:
     """Call a function whose inner results are computed again in the backward."""
     if not torch.is_grad_enabled():
         return function(*inputs)

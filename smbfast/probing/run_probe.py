@@ -93,8 +93,7 @@ def run_probe(
     time_N = np.concatenate([labels.time_N for labels in matched_tasks])
     counts = count_codes(dataset, subject_N, time_N, lambda text: progress(f"codes of {text}"))
     protocol = _protocol(config)
-    own = _own_name(config.embeddings)
-    readable = {"smbfast": own, "smbfast_boosting": f"{own}, boosted trees"} | _READABLE
+    readable = _own_names(config.embeddings) | _READABLE
     measured: list[Measured] = []
     for labels, task, (row_N, untrained_N) in zip(matched_tasks, tasks, rows, strict=True):
         matched_N = row_N >= 0
@@ -237,5 +236,6 @@ def _read_out(embeddings: Path) -> dict[str, Any]:
     return {"pool": origin.get("pool"), "choice": origin.get("pool_choice")}
 
 
-def _own_name(path: Path) -> str:
-    return f"smbfast, {path.stem} encoder" if path.stem in ("online", "target") else "smbfast"
+def _own_names(path: Path) -> dict[str, str]:
+    own = f"smbfast, {path.stem} encoder" if path.stem in ("online", "target") else "smbfast"
+    return {"smbfast": own, "smbfast_boosting": f"{own}, boosted trees"}

@@ -15,8 +15,8 @@ from smbfast.base.parts import is_part
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.codes_head import prevalence_sum
 from smbfast.model.target import HorizonStates, JepaStates, TargetEncoder
+from smbfast.model.terms import Measured
 from smbfast.probing.embedding import packed_of
-from smbfast.reference import Measured
 from smbfast.run import console
 from smbfast.run.diagnostics import diagnose, diagnose_horizons, spread
 from smbfast.run.fixed import Fixed

@@ -16,7 +16,6 @@ import torch
 from smbfast.base.helpers import helper
 from smbfast.base.runtime import matmul_rate, stop_on_signals
 from smbfast.data.loader import prefetched
-from smbfast.model.flops import step_flops
 from smbfast.model.target import TargetEncoder
 from smbfast.reporting.page import write_report
 from smbfast.run import checkpoint, console
@@ -70,12 +69,13 @@ def train(settings: TrainSettings, command: str) -> str:
 
             lr = learning_rate(settings, at)
             scales = LossScales.of_batch(phase, batch)
-            own = partial(losses, freeze=phase.freeze)
-            summed = forward_backward(own, encoder, target, batch.micro_batches, scales)
+            summed = forward_backward(
+                partial(losses, freeze=phase.freeze), encoder, target, batch.micro_batches, scales
+            )
             grad_norm = updater.step(lr, target, tau(settings, step))
             # FLOPs of the shared forward; what the reference path computes beyond them is waste
-            flops = partial(step_flops, run.shape, codes=phase.w_codes > 0, freeze=phase.freeze)
-            meter.add(batch, sum(flops(m).total for m in batch.micro_batches))
+            count = partial(step_flops, run.shape, codes=phase.w_codes > 0, freeze=phase.freeze)
+            meter.add(batch, sum(count(m).total for m in batch.micro_batches))
 
             # a signal may come at any moment, so the flag is read only once per step
             due = due_after(settings, at, step + 1, first, bool(stop))

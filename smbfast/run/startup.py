@@ -79,12 +79,10 @@ def micro_tokens(
     if settings.objective.path == "reference":
         return (MOST_ON_CPU if chosen == "auto" else chosen), 0
     device = encoder.mask_vector.device
-    free = free_memory(device)
     held = sum(t.numel() * t.element_size() for t in encoder.parameters())
     form, kinds = settings.objective, _heaviest([_Kind.of(phase) for phase in settings.phases])
 
     def peak(kind: _Kind, tokens: int) -> int:
-        """Return the bytes of a step of such a phase."""
         ahead = kind.codes or (kind.jepa and form.jepa == "horizon")
         batch = full_batch(
             tokens,
@@ -115,7 +113,7 @@ def micro_tokens(
     if chosen != "auto":
         return chosen, needs(max(chosen, largest)) + held
     most = MOST_ON_CPU if device.type == "cpu" else MOST
-    chosen = choose_micro_tokens(needs, free, least=largest, most=most)
+    chosen = choose_micro_tokens(needs, free_memory(device), least=largest, most=most)
     return chosen, needs(chosen) + held
 
 
