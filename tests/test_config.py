@@ -54,7 +54,7 @@ LIGHT = [
 
 @pytest.mark.parametrize("name", presets())
 def test_every_preset_loads_and_reads_back(name, tmp_path):
-    more = ["model.path=somewhere"] if name == "lora" else []
+    more = ["model.path=somewhere"] if name in ("lora", "clin-jepa") else []
     settings = load(name, more)
     file = tmp_path / "run.toml"
     file.write_text(to_toml(settings))

@@ -78,7 +78,9 @@ def batch_of(cuts: list[int], horizon: int, sft: bool = True) -> PackedBatch:
     )
 
 
-def counted(path, encoder, batch, form, *, sft=1.0, jepa=1.0, codes=0.0) -> dict[str, int]:
+def counted(
+    path, encoder, batch, form, *, sft=1.0, jepa=1.0, codes=0.0, freeze="none"
+) -> dict[str, int]:
     """FLOPs by operation, of losses and their gradients."""
     backends = {"timeline_attention": "sdpa", "lora_linear": "fused"}
     backends["linear_cross_entropy"] = "chunked"
@@ -86,7 +88,8 @@ def counted(path, encoder, batch, form, *, sft=1.0, jepa=1.0, codes=0.0) -> dict
         target = TargetEncoder(encoder, replace(TRACKED, name=form))
     with use(**backends), FlopCounterMode(display=False) as counter:
         scales = {"sft_scale": sft, "jepa_scale": jepa, "codes_scale": codes}
-        losses = path.losses(encoder, target, batch.to("meta"), normalize=True, **scales)
+        scales |= {"normalize": True, "freeze": freeze}
+        losses = path.losses(encoder, target, batch.to("meta"), **scales)
         torch.autograd.backward([loss for loss in losses if loss is not None])
     encoder.zero_grad(set_to_none=True)
     return {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
@@ -154,10 +157,18 @@ def check_shared(encoder: PatientEncoder, form: str, losses: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "losses"), [("tracked", "both"), ("whole", "jepa"), ("whole", "codes")]
+    ("name", "losses", "freeze"),
+    [
+        ("tracked", "both", "none"),
+        ("whole", "jepa", "none"),
+        ("whole", "codes", "none"),
+        ("tracked", "both", "decoder"),
+        ("whole", "both", "predictor"),
+    ],
 )
-def test_flops_within_horizons_equal_the_closed_form(name, losses):
-    """Beside SFT; what is checkpointed in the head of codes is computed twice."""
+def test_flops_within_horizons_equal_the_closed_form(name, losses, freeze):
+    """Beside SFT, which a frozen decoder excludes; what is checkpointed in the head of codes is
+    computed twice."""
     targets, rows, form = VARIANTS[name]
     encoder = copy(encoder_of(2, targets, rows))
     encoder._modules = dict(encoder._modules)  # the other tests go on without these
@@ -168,18 +179,31 @@ def test_flops_within_horizons_equal_the_closed_form(name, losses):
     batch = pack_segments(
         [np.zeros(n, np.int64) for n in (N, N // 2)],
         [[], []],
-        next_tokens=[np.zeros(n, np.int64) for n in (N, N // 2)],
+        next_tokens=[np.full(n, -100 * (freeze == "decoder")) for n in (N, N // 2)],
         pairs=[spread(7, N), spread(5, N // 2)],
         num_horizons=3 if latent else 0,
     )
     shape = ModelShape.of(encoder, tracked=TRACKED if form == "tracked" else None)
-    expected = step_flops(shape, batch, codes=codes)
+    expected = step_flops(shape, batch, codes=codes, freeze=freeze)
     assert batch.num_latent == (3 * 12 if latent else 0) and batch.num_pairs == 3 * 12
-    found = counted(objective, encoder, batch, form, jepa=float(latent), codes=float(codes))
+    weights = {"jepa": float(latent), "codes": float(codes), "freeze": freeze}
+    found = counted(objective, encoder, batch, form, **weights)
     again = 2 * batch.num_pairs * 256 * 500 if codes else 0
     assert sum(found.values()) == expected.total + again
     assert bool(expected.codes) == codes and bool(expected.means) == latent
-    assert expected.predictor == 6 * batch.num_latent * 2 * encoder.width**2
+    products = 4 if freeze == "predictor" else 6
+    assert expected.predictor == products * batch.num_latent * 2 * encoder.width**2
+
+
+@pytest.mark.parametrize(("name", "freeze"), [("tracked", "decoder"), ("whole", "predictor")])
+def test_flops_of_masked_jepa_with_a_part_frozen_equal_the_closed_form(name, freeze):
+    """Behind a frozen decoder the first linear of the predictor needs no gradient of its input."""
+    targets, rows, form = VARIANTS[name]
+    encoder, batch = encoder_of(2, targets, rows), batch_of([N // 2], N // 8, sft=False)
+    shape = ModelShape.of(encoder, tracked=TRACKED if form == "tracked" else None)
+    expected = step_flops(shape, batch, freeze=freeze)
+    assert expected.total < step_flops(shape, batch).total
+    assert sum(counted(objective, encoder, batch, form, freeze=freeze).values()) == expected.total
 
 
 def spread(positions: int, length: int) -> WindowPairs:

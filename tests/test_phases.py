@@ -5,8 +5,10 @@ mask vector. The predictor goes with the head of codes to come.
 """
 
 import json
+import tomllib
 from dataclasses import replace
 from functools import partial
+from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -20,11 +22,11 @@ from smbfast.data.horizons import Horizons
 from smbfast.data.loader import make_batch
 from smbfast.model.backbone import PatientEncoder, Predictor
 from smbfast.model.codes_head import CodesHead
-from smbfast.run import loop
+from smbfast.run import console, loop
 from smbfast.run.optim import make_optimizer
 from smbfast.run.startup import _heaviest, _Kind
 from smbfast.run.step import LossScales, Updater, forward_backward
-from smbfast.settings import ObjectiveSettings, OptimSettings
+from smbfast.settings import ObjectiveSettings, OptimSettings, load
 from smbfast.simulation.dataset import simulate
 from tests.tiny import random_window
 from tests.two_paths import CASES, Case, make_encoder, moved_target, run
@@ -125,6 +127,27 @@ def test_memory_is_that_of_the_heaviest_phases():
     assert _heaviest([sft, jepa]) == [sft, jepa]  # no step has both
     assert _heaviest([warm, both]) == [warm, both]  # codes to come are in one alone
     assert _heaviest([warm, warm._replace(freeze="none")]) == [warm._replace(freeze="none")]
+
+
+def test_clin_jepa_is_a_preset_of_five_phases():
+    settings = load("clin-jepa", ["model.path=somewhere"])
+    assert settings.objective.jepa == "horizon" and settings.trains == "lora"
+    phases = [(p.freeze, p.sync, p.w_sft > 0) for p in settings.phases]
+    assert phases == [
+        ("decoder", False, False),
+        ("none", False, True),
+        ("predictor", False, True),
+        ("decoder", True, False),
+        ("decoder", False, False),
+    ]
+
+
+@pytest.mark.parametrize("name", ["sft", "jepa", "hybrid", "curriculum", "lora", "tiny"])
+def test_the_presets_of_the_paper_name_their_objective(name):
+    """As they may begin from `default`, which has another."""
+    text = (files("smbfast.configs") / f"{name}.toml").read_text()
+    assert tomllib.loads(text)["objective"]["jepa"] == "mask"
+    assert load("default", []).objective.jepa == "horizon"
 
 
 FIVE = """
@@ -250,6 +273,12 @@ def test_a_run_of_five_phases_freezes_and_syncs(never):
         for path in sorted((never[0] / "checkpoints").iterdir())
     ]
     assert updates == [None, 1, 2, 3, 4, 5, 6, 1, 2]
+
+
+def test_the_header_says_what_a_phase_holds():
+    names = [console._holds(phase) for phase in load("clin-jepa", ["model.path=x"]).phases]
+    frozen, synced = " (decoder frozen)", " (decoder frozen, target synced)"
+    assert names == [frozen, "", " (predictor frozen)", synced, frozen]
 
 
 def test_stopped_at_each_border_of_phases_and_resumed_equals_never_stopped(

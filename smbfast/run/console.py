@@ -81,7 +81,7 @@ def _step_rows(run: OpenRun, trained: int) -> list[tuple[str, str]]:
             "step",
             f"{run.settings.optim.batch} windows in micro-batches of up to {run.micro_tokens:,} "
             f"tokens; {total_steps(run.settings)} steps: "
-            + ", ".join(f"{p.name} {p.steps}" for p in phases),
+            + ", ".join(f"{p.name} {p.steps}{_holds(p)}" for p in phases),
         ),
         (
             "memory",
@@ -90,6 +90,13 @@ def _step_rows(run: OpenRun, trained: int) -> list[tuple[str, str]]:
             + (f"{peak / GIB:.2f}, predicted" if peak else "not predicted"),
         ),
     ]
+
+
+def _holds(phase: PhaseSettings) -> str:
+    """Return what a phase freezes or syncs, in brackets; nothing where it does neither."""
+    words = [] if phase.freeze == "none" else [f"{phase.freeze} frozen"]
+    words += ["target synced"] if phase.sync and phase.w_jepa > 0 else []
+    return f" ({', '.join(words)})" if words else ""
 
 
 def warn(health: dict, entry: dict, phase: PhaseSettings) -> Finding | None:

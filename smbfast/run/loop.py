@@ -16,6 +16,7 @@ import torch
 from smbfast.base.helpers import helper
 from smbfast.base.runtime import matmul_rate, stop_on_signals
 from smbfast.data.loader import prefetched
+from smbfast.model.flops import step_flops
 from smbfast.model.target import TargetEncoder
 from smbfast.reporting.page import write_report
 from smbfast.run import checkpoint, console

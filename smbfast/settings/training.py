@@ -23,7 +23,7 @@ class PhaseSettings(Settings):
     JEPA with a small weight of SFT. A phase begins with the last weights and the optimizer's state
     of the phase before it. The first phase with JEPA, and any that follows one without,
     starts its EMA teacher as a copy of the online encoder; through consecutive phases with JEPA the
-    same teacher goes on.
+    same teacher goes on, unless a phase asks for a new copy by `sync`.
 
     On the command line a key of a phase is changed by the phase's number, counted from 0:
     --phases.0.steps=500 sets the steps of the first phase. To add or remove phases, choose another
