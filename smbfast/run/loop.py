@@ -93,8 +93,10 @@ def train(settings: TrainSettings, command: str) -> str:
             if due.stop:
                 write_status(run.folder, "preempted", run.progress.step, command)
                 log.close()
-                at_step = f"step {run.progress.step} is saved"
-                print(f"{stop.name}: stopped, {at_step}; the same command goes on")
+                print(
+                    f"{stop.name}: stopped, step {run.progress.step} is saved; the same command "
+                    "goes on"
+                )
                 return "preempted"
     run.save_model(run.folder / "final", target, total)
     seconds = run.seconds()

@@ -82,29 +82,10 @@ def micro_tokens(
     held = sum(t.numel() * t.element_size() for t in encoder.parameters())
     form, kinds = settings.objective, _heaviest([_Kind.of(phase) for phase in settings.phases])
 
-    def peak(kind: _Kind, tokens: int) -> int:
-        ahead = kind.codes or (kind.jepa and form.jepa == "horizon")
-        batch = full_batch(
-            tokens,
-            settings.data.window,
-            form,
-            sft=kind.sft,
-            jepa=kind.jepa,
-            num_horizons=num_horizons if ahead else 0,
-        )
-        run = partial(
-            losses_of(settings),
-            sft_scale=float(kind.sft),
-            jepa_scale=float(kind.jepa),
-            codes_scale=float(kind.codes),
-            freeze=kind.freeze,
-        )
-        target = TargetForm.of(form) if kind.jepa else None
-        return predict_peak(encoder, batch, run, target=target).total
-
     @cache
     def needs(tokens: int) -> int:
-        return max(peak(kind, tokens) for kind in kinds) - held
+        peaks = (_peak(settings, encoder, kind, tokens, num_horizons) for kind in kinds)
+        return max(peaks) - held
 
     window = settings.data.window
     future = min(round((1 - form.context[0]) * window), form.horizon or window)
@@ -133,6 +114,31 @@ class _Kind(NamedTuple):
         """Whether `other` has all of these losses, and as many gradients."""
         has_all = all(o or not s for s, o in zip(self[:3], other[:3], strict=True))
         return has_all and other.freeze in ("none", self.freeze)
+
+
+def _peak(
+    settings: TrainSettings, encoder: PatientEncoder, kind: _Kind, tokens: int, num_horizons: int
+) -> int:
+    """Return the bytes at the peak of a step of such a phase."""
+    form = settings.objective
+    ahead = kind.codes or (kind.jepa and form.jepa == "horizon")
+    batch = full_batch(
+        tokens,
+        settings.data.window,
+        form,
+        sft=kind.sft,
+        jepa=kind.jepa,
+        num_horizons=num_horizons if ahead else 0,
+    )
+    run = partial(
+        losses_of(settings),
+        sft_scale=float(kind.sft),
+        jepa_scale=float(kind.jepa),
+        codes_scale=float(kind.codes),
+        freeze=kind.freeze,
+    )
+    target = TargetForm.of(form) if kind.jepa else None
+    return predict_peak(encoder, batch, run, target=target).total
 
 
 def _heaviest(kinds: list[_Kind]) -> list[_Kind]:
