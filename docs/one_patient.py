@@ -19,13 +19,14 @@ from smbfast.data.codes import CodeVocabulary
 from smbfast.data.loader import make_batch
 from smbfast.data.masking import cut_points, masked_tokens
 from smbfast.data.meds import STATIC, EventBatch, MedsDataset
+from smbfast.data.pairs import window_pairs
 from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import prepare
 from smbfast.data.sections import SECTIONS
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.target import TargetEncoder
 from smbfast.run.step import LossScales
-from smbfast.settings import TrainSettings, load
+from smbfast.settings import ObjectiveSettings, TrainSettings, load
 from smbfast.simulation.dataset import simulate
 
 SUBJECTS = 13, 45  # the patient that is shown, and one that shares the row
@@ -37,6 +38,7 @@ SETTINGS = [
     "run.device=cpu",
 ]
 SEED = STEP = 0
+AHEAD = {"jepa": "horizon", "horizons": ["30d", "180d", "365d"], "positions": 4}
 
 
 @dataclass(frozen=True)
@@ -164,10 +166,30 @@ def blocks(folder: Path) -> dict[str, list[str]]:
         "segments": segments(batch),
         "counts": counts(batch),
         "losses": losses(encoder, batch),
+        "ahead": ahead(codes),
         "text": text(lines, dataset, record),
         "text_tokens": text_tokens(lines),
         "text_cuts": lines.told_cuts(),
     }
+
+
+def ahead(shown: Shown) -> list[str]:
+    """A line for each pair of a drawn position and a horizon, and what is predicted of it."""
+    form, prepared = ObjectiveSettings(**AHEAD), shown.prepared
+    horizons, classes = prepared.horizons(form), prepared.classes()
+    windows = prepared.windows("train", len(shown.window), form, None, horizons, classes)
+    made = (windows[index] for index in range(len(windows)))
+    window = next(w for w in made if w.subject == shown.window.subject)
+    options = {"positions": form.positions, "seed": SEED, "step": STEP}
+    pairs = window_pairs(window, horizons, latent=True, codes=True, **options)
+    lines = ["position  at                horizon  mean of the tokens  codes that come"]
+    for p, (n, h) in enumerate(zip(pairs.position_P, pairs.horizon_P, strict=True)):
+        token, end = int(pairs.token_N[n]), int(pairs.end_P[p])
+        at = minute(int(window.bucket_time_B[window.bucket_end_B.searchsorted(token, "right")]))
+        span = f"{token + 1}..{end - 1}" if end > token + 1 else "none"
+        num_codes = int((pairs.pair_Z == p).sum())
+        lines.append(f"{token:8d}  {at}  {horizons.names[h]:>7}  {span:>18}  {num_codes:15d}")
+    return lines
 
 
 def counts(batch: PackedBatch) -> list[str]:

@@ -213,6 +213,23 @@ AHEAD = [
         f"{JUDGE}::test_fp32_loses_nothing_but_rounding[shared]",
     ),
     mutant(
+        "nothing-to-predict-is-missed",
+        "a target without spread, whose rounding nobody can predict, has an R2 far below 0",
+        "smbfast/run/diagnostics.py",
+        "if variance > NO_SPREAD else 0.0",
+        "if variance > 0 else 0.0",
+        "tests/test_diagnostics.py::test_a_target_that_equals_its_running_mean_has_r2_zero",
+    ),
+    mutant(
+        "constant-encoder-is-healthy",
+        "an online encoder that gives all patients the same state is no finding",
+        "smbfast/reporting/verdict.py",
+        'if kind != "target" and size < CONSTANT:',
+        'if kind != "target" and size < 0 * CONSTANT:',
+        "tests/test_health.py"
+        "::test_a_constant_encoder_is_called_collapsed_at_the_next_evaluation[True]",
+    ),
+    mutant(
         "bias-decays",
         "the bias of codes to come is pulled towards one half",
         "smbfast/run/optim.py",
