@@ -412,6 +412,7 @@ def measure(bench: CohortsBench) -> tuple[dict[str, Any], list[tuple[bool, str]]
     record = {
         **stamp,
         **bench.model_dump(mode="json", exclude={"work", "save", "bars"}),
+        "settings": settings_of(bench),
         **shown,
         "bars": [{"reached": good, "bar": text} for good, text in reached],
         "by_cohort": by_cohort,
@@ -422,6 +423,17 @@ def measure(bench: CohortsBench) -> tuple[dict[str, Any], list[tuple[bool, str]]
         print(f"{'reached' if good else 'MISSED '}  {text}")
     print("\n" + seconds(about))
     return record, reached
+
+
+def settings_of(bench: CohortsBench) -> dict[str, dict[str, Any]]:
+    """Return the settings of each arm, as JSON values."""
+    names = {"preset", "data", "cohort", "model", "optim", "objective", "phases"}
+    return {
+        arm: Run(bench, arm, words, bench.cohorts[0], bench.seeds[0]).settings.model_dump(
+            mode="json", include=names, exclude_none=True
+        )
+        for arm, words in arms_of(bench.arms).items()
+    }
 
 
 def seconds(about: dict[str, dict[str, Any]]) -> str:

@@ -29,7 +29,10 @@ from tests.tiny import random_window, tiny_encoder
 
 SEED = 5
 PATIENTS = 300  # few, of which every split has some
-SMALL = f"--cohort.patients={PATIENTS} --phases.0.steps=2 --phases.1.steps=2 --eval.windows=2"
+SMALL = (
+    f"--cohort.patients={PATIENTS} --cohort.held_out=9 "
+    "--phases.0.steps=2 --phases.1.steps=2 --eval.windows=2"
+)
 
 
 @pytest.fixture(scope="module")
@@ -412,6 +415,7 @@ def test_runs_are_trained_measured_and_compared(tmp_path, monkeypatch, capsys):
     seconds = "seconds of a run  wall  CPU  runs\na                 2     1    1"
     assert seconds in capsys.readouterr().out
     record = json.loads((tmp_path / "results" / "cohorts.jsonl").read_text())
+    assert record["settings"]["b"]["phases"][1]["steps"] == 2
     # two arms of the same words are the same run, and the untrained encoder is another
     for pool in cohort_models.READOUTS:
         assert record["difference"][f"a/{pool} - b/{pool}"]["mean"]["value"] == 0
