@@ -427,4 +427,9 @@ def test_runs_are_trained_measured_and_compared(tmp_path, monkeypatch, capsys):
     cohorts.main([*words, "--draws=20"])
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "scores").iterdir()}
     with pytest.raises(SystemExit):  # two steps reach no bar
-        cohorts.main([*words, "--draws=20", "--bars"])
+        cohorts.main([*words, "--draws=20", "--bars", "--split=held_out"])
+    # held-out patients of the cohort judge then: those of `cohort.held_out` too
+    file = next((tmp_path / "scores").glob("baselines-*-held_out.npz"))
+    scores, about = cohort_stats.Scores.read(file)
+    assert scores.subject_N.max() > PATIENTS
+    assert len(scores.true_N) == sum(rows["held_out"] for rows in about["rows"].values())
