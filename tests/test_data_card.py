@@ -235,7 +235,7 @@ WARNED: dict[Plant, str] = {
 def without_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model is made: what comes later than the data card is an error of its own."""
 
-    def stop(*args: object) -> None:
+    def stop(*args: object, **words: object) -> None:
         raise ValueError(NEXT)
 
     monkeypatch.setattr("smbfast.run.open_run.make_encoder", stop)
@@ -310,7 +310,7 @@ def test_a_phase_without_a_token_to_predict_is_refused() -> None:
     (text,) = data_card._nothing_to_predict(settings, windows)
     assert text.startswith("phase sft: SFT has no token to predict")
     assert not data_card._nothing_to_predict(
-        settings, SimpleNamespace(num_with_cut=0, num_labels=1)
+        settings, SimpleNamespace(num_with_cut=0, num_labels=1, horizons=None)
     )
 
 

@@ -167,7 +167,8 @@ class ShardWriter:
 
     def add_codes(self, codes: list[str]) -> None:
         """Write, once, the codes whose places stand in `line_code_L`, if ids do not."""
-        self._file.append("codes", np.frombuffer(json.dumps(codes).encode(), np.uint8))
+        if codes:
+            self._file.append("codes", np.frombuffer(json.dumps(codes).encode(), np.uint8))
 
     def add_subjects(self, subjects_K2: np.ndarray) -> None:
         """Write, once, how many timelines have each id of `line_code_L`, int64 [K, 2]."""

@@ -107,6 +107,8 @@ def test_a_copy_of_a_shard_with_the_date_of_another_is_refused(tmp_path: Path) -
         writer.index |= shard.index | {"timelines": 0}
         for timeline in shard:
             writer.add(replace(timeline, ids_T=timeline.ids_T + 1))
+        writer.add_codes(shard.codes())
+        writer.add_subjects(shard.subjects_of_codes())
     os.replace(tmp_path / "other.shard", shard.path)
     os.utime(shard.path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert shard.path.stat().st_size == before.st_size
