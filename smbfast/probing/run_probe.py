@@ -93,7 +93,7 @@ def run_probe(
     time_N = np.concatenate([labels.time_N for labels in matched_tasks])
     counts = count_codes(dataset, subject_N, time_N, lambda text: progress(f"codes of {text}"))
     protocol = _protocol(config)
-    readable = _own_names(config.embeddings) | _READABLE
+    readable = _readable(config.embeddings)
     measured: list[Measured] = []
     for labels, task, (row_N, untrained_N) in zip(matched_tasks, tasks, rows, strict=True):
         matched_N = row_N >= 0
@@ -236,6 +236,7 @@ def _read_out(embeddings: Path) -> dict[str, Any]:
     return {"pool": origin.get("pool"), "choice": origin.get("pool_choice")}
 
 
-def _own_names(path: Path) -> dict[str, str]:
+def _readable(path: Path) -> dict[str, str]:
+    """Return what the models are called in the table, by name."""
     own = f"smbfast, {path.stem} encoder" if path.stem in ("online", "target") else "smbfast"
-    return {"smbfast": own, "smbfast_boosting": f"{own}, boosted trees"}
+    return {"smbfast": own, "smbfast_boosting": f"{own}, boosted trees"} | _READABLE
