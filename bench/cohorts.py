@@ -49,6 +49,7 @@ from bench.cohort_stats import (
 from smbfast.base.config import Settings, command_line
 from smbfast.base.entry import RunFailed, entry
 from smbfast.base.files import committed_file, digest_of, write_text
+from smbfast.base.held_out import count_look, times
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.probing import resample
 from smbfast.run.checkpoint import restore_final
@@ -399,6 +400,7 @@ def measure(bench: CohortsBench) -> tuple[dict[str, Any], list[tuple[bool, str]]
     for cohort in bench.cohorts:
         scores, about[str(cohort)] = cohort_scores(bench, cohort)
         own[cohort] = areas(scores, bench.draws, cohort)
+    looks = looked(bench) if bench.split == "held_out" else 0
     mean = estimates(bench, own)
     shown = {kind: cells(one) for kind, one in mean.items()}
     reached = bars(bench, mean)
@@ -413,16 +415,30 @@ def measure(bench: CohortsBench) -> tuple[dict[str, Any], list[tuple[bool, str]]
         **stamp,
         **bench.model_dump(mode="json", exclude={"work", "save", "bars"}),
         "settings": settings_of(bench),
+        "held_out_looks": looks,
         **shown,
         "bars": [{"reached": good, "bar": text} for good, text in reached],
         "by_cohort": by_cohort,
         "about": about,
     }
+    if looks:
+        print(f"Held-out figures of these runs were asked for {times(looks)}.\n")
     print(table(shown) + "\n")
     for good, text in reached:
         print(f"{'reached' if good else 'MISSED '}  {text}")
     print("\n" + seconds(about))
     return record, reached
+
+
+def looked(bench: CohortsBench) -> int:
+    """Record in every run's folder that its held-out figures are shown, as `--final` does, and
+    return the largest number of times that this was done."""
+    folders = {
+        Run(bench, arm, words, cohort, seed).folder
+        for arm, words in arms_of(bench.arms).items()
+        for cohort, seed in product(bench.cohorts, bench.seeds)
+    }
+    return max(count_look(folder, f"{PROG} --split=held_out") for folder in folders)
 
 
 def settings_of(bench: CohortsBench) -> dict[str, dict[str, Any]]:

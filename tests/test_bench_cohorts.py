@@ -18,6 +18,7 @@ from bench.cohort_stats import COUNTS, FILTER, MEAN
 from smbfast import train
 from smbfast.base.config import build
 from smbfast.base.entry import RunFailed
+from smbfast.base.held_out import num_looks
 from smbfast.data.labels import read_labels
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import NodeText
@@ -428,6 +429,8 @@ def test_runs_are_trained_measured_and_compared(tmp_path, monkeypatch, capsys):
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "scores").iterdir()}
     with pytest.raises(SystemExit):  # two steps reach no bar
         cohorts.main([*words, "--draws=20", "--bars", "--split=held_out"])
+    assert "of these runs were asked for 1 time." in capsys.readouterr().out
+    assert [num_looks(run) for run in (tmp_path / "runs").iterdir() if run.is_dir()] == [1, 1]
     # held-out patients of the cohort judge then: those of `cohort.held_out` too
     file = next((tmp_path / "scores").glob("baselines-*-held_out.npz"))
     scores, about = cohort_stats.Scores.read(file)
