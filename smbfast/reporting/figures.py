@@ -224,7 +224,7 @@ def _gradient_panel(ax: Axes, phases: list[Phase]) -> None:
     _frame(ax, phases, "Gradient of each loss on the trunk", "L2 norm, unweighted")
     _pull_series(ax, phases, "grad")
     ax.set_ylim(0, ax.get_ylim()[1] * 1.05 or 1.0)
-    ax.legend(loc="upper right")
+    ax.legend(loc="best")
 
 
 def _cosine_panel(ax: Axes, phases: list[Phase]) -> None:
@@ -233,7 +233,7 @@ def _cosine_panel(ax: Axes, phases: list[Phase]) -> None:
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, -0.2), max(high, 0.2))
     _line(ax, 0.0, "orthogonal", INK)
-    ax.legend(loc="upper right")
+    ax.legend(loc="best")
 
 
 def _pull_series(ax: Axes, phases: list[Phase], kind: str) -> None:
