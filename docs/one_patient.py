@@ -166,10 +166,10 @@ def blocks(folder: Path) -> dict[str, list[str]]:
         "segments": segments(batch),
         "counts": counts(batch),
         "losses": losses(encoder, batch),
-        "ahead": ahead(codes),
         "text": text(lines, dataset, record),
         "text_tokens": text_tokens(lines),
         "text_cuts": lines.told_cuts(),
+        "ahead": ahead(codes),
     }
 
 
