@@ -194,7 +194,9 @@ class Smbfast(Variant):
 
         # what is left of it, once the losses have their part
         with use(**self.backends), part(BACKWARD):
-            return forward_backward(losses, self.encoder, self.target, self.batches, self.scales)
+            step = (self.encoder, self.target, self.batches, self.scales)
+            summed = forward_backward(losses, *step)
+            return summed.sft, summed.jepa
 
     def update(self, tau: float) -> None:
         with use(**self.backends):
