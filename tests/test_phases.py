@@ -22,11 +22,12 @@ from smbfast.data.horizons import Horizons
 from smbfast.data.loader import make_batch
 from smbfast.model.backbone import PatientEncoder, Predictor
 from smbfast.model.codes_head import CodesHead
+from smbfast.model.flops import ModelShape, flops_in_phase, step_flops
 from smbfast.run import console, loop
 from smbfast.run.optim import make_optimizer
 from smbfast.run.startup import _heaviest, _Kind
 from smbfast.run.step import LossScales, Updater, forward_backward
-from smbfast.settings import ObjectiveSettings, OptimSettings, load
+from smbfast.settings import ObjectiveSettings, OptimSettings, PhaseSettings, load
 from smbfast.simulation.dataset import simulate
 from tests.tiny import random_window
 from tests.two_paths import CASES, Case, make_encoder, moved_target, run
@@ -118,6 +119,18 @@ def test_what_is_frozen_stays_to_the_bit_with_its_moments(case, jepa, freeze):
     for name, values in state().items():
         equal = [torch.equal(a, b) for a, b in zip(values, held[name], strict=True)]
         assert all(equal) if name in frozen | still else not any(equal), name
+
+
+def test_a_phase_is_metered_with_its_own_losses_and_what_it_freezes():
+    """Codes to come and a frozen decoder both show in the FLOPs that the loop counts."""
+    encoder, batch = encoder_of("horizon", KINDS[0]), batch_of("horizon")
+    shape = ModelShape.of(encoder)
+    plain = PhaseSettings(name="a", steps=1, w_sft=0, w_jepa=1)
+    codes = plain.model_copy(update={"w_codes": 1.0})
+    frozen = codes.model_copy(update={"freeze": "decoder"})
+    found = [flops_in_phase(shape, [batch, batch], phase) for phase in (plain, codes, frozen)]
+    assert found[2] < found[0] < found[1]
+    assert found[2] == 2 * step_flops(shape, batch, codes=True, freeze="decoder").total
 
 
 def test_memory_is_that_of_the_heaviest_phases():
@@ -228,7 +241,9 @@ def never(tmp_path_factory):
     words += ["--run.save_every=1", "--run.keep=20", "--eval.every=100", "--run.threads=1"]
     words += ["--optim.micro_tokens=256", "--objective.self_check=false"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "write_report", lambda _folder: None)  # which would take most of it
+        patch.setattr(
+            loop, "write_report", lambda *_args, **_more: None
+        )  # which would take most of it
         entry.main([*words, f"--run.dir={folder / 'never'}"])
         yield folder / "never", words
 

@@ -14,7 +14,9 @@ separately. The head of codes to come costs two linears: D to E for each positio
 K for each pair. The mean states of a trunk of S tokens within its Q pairs cost 2 Q S D.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 from smbkernels.attention import attention_flops
 from smbkernels.lora import lora_flops
@@ -23,6 +25,7 @@ from torch import nn
 from smbfast.batch import PackedBatch
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetForm
+from smbfast.settings import PhaseSettings
 from smbfast.settings.training import Freeze
 
 READS_EMBEDDING = ("q_proj", "k_proj", "v_proj")  # of the first layer
@@ -154,6 +157,14 @@ def step_flops(
         + means_flops(shape, batch)
         + target_flops(shape, batch.target_segments.tokens, batch.target_segments.pairs)
     )
+
+
+def flops_in_phase(
+    shape: ModelShape, micro_batches: Sequence[PackedBatch], phase: PhaseSettings
+) -> int:
+    """Return the FLOPs of all micro-batches of a step of a phase."""
+    own = partial(step_flops, shape, codes=phase.w_codes > 0, freeze=phase.freeze)
+    return sum(own(batch).total for batch in micro_batches)
 
 
 def online_flops(

@@ -16,7 +16,7 @@ import torch
 from smbfast.base.helpers import helper
 from smbfast.base.runtime import matmul_rate, stop_on_signals
 from smbfast.data.loader import prefetched
-from smbfast.model.flops import step_flops
+from smbfast.model.flops import flops_in_phase
 from smbfast.model.target import TargetEncoder
 from smbfast.reporting.page import write_report
 from smbfast.run import checkpoint, console
@@ -75,8 +75,7 @@ def train(settings: TrainSettings, command: str) -> str:
             )
             grad_norm = updater.step(lr, target, tau(settings, step))
             # FLOPs of the shared forward; what the reference path computes beyond them is waste
-            count = partial(step_flops, run.shape, codes=phase.w_codes > 0, freeze=phase.freeze)
-            meter.add(batch, sum(count(m).total for m in batch.micro_batches))
+            meter.add(batch, flops_in_phase(run.shape, batch.micro_batches, phase))
 
             # a signal may come at any moment, so the flag is read only once per step
             due = due_after(settings, at, step + 1, first, bool(stop))
