@@ -72,9 +72,9 @@ def test_a_run_says_and_saves_what_it_measured(meds, tmp_path, faster, monkeypat
     for name in ("forward_backward", "evaluate_entry", "probe_run"):
         function = getattr(loop, name)
 
-        def watched(*args, name=name, function=function):
+        def watched(*args, name=name, function=function, **more):
             used[name] = FORCED["linear"]
-            return function(*args)
+            return function(*args, **more)
 
         monkeypatch.setattr(loop, name, watched)
     folder = tmp_path / "run"
