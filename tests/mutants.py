@@ -324,8 +324,8 @@ LOADER = [
         "target-row-off-by-one",
         "a masked token is compared with the state of the token before it",
         "smbfast/batch.py",
-        "target_rows.append(target_start + prefix + mask)",
-        "target_rows.append(target_start + prefix + mask - 1)",
+        "rows[2].append(target_start + prefix + mask)",
+        "rows[2].append(target_start + prefix + mask - 1)",
         THREE_STEPS,
     ),
     mutant(

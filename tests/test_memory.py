@@ -188,6 +188,18 @@ def test_a_full_batch_is_full(tokens, sft, jepa):
     assert bool(batch.num_masked) == (jepa and tokens > 1)
 
 
+@pytest.mark.parametrize("jepa", [True, False])
+def test_a_full_batch_that_looks_ahead_has_all_its_pairs(jepa):
+    """Each position has all horizons; but for a window's last token, they hold its other tokens."""
+    form = ObjectiveSettings(jepa="horizon", positions=8)
+    batch = full_batch(700, 512, form, sft=False, jepa=jepa, num_horizons=3)
+    batch.check()
+    assert batch.segments.tokens == 700 and batch.num_masked == 0
+    assert batch.num_pairs == 2 * 8 * 3
+    assert batch.num_latent == (2 * 7 * 3 if jepa else 0)
+    assert batch.target_segments.tokens == (700 if jepa else 0)
+
+
 @pytest.mark.parametrize(
     ("free", "bend", "expected"),
     [
