@@ -226,8 +226,7 @@ AHEAD = [
         "smbfast/reporting/verdict.py",
         'if kind != "target" and size < CONSTANT:',
         'if kind != "target" and size < 0 * CONSTANT:',
-        "tests/test_health.py"
-        "::test_a_constant_encoder_is_called_collapsed_at_the_next_evaluation[True]",
+        "tests/test_health.py::test_a_constant_encoder_is_called_collapsed_at_the_next_evaluation",
     ),
     mutant(
         "bias-decays",
