@@ -141,8 +141,8 @@ def test_a_share_of_the_weights_is_spread_over_the_depth(run, monkeypatch):
 @pytest.fixture
 def short(monkeypatch):
     """A run whose end has no probes and no report."""
-    monkeypatch.setattr(loop, "probe_run", lambda *_: None)
-    monkeypatch.setattr(loop, "write_report", lambda *_: None)
+    monkeypatch.setattr(loop, "probe_run", lambda *_, **__: None)
+    monkeypatch.setattr(loop, "write_report", lambda *_, **__: None)
 
 
 def evals_of(folder):
