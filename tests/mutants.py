@@ -41,6 +41,7 @@ JUDGE = "tests/test_horizon_judge.py"
 AHEAD_STEPS = (
     f"{JUDGE}::test_three_steps_are_those_of_the_judge[qwen3-whole-merged-tied-shared-codes-drop]"
 )
+FROZEN = "tests/test_phases.py::test_what_is_frozen_has_no_gradient_and_the_rest_has_its_own"
 MASKS = "tests/data/test_loader.py::test_masks_cuts_and_batches"
 ATTENTION = "tests/ops/test_timeline_attention.py::test_sdpa_in_fp64_is_exact"
 MOMENT = "tests/data/test_prefix_law.py::test_a_node_sees_its_own_moment_and_nothing_later"
@@ -195,6 +196,30 @@ AHEAD = [
         "            self.scale.load(scale)\n",
         "            pass\n",
         "tests/test_train.py::test_lora_stopped_and_resumed_equals_never_stopped[merged]",
+    ),
+    mutant(
+        "frozen-decoder-learns",
+        "a predictor warm-up trains the decoder as well",
+        "smbfast/objective.py",
+        'with torch.no_grad() if freeze == "decoder" else nullcontext():',
+        "with nullcontext():",
+        f"{FROZEN}[whole-merged-tied-shared-mask]",
+    ),
+    mutant(
+        "frozen-horizons-learn",
+        "a frozen predictor learns the embeddings of its horizons",
+        "smbfast/objective.py",
+        "table_HD: Tensor = own_HD.detach() if frozen else own_HD",
+        "table_HD: Tensor = own_HD",
+        f"{FROZEN}[whole-merged-tied-shared-horizon]",
+    ),
+    mutant(
+        "target-not-synced",
+        "a phase that syncs goes on with the teacher of the phase before",
+        "smbfast/run/loop.py",
+        "if phase.w_jepa == 0 or (phase.sync and at.begins_phase):",
+        "if phase.w_jepa == 0:",
+        "tests/test_phases.py::test_a_run_of_five_phases_freezes_and_syncs",
     ),
     mutant(
         "horizon-behind-the-predictor",
