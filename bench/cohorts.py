@@ -89,8 +89,8 @@ class CohortsBench(Settings):
         None,
         description="The variants, as `name: words; name: words`. Words are arguments of "
         "`python -m smbfast.train`: a preset or a TOML file, and settings. `none` is the proof: "
-        "the default run, SFT alone for as many steps, and for half as many again, which take as "
-        "long as the default run does.",
+        "the default run, SFT alone for as many steps, SFT alone for 1.8 times the steps, which "
+        "take as long as the default run does, and the default run without codes to come.",
     )
     split: Literal["tuning", "held_out"] = Field(
         "tuning",
@@ -220,8 +220,9 @@ def arms_of(text: str | None) -> dict[str, str]:
 
 
 def proof_arms() -> dict[str, str]:
-    """Return the default run, its phases with SFT alone, and those with a last one so much longer
-    that there are 1.5 times the steps."""
+    """Return the default run; its phases with SFT alone; those with a last one so much longer that
+    they take as many seconds, 1.8 times the steps (and more FLOPs); and the default run without
+    codes to come, which is what JEPA alone adds to SFT."""
     phases = load("default", []).phases
     alone = [
         f"--phases.{number}.{key}"
@@ -230,9 +231,11 @@ def proof_arms() -> dict[str, str]:
         if phase.w_jepa > 0 or phase.w_codes > 0
     ]
     last = len(phases) - 1
-    steps = phases[last].steps + sum(phase.steps for phase in phases) // 2
+    steps = phases[last].steps + sum(phase.steps for phase in phases) * 4 // 5
     sft = " ".join(alone)
-    return {"default": "", "sft": sft, "sft_longer": f"{sft} --phases.{last}.steps={steps}"}
+    no_codes = " ".join(word for word in alone if word.endswith("w_codes=0"))
+    longer = f"{sft} --phases.{last}.steps={steps}"
+    return {"default": "", "sft": sft, "sft_longer": longer, "horizon": no_codes}
 
 
 class Patients:
@@ -329,11 +332,13 @@ def estimates(bench: CohortsBench, own: dict[int, Areas]) -> dict[str, Estimates
 
 
 def pairs_of(arms: list[str]) -> list[tuple[str, str]]:
-    """Return the models that are compared: the first arm with all others, under each read-out."""
+    """Return the models that are compared, under each read-out: the first arm with all others,
+    and those behind the second with that one, their control at equal steps."""
     first, pairs = arms[0], []
     for name in READOUTS:
         rivals = [f"{other}/{name}" for other in (UNTRAINED, *arms[1:])]
         pairs += [(f"{first}/{name}", rival) for rival in (*rivals, *BASELINES)]
+        pairs += [(f"{arm}/{name}", f"{arms[1]}/{name}") for arm in arms[2:]]
     return pairs
 
 

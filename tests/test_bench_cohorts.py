@@ -366,14 +366,16 @@ def test_arms_are_names_and_words():
             cohorts.arms_of(wrong)
 
 
-def test_the_arms_of_the_proof_are_of_equal_steps_and_of_half_as_many_again(tmp_path):
+def test_the_arms_of_the_proof_are_of_equal_steps_and_of_equal_seconds(tmp_path):
     phases = {
         arm: cohorts.Run(bench_of(tmp_path), arm, words, SEED, 3).settings.phases
         for arm, words in cohorts.arms_of(None).items()
     }
     steps = {arm: sum(phase.steps for phase in own) for arm, own in phases.items()}
-    assert steps["sft"] == steps["default"] and steps["sft_longer"] == steps["default"] * 3 // 2
+    assert steps["sft"] == steps["default"] and steps["sft_longer"] == steps["default"] * 9 // 5
     assert any(phase.w_jepa > 0 for phase in phases["default"])
+    horizon = [phase.model_copy(update={"w_codes": 0}) for phase in phases["default"]]
+    assert phases["horizon"] == horizon
     for arm in ("sft", "sft_longer"):
         assert all(p.w_jepa == p.w_codes == 0 and p.w_sft == 1 for p in phases[arm])
         assert [p.lr for p in phases[arm]] == [p.lr for p in phases["default"]]
