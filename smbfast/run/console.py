@@ -122,9 +122,9 @@ def warn(health: dict, entry: dict, phase: PhaseSettings) -> Finding | None:
 
 
 def _better(health: dict, entry: dict) -> bool:
-    """Whether JEPA predicts better than when the phase began."""
+    """Whether JEPA predicts better than when the phase began, or was not measured then."""
     if health.get("r2") is not None:
-        return number(health["r2"]) > number(entry.get("r2"))
+        return entry.get("r2") is None or number(health["r2"]) > number(entry["r2"])
     return number(health.get("ratio")) < number(entry.get("ratio"))
 
 

@@ -80,7 +80,8 @@ def _losses(
         pairs = [b.pairs.num_by_horizon for b in batches if b.pairs is not None]
         numbers = [sum(number) for number in zip(*pairs, strict=True)]
         if target.scale and numbers and target.scale.lacks(numbers):
-            values["jepa"] = None  # before its first step horizon JEPA has no scale
+            # before its first step horizon JEPA has no scale, so neither a loss nor an R²
+            values = {k: v for k, v in values.items() if not k.startswith("r2")} | {"jepa": None}
     weights = ((phase.w_sft, "sft"), (phase.w_jepa, "jepa"), (phase.w_codes, "codes"))
     parts = [(weight, values[name]) for weight, name in weights]
     parts = [(weight, loss) for weight, loss in parts if weight > 0]
@@ -174,6 +175,8 @@ def evaluate_step(
         )
     if progress.entry.get("untrained"):
         progress.entry = health
+    elif progress.entry.get("r2") is None:  # see `_losses`: it is first measured after a step
+        progress.entry = {**progress.entry, "r2": health.get("r2")}
     loss = health["loss"]
     lowest = progress.best.get(phase.name, {}).get("loss", float("inf"))
     if loss is not None and loss < lowest and not collapsed:
