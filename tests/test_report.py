@@ -268,7 +268,7 @@ def test_whole_run(source: str, page: Page) -> None:
     assert "No signs of collapse in phase “jepa”" in page.text
     assert "0.791 [0.761, 0.821]" in page.text
     assert "+0.089 [+0.059, +0.119]" in page.text
-    assert "On 1 of 2 measured tasks" in page.text
+    assert "better on 1 of 2 measured tasks, and worse on 0" in page.text
     assert "Not measurable: tuning has one class only" in page.text
     assert "Judged on tuning patients" in page.text and "on the tuning split" in page.text
     assert "SIM//misc" in page.text and "cut: the future begins" in page.text

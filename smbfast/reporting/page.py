@@ -334,16 +334,24 @@ def _judges(run: Run, hidden: bool) -> Finding:
 
 
 def _probe_summary(tasks: list[Record]) -> str:
-    improved = [
-        any(d["sure"] and d["says"] == "better" for d in against)
+    """Say on how many tasks training changed the metric that comes first, AUROC or the C-index.
+
+    One metric a task: the best of several would be better by chance more often than the 95 % of an
+    interval say.
+    """
+    says = [
+        str(difference["says"])
         for task in tasks
-        if (against := [d for d in task["differences"] if d["ends"] == ["smbfast", "untrained"]])
+        for difference in task["differences"]
+        if difference["ends"] == ["smbfast", "untrained"]
+        and difference["metric"] in (_METRICS["auroc"], _METRICS["c_index"])
     ]
-    if not improved:
+    if not says:
         return ""
     return (
-        f"On {sum(improved)} of {len(improved)} measured tasks training made the embeddings better "
-        "by at least one metric: the interval of trained minus untrained excludes zero."
+        f"By AUROC or the C-index training made the embeddings better on {says.count('better')} of "
+        f"{len(says)} measured tasks, and worse on {says.count('worse')}: there the interval of "
+        "trained minus untrained excludes zero."
     )
 
 
