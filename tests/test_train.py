@@ -277,8 +277,8 @@ def poison(monkeypatch, steps):
     def losses_of(settings):
         def poisoned(*args, **scales):
             calls["n"] += 1
-            sft, jepa = real(settings)(*args, **scales)
-            return sft * (float("nan") if calls["n"] in steps else 1.0), jepa
+            terms = real(settings)(*args, **scales)
+            return terms._replace(sft=terms.sft * (float("nan") if calls["n"] in steps else 1.0))
 
         return poisoned
 
