@@ -33,6 +33,14 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(NUM_THREADS)
 
 
+@pytest.fixture(scope="module")
+def no_report() -> Iterator[None]:
+    """Runs draw no report, which would take half of the time of a tiny one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smbfast.run.loop.write_report", lambda *_run, **_more: None)
+        yield
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that hold slow tests come first, so that no worker is left alone with one at the end.

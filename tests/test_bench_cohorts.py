@@ -404,6 +404,7 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
 def test_runs_are_trained_measured_and_compared(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
 

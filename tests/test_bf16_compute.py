@@ -243,6 +243,7 @@ def test_memory_is_foretold():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
 def test_a_run_in_bf16_checks_itself_resumes_and_is_saved_in_fp32(tmp_path, capsys):
     cohort = tmp_path / "cohort"
     simulate(cohort, 60, 0)

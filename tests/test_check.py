@@ -8,7 +8,7 @@ from smbfast import train
 from smbfast.run import checkpoint, preflight
 from smbfast.simulation.dataset import simulate
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_report")]
 
 SHORT = ["--probe.labels=[]", "--data.window=128", "--run.threads=1"]
 STAGES = ["data", "model", "kernels", "memory", "plan", "worst pack", "self-check", "time"]

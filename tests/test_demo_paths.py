@@ -7,7 +7,7 @@ import pytest
 
 import smbfast.train as entry
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_report")]
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 STEPS = 20

@@ -446,7 +446,7 @@ def test_a_lora_run_loads_no_second_backbone():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, no_report):
     """A tiny run on simulated patients, probes included."""
     folder = tmp_path_factory.mktemp("embed")
     simulate(folder / "cohort", 160, 3)

@@ -13,7 +13,7 @@ from smbfast.run.checkpoint import restore_final
 from smbfast.simulation.dataset import simulate
 from tests.tiny import tiny_lm
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_report")]
 
 CPU = torch.device("cpu")
 SHORT = [

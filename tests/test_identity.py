@@ -30,7 +30,7 @@ from smbfast.settings import LoraSettings, load, run_arguments
 from tests.factory import tiny_run, write_labels, write_meds
 from tests.refusal import no_canary, refused
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_report")]
 
 CPU = torch.device("cpu")
 NEWEST = "step-000004"

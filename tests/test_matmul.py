@@ -66,6 +66,7 @@ def opened(words: list[str]) -> OpenRun:
         return OpenRun.open(settings)
 
 
+@pytest.mark.usefixtures("no_report")
 def test_a_run_says_and_saves_what_it_measured(meds, tmp_path, faster, monkeypatch, capsys):
     """And multiplies by it: in training, in evaluations, and where nodes are embedded."""
     used = {}

@@ -232,7 +232,7 @@ class StopAt:
 
 
 @pytest.fixture(scope="module")
-def never(tmp_path_factory):
+def never(tmp_path_factory, no_report):
     """A run of five phases that is never stopped, with the command that made it."""
     folder = tmp_path_factory.mktemp("phases")
     simulate(folder / "cohort", 60, 0)
@@ -240,12 +240,8 @@ def never(tmp_path_factory):
     words = [str(folder / "five.toml"), f"--data.path={folder / 'cohort'}", "--probe.labels=[]"]
     words += ["--run.save_every=1", "--run.keep=20", "--eval.every=100", "--run.threads=1"]
     words += ["--optim.micro_tokens=256", "--objective.self_check=false"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            loop, "write_report", lambda *_args, **_more: None
-        )  # which would take most of it
-        entry.main([*words, f"--run.dir={folder / 'never'}"])
-        yield folder / "never", words
+    entry.main([*words, f"--run.dir={folder / 'never'}"])
+    return folder / "never", words
 
 
 def states(folder) -> list[dict[str, torch.Tensor]]:

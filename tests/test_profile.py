@@ -139,6 +139,7 @@ def train(cohort, folder, *more):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
 def test_a_profiled_run_leaves_tables_and_traces_and_is_the_same_run(
     cohort, tmp_path, capsys, monkeypatch
 ):

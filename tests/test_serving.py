@@ -46,7 +46,7 @@ PLAIN = rounding(2 * 7 * 24)
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory, no_report: None) -> Path:
     """`base`, a backbone; `run`, a LoRA run on it that named it by a relative path."""
     home = tmp_path_factory.mktemp("home")
     tokenizer = train_tokenizer([f"word{i} value {i}.5, glucose\n" for i in range(60)], 400)
@@ -56,7 +56,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = write_meds(home / "data")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        patch.setattr("smbfast.run.loop.write_report", lambda _run: None)  # of no use here
         short = ["--phases.0.steps=1", "--phases.1.steps=1", "--optim.micro_tokens=512"]
         paths = [f"--data.path={data}", f"--run.dir={home / 'run'}", "--model.path=base"]
         train.main(["tiny", *paths, *short, "--lora.r=4", "--objective.self_check=false"])

@@ -29,7 +29,7 @@ PHASES = {
 
 
 @pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
+def cohort(tmp_path_factory, no_report):
     folder = tmp_path_factory.mktemp("data") / "cohort"
     simulate(folder, 40, 0)
     return folder

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 import smbfast.train as entry
 from smbfast.base.files import verify_folder
+from smbfast.reporting.page import write_report
 from smbfast.run import loop
 from smbfast.simulation.dataset import simulate
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_report")]
 
 SHORT = [
     "--probe.labels=[]",
@@ -77,7 +78,9 @@ class StopAfter:
 @pytest.fixture(scope="module")
 def whole(cohort, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "whole"
-    run_tiny(cohort, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "write_report", write_report)  # the one report of this file
+        run_tiny(cohort, folder)
     return folder
 
 

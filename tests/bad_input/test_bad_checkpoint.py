@@ -11,7 +11,7 @@ from smbfast import embed, train
 from tests.factory import split_rows, tiny_run, write_meds
 from tests.refusal import CANARY, nothing_half_written, refused
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_report")]
 
 
 def copied(trained: Path, tmp_path: Path) -> Path:
