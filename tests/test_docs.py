@@ -2,10 +2,9 @@
 
 import ast
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 
@@ -106,16 +105,11 @@ def test_readme_has_the_terms_that_people_search_for(term):
 
 
 @pytest.mark.slow
-def test_the_one_patient_is_the_one_that_is_shown():
-    done = subprocess.run(
-        [sys.executable, ROOT / "docs" / "one_patient.py"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_one_patient_is_the_one_that_is_shown(capsys):
+    run_path(str(ROOT / "docs" / "one_patient.py"), run_name="__main__")
+    said = capsys.readouterr().out
     shown = re.findall(r"^```\n(\[\w+\]\n.*?)\n```", page(), re.S | re.M)
-    printed = [block.strip("\n") for block in re.split(r"\n\n(?=\[\w+\]\n)", done.stdout)]
+    printed = [block.strip("\n") for block in re.split(r"\n\n(?=\[\w+\]\n)", said)]
     assert [block.splitlines()[0] for block in shown] == [b.splitlines()[0] for b in printed]
     for one, other in zip(shown, printed, strict=True):
         assert one == other
