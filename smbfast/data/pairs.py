@@ -3,8 +3,8 @@
 Positions are drawn by identity (seed, step, subject, window), never by who draws or when. Which
 pairs of position and horizon are known is the matter of `smbfast.data.horizons`.
 
-Legend: B buckets of the window, H horizons, K classes, N positions, P pairs, L lines of the record
-from the window on, Z codes that come.
+Legend: B buckets of the window, H horizons, K classes, Y pairs of a horizon and a class, N
+positions, P pairs, L lines of the record from the window on, Z codes that come.
 """
 
 from collections.abc import Sequence
@@ -63,13 +63,15 @@ def prevalence(
 
     It is counted at the positions of some windows, and is above 0 and below 1: (k + 0.5) / (n + 1).
     """
-    num_H1, num_HK = np.zeros((len(horizons), 1)), np.zeros((len(horizons), num_classes))
+    num_H1, num_Y = np.zeros((len(horizons), 1)), np.zeros(len(horizons) * num_classes, np.int64)
     for window in windows:
         own = window_pairs(
             window, horizons, positions=positions, seed=seed, step=FIXED, latent=False, codes=True
         )
         num_H1[:, 0] += np.bincount(own.horizon_P, minlength=len(horizons))
-        np.add.at(num_HK, (own.horizon_P[own.pair_Z], own.class_Z), 1)
+        place_Z = own.horizon_P[own.pair_Z] * num_classes + own.class_Z
+        num_Y += np.bincount(place_Z, minlength=len(num_Y))
+    num_HK = num_Y.reshape(len(horizons), num_classes)
     return (num_HK + 0.5) / (num_H1 + 1)
 
 
@@ -99,13 +101,15 @@ def _codes_ahead(
     """
     assert window.ahead is not None
     time_L, class_L = window.ahead.time_L, window.ahead.class_L
-    first_P1 = time_L.searchsorted(after_P, side="right")[:, None]
-    end_P1 = time_L.searchsorted(until_P, side="right")[:, None]
-    line_L = np.arange(len(class_L))
+    first_P = time_L.searchsorted(after_P, side="right").tolist()
+    end_P = time_L.searchsorted(until_P, side="right").tolist()
     order_L = np.argsort(class_L, kind="stable")
     before_L = np.full(len(class_L), -1)  # the line before this one with the same class
     same = class_L[order_L][1:] == class_L[order_L][:-1]
     before_L[order_L[1:][same]] = order_L[:-1][same]
-    is_new_PL = (line_L >= first_P1) & (line_L < end_P1) & (before_L < first_P1)
-    pair_Z, line_Z = np.nonzero(is_new_PL)
+    # pair by pair: a long record has far more lines than any one horizon
+    spans = zip(first_P, end_P, strict=True)
+    lines = [first + np.flatnonzero(before_L[first:end] < first) for first, end in spans]
+    pair_Z = np.repeat(np.arange(len(lines)), [len(own) for own in lines])
+    line_Z = np.concatenate([np.empty(0, np.int64), *lines])
     return pair_Z, class_L[line_Z].astype(np.int64)
