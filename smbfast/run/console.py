@@ -240,7 +240,8 @@ def _card(rows: list[tuple[str, str]], width: int = 11) -> None:
     console = Console(highlight=False, emoji=False)
     for name, text in rows:
         console.print(
-            Text(f"{name:<{width}}", style="bold").append(text, style="not bold"), soft_wrap=True
+            Text(f"{name:<{width - 1}} ", style="bold").append(text, style="not bold"),
+            soft_wrap=True,
         )
 
 
