@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from transformers import Qwen2Config
 import smbfast.check
 import smbfast.train
 from smbfast.base.counts import of_whole, recorded, share
+from smbfast.data.horizons import Horizons, PairCounts
 from smbfast.data.loader import make_step
 from smbfast.data.meds import EventBatch, MedsDataset
 from smbfast.data.preparing import prepare
@@ -312,6 +314,26 @@ def test_a_phase_without_a_token_to_predict_is_refused() -> None:
     assert not data_card._nothing_to_predict(
         settings, SimpleNamespace(num_with_cut=0, num_labels=1, horizons=None)
     )
+    # codes to come beside mask JEPA, whose windows have cuts and no pair
+    masked = load("jepa", ["--phases.0.w_codes=1"])
+    windows = WindowSet.of([], 128, None, masked.objective, horizons=Horizons(("1d",)))
+    (text,) = data_card._nothing_to_predict(masked, replace(windows, with_cut_C=np.arange(3)))
+    assert text.startswith("phase jepa: what is to come needs training windows in which")
+
+
+def test_shares_of_horizons_tell_no_small_count_and_few_windows_with_a_pair_are_said() -> None:
+    counts = PairCounts(100, (60, 95, 100), (40, 40, 0), (40, 35, 0))
+    horizons = Horizons(("1d", "3d", "7d"), shares=counts)
+    windows = WindowSet.of([], 128, None, load("tiny", []).objective, horizons=horizons)
+    facts = data_card._horizon_facts(windows)
+    assert facts is not None and [own["known"] for own in facts.values()] == [0.6, None, 1.0]
+    assert [own["deaths"] for own in facts.values()] == [1.0, None, 0.0]
+    few, most = (
+        replace(windows, place_W5=np.zeros((50, 5)), with_pair_C=np.arange(num)) for num in (20, 30)
+    )
+    texts = data_card._ahead_warnings(few, most)
+    assert texts[0].startswith("40.0% of windows have a pair, and steps read no others")
+    assert not texts[1:] and not data_card._ahead_warnings(most, most)
 
 
 def brute_force(batch: EventBatch, described: dict[str, str]) -> Counter[str]:

@@ -42,7 +42,7 @@ DESCRIBED = 0.9
 TWICE = 0.4
 ODD = 0.01  # of events with an odd date or an empty code, and of subjects with a late birth
 SEEN = 0.1  # of the tokens of records, by embeddings at their ends
-FEW_CUT = 0.5  # of tokens in windows with a cut
+FEW_CUT = 0.5  # of tokens in windows with a cut, and of windows with a pair
 FEW_MASKED = 16  # masked tokens a step
 ENOUGH_DEATHS = 0.9  # of the pairs with a death inside, used
 _STEPS = 8  # with JEPA, whose masks are drawn
@@ -195,7 +195,7 @@ def _nothing_to_predict(settings: TrainSettings, windows: WindowSet) -> list[str
     for phase in settings.phases:
         cuts = needs_cuts(objective, jepa=phase.w_jepa > 0)
         ahead = windows.horizons is not None and not cuts  # then in all phases
-        if ahead and not windows.num_with_pair:
+        if (ahead or phase.w_codes > 0) and not windows.num_with_pair:
             refusals.append(f"phase {phase.name}: {windows.without_pairs()}.")
         elif cuts and not windows.num_with_cut:
             what = "JEPA" if phase.w_jepa > 0 else "SFT on the future alone"
@@ -294,11 +294,18 @@ def _cut_warnings(
 
 
 def _ahead_warnings(windows: WindowSet, tuning: WindowSet) -> list[str]:
-    """Warn of deaths that are taken for the end of follow-up, and of tuning without a pair."""
+    """Warn of few windows with a pair, of deaths that are taken for the end of follow-up, and of
+    tuning without a pair."""
     horizons = windows.horizons
     if horizons is None:
         return []
     warnings = []
+    if 0 < windows.num_with_pair < FEW_CUT * len(windows):
+        warnings.append(
+            f"{share(windows.num_with_pair, len(windows))} of windows have a pair, and steps read "
+            "no others, those of SFT neither, if a phase looks ahead: raise data.window, name "
+            "longer horizons (objective.horizons) or, in a text format, choose a finer data.bucket."
+        )
     deaths, usable = _deaths(windows)
     if usable < ENOUGH_DEATHS * deaths:
         warnings.append(
@@ -326,7 +333,8 @@ def _ahead_rows(windows: WindowSet) -> list[Row]:
     deaths, usable = _deaths(windows)
     part = share(windows.num_with_pair, len(windows))
     classes = f"; {windows.classes.num_classes:,} codes to come" if windows.classes else ""
-    level: Level = "warn" if usable < ENOUGH_DEATHS * deaths else "good"
+    is_odd = usable < ENOUGH_DEATHS * deaths or windows.num_with_pair < FEW_CUT * len(windows)
+    level: Level = "warn" if is_odd else "good"
     text = f"{windows.horizons.text}; {part} of windows have a pair{classes}"
     return [Row("horizons", text, level)]
 
@@ -514,11 +522,17 @@ def _horizon_facts(windows: WindowSet) -> dict[str, Any] | None:
     columns = zip(counts.num_usable, counts.num_deaths, counts.num_deaths_usable, strict=True)
     return {
         name: {
-            "known": _rounded(usable, usable / max(counts.num_positions, 1)),
-            "deaths": _rounded(dying, dying / max(deaths, 1)),
+            "known": _share_of(usable, counts.num_positions),
+            "deaths": _share_of(dying, deaths),
         }
         for name, (usable, deaths, dying) in zip(horizons.names, columns, strict=True)
     }
+
+
+def _share_of(count: int, whole: int) -> float | None:
+    """Return a count over its whole; None where it would tell a small count or leave one."""
+    left = whole - count
+    return _rounded(min(count, left) or max(count, left), count / max(whole, 1))
 
 
 def _rounded(count: int, part: float) -> float | None:
