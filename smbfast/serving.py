@@ -34,7 +34,7 @@ from smbfast.probing.embedding_file import EmbeddingTable
 from smbfast.run.checkpoint import restore_final
 from smbfast.run.matmul import recorded
 from smbfast.run.origin import origin_of
-from smbfast.settings import Pool
+from smbfast.settings import POOLS, Pool
 
 Which = Literal["online", "target"]
 Forward = Literal["shared", "reference"]
@@ -138,8 +138,11 @@ class Embedder:
             data, at, codes, encoder, path, tokens: see `embed`.
 
         Raises:
-            ValueError: see `embed`.
+            ValueError: a pool is none of these; see `embed` for the rest.
         """
+        for pool in pools:
+            if pool not in POOLS:
+                raise ValueError(f"pools must be of {', '.join(POOLS)}, got {pool!r}")
         model = Model(packed_of(self._encoder, self._target, encoder, path))
         moments, dataset = read_moments(at), _dataset(data, codes)
         nodes, counts = nodes_at(dataset, moments), dict[str, int]()

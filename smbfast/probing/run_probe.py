@@ -225,8 +225,8 @@ def _protocol_text(config: ProbeCommandSettings) -> str:
         "penalty by tuning partial likelihood, Harrell's C. All metrics on "
         f"{'held_out' if config.final else 'tuning'}; 95 % intervals from {config.bootstraps} "
         f"resamples of patients ({config.cox_bootstraps} for C). Counts: age, sex and log(1 + "
-        "count) of the codes seen in train, up to the prediction time. Bayes filter = bound for "
-        "any model."
+        "count) of the codes seen in train, up to the prediction time. The untrained backbone has "
+        "the read-out that was chosen for the trained one. Bayes filter = bound for any model."
     )
 
 
