@@ -61,6 +61,7 @@ class HorizonScale:
         mean_HD, deviation_HD = _moments(sums)
         is_new_H1 = torch.tensor([not known for known in self._known])[:, None]
         is_new_H1 = is_new_H1.to(mean_HD.device) & (sums.count_H1 > 0)
+        is_new_H1 &= torch.isfinite(sums.second_HD).all()  # that step is skipped
         self._mean_HD = torch.where(is_new_H1, mean_HD, self._mean_HD)
         self._deviation_HD = torch.where(is_new_H1, deviation_HD, self._deviation_HD)
 

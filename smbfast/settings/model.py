@@ -323,15 +323,16 @@ class ObjectiveSettings(Settings):
         "GELU in between. Only JEPA uses the predictor; embeddings are taken before it.",
     )
 
-    @field_validator("horizons")
+    @field_validator("horizons", mode="before")
     @classmethod
-    def _are_spans(cls, value: str | list[str]) -> str | list[str]:
+    def _are_spans(cls, value: object) -> object:
         if value == "auto":
             return value
-        hours = [hours_of(name) for name in value]
+        names = [str(name) for name in (value if isinstance(value, list) else [value])]
+        hours = [hours_of(name) for name in names]
         if not hours or sorted(set(hours)) != hours:
             raise ValueError("must be auto, or different spans in ascending order such as 7d,30d")
-        return value
+        return names
 
     @model_validator(mode="after")
     def _mixes_horizon(self) -> "ObjectiveSettings":
@@ -358,5 +359,5 @@ def hours_of(name: str) -> int:
     """
     match = re.fullmatch(r"([1-9]\d{0,5})([hd])", name)
     if not match:
-        raise ValueError(f"must be spans such as 6h or 30d (hours, days), got {name}")
+        raise ValueError(f"must be auto, or spans such as 6h or 30d (hours, days), got {name}")
     return int(match[1]) * (24 if match[2] == "d" else 1)
