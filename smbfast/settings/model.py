@@ -326,8 +326,8 @@ class ObjectiveSettings(Settings):
     @field_validator("horizons", mode="before")
     @classmethod
     def _are_spans(cls, value: object) -> object:
-        if value == "auto":
-            return value
+        if value in ("auto", ["auto"]):  # a command line gives a list
+            return "auto"
         names = [str(name) for name in (value if isinstance(value, list) else [value])]
         hours = [hours_of(name) for name in names]
         if not hours or sorted(set(hours)) != hours:
