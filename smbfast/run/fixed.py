@@ -109,7 +109,7 @@ class Fixed:
 
     batches: dict[bool, list[PackedBatch]]  # for the losses
     gradients: dict[bool, PackedBatch | None]  # for the gradients of each loss; None: no windows
-    ends: list[Ends]
+    ends: list[Ends]  # empty where all of them would read the same tokens
     nodes: ProbeNodes | None  # None: `eval.nodes` is 0, or there is no yes-or-no task
     horizons: tuple[str, ...]  # names of those that the run predicts within
 
@@ -120,7 +120,7 @@ class Fixed:
         return cls(
             {jepa: _batches(run, own, jepa=jepa) for jepa, own in windows.items()},
             {jepa: _slice(run, own, jepa=jepa) for jepa, own in windows.items()},
-            Ends.of(windows[False], run.micro_tokens),
+            Ends.of(windows[False], run.micro_tokens) if _differ(windows[False]) else [],
             probe_nodes(run),
             run.tuning.horizons.names if run.tuning.horizons else (),
         )
@@ -141,6 +141,12 @@ def _windows(run: OpenRun, *, jepa: bool) -> list[Timeline]:
     count = min(settings.eval.windows, len(usable))
     places = np.linspace(0, len(usable) - 1, count).astype(np.int64)
     return [tuning[usable[i]] for i in places.tolist()]
+
+
+def _differ(windows: list[Timeline]) -> bool:
+    """Whether two bucket ends of the windows read different tokens; if not, states are equal."""
+    texts = {window.ids_T.tobytes() for window in windows}
+    return len(texts) > 1 or any(len(window.bucket_end_B) > 1 for window in windows)
 
 
 def _wanted(run: OpenRun, *, jepa: bool) -> dict[str, Any]:
