@@ -82,7 +82,7 @@ def measure(
         model: dict[str, Any] = {"name": name, "label": readable[name], "metrics": {}}
         record["models"].append(model)
         try:
-            scores[name], model["chosen"] = fit(labels, feature_NF, protocol, progress)
+            scores[name], model["chosen"] = fit(labels, feature_NF, progress)
         except ValueError as error:
             model["reason"] = str(error)
     for column, score_N in oracle.items():
@@ -106,7 +106,6 @@ def _not_measurable(labels: Labels, protocol: Protocol) -> str | None:
 def _fit(
     labels: Labels,
     feature_NF: Features,
-    protocol: Protocol,
     progress: Callable[[str], None],
 ) -> tuple[np.ndarray, dict[str, Any]]:
     # each penalty is worth a line only where one takes minutes
@@ -123,7 +122,6 @@ def _fit(
 def _fit_trees(
     labels: Labels,
     feature_NF: Features,
-    protocol: Protocol,
     progress: Callable[[str], None],
 ) -> tuple[np.ndarray, dict[str, Any]]:
     tell = progress if feature_NF.size > _LARGE else lambda _: None
