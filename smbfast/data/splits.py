@@ -142,17 +142,25 @@ def refuse_contradiction(
         )
 
 
-def divided(subject_S: np.ndarray, fractions: Fractions) -> np.ndarray:
-    """Return the split of each subject by a keyed hash of its id alone, int8 [S].
+def hashed(subject_S: np.ndarray) -> np.ndarray:
+    """Return a keyed hash of each subject's id, float64 [S] from 0 up to 1.
 
-    The hash is the finalizer of SplitMix64 (Steele, Lea and Flood, 2014). A subject of hash h, a
-    fraction of 2^64, is in the first split whose fractions add up to more than h.
+    It is the finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
     """
     word_S = subject_S.astype(np.int64).view(np.uint64) ^ np.uint64(_KEY)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         word_S = (word_S ^ (word_S >> np.uint64(shift))) * np.uint64(factor)
     word_S ^= word_S >> np.uint64(31)
-    fraction_S = (word_S >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (word_S >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def divided(subject_S: np.ndarray, fractions: Fractions) -> np.ndarray:
+    """Return the split of each subject by a keyed hash of its id alone, int8 [S].
+
+    A subject of hash h, a fraction of 2^64, is in the first split whose fractions add up to more
+    than h.
+    """
+    fraction_S = hashed(subject_S)
     edges = np.cumsum(fractions)[:-1]
     last = max(place for place, fraction in enumerate(fractions) if fraction)
     return np.minimum(np.searchsorted(edges, fraction_S, side="right"), last).astype(np.int8)
