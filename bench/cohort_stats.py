@@ -27,7 +27,7 @@ import numpy as np
 from scipy.stats import norm, t
 
 from bench.cohort_data import TASKS
-from smbfast.probing import resample
+from smbfast.statistics import resample
 
 MEAN = "mean"  # of the tasks
 COUNTS, FILTER = "counts", "filter"  # the two ends of the gap
@@ -131,8 +131,8 @@ class Areas:
 class Ranks:
     """The order of the rows of a task by a score: their AUROC under any weights of the rows.
 
-    That of `smbfast.probing.resample`, an order of magnitude faster for many draws and few positive
-    rows: per draw only the negative rows are summed up, and read where positive ones stand.
+    That of `smbfast.statistics.resample`, an order of magnitude faster for many draws and few
+    positive rows: per draw only the negative rows are summed up, and read where positive ones stand.
     """
 
     positive_Q: np.ndarray  # rows with the outcome

@@ -51,10 +51,10 @@ from smbfast.base.entry import RunFailed, entry
 from smbfast.base.files import committed_file, digest_of, write_text
 from smbfast.base.held_out import count_look, times
 from smbfast.model.backbone import PatientEncoder, make_encoder
-from smbfast.probing import resample
 from smbfast.run.checkpoint import restore_final
 from smbfast.run.folder import status_of
 from smbfast.settings import TrainSettings, load, run_arguments
+from smbfast.statistics import resample
 
 PROG = "python -m bench.cohorts"
 ROOT = Path(__file__).resolve().parents[1]

@@ -438,10 +438,10 @@ LEAKS = [
     mutant(
         "rows-resampled",
         "the bootstrap draws label rows, not patients",
-        "smbfast/probing/resample.py",
+        "smbfast/statistics/resample.py",
         "np.unique(subject_N, return_inverse=True)",
         "np.unique(np.arange(len(subject_N)), return_inverse=True)",
-        "tests/probing/test_resample.py::test_all_rows_of_a_patient_move_together",
+        "tests/statistics/test_resample.py::test_all_rows_of_a_patient_move_together",
     ),
 ]
 

@@ -22,10 +22,10 @@ from smbfast.base.held_out import num_looks
 from smbfast.data.labels import read_labels
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import NodeText
-from smbfast.probing.resample import patient_weights
 from smbfast.run.folder import data_of, prepared_data
 from smbfast.settings import POOLS
 from smbfast.simulation.dataset import simulate
+from smbfast.statistics.resample import patient_weights
 from tests.tiny import random_window, tiny_encoder
 
 SEED = 5

@@ -12,11 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     {"smbkernels"},
     {"base", "configs"},
-    {"settings", "batch"},
+    {"settings", "batch", "statistics"},
     {"data", "model"},
+    {"judging", "labelling"},
     {"objective", "reference", "simulation", "probing", "reporting"},
     {"run"},
-    {"serving"},
+    {"serving", "experiments"},
     {"train", "check", "prepare", "simulate", "embed", "probe", "report"},
 ]  # units of a floor do not import each other
 

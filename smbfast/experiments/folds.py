@@ -2,8 +2,8 @@
 
 A view links the files of the dataset, so it takes no room, and holds a table of splits: the
 subjects of one fold are held_out, some of the others tuning, and the rest train. Each subject is
-held out in exactly one fold, so the held-out predictions of all folds together are of every subject,
-by models that never saw that one. Which fold a subject is in is a hash of its id.
+held out in exactly one fold, so the held-out predictions of all folds together are of every
+subject, by models that never saw that one. Which fold a subject is in is a hash of its id.
 
 Legend: S subjects.
 """

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 
 from smbfast.data.labels import Labels
-from smbfast.probing import resample
 from smbfast.probing.embedding_file import EmbeddingFile
 from smbfast.probing.features import Features
 from smbfast.probing.logistic import fit_logistic
 from smbfast.probing.pooling import width_of
 from smbfast.probing.survival import fit_cox
 from smbfast.settings import POOLS, Pool
+from smbfast.statistics import resample
 
 WIDEST = 16_384  # numbers of an embedding that a run chooses by itself: our choice
 _LOGISTIC = "tuning log loss of a logistic probe"

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 
 from smbfast.data.labels import Labels, splits_read
-from smbfast.probing import binary, boosting, logistic, resample, survival
+from smbfast.probing import binary, boosting, logistic, survival
 from smbfast.probing.features import Features
+from smbfast.statistics import resample
 
 ORACLE_NAMES = {"bayes_filter": "oracle_filter", "latent": "oracle_latent"}
 _LARGE = 50_000_000  # numbers in a matrix of features

@@ -5,7 +5,7 @@ import pytest
 from lifelines.utils import concordance_index
 from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
-from smbfast.probing import resample
+from smbfast.statistics import resample
 
 
 def scored(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
