@@ -4,12 +4,13 @@ There are two kinds of task, recognised by their columns and never by their name
 
     binary          subject_id, prediction_time, boolean_value           (MEDS `LabelSchema`)
     time to event   subject_id, prediction_time, duration_days, event    (our choice; MEDS has none)
+                    and, if there are competing events, competing
 
 Other columns are ignored. `patient_id` (MEDS before 0.3.3) stands for a missing `subject_id`.
 Shape suffixes: N label rows, S subjects. Row numbers in errors count from 0, within the file named.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +32,8 @@ class Labels:
     the files do not say (see `with_splits`). Binary: value_N bool. Time to event: duration_N
     float64 days from the prediction time to the event or to censoring, event_N bool (False =
     censored). The arrays of the other kind are None, and all are where only times were read.
+    competing_N bool, where the files say it (column `competing`), else None: rows whose duration
+    ends with an event after which the one that is predicted cannot happen; never with event_N.
     """
 
     task: str
@@ -41,6 +44,7 @@ class Labels:
     value_N: np.ndarray | None = None
     duration_N: np.ndarray | None = None
     event_N: np.ndarray | None = None
+    competing_N: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.subject_N)
@@ -68,8 +72,7 @@ class Labels:
 
     def take(self, rows: np.ndarray) -> "Labels":
         """Return the given rows (indices or a mask) as labels of their own."""
-        names = ("subject_N", "time_N", "split_N", "value_N", "duration_N", "event_N")
-        arrays = {name: getattr(self, name) for name in names}
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_N")}
         return replace(self, **{k: v[rows] for k, v in arrays.items() if v is not None})
 
 
@@ -119,7 +122,7 @@ def read_labels(path: Path, *, values: bool = True) -> Labels:
     if not files:
         raise ValueError(f"label folder {path} must hold parquet files (train.parquet, ...); none")
     tables = [_read_label_file(file, values) for file in files]
-    kinds = [kind for kind, _ in tables]
+    kinds = [_kind_of(*table) for table in tables]
     if len(set(kinds)) > 1:
         other = kinds.index(next(kind for kind in kinds if kind != kinds[0]))
         raise ValueError(
@@ -133,7 +136,7 @@ def read_labels(path: Path, *, values: bool = True) -> Labels:
     sizes = [len(columns["subject_N"]) for _, columns in tables]
     labels = Labels(
         task=_task_of(path),
-        kind=kinds[0],
+        kind=tables[0][0],
         split_N=np.repeat(np.array(file_split, dtype="<U16"), sizes),
         **arrays,
     )
@@ -243,7 +246,10 @@ def _read_label_file(
         return "times", dict(zip(("subject_N", "time_N"), read_nodes(file), strict=True))
     names = open_parquet(file).schema_arrow.names
     survival = "duration_days" in names or ("event" in names and "boolean_value" not in names)
-    table = key_table(file, ["duration_days", "event"] if survival else ["boolean_value"])
+    columns = ["duration_days", "event"] if survival else ["boolean_value"]
+    if survival and "competing" in names:
+        columns.append("competing")
+    table = key_table(file, columns)
     arrays = {
         "subject_N": integer_column(table, "subject_id", file),
         "time_N": time_column(table, "prediction_time", file),
@@ -260,8 +266,25 @@ def _read_label_file(
             f"column `duration_days` of {file} must be finite and not negative; "
             f"row {int(np.argmax(bad_N))} is not ({int(bad_N.sum())} rows in all)"
         )
-    event_N = _bool_column(table, "event", file)
-    return "time_to_event", arrays | {"duration_N": duration_N, "event_N": event_N}
+    arrays |= {"duration_N": duration_N, "event_N": _bool_column(table, "event", file)}
+    if "competing" in names:
+        arrays["competing_N"] = _competing(table, arrays["event_N"], file)
+    return "time_to_event", arrays
+
+
+def _kind_of(kind: str, columns: dict[str, np.ndarray]) -> str:
+    return f"{kind} with competing events" if "competing_N" in columns else kind
+
+
+def _competing(table: pa.Table, event_N: np.ndarray, file: Path) -> np.ndarray:
+    competing_N = _bool_column(table, "competing", file)
+    both_N = competing_N & event_N
+    if both_N.any():
+        raise ValueError(
+            f"column `competing` of {file} must be false where `event` is true; row "
+            f"{int(np.argmax(both_N))} has both ({int(both_N.sum())} rows in all)"
+        )
+    return competing_N
 
 
 def _bool_column(table: pa.Table, name: str, file: Path) -> np.ndarray:

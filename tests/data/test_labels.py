@@ -74,7 +74,22 @@ def test_time_to_event_is_known_by_its_columns(tmp_path: Path) -> None:
     labels = read_labels(write(tmp_path / "plain_name" / "train.parquet", table).parent)
     assert labels.kind == "time_to_event"
     assert labels.duration_N.tolist() == [0.0, 5.5] and labels.event_N.tolist() == [True, False]
-    assert labels.value_N is None
+    assert labels.value_N is None and labels.competing_N is None
+
+
+def test_competing_events_are_read_where_a_file_says_them(tmp_path: Path) -> None:
+    table = columns([1, 2], duration_days=[1.0, 5.5], event=[True, False], competing=[False, True])
+    file = write(tmp_path / "t" / "train.parquet", table)
+    labels = read_labels(file)
+    assert labels.competing_N.tolist() == [False, True]
+    assert labels.take(np.array([1])).competing_N.tolist() == [True]
+    write(file, table | {"competing": [True, True]})
+    refused(file, "train.parquet", "`competing`", "row 0")
+    write(file, table | {"competing": [False, None]})
+    refused(file, "train.parquet", "`competing`", "null")
+    write(file, table)
+    write(file.with_stem("tuning"), columns([3], duration_days=[1.0], event=[True]))
+    refused(file.parent, "train.parquet is time_to_event with competing", "tuning.parquet is time")
 
 
 def test_other_columns_and_layouts_are_accepted(tmp_path: Path) -> None:
