@@ -4,7 +4,7 @@ For each cohort seed, training seed and arm (a variant of the run, by its words)
 Its encoder embeds the decision nodes once, and every read-out of it is probed. Beside them stand
 the encoder before training, code counts and other baselines, and the Bayes filter, which is the
 bound. The record says AUROC, the share of the gap from code counts to the filter, and differences,
-with intervals over training seeds x patients (`bench.cohort_stats`).
+with intervals over training seeds x patients (`smbfast.experiments.scores`).
 
 Whatever is in `work` is used again, so that a command that was stopped goes on.
 """
@@ -27,10 +27,15 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from bench import cohort_models, records
-from bench.cohort_data import TASKS, Shared, judged_by, shared_key
-from bench.cohort_models import BASELINES, BOOSTING, READOUTS, Judged
-from bench.cohort_stats import (
+from bench import records
+from smbfast.base.config import Settings, command_line
+from smbfast.base.entry import RunFailed, entry
+from smbfast.base.files import committed_file, digest_of, write_text
+from smbfast.base.held_out import count_look, times
+from smbfast.experiments import models as cohort_models
+from smbfast.experiments.models import BASELINES, BOOSTING, READOUTS, Judged
+from smbfast.experiments.patients import TASKS, Shared, judged_by, shared_key
+from smbfast.experiments.scores import (
     COUNTS,
     FILTER,
     MEAN,
@@ -46,10 +51,6 @@ from bench.cohort_stats import (
     shares,
     together,
 )
-from smbfast.base.config import Settings, command_line
-from smbfast.base.entry import RunFailed, entry
-from smbfast.base.files import committed_file, digest_of, write_text
-from smbfast.base.held_out import count_look, times
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.run.checkpoint import restore_final
 from smbfast.run.folder import status_of

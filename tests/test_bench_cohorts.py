@@ -12,9 +12,7 @@ import torch
 from scipy.stats import norm, t
 from sklearn.metrics import roc_auc_score
 
-from bench import cohort_data, cohort_models, cohort_stats, cohorts, records
-from bench.cohort_models import BOOSTING, Probed
-from bench.cohort_stats import COUNTS, FILTER, MEAN
+from bench import cohorts, records
 from smbfast import train
 from smbfast.base.config import build
 from smbfast.base.entry import RunFailed
@@ -22,6 +20,11 @@ from smbfast.base.held_out import num_looks
 from smbfast.data.labels import read_labels
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import NodeText
+from smbfast.experiments import models as cohort_models
+from smbfast.experiments import patients as cohort_data
+from smbfast.experiments import scores as cohort_stats
+from smbfast.experiments.models import BOOSTING, Probed
+from smbfast.experiments.scores import COUNTS, FILTER, MEAN
 from smbfast.run.folder import data_of, prepared_data
 from smbfast.settings import POOLS
 from smbfast.simulation.dataset import simulate

@@ -1,4 +1,4 @@
-"""Models of `bench.cohorts`: read-outs of a run's encoder, and the baselines, each under a probe.
+"""What is scored on a simulated cohort: read-outs of a run's encoder, and the baselines, each under a probe.
 
 All read-outs of an encoder come from one forward of each decision node. A probe is fitted on train,
 its penalty chosen by tuning log loss. `auto` is the one of `POOLS` with the least tuning log loss,
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from bench.cohort_data import TASKS, bag_features, bag_of_tokens, rows_of
-from bench.cohort_stats import COUNTS, FILTER, Scores
 from smbfast.data.labels import Labels, read_labels
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import Nodes, NodeText, distinct_nodes, node_texts
 from smbfast.data.prepared import Prepared
+from smbfast.experiments.patients import TASKS, bag_features, bag_of_tokens, rows_of
+from smbfast.experiments.scores import COUNTS, FILTER, Scores
 from smbfast.model.backbone import PatientEncoder
 from smbfast.probing.binary import log_loss
 from smbfast.probing.boosting import fit_boosting

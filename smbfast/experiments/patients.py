@@ -1,4 +1,4 @@
-"""Data of `bench.cohorts`: what the runs on a cohort share, and the patients who judge them.
+"""Simulated patients: what the runs on a cohort share, and the patients who judge them.
 
 Legend: K nodes, L lines, T tokens, V tokens of the vocabulary, P tokens that a node sees.
 """

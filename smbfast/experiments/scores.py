@@ -1,4 +1,4 @@
-"""Statistics of `bench.cohorts`: AUROC, shares of a gap and differences, with intervals.
+"""Statistics over simulated cohorts: AUROC, shares of a gap and differences, with intervals.
 
 Two things are chance: which patients judge, and which training seed a run had. A draw of the
 bootstrap takes both: patients with replacement, and for each cohort training seeds with
@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from scipy.stats import norm, t
 
-from bench.cohort_data import TASKS
+from smbfast.experiments.patients import TASKS
 from smbfast.statistics import resample
 
 MEAN = "mean"  # of the tasks
