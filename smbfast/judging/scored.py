@@ -3,7 +3,7 @@
 Shape suffixes: N label rows, S versions of one model (inits or training seeds), H horizons.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +24,8 @@ class Scored:
         model does not score, which are none of those that are judged.
     chosen: how it was fitted, as JSON values, for the record.
     reason: why it cannot be measured, if it cannot; score_SN then has no version.
+    chance_SNH: float64, of a log hazard: the probability of the event by each horizon; None where
+        no baseline hazard was fitted.
     """
 
     name: str
@@ -32,6 +34,12 @@ class Scored:
     score_SN: np.ndarray
     chosen: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
+    chance_SNH: np.ndarray | None = None
+
+    def take(self, rows: np.ndarray) -> "Scored":
+        """Return the scores of the given rows (indices or a mask)."""
+        chance_SNH = None if self.chance_SNH is None else self.chance_SNH[:, rows]
+        return replace(self, score_SN=self.score_SN[:, rows], chance_SNH=chance_SNH)
 
 
 @dataclass(frozen=True)
@@ -47,3 +55,9 @@ class Traits:
     sex_N: np.ndarray
     events_N: np.ndarray
     order_N: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Traits":
+        """Return the given rows (indices or a mask)."""
+        return Traits(
+            self.age_N[rows], self.sex_N[rows], self.events_N[rows], self.order_N[rows]
+        )
