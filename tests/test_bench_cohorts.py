@@ -29,6 +29,7 @@ from smbfast.run.folder import data_of, prepared_data
 from smbfast.settings import POOLS
 from smbfast.simulation.dataset import simulate
 from smbfast.statistics.resample import patient_weights
+from smbfast.statistics.seeds import stretched
 from tests.tiny import random_window, tiny_encoder
 
 SEED = 5
@@ -184,7 +185,7 @@ def test_drawn_seeds_vary_as_much_as_their_mean_is_uncertain(seeds, cohorts):
     value_S = np.random.default_rng(seeds).normal(size=seeds)
     every = itertools.product(range(seeds), repeat=seeds)
     count_BS = np.array([np.bincount(own, minlength=seeds) for own in every])
-    weight_BS = cohort_stats.stretched(count_BS, cohorts)
+    weight_BS = stretched(count_BS, cohorts)
     assert np.allclose(weight_BS.sum(1), 1)
     drawn_B = weight_BS @ value_S
     assert drawn_B.mean() == pytest.approx(value_S.mean())

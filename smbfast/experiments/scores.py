@@ -5,13 +5,7 @@ bootstrap takes both: patients with replacement, and for each cohort training se
 replacement. Cohorts are not drawn: what is said holds for these cohorts. A draw is the same for all
 models and tasks of a cohort, so every difference is paired, by patient and by training seed.
 
-Few seeds that are drawn with replacement vary too little, for two reasons. Of S seeds, the variance
-of a drawn mean is (S - 1) / S of what it should be; and the true spread is only known from the
-C (S - 1) degrees of freedom that runs on C cohorts leave. So the weights of a draw are stretched
-from their mean by the square root of S / (S - 1), and by the quantile of the t distribution over
-that of the normal one; they still sum to 1. In 2,000 simulated repetitions of 3 cohorts x 3 seeds,
-true values lay in 95 to 96 % of these intervals, and in 82 to 93 % of those of plain draws: the
-fewer, the more of the chance is of seeds.
+How few seeds are drawn without an interval that is too narrow: `smbfast.statistics.seeds`.
 
 Legend: N label rows of all tasks, P patients, B draws, R rows of one task, S training seeds,
 Q rows with the outcome, M rows without it.
@@ -24,15 +18,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from scipy.stats import norm, t
 
 from smbfast.experiments.patients import TASKS
-from smbfast.statistics import resample
+from smbfast.statistics import resample, seeds
 
 MEAN = "mean"  # of the tasks
 COUNTS, FILTER = "counts", "filter"  # the two ends of the gap
 _DRAWS_AT_ONCE = 50  # draws whose weights are held together: 6 MB for 16,000 patients
-_OF_SEEDS = 1  # the stream of draws of training seeds, beside that of patients
 Key = tuple[str, str]  # model and task
 Estimate = tuple[float, np.ndarray]  # on all patients and seeds, and in each draw [B]
 Estimates = dict[Key, Estimate]
@@ -132,7 +124,8 @@ class Ranks:
     """The order of the rows of a task by a score: their AUROC under any weights of the rows.
 
     That of `smbfast.statistics.resample`, an order of magnitude faster for many draws and few
-    positive rows: per draw only the negative rows are summed up, and read where positive ones stand.
+    positive rows: per draw only the negative rows are summed up, and read where positive ones
+    stand.
     """
 
     positive_Q: np.ndarray  # rows with the outcome
@@ -192,32 +185,6 @@ def areas(scores: Scores, draws: int, seed: int) -> Areas:
     return Areas(of_seed, drawn)
 
 
-def seed_weights(seeds: int, draws: int, seed: int, cohorts: int = 1) -> np.ndarray:
-    """Return the weight of each training seed in each draw, float64 [B, S]; rows sum to 1.
-
-    See the top of this file. One training seed weighs 1: then an interval is of patients alone.
-
-    Args:
-        seeds: of each cohort.
-        seed: that draws them.
-        cohorts: how many the interval is of.
-    """
-    count_BS = np.empty((draws, seeds))
-    for draw in range(draws):
-        random = np.random.default_rng([seed, draw, _OF_SEEDS])
-        count_BS[draw] = np.bincount(random.integers(seeds, size=seeds), minlength=seeds)
-    return stretched(count_BS, cohorts)
-
-
-def stretched(count_BS: np.ndarray, cohorts: int) -> np.ndarray:
-    """Return weights float64 [B, S] of training seeds from how often each was drawn."""
-    seeds = count_BS.shape[1]
-    if seeds == 1:
-        return np.ones(count_BS.shape)
-    known = t.ppf(0.975, cohorts * (seeds - 1)) / norm.ppf(0.975)
-    return 1 / seeds + known * np.sqrt(seeds / (seeds - 1)) * (count_BS - 1) / seeds
-
-
 def over_seeds(own: Areas, seed: int, cohorts: int = 1) -> Estimates:
     """Return the mean over training seeds; a draw is one of patients and of training seeds.
 
@@ -226,8 +193,7 @@ def over_seeds(own: Areas, seed: int, cohorts: int = 1) -> Estimates:
     """
     estimates = {}
     for key, drawn_BS in own.drawn.items():
-        weight_BS = seed_weights(drawn_BS.shape[1], len(drawn_BS), seed, cohorts)
-        estimates[key] = float(own.of_seed[key].mean()), (weight_BS * drawn_BS).sum(1)
+        estimates[key] = float(own.of_seed[key].mean()), seeds.over_seeds(drawn_BS, seed, cohorts)
     return estimates
 
 

@@ -1,0 +1,197 @@
+"""How common an event is by a time, from durations of which a part is censored.
+
+At one time, events (and competing events) come before censorings, as Kaplan and Meier have it.
+
+Shape suffixes: N label rows, B draws, U distinct durations, H times asked for, M rows asked for.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+_GRID = 2048  # risks at which an incidence under competing events is summed up
+_CELLS = 8_000_000  # entries held at once
+
+
+class FollowUp(NamedTuple):
+    """How each label row's follow-up ended: with the event, a competing one, or censored.
+
+    duration_N: float64, in any one unit, >= 0; event_N: bool; competing_N: bool, or None where
+    nothing competes. A row with neither is censored at its duration.
+    """
+
+    duration_N: np.ndarray
+    event_N: np.ndarray
+    competing_N: np.ndarray | None = None
+
+    def checked(self) -> "FollowUp":
+        """Return it with plain dtypes.
+
+        Raises:
+            ValueError: a duration is negative or not finite, lengths differ, or a row has both the
+                event and a competing one.
+        """
+        duration_N = np.asarray(self.duration_N, np.float64)
+        event_N = np.asarray(self.event_N, bool)
+        competing_N = None if self.competing_N is None else np.asarray(self.competing_N, bool)
+        lengths = {len(a) for a in (duration_N, event_N, competing_N) if a is not None}
+        if len(lengths) > 1:
+            raise ValueError(f"durations and events must be of the same rows; got {lengths} rows")
+        if not (np.isfinite(duration_N) & (duration_N >= 0)).all():
+            raise ValueError("durations must be finite and not negative; they are not")
+        if competing_N is not None and (event_N & competing_N).any():
+            raise ValueError(
+                "a row ends with the event or with a competing one; "
+                f"got {int((event_N & competing_N).sum())} rows with both"
+            )
+        return FollowUp(duration_N, event_N, competing_N)
+
+    @property
+    def ended_N(self) -> np.ndarray:
+        """Which rows are not censored, bool [N]."""
+        return self.event_N if self.competing_N is None else self.event_N | self.competing_N
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A step function of time: 1 before the first time, then the value of the last time passed."""
+
+    time_U: np.ndarray
+    value_U: np.ndarray
+
+    def at(self, time_M: np.ndarray) -> np.ndarray:
+        """Return the value at each time, float64 [M]; a step counts from its own time on."""
+        index_M = np.searchsorted(self.time_U, time_M, side="right")
+        return np.concatenate([[1.0], self.value_U])[index_M]
+
+
+def censoring(follow_up: FollowUp) -> Steps:
+    """Return the probability of not being censored by a time (Kaplan-Meier of censorings).
+
+    Competing events are no censorings. At a time with both, events leave the risk set first, as in
+    scikit-survival. The rows are those of reference: the judged ones, or a larger set like them.
+    """
+    follow_up = follow_up.checked()
+    time_U, row_N = np.unique(follow_up.duration_N, return_inverse=True)
+    all_U = np.bincount(row_N, minlength=len(time_U))
+    ended_U = np.bincount(row_N[follow_up.ended_N], minlength=len(time_U))
+    risk_U = all_U[::-1].cumsum()[::-1] - ended_U
+    left_U = 1 - (all_U - ended_U) / np.maximum(risk_U, 1)
+    return Steps(time_U, np.cumprod(left_U))
+
+
+def cumulative_incidence(
+    follow_up: FollowUp, time_H: np.ndarray, weight_BN: np.ndarray
+) -> np.ndarray:
+    """Return the probability of the event by each time, float64 [B, H], under weights int [B, N].
+
+    Aalen-Johansen; without competing events one less Kaplan-Meier.
+    """
+    follow_up = follow_up.checked()
+    order_N = np.argsort(follow_up.duration_N, kind="stable")
+    duration_N, ended_N = follow_up.duration_N[order_N], follow_up.ended_N[order_N]
+    rows = np.flatnonzero(ended_N)
+    if len(rows) == 0:
+        return np.zeros((len(weight_BN), len(time_H)))
+    time_U, start_U = np.unique(duration_N[rows], return_index=True)
+    before_U = np.searchsorted(duration_N, time_U)
+    weight_BN = weight_BN.take(order_N, 1)
+    sum_BN = np.zeros((len(weight_BN), len(duration_N) + 1))
+    np.cumsum(weight_BN, axis=1, out=sum_BN[:, 1:])
+    risk_BU = np.maximum(sum_BN[:, -1:] - sum_BN[:, before_U], 1)
+    ended_BR = weight_BN.take(rows, 1)
+    any_BU = np.add.reduceat(ended_BR, start_U, axis=1) / risk_BU
+    event_R = follow_up.event_N[order_N[rows]]
+    own_BU = np.add.reduceat(ended_BR * event_R, start_U, axis=1) / risk_BU
+    left_BU = np.cumprod(1 - any_BU, 1)
+    before_BU = np.concatenate([np.ones((len(left_BU), 1)), left_BU[:, :-1]], 1)
+    total_BU = np.cumsum(before_BU * own_BU, 1)
+    index_H = np.searchsorted(time_U, time_H, side="right")
+    return np.concatenate([np.zeros((len(total_BU), 1)), total_BU], 1)[:, index_H]
+
+
+def kaplan_meier(duration_N: np.ndarray, event_N: np.ndarray, time_H: np.ndarray) -> np.ndarray:
+    """Return the probability of no event by each time, float64 [H] (Kaplan-Meier).
+
+    Raises:
+        ValueError: as `FollowUp.checked` says.
+    """
+    whole_1N = np.ones((1, len(duration_N)), np.int32)
+    return 1 - cumulative_incidence(FollowUp(duration_N, event_N), time_H, whole_1N)[0]
+
+
+def aalen_johansen(follow_up: FollowUp, time_H: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return the probabilities of the event and of a competing one by each time, float64 [H] each.
+
+    The second is None where nothing competes.
+
+    Raises:
+        ValueError: as `FollowUp.checked` says.
+    """
+    whole_1N = np.ones((1, len(follow_up.duration_N)), np.int32)
+    event_H = cumulative_incidence(follow_up, time_H, whole_1N)[0]
+    if follow_up.competing_N is None:
+        return event_H, None
+    swapped = FollowUp(follow_up.duration_N, follow_up.competing_N, follow_up.event_N)
+    return event_H, cumulative_incidence(swapped, time_H, whole_1N)[0]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Hazards of a subject whose log hazard is 0: steps of the event's, and of what competes."""
+
+    time_U: np.ndarray
+    event_U: np.ndarray
+    competing_U: np.ndarray | None
+
+    def cumulative_hazard(self, time_H: np.ndarray) -> np.ndarray:
+        """Return the event's cumulative hazard by each time, float64 [H]."""
+        total_U = np.concatenate([[0.0], np.cumsum(self.event_U)])
+        return total_U[np.searchsorted(self.time_U, time_H, side="right")]
+
+    def probability(self, risk_M: np.ndarray, time_H: np.ndarray) -> np.ndarray:
+        """Return the probability of the event by each time, float64 [M, H], at log hazards [M].
+
+        With competing events it is the cumulative incidence: a step of the event's hazard finds
+        those whom neither event has taken, and the hazard of the competing event is everybody's
+        (our choice). That sum is made at 2,048 risks and read between them.
+        """
+        if self.competing_U is None:
+            return -np.expm1(-np.exp(risk_M)[:, None] * self.cumulative_hazard(time_H))
+        if len(risk_M) == 0:
+            return np.zeros((0, len(time_H)))
+        grid_M = np.linspace(risk_M.min(), risk_M.max(), _GRID)
+        index_H = np.searchsorted(self.time_U, time_H, side="right")
+        other_U = np.concatenate([[0.0], np.cumsum(self.competing_U)])
+        own_U = np.concatenate([[0.0], np.cumsum(self.event_U)])
+        at_grid_MH = np.empty((_GRID, len(time_H)))
+        rows = max(1, _CELLS // len(own_U))
+        for start in range(0, _GRID, rows):
+            hazard_M1 = np.exp(grid_M[start : start + rows])[:, None]
+            # of one time, the event's step is before the competing one's
+            free_MU = np.exp(-hazard_M1 * own_U[:-1] - other_U[:-1])
+            step_MU = free_MU * -np.expm1(-hazard_M1 * self.event_U)
+            sum_MU = np.concatenate([np.zeros((len(step_MU), 1)), np.cumsum(step_MU, 1)], 1)
+            at_grid_MH[start : start + rows] = sum_MU[:, index_H]
+        return np.stack([np.interp(risk_M, grid_M, column) for column in at_grid_MH.T], 1)
+
+
+def breslow(risk_N: np.ndarray, follow_up: FollowUp) -> Baseline:
+    """Return the baseline hazards of rows with log hazards float [N] (Breslow's estimate).
+
+    A competing event ends a row's time at risk; its own hazard is Nelson and Aalen's, the same for
+    all rows.
+
+    Raises:
+        ValueError: as `FollowUp.checked` says.
+    """
+    follow_up = follow_up.checked()
+    time_U, row_N = np.unique(follow_up.duration_N, return_inverse=True)
+    hazard_U = np.bincount(row_N, np.exp(risk_N), len(time_U))[::-1].cumsum()[::-1]
+    event_U = np.bincount(row_N[follow_up.event_N], minlength=len(time_U)) / hazard_U
+    if follow_up.competing_N is None:
+        return Baseline(time_U, event_U, None)
+    people_U = np.bincount(row_N, minlength=len(time_U))[::-1].cumsum()[::-1]
+    other_U = np.bincount(row_N[follow_up.competing_N], minlength=len(time_U)) / people_U
+    return Baseline(time_U, event_U, other_U)
