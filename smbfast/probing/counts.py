@@ -9,6 +9,7 @@ visible (node, event) pairs, of a node in the order of its events.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csr_matrix, hstack
@@ -48,6 +49,19 @@ class CodeCounts:
         return hstack([csr_matrix(age_N2), count_NC[:, seen_C].log1p()], format="csr")
 
 
+class Piece(NamedTuple):
+    """Visible events of whole nodes, of each in order of time.
+
+    node_V: place in K; code_V: place in the vocabulary; value_V: float32, nan where there is none;
+    time_V: int64, microseconds since 1970, `STATIC` where there is none.
+    """
+
+    node_V: np.ndarray
+    code_V: np.ndarray
+    value_V: np.ndarray
+    time_V: np.ndarray
+
+
 class VisibleEvents:
     """The events that decision nodes may see, read in one pass.
 
@@ -62,11 +76,8 @@ class VisibleEvents:
         self._seen_K = np.zeros(len(node_K2), bool)
         self._birth_K = np.full(len(node_K2), STATIC)
 
-    def pieces(
-        self, dataset: MedsDataset, progress: Callable[[str], None]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield node (place in K), code (place in the vocabulary) and value (float32, nan where
-        there is none) of each visible event, in bounded pieces that no node is divided by.
+    def pieces(self, dataset: MedsDataset, progress: Callable[[str], None]) -> Iterator[Piece]:
+        """Yield every visible event, in bounded pieces that no node is divided by.
 
         Raises:
             ValueError: a subject is not in the dataset.
@@ -80,7 +91,8 @@ class VisibleEvents:
                 for node_V, row_V in _visible(
                     batch, self.subject_K, self.time_K, self._seen_K, self._birth_K
                 ):
-                    yield node_V, code_C[batch.code_N[row_V]], batch.value_N[row_V]
+                    code_V = code_C[batch.code_N[row_V]]
+                    yield Piece(node_V, code_V, batch.value_N[row_V], batch.time_N[row_V])
         if not self._seen_K.all():
             raise ValueError(
                 f"{dataset.path} must hold every labelled subject; "
@@ -124,8 +136,8 @@ def count_codes(
         ValueError: a subject is not in the dataset.
     """
     events, counted = VisibleEvents(subject_N, time_N), CountParts()
-    for node_V, code_V, _ in events.pieces(dataset, progress):
-        counted.add(node_V, code_V, max(1, len(events.vocabulary)))
+    for piece in events.pieces(dataset, progress):
+        counted.add(piece.node_V, piece.code_V, max(1, len(events.vocabulary)))
     return counted.counts(events)
 
 

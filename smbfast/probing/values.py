@@ -7,12 +7,12 @@ pairs, P pairs of a node and a code with values, 4 summaries (last, mean, min, m
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from smbfast.data.meds import MedsDataset
-from smbfast.probing.counts import CodeCounts, CountParts, VisibleEvents
+from smbfast.probing.counts import CodeCounts, CountParts, Piece, VisibleEvents
 from smbfast.probing.features import join
 
 SUMMARIES = ("last", "mean", "min", "max")
@@ -56,6 +56,30 @@ class CodeValues:
         return np.hstack([count_NF, value_NF])
 
 
+@dataclass
+class ValueParts:
+    """Summaries of a pass, piece by piece."""
+
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def add(self, piece: Piece, num_codes: int) -> None:
+        """Summarise the values of a piece, whose codes are below `num_codes`."""
+        with_value_V = ~np.isnan(piece.value_V)
+        pair_V = piece.node_V[with_value_V] * num_codes + piece.code_V[with_value_V]
+        value_V = piece.value_V[with_value_V].astype(np.float64)
+        pair_P, summary_P4 = _summaries(pair_V, value_V)
+        self.parts.append((*np.divmod(pair_P, num_codes), summary_P4))
+
+    def values(self, counts: CodeCounts) -> CodeValues:
+        """Return the summaries beside the counts of the same pass, after it."""
+        empty = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, 4)))
+        node_P, code_P, summary_P4 = (
+            np.concatenate(part) for part in zip(empty, *self.parts, strict=True)
+        )
+        order_P = np.argsort(node_P, kind="stable")
+        return CodeValues(counts, node_P[order_P], code_P[order_P], summary_P4[order_P])
+
+
 def code_values(
     dataset: MedsDataset,
     subject_N: np.ndarray,
@@ -68,18 +92,12 @@ def code_values(
     Raises:
         ValueError: a subject is not in the dataset.
     """
-    events, counted = VisibleEvents(subject_N, time_N), CountParts()
-    parts = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((0, 4)))]
-    for node_V, code_V, value_V in events.pieces(dataset, progress):
+    events, counted, valued = VisibleEvents(subject_N, time_N), CountParts(), ValueParts()
+    for piece in events.pieces(dataset, progress):
         num_codes = max(1, len(events.vocabulary))
-        counted.add(node_V, code_V, num_codes)
-        with_value_V = ~np.isnan(value_V)
-        pair_V = node_V[with_value_V] * num_codes + code_V[with_value_V]
-        pair_P, summary_P4 = _summaries(pair_V, value_V[with_value_V].astype(np.float64))
-        parts.append((*np.divmod(pair_P, num_codes), summary_P4))
-    node_P, code_P, summary_P4 = (np.concatenate(part) for part in zip(*parts, strict=True))
-    order_P = np.argsort(node_P, kind="stable")
-    return CodeValues(counted.counts(events), node_P[order_P], code_P[order_P], summary_P4[order_P])
+        counted.add(piece.node_V, piece.code_V, num_codes)
+        valued.add(piece, num_codes)
+    return valued.values(counted.counts(events))
 
 
 def _summaries(pair_V: np.ndarray, value_V: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
