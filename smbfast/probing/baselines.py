@@ -14,13 +14,19 @@ from smbfast.data.meds import MedsDataset
 from smbfast.judging.scored import Traits
 from smbfast.probing.counts import CodeCounts, CountParts, VisibleEvents
 from smbfast.probing.features import Features, join
+from smbfast.probing.models import Head
+from smbfast.probing.recency import CodeRecency, RecencyParts
 from smbfast.probing.values import CodeValues, ValueParts
 
 SEX = ("GENDER", "SEX")  # first part of the codes that say it: our choice, as MEDS data name them
 
+HEADS: dict[str, Head] = {"values": "standardised", "values_boosting": "boosting"}
+"""The head of a baseline, where it is not "linear"."""
 LABELS = {
     "age_sex": "age and sex",
     "counts": "age, sex and code counts",
+    "recency": "code counts by recency",
+    "values": "counts and values",
     "values_boosting": "counts and values, boosted trees",
 }
 """What tables call each baseline."""
@@ -36,6 +42,7 @@ class Baselines:
     """
 
     values: CodeValues
+    recency: CodeRecency
     sex_K: np.ndarray
     events_K: np.ndarray
 
@@ -57,6 +64,10 @@ class Baselines:
             return self._age_sex(labels)
         if name == "counts":
             return self.counts.features(*key)
+        if name == "recency":
+            return self.recency.features(*key)
+        if name == "values":
+            return self.values.linear_features(*key)
         assert name == "values_boosting"
         return self.values.features(*key)
 
@@ -86,14 +97,17 @@ def baselines(
     Raises:
         ValueError: a subject is not in the dataset.
     """
-    events, counted, valued = VisibleEvents(subject_N, time_N), CountParts(), ValueParts()
+    events, counted = VisibleEvents(subject_N, time_N), CountParts()
+    valued, recent = ValueParts(), RecencyParts()
     for piece in events.pieces(dataset, progress):
         num_codes = max(1, len(events.vocabulary))
         counted.add(piece.node_V, piece.code_V, num_codes)
         valued.add(piece, num_codes)
+        recent.add(piece, events)
     counts = counted.counts(events)
     events_K = np.asarray(counts.count_KC.sum(1)).ravel().astype(np.int64)
-    return Baselines(valued.values(counts), _sexes(counts, events.vocabulary), events_K)
+    sex_K = _sexes(counts, events.vocabulary)
+    return Baselines(valued.values(counts), recent.recency(counts), sex_K, events_K)
 
 
 def order_of(labels: Labels) -> np.ndarray:

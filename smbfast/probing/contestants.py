@@ -14,9 +14,9 @@ from smbfast.data.labels import Labels
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import distinct_nodes
 from smbfast.judging.scored import Scored, Traits
-from smbfast.probing.baselines import LABELS, Baselines, baselines
+from smbfast.probing.baselines import HEADS, LABELS, Baselines, baselines
 from smbfast.probing.features import Embeddings, Features, matched, read_embeddings, read_oracle
-from smbfast.probing.models import Head, Model, scored
+from smbfast.probing.models import Model, scored
 from smbfast.settings import ProbeCommandSettings
 
 _UNTRAINED = "same backbone, untrained"
@@ -82,9 +82,8 @@ class Contestants:
             versions = partial(self._embedded, self.untrained, labels)
             models.append(Model("untrained", _UNTRAINED, "baseline", versions))
         for name, text in LABELS.items():
-            boosted = name.endswith("_boosting")
-            if labels.kind == "binary" or not boosted:
-                head: Head = "boosting" if boosted else "linear"
+            head = HEADS.get(name, "linear")
+            if labels.kind == "binary" or head != "boosting":
                 versions = partial(self._plain, name, labels)
                 models.append(Model(name, text, "baseline", versions, head))
         return models

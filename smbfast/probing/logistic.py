@@ -35,6 +35,8 @@ def fit_logistic(
     true_N: np.ndarray,
     split_N: np.ndarray,
     progress: Callable[[str], None] = lambda _: None,
+    *,
+    standardise: bool = False,
 ) -> LogisticProbe:
     """Fit on train, choose C and calibrate on tuning, and score every row.
 
@@ -44,6 +46,7 @@ def fit_logistic(
         feature_NF: float [N, F], dense, sparse or in a file, which is read once for each step;
             true_N: bool; split_N: str, where rows that are neither `train` nor `tuning` are scored
             alone.
+        standardise: see `scaling`.
 
     Raises:
         ValueError: train has not both classes, or tuning has no row.
@@ -51,7 +54,7 @@ def fit_logistic(
     require_classes(true_N, split_N)
     train_N, tuning_N = split_N == "train", split_N == "tuning"
     train, true_T = feature_NF[train_N], true_N[train_N].astype(np.float64)
-    scaled = scaling(train)
+    scaled = scaling(train, standardise=standardise)
     constant_W = np.append(np.zeros(feature_NF.shape[1]), logit(true_T.mean()))
     fit = fit_path(
         partial(_objective, train=train, true_T=true_T, scaled=scaled),

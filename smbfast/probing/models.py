@@ -27,7 +27,7 @@ _LARGE = 50_000_000  # numbers in a matrix of features
 _LEAST = 1e-12  # a probability is at least this far from 0 and 1 where its logit is taken
 
 Progress = Callable[[str], None]
-Head = Literal["linear", "boosting"]
+Head = Literal["linear", "standardised", "boosting"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Model:
 
     name, label, role: see `Scored`. versions: gives the features [N, F] of each version, one after
     the other, so that those of one model are in memory at a time. head: "linear" is a logistic or
-    Cox regression, "boosting" is for binary tasks. reason: why there are no features, if so.
+    Cox regression, "standardised" the same of sparse features that are standardised first, and
+    "boosting" is for binary tasks. reason: why there are no features, if so.
     """
 
     name: str
@@ -70,16 +71,16 @@ def fit(labels: Labels, feature_NF: Features, head: Head, progress: Progress) ->
     """
     # each penalty is worth a line only where one takes minutes
     say = progress if feature_NF.size > _LARGE else lambda _: None
-    split_N = labels.split_N
+    split_N, scale = labels.split_N, head == "standardised"
     if labels.kind != "binary":
-        cox = fit_cox(feature_NF, *labels.survival_N, split_N, say)
+        cox = fit_cox(feature_NF, *labels.survival_N, split_N, say, standardise=scale)
         chosen = {"C": cox.penalty, "at_border": cox.at_border, "converged": cox.converged}
         chosen |= {"tuning_loss": cox.tuning_loss}
         return Fitted(cox.risk_N, cox.risk_N, cox.tuning_loss, chosen)
     if head == "boosting":
         trees = fit_boosting(feature_NF, labels.binary_N, split_N, say)
         return _calibrated(labels, trees, {"trees": trees.num_trees})
-    line = fit_logistic(feature_NF, labels.binary_N, split_N, say)
+    line = fit_logistic(feature_NF, labels.binary_N, split_N, say, standardise=scale)
     chosen = {"C": line.penalty, "at_border": line.at_border, "converged": line.converged}
     return _calibrated(labels, line, chosen)
 

@@ -1,8 +1,9 @@
 """Scales the features of a linear probe, on train alone and without a copy of them.
 
-Dense features are standardised; sparse ones are divided by their largest absolute value, so that
-zeros stay zeros. A probe works on `(x - shift) * factor`, and never holds it: shift and factor go
-into its weights. Shape suffixes: N rows, F features, C rows of a chunk.
+Dense features are standardised; sparse ones are divided by their largest absolute value, or, where
+that is asked for, standardised too. A probe works on `(x - shift) * factor`, and never holds it:
+shift and factor go into its weights. Shape suffixes: N rows, F features, C rows of a chunk, E
+entries of a sparse matrix.
 """
 
 from collections.abc import Iterator
@@ -44,10 +45,16 @@ def chunks(feature_NF: Features) -> Iterator[tuple[slice, np.ndarray | csr_matri
         yield slice(0, feature_NF.shape[0]), feature_NF
 
 
-def scaling(feature_NF: Features) -> Scaling:
-    """Return the scaling that the rows given (those of train, at least one) decide."""
+def scaling(feature_NF: Features, *, standardise: bool = False) -> Scaling:
+    """Return the scaling that the rows given (those of train, at least one) decide.
+
+    Args:
+        standardise: whether sparse features are standardised as well.
+    """
     num_rows, num_features = feature_NF.shape
     if issparse(feature_NF):
+        if standardise:
+            return _standardised(feature_NF)
         largest_F = np.asarray(abs(feature_NF).max(0).todense(), np.float64).ravel()
         return Scaling(np.zeros(num_features), _inverse(largest_F, largest_F > 0))
     shift_F, square_F = np.zeros(num_features), np.zeros(num_features)
@@ -56,6 +63,18 @@ def scaling(feature_NF: Features) -> Scaling:
     for _, chunk_CF in chunks(feature_NF):
         square_F += np.square(chunk_CF - shift_F).sum(0) / num_rows
     spread_F = np.sqrt(square_F)
+    return Scaling(shift_F, _inverse(spread_F, spread_F > _FLAT * np.abs(shift_F)))
+
+
+def _standardised(feature_NF: csr_matrix) -> Scaling:
+    """Return the scaling of sparse features to mean 0 and deviation 1, zeros counted."""
+    num_rows, num_features = feature_NF.shape
+    column_E, value_E = feature_NF.indices, feature_NF.data
+    shift_F = np.bincount(column_E, value_E, minlength=num_features) / num_rows
+    far_E = np.square(value_E - shift_F[column_E])
+    zeros_F = num_rows - np.bincount(column_E, minlength=num_features)
+    square_F = np.bincount(column_E, far_E, minlength=num_features) + zeros_F * shift_F**2
+    spread_F = np.sqrt(square_F / num_rows)
     return Scaling(shift_F, _inverse(spread_F, spread_F > _FLAT * np.abs(shift_F)))
 
 

@@ -54,6 +54,8 @@ def fit_cox(
     event_N: np.ndarray,
     split_N: np.ndarray,
     progress: Callable[[str], None] = lambda _: None,
+    *,
+    standardise: bool = False,
 ) -> CoxProbe:
     """Fit on train, choose C by the partial likelihood of tuning, and score every row.
 
@@ -62,7 +64,7 @@ def fit_cox(
     Args:
         feature_NF: float [N, F], dense, sparse or in a file, which is read twice for each step;
             duration_N: float64; event_N: bool, False = censored; split_N: str, where rows that are
-            neither `train` nor `tuning` are scored alone.
+            neither `train` nor `tuning` are scored alone. standardise: see `scaling`.
 
     Raises:
         ValueError: train has no event.
@@ -71,7 +73,7 @@ def fit_cox(
     if not event_N[train_N].any():
         raise ValueError("a Cox regression needs events in train; it has none")
     train = feature_NF[train_N]
-    scaled = scaling(train)
+    scaled = scaling(train, standardise=standardise)
     likelihood = PartialLikelihood(duration_N[train_N], event_N[train_N])
     judge = PartialLikelihood(duration_N[tuning_N], event_N[tuning_N])
     fit = fit_path(

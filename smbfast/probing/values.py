@@ -3,13 +3,15 @@ each code that has numbers, up to the prediction time.
 
 Of values at the same time the one that the file names last is the last. What a node may see is what
 `counts` lets it see. Legend: K distinct nodes, C codes, N label rows, V visible (node, event)
-pairs, P pairs of a node and a code with values, 4 summaries (last, mean, min, max), F features.
+pairs, P pairs of a node and a code with values, E those of a label
+row and such a code, S codes with a value in train, 4 summaries (last, mean, min, max), F features.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.sparse import csr_matrix, hstack
 
 from smbfast.data.meds import MedsDataset
 from smbfast.probing.counts import CodeCounts, CountParts, Piece, VisibleEvents
@@ -36,6 +38,38 @@ class CodeValues:
         """Return float64 [N, F]: the features of `CodeCounts`, dense, then of each code that has a
         value in the train rows the last, mean, least and largest one; nan where there is none."""
         count_NF = self.counts.features(subject_N, time_N, train_N).toarray()
+        row_E, column_E, summary_E4, num_seen = self._entries(subject_N, time_N, train_N)
+        value_NF = np.full((len(subject_N), 4 * num_seen), np.nan)
+        for place, summary_E in enumerate(summary_E4.T):
+            value_NF[row_E, 4 * column_E + place] = summary_E
+        return np.hstack([count_NF, value_NF])
+
+    def linear_features(
+        self, subject_N: np.ndarray, time_N: np.ndarray, train_N: np.ndarray
+    ) -> csr_matrix:
+        """Return csr float64 [N, F] for a linear model: the features of `CodeCounts`, then of each
+        code with a value in the train rows the last, mean, least and largest one, less its mean
+        over those of train (so 0, which stands where there is none, is the mean), then whether
+        there is one."""
+        count_NF = self.counts.features(subject_N, time_N, train_N)
+        row_E, column_E, summary_E4, num_seen = self._entries(subject_N, time_N, train_N)
+        train_E = train_N[row_E]
+        size_S = np.bincount(column_E[train_E], minlength=num_seen)
+        parts = []
+        for summary_E in summary_E4.T:
+            sum_S = np.bincount(column_E[train_E], summary_E[train_E], minlength=num_seen)
+            parts.append(summary_E - (sum_S / size_S)[column_E])
+        parts.append(np.ones(len(row_E)))
+        shape = (len(subject_N), num_seen)
+        own = [csr_matrix((part_E, (row_E, column_E)), shape=shape) for part_E in parts]
+        return hstack([count_NF, *own], format="csr")
+
+    def _entries(
+        self, subject_N: np.ndarray, time_N: np.ndarray, train_N: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Return the label row, the column and the summaries (float64 [E, 4]) of every pair of a
+        row and a code with values, and the number of columns: those codes that have a value in the
+        train rows."""
         row_N = join(subject_N, time_N, self.counts.subject_K, self.counts.time_K)
         num_nodes, num_codes = self.counts.count_KC.shape
         in_train_K = np.zeros(num_nodes, bool)
@@ -45,15 +79,12 @@ class CodeValues:
         column_C[seen] = np.arange(len(seen))
         wanted_P = column_C[self.code_P] >= 0
         node_P, column_P = self.node_P[wanted_P], column_C[self.code_P[wanted_P]]
-        value_NF = np.full((len(row_N), 4 * len(seen)), np.nan)
         # the pairs of a label row, whose node may stand for several rows
         first_N, last_N = (np.searchsorted(node_P, row_N, side) for side in ("left", "right"))
         size_N = last_N - first_N
-        at = np.repeat(first_N - np.cumsum(size_N) + size_N, size_N) + np.arange(size_N.sum())
-        rows = np.repeat(np.arange(len(row_N)), size_N)
-        for place, summary_P in enumerate(self.summary_P4[wanted_P].T):
-            value_NF[rows, 4 * column_P[at] + place] = summary_P[at]
-        return np.hstack([count_NF, value_NF])
+        at_E = np.repeat(first_N - np.cumsum(size_N) + size_N, size_N) + np.arange(size_N.sum())
+        row_E = np.repeat(np.arange(len(row_N)), size_N)
+        return row_E, column_P[at_E], self.summary_P4[wanted_P][at_E], len(seen)
 
 
 @dataclass

@@ -5,6 +5,7 @@ import pytest
 
 from smbfast.data.meds import STATIC
 from smbfast.probing import counts, values
+from smbfast.probing.scaling import scaling
 from tests.probing.test_counts import DAY, NODES, TRAIN_N, Events, dataset
 
 LAB = [
@@ -60,3 +61,25 @@ def test_a_value_at_the_prediction_time_is_seen() -> None:
 def test_without_any_value_the_counts_remain() -> None:
     count_NF = counts.count_codes(dataset(), *NODES).features(*NODES, TRAIN_N).toarray()
     np.testing.assert_array_equal(features(dataset()), count_NF)
+
+
+def test_values_of_a_linear_model_by_hand() -> None:
+    own = values.code_values(dataset(LAB, HELD_OUT), *NODES)
+    count_NF = own.counts.features(*NODES, TRAIN_N)
+    dense_NF = own.features(*NODES, TRAIN_N)[:, count_NF.shape[1] :]
+    linear_NF = own.linear_features(*NODES, TRAIN_N)
+    np.testing.assert_array_equal(linear_NF[:, : count_NF.shape[1]].toarray(), count_NF.toarray())
+    # a summary after the other, each of two codes, then whether there is a value
+    by_summary_NF = dense_NF[:, [0, 4, 1, 5, 2, 6, 3, 7]]
+    mean_F = np.nanmean(by_summary_NF[TRAIN_N], 0)
+    given_NF = linear_NF[:, count_NF.shape[1] :].toarray()
+    np.testing.assert_array_equal(given_NF[:, :8], np.nan_to_num(by_summary_NF - mean_F))
+    np.testing.assert_array_equal(given_NF[:, 8:], ~np.isnan(by_summary_NF[:, :2]))
+
+
+def test_sparse_features_are_standardised_as_dense_ones() -> None:
+    own = values.code_values(dataset(LAB, HELD_OUT), *NODES).linear_features(*NODES, TRAIN_N)
+    sparse, dense = scaling(own, standardise=True), scaling(own.toarray())
+    # a sum of the same numbers in another order
+    np.testing.assert_allclose(sparse.shift_F, dense.shift_F, rtol=1e-14, atol=1e-14)
+    np.testing.assert_allclose(sparse.factor_F, dense.factor_F, rtol=1e-14)
