@@ -5,11 +5,11 @@ that are neither of train nor of tuning never reach a fit. Shape suffixes: N lab
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from scipy.special import logit
+from scipy.special import expit, logit
 
 from smbfast.data.labels import Labels
 from smbfast.judging.scored import Role, Scored
@@ -17,12 +17,14 @@ from smbfast.probing.binary import BinaryProbe, log_loss
 from smbfast.probing.boosting import fit_boosting
 from smbfast.probing.features import Features
 from smbfast.probing.logistic import fit_logistic
+from smbfast.probing.stack import stacked
 from smbfast.probing.survival import fit_cox
 
 ORACLES = {
     "bayes_filter": ("oracle_filter", "oracle: Bayes filter on the observed history"),
     "latent": ("oracle_latent", "oracle: sees the latent state"),
 }
+STACK = "smbfast and the best baseline, stacked"
 _LARGE = 50_000_000  # numbers in a matrix of features
 _LEAST = 1e-12  # a probability is at least this far from 0 and 1 where its logit is taken
 
@@ -93,31 +95,55 @@ def scored(
 ) -> list[Scored]:
     """Return what each model says of every label row, in the order of `models`, then the oracles.
 
+    Behind the models of role own stands `stack`, the embedding and the best baseline together.
+
     Args:
         labels: rows of train, of tuning, and of held_out where that is judged.
         oracle: scores `bayes_filter` and `latent`, float64 [N] each, or none.
     """
-    given = [_scored(labels, model, progress) for model in models]
+    fitted = [(model, *_fitted(labels, model, progress)) for model in models]
+    given = [_scored(labels, *one) for one in fitted]
+    own = [place for place, model in enumerate(models) if model.role == "own"]
+    if own:
+        given.insert(own[-1] + 1, _stack(labels, fitted))
     return [*given, *_oracles(oracle)]
 
 
-def _scored(labels: Labels, model: Model, progress: Progress) -> Scored:
-    progress(f"{labels.task}: {model.label}")
-    none = Scored(model.name, model.label, model.role, np.empty((0, len(labels))))
+def _fitted(labels: Labels, model: Model, progress: Progress) -> tuple[list[Fitted], str | None]:
+    """Return the versions of a model, or none and the reason."""
     if model.reason is not None:
-        return Scored(**{**vars(none), "reason": model.reason})
+        return [], model.reason
+    progress(f"{labels.task}: {model.label}")
     try:
-        versions = [fit(labels, own, model.head, progress) for own in model.versions()]
+        return [fit(labels, own, model.head, progress) for own in model.versions()], None
     except ValueError as error:
-        return Scored(**{**vars(none), "reason": str(error)})
+        return [], str(error)
+
+
+def _scored(labels: Labels, model: Model, versions: list[Fitted], reason: str | None) -> Scored:
+    score_SN = np.array([own.score_N for own in versions]).reshape(-1, len(labels))
     chosen = [own.chosen for own in versions]
-    return Scored(
-        model.name,
-        model.label,
-        model.role,
-        np.stack([own.score_N for own in versions]),
-        chosen[0] if len(chosen) == 1 else {"versions": chosen},
-    )
+    about = chosen[0] if len(chosen) == 1 else {"versions": chosen} if chosen else {}
+    return Scored(model.name, model.label, model.role, score_SN, about, reason)
+
+
+def _stack(labels: Labels, fitted: list[tuple[Model, list[Fitted], str | None]]) -> Scored:
+    """Stack the trained model and the best of the baselines by tuning loss; the untrained backbone
+    is none of them, as it reads the same record by the same way."""
+    none = Scored("stack", STACK, "own", np.empty((0, len(labels))))
+    rivals = [
+        (versions[0], model)
+        for model, versions, _ in fitted
+        if model.role == "baseline" and model.name != "untrained" and versions
+    ]
+    own = [versions[0] for model, versions, _ in fitted if model.name == "smbfast" and versions]
+    if not (own and rivals):
+        return replace(none, reason="the embedding or every baseline has no fit")
+    best, model = min(rivals, key=lambda rival: rival[0].tuning_loss)
+    score_N, chosen = stacked(labels, own[0].linear_N, best.linear_N)
+    if labels.kind == "binary":
+        score_N = expit(score_N)
+    return replace(none, score_SN=score_N[None], chosen=chosen | {"with": model.name})
 
 
 def _oracles(oracle: dict[str, np.ndarray]) -> list[Scored]:
