@@ -77,8 +77,12 @@ def _text(verdict: dict[str, Any], tested: int) -> str:
     start = f"{name}: BELOW CHANCE and " if verdict["below_chance"] else f"{name}: "
     if verdict["verdict"] == "unmeasured":
         if verdict["below_chance"]:
-            return f"{name}: BELOW CHANCE ({title} {verdict['value']:.3f}); no baseline was measured."
-        return f"{name}: not measured ({verdict['reason'] or 'no model or no baseline has a figure'})."
+            return (
+                f"{name}: BELOW CHANCE ({title} {verdict['value']:.3f}); no baseline was measured."
+            )
+        return (
+            f"{name}: not measured ({verdict['reason'] or 'no model or no baseline has a figure'})."
+        )
     words = {
         "worse": f"worse than {verdict['label']}",
         "better": f"better than {verdict['label']}",

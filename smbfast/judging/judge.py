@@ -1,9 +1,9 @@
 """From the scores of all models to the record of a task: figures, intervals, paired differences.
 
-Nothing is fitted here, so that out-of-fold predictions that were pooled are judged like those of one
-split. The primary figure is of each patient's first node: a patient with many nodes counts once, and
-how late a node is cannot stand in for what a model knows. Shape suffixes: J judged rows, F rows that
-are first nodes, S versions of a model, H horizons, R replicates of a few-shot fit.
+Nothing is fitted here, so that out-of-fold predictions that were pooled are judged like those of
+one split. The primary figure is of each patient's first node: a patient with many nodes counts
+once, and how late a node is cannot stand in for what a model knows. Shape suffixes: J judged rows,
+F rows that are first nodes, S versions of a model, H horizons, R replicates of a few-shot fit.
 """
 
 from collections.abc import Iterator
@@ -28,8 +28,8 @@ Key = tuple[str, str, Rows]  # model, metric, rows
 
 @dataclass(frozen=True)
 class Protocol:
-    """The number of draws (`cox_bootstraps` for time to event), the seed, and the split that is
-    judged."""
+    """The number of draws (`cox_bootstraps` for the secondary metrics of time to event), the seed,
+    and the split that is judged."""
 
     bootstraps: int = 1000
     cox_bootstraps: int = 200
@@ -42,7 +42,8 @@ class Protocol:
         return splits_read(self.judged_on == "held_out")
 
     def draws(self, labels: Labels) -> int:
-        """Return how many draws the rows of a task get."""
+        """Return how many draws secondary metrics get; the primary one always has `bootstraps`, so
+        that a p value can pass Holm's correction over many tasks."""
         asked = self.bootstraps if labels.kind == "binary" else self.cox_bootstraps
         return num_draws(asked, len(labels))
 
@@ -90,7 +91,7 @@ def judge(
             raise ValueError(f"{model.name} must score every judged row of {judged.task}")
     found = task.estimates(usable)
     _fill(record, task, usable, found)
-    record["differences"] = list(_differences(usable, found, task.primary))
+    record["differences"] = list(_differences(usable, found))
     record["best"] = best = _best(usable, found, task.primary)
     beside = [model for model in usable if model.name in (OWN, best)]
     record["groups"] = task.groups(beside)
@@ -101,7 +102,8 @@ def judge(
 def outline(
     judged: Labels, traits: Traits, protocol: Protocol, reason: str | None
 ) -> dict[str, Any]:
-    """Return the record of a task without any figure of a model; `reason` says why, if it has none."""
+    """Return the record of a task without any figure of a model; `reason` says why there is none,
+    or is None."""
     true_J = measures.outcome(judged)
     first_J = traits.order_N == 0
     split = protocol.judged_on
@@ -154,7 +156,7 @@ class _Task:
         return measures.PRIMARY[self.judged.kind]
 
     def primary_on(self, score_J: np.ndarray, rows: np.ndarray) -> Metric:
-        """Return the primary metric of `rows` (indices)."""
+        """Return the primary metric of `rows` (indices), under weights of all judged rows."""
         own = measures.primary(self.judged.take(rows), score_J[rows], self.horizons_H)
         return on_rows(own, rows)
 
@@ -163,24 +165,22 @@ class _Task:
         return estimates(metrics, self.judged.subject_N, draws, self.protocol.seed)
 
     def estimates(self, usable: list[Scored]) -> dict[Key, Estimate]:
-        """Return every metric of every model on all judged rows, and the primary one on first
-        nodes."""
-        metrics: dict[Key, list[Metric]] = {}
+        """Return the primary metric on first nodes, and every metric on all judged rows."""
         first_F = np.flatnonzero(self.traits.order_N == 0)
+        first = self.judged.take(first_F)
+        deciding: dict[Key, list[Metric]] = {}
+        metrics: dict[Key, list[Metric]] = {}
         for model in usable:
             for version, score_J in enumerate(model.score_SN):
+                own = measures.primary(first, score_J[first_F], self.horizons_H)
+                deciding.setdefault((model.name, self.primary, "first"), []).append(own)
                 chance = None if model.chance_SNH is None else model.chance_SNH[version]
-                own = measures.metrics(self.judged, score_J, chance, self.horizons_H)
-                for metric, compute in own.items():
+                every = measures.metrics(self.judged, score_J, chance, self.horizons_H)
+                for metric, compute in every.items():
                     metrics.setdefault((model.name, metric, "all"), []).append(compute)
-                if len(first_F) < len(self.judged):
-                    key: Key = (model.name, self.primary, "first")
-                    metrics.setdefault(key, []).append(self.primary_on(score_J, first_F))
-        found = self.resampled(metrics)
-        for model in usable:  # with one node a patient the two are the same
-            if (model.name, self.primary, "first") not in found:
-                found[model.name, self.primary, "first"] = found[model.name, self.primary, "all"]
-        return found
+        protocol = self.protocol
+        decided = estimates(deciding, first.subject_N, protocol.bootstraps, protocol.seed)
+        return decided | self.resampled(metrics)
 
     def groups(self, models: list[Scored]) -> list[dict[str, Any]]:
         """Return the primary figure of the trained model and the best rival in groups of rows."""
@@ -202,9 +202,7 @@ class _Task:
             for at, (group, reason) in enumerate(zip(made, reasons, strict=True))
         ]
 
-    def _group(
-        self, group: Group, reason: str | None, own: dict[str, Estimate]
-    ) -> dict[str, Any]:
+    def _group(self, group: Group, reason: str | None, own: dict[str, Estimate]) -> dict[str, Any]:
         rival = next((name for name in own if name != OWN), None)
         paired = OWN in own and rival is not None
         return {
@@ -261,9 +259,7 @@ def _fill(
         about["curve"] = measures.curve(task.judged, model, task.horizons_H)
 
 
-def _differences(
-    usable: list[Scored], found: dict[Key, Estimate], primary: str
-) -> Iterator[dict[str, Any]]:
+def _differences(usable: list[Scored], found: dict[Key, Estimate]) -> Iterator[dict[str, Any]]:
     """Yield the trained model less every other model, and the stack less every baseline."""
     roles = {model.name: model.role for model in usable}
     pairs = [(OWN, name) for name in roles if name != OWN and OWN in roles]

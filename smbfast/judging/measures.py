@@ -1,9 +1,9 @@
 """The metrics of each kind of task, and what stands beside them: calibration curve and incidence.
 
 Binary: AUROC (primary), AUPRC, Brier score and skill, slope and intercept of calibration. Time to
-event: the mean of the cumulative/dynamic AUC over the horizons (primary), Harrell's and Uno's C, and
-per horizon AUC and Brier score weighted by the inverse probability of censoring, with the integrated
-Brier score. Shape suffixes: J judged rows, H horizons, K bins.
+event: the mean of the cumulative/dynamic AUC over the horizons (primary), Harrell's and Uno's C,
+and per horizon AUC and Brier score under inverse probability of censoring weights, with the
+integrated Brier score. Shape suffixes: J judged rows, H horizons.
 """
 
 from typing import Any

@@ -58,6 +58,4 @@ class Traits:
 
     def take(self, rows: np.ndarray) -> "Traits":
         """Return the given rows (indices or a mask)."""
-        return Traits(
-            self.age_N[rows], self.sex_N[rows], self.events_N[rows], self.order_N[rows]
-        )
+        return Traits(self.age_N[rows], self.sex_N[rows], self.events_N[rows], self.order_N[rows])
