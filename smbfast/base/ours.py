@@ -30,6 +30,7 @@ _OUTPUTS = (
     "held_out.json",
     "embeddings/*.parquet",
     "predictions/*.parquet",
+    "predictions/*/*.parquet",
 )
 
 
@@ -80,8 +81,9 @@ def require_replaceable(file: Path) -> None:
         ValueError: it is of others.
     """
     file = Path(file)
-    is_ours = _FORMS[file.parent.name if file.parent.name in _FORMS else file.name]
-    _require(file, is_ours)
+    # predictions lie in a folder for each task
+    names = (file.name, file.parent.name, file.parent.parent.name)
+    _require(file, _FORMS[next(name for name in names if name in _FORMS)])
 
 
 def require_embeddings(file: Path) -> None:
@@ -184,7 +186,8 @@ def _is_embeddings(file: Path) -> bool:
 
 
 def _is_predictions(file: Path) -> bool:
-    return _has_columns(file, b"prediction_time", b"predicted_boolean_probability")
+    scores = (b"predicted_boolean_probability", b"log_hazard")
+    return any(_has_columns(file, b"prediction_time", score) for score in scores)
 
 
 def _has_columns(file: Path, *names: bytes) -> bool:

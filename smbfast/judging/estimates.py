@@ -12,8 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from smbfast.judging import standin as seeds
-from smbfast.statistics import resample
+from smbfast.statistics import holm, resample, seeds
 
 Cell = dict[str, float | None]
 Key = TypeVar("Key", bound=Hashable)
@@ -38,13 +37,8 @@ class Estimate:
         return dict(resample.interval(self.value, self.drawn_B)._asdict())
 
     def p(self) -> float | None:
-        """Return the two-sided p value of the hypothesis that the difference is 0: twice the share
-        of draws on the rarer side of it, and at least 1 / (B + 1). None without an interval."""
-        if self.cell()["low"] is None:
-            return None
-        own_B = self.drawn_B[np.isfinite(self.drawn_B)]
-        tail = min((own_B <= 0).mean(), (own_B >= 0).mean())
-        return float(np.clip(2 * tail, 1 / (len(own_B) + 1), 1.0))
+        """Return the two-sided p value of the hypothesis that the difference is 0."""
+        return holm.p_value(self.drawn_B)
 
 
 def num_draws(asked: int, rows: int) -> int:
@@ -62,11 +56,11 @@ def estimates(
     flat = {(key, s): metric for key, own in metrics.items() for s, metric in enumerate(own)}
     values, drawn = resample.resampled(flat, subject_J, draws, seed)
     found = {}
+    weights = {s: seeds.seed_weights(s, draws, seed) for s in {len(m) for m in metrics.values()}}
     for key, own in metrics.items():
         value_S = np.array([values[key, s] for s in range(len(own))])
         drawn_BS = np.stack([drawn[key, s] for s in range(len(own))], 1)
-        weight_BS = seeds.seed_weights(len(own), draws, seed)
-        found[key] = Estimate(float(value_S.mean()), (weight_BS * drawn_BS).sum(1))
+        found[key] = Estimate(float(value_S.mean()), (weights[len(own)] * drawn_BS).sum(1))
     return found
 
 

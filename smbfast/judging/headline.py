@@ -7,7 +7,7 @@ so that many tasks do not make a finding by chance. What is lost is said as plai
 
 from typing import Any
 
-from smbfast.judging.standin import holm
+from smbfast.statistics.holm import holm
 
 ALPHA = 0.05
 _ORDER = ("worse", "undecided", "better", "unmeasured")
@@ -24,8 +24,8 @@ def headline(tasks: list[dict[str, Any]], primary: dict[str, str]) -> list[dict[
     verdicts = [_figures(task, primary[task["kind"]]) for task in tasks]
     tested = [verdict for verdict in verdicts if verdict["p"] is not None]
     for verdict, p in zip(tested, holm([verdict["p"] for verdict in tested]), strict=True):
-        verdict["p_holm"] = float(p)
-        if p <= ALPHA:
+        verdict["p_holm"] = p
+        if p is not None and p <= ALPHA:
             verdict["verdict"] = "better" if verdict["difference"]["value"] > 0 else "worse"
     for verdict in verdicts:
         verdict["text"] = _text(verdict, len(tested))

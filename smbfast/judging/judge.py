@@ -14,7 +14,7 @@ import numpy as np
 
 from smbfast.data.labels import Labels, splits_read
 from smbfast.judging import measures
-from smbfast.judging.estimates import Cell, Estimate, estimates, num_draws, on_rows
+from smbfast.judging.estimates import LEAST_DRAWS, Cell, Estimate, estimates, num_draws, on_rows
 from smbfast.judging.groups import Group, groups
 from smbfast.judging.scored import Scored, Traits
 from smbfast.statistics.resample import Metric
@@ -80,7 +80,7 @@ def judge(
     record = outline(judged, traits, protocol, unmeasurable(judged, protocol.judged_on))
     if judged.kind != "binary":
         record["horizons_days"] = list(horizons_H)
-        record["incidence"] = measures.incidence(judged)
+        record["incidence"] = measures.incidence_curve(judged)
     record["models"] = [_about(model) for model in scored]
     if record["reason"]:
         return record
@@ -90,9 +90,9 @@ def judge(
         if not np.isfinite(model.score_SN).all():
             raise ValueError(f"{model.name} must score every judged row of {judged.task}")
     found = task.estimates(usable)
+    record["best"] = best = _best(usable, found, task.primary)
     _fill(record, task, usable, found)
     record["differences"] = list(_differences(usable, found))
-    record["best"] = best = _best(usable, found, task.primary)
     beside = [model for model in usable if model.name in (OWN, best)]
     record["groups"] = task.groups(beside)
     record["few_shot"] = None if few_shot is None else task.few_shot(few_shot)
@@ -160,8 +160,10 @@ class _Task:
         own = measures.primary(self.judged.take(rows), score_J[rows], self.horizons_H)
         return on_rows(own, rows)
 
-    def resampled(self, metrics: dict) -> dict:
+    def resampled(self, metrics: dict, most: int | None = None) -> dict:
+        """Return estimates under the draws of secondary metrics, at most `most` of them."""
         draws = self.protocol.draws(self.judged)
+        draws = draws if most is None else min(draws, most)
         return estimates(metrics, self.judged.subject_N, draws, self.protocol.seed)
 
     def estimates(self, usable: list[Scored]) -> dict[Key, Estimate]:
@@ -180,7 +182,9 @@ class _Task:
                     metrics.setdefault((model.name, metric, "all"), []).append(compute)
         protocol = self.protocol
         decided = estimates(deciding, first.subject_N, protocol.bootstraps, protocol.seed)
-        return decided | self.resampled(metrics)
+        fitted = {key: own for key, own in metrics.items() if key[1] in measures.FITTED}
+        quick = {key: own for key, own in metrics.items() if key not in fitted}
+        return decided | self.resampled(quick) | self.resampled(fitted, LEAST_DRAWS)
 
     def groups(self, models: list[Scored]) -> list[dict[str, Any]]:
         """Return the primary figure of the trained model and the best rival in groups of rows."""
@@ -256,7 +260,8 @@ def _fill(
             if name == model.name and rows == "all"
         }
         about["primary"] = found[model.name, task.primary, "first"].cell()
-        about["curve"] = measures.curve(task.judged, model, task.horizons_H)
+        if task.judged.kind == "binary" or model.role == "own" or model.name == record["best"]:
+            about["curve"] = measures.curve(task.judged, model, task.horizons_H)
 
 
 def _differences(usable: list[Scored], found: dict[Key, Estimate]) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,8 @@
 Binary: AUROC (primary), AUPRC, Brier score and skill, slope and intercept of calibration. Time to
 event: the mean of the cumulative/dynamic AUC over the horizons (primary), Harrell's and Uno's C,
 and per horizon AUC and Brier score under inverse probability of censoring weights, with the
-integrated Brier score. Shape suffixes: J judged rows, H horizons.
+integrated Brier score. Censoring is that of the rows that are judged. Shape suffixes: J judged
+rows, H horizons, K bins, M rows of a bin.
 """
 
 from typing import Any
@@ -11,13 +12,15 @@ from typing import Any
 import numpy as np
 
 from smbfast.data.labels import Labels
-from smbfast.judging import standin
 from smbfast.judging.scored import Scored
-from smbfast.statistics import resample
-from smbfast.statistics.resample import Metric
+from smbfast.statistics import binary, incidence, resample, survival
+from smbfast.statistics.incidence import FollowUp
+from smbfast.statistics.weights import Metric
 
 PRIMARY = {"binary": "auroc", "time_to_event": "auc"}
-FEW = 10  # people below which a bin of a curve is joined to the next
+FITTED = ("slope", "intercept")  # metrics that are fitted in each draw, which takes longest
+_POINTS = 25  # of a curve of incidence
+_CURVE_DRAWS = 200
 
 
 def outcome(labels: Labels) -> np.ndarray:
@@ -25,11 +28,23 @@ def outcome(labels: Labels) -> np.ndarray:
     return labels.binary_N if labels.kind == "binary" else labels.survival_N[1]
 
 
+def competing_of(labels: Labels) -> np.ndarray | None:
+    """Return whether a competing event ended each row, bool [J]; None where nothing competes."""
+    return getattr(labels, "competing_N", None)
+
+
+def follow_up(labels: Labels) -> FollowUp:
+    """Return how the follow-up of time-to-event labels ended."""
+    return FollowUp(*labels.survival_N, competing_of(labels))
+
+
 def primary(judged: Labels, score_J: np.ndarray, horizons_H: tuple[float, ...]) -> Metric:
-    """Return the metric that decides."""
+    """Return the metric that decides: that of the judged rows, higher = better."""
     if judged.kind == "binary":
-        return resample.auroc(score_J, judged.binary_N)
-    return _mean_auc(judged, score_J, horizons_H)
+        return binary.auroc(score_J, judged.binary_N)
+    rows = follow_up(judged)
+    times_H, censoring = np.array(horizons_H), incidence.censoring(rows)
+    return survival.mean_dynamic_auc(score_J, rows, times_H, censoring)
 
 
 def metrics(
@@ -41,74 +56,72 @@ def metrics(
     """Return every metric by name; Brier scores of time to event only where `chance_JH`, the
     probability of the event by each horizon, is known."""
     if judged.kind == "binary":
-        true_J = judged.binary_N
-        return {
-            "auroc": resample.auroc(score_J, true_J),
-            "auprc": resample.auprc(score_J, true_J),
-            "brier": resample.brier(score_J, true_J),
-            "brier_skill": standin.brier_skill(score_J, true_J),
-            "slope": standin.slope(score_J, true_J),
-            "intercept": standin.slope(score_J, true_J, intercept=True),
-        }
-    duration_J, event_J = judged.survival_N
-    found = {
-        "c_harrell": resample.c_index(score_J, duration_J, event_J),
-        "c_uno": resample.c_index(score_J, duration_J, event_J),
-        "auc": _mean_auc(judged, score_J, horizons_H),
+        named = ("auroc", "auprc", "brier", "brier_skill", "slope", "intercept")
+        return {name: getattr(binary, name)(score_J, judged.binary_N) for name in named}
+    rows = follow_up(judged)
+    censoring = incidence.censoring(rows)
+    own = {
+        "auc": primary(judged, score_J, horizons_H),
+        "c_harrell": survival.harrell_c(score_J, rows),
+        "c_uno": survival.uno_c(score_J, rows, censoring, horizons_H[-1]),
     }
-    for h, horizon in enumerate(horizons_H):
-        found[f"auc_{h}"] = standin.auc_at(score_J, duration_J, event_J, horizon)
-    if chance_JH is not None:
-        briers = []
-        for h, horizon in enumerate(horizons_H):
-            found[f"brier_{h}"] = standin.brier_at(chance_JH[:, h], duration_J, event_J, horizon)
-            briers.append(found[f"brier_{h}"])
-        found["ibs"] = lambda w: np.mean([own(w) for own in briers], 0)
-    return found
+    for h, days in enumerate(horizons_H):
+        own[f"auc_{h}"] = survival.dynamic_auc(score_J, rows, days, censoring)
+        if chance_JH is not None:
+            own[f"brier_{h}"] = survival.brier_ipcw(chance_JH[:, h], rows, days, censoring)
+    if chance_JH is not None and len(horizons_H) > 1:
+        times_H = np.array(horizons_H)
+        own["ibs"] = survival.integrated_brier(chance_JH, rows, times_H, censoring)
+    return own
 
 
-def _mean_auc(judged: Labels, score_J: np.ndarray, horizons_H: tuple[float, ...]) -> Metric:
-    own = [standin.auc_at(score_J, *judged.survival_N, horizon) for horizon in horizons_H]
-    return lambda w: np.mean([metric(w) for metric in own], 0)
+def curve(judged: Labels, model: Scored, horizons_H: tuple[float, ...]) -> list[dict[str, Any]]:
+    """Return the calibration curve, least prediction first: mean prediction, observed share with
+    its 95 % interval, and people. Predictions of several versions are averaged.
 
-
-def curve(
-    judged: Labels, model: Scored, horizons_H: tuple[float, ...]
-) -> list[dict[str, float | int]]:
-    """Return bins of the prediction (deciles; those of fewer than 10 people joined to the next),
-    with mean prediction, observed share and its 95 % interval (Wilson), least prediction first.
-
-    Time to event is taken at the middle horizon; without chances there is no curve.
+    Time to event is taken at the middle horizon, the observed share being the cumulative incidence
+    by then; a model without probabilities has no curve.
     """
-    if judged.kind != "binary":
+    if judged.kind == "binary":
+        own = binary.curve(model.score_SN.mean(0), judged.binary_N, judged.subject_N)
+        return [dict(part) for part in own]
+    if model.chance_SNH is None:
         return []
-    probability_J = model.score_SN.mean(0)
-    true_J = judged.binary_N
-    order = np.argsort(probability_J, kind="stable")
-    made = []
-    for part in np.array_split(order, 10):
-        if not len(part):
-            continue
-        num, observed = len(part), float(true_J[part].mean())
-        half = 1.96 * np.sqrt(observed * (1 - observed) / num)
-        made.append(
-            {
-                "predicted": float(probability_J[part].mean()),
-                "observed": observed,
-                "low": max(0.0, observed - half),
-                "high": min(1.0, observed + half),
-                "num": num,
-            }
-        )
-    return made
+    middle = len(horizons_H) // 2
+    chance_J = model.chance_SNH[:, :, middle].mean(0)
+    return [
+        _survival_bin(judged.take(part_M), chance_J[part_M], horizons_H[middle])
+        for part_M in binary.bins(chance_J, judged.subject_N)
+    ]
 
 
-def incidence(judged: Labels) -> dict[str, Any] | None:
-    """Return the share of rows with the event by time, and with the competing one."""
-    duration_J, event_J = judged.survival_N
-    days = np.linspace(0, duration_J.max(), 25)
+def _survival_bin(part: Labels, chance_M: np.ndarray, days: float) -> dict[str, Any]:
+    """Return one bin; the interval resamples patients 200 times."""
+    rows, time_H = follow_up(part), np.array([days])
+
+    def share(weight_BM: np.ndarray) -> np.ndarray:
+        return incidence.cumulative_incidence(rows, time_H, weight_BM)[:, 0]
+
+    values, drawn = resample.resampled({"share": share}, part.subject_N, _CURVE_DRAWS, 0)
+    observed = resample.interval(values["share"], drawn["share"])
     return {
-        "days": days.tolist(),
-        "event": [float((event_J & (duration_J <= day)).mean()) for day in days],
-        "competing": None,
+        "predicted": float(chance_M.mean()),
+        "observed": observed.value,
+        "low": observed.low,
+        "high": observed.high,
+        "num": len(np.unique(part.subject_N)),
+    }
+
+
+def incidence_curve(judged: Labels) -> dict[str, Any]:
+    """Return how common the event, and what competes with it, is by 25 times up to the last event
+    (Aalen and Johansen; without competing events one less Kaplan and Meier)."""
+    rows = follow_up(judged)
+    last = float(rows.duration_N[rows.ended_N].max(initial=0.0))
+    days_H = np.linspace(0, last, _POINTS)
+    event_H, competing_H = incidence.aalen_johansen(rows, days_H)
+    return {
+        "days": days_H.tolist(),
+        "event": event_H.tolist(),
+        "competing": None if competing_H is None else competing_H.tolist(),
     }

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from smbfast.base.files import committed_file
 from smbfast.base.ours import require_replaceable
 from smbfast.data.labels import Labels
+from smbfast.judging.measures import competing_of
 from smbfast.judging.scored import Scored
 
 METADATA = b"smbfast"
@@ -110,16 +111,11 @@ def _table(judged: Labels, model: Scored, version: int) -> pa.Table:
         columns = [pa.array(judged.binary_N), pa.array(score_J >= 0.5), pa.array(score_J)]
         return pa.table([*keys, *columns], schema=PREDICTIONS)
     duration_J, event_J = judged.survival_N
-    competing_J = competing_of(judged)
+    rivals_J = competing_of(judged)
+    competing_J = np.zeros(len(judged), bool) if rivals_J is None else rivals_J
     columns = [pa.array(duration_J), pa.array(event_J), pa.array(competing_J), pa.array(score_J)]
     table = pa.table([*keys, *columns], schema=SURVIVAL)
     if model.chance_SNH is not None:
         for place, chance_J in enumerate(model.chance_SNH[version].T):
             table = table.append_column(f"event_probability_{place}", pa.array(chance_J))
     return table
-
-
-def competing_of(labels: Labels) -> np.ndarray:
-    """Return whether a competing event ended each row, bool [N]; of labels that know none, no."""
-    competing_N = getattr(labels, "competing_N", None)
-    return np.zeros(len(labels), bool) if competing_N is None else competing_N

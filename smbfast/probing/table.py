@@ -1,56 +1,162 @@
-"""Prints the content of `probe.json` as text."""
+"""Prints the content of `probe.json` as text: the verdicts first, then each task."""
 
+import textwrap
 from typing import Any
 
 from smbfast.base.held_out import times
 
-_COLUMNS = {"binary": ["auroc", "auprc", "brier"], "time_to_event": ["c_index"]}
+_WIDTH = 100
+_MANY = 4  # tasks above which a table of primary figures precedes
 _PATIENTS = {"tuning": "tuning", "held_out": "held-out"}
-_TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "brier": "Brier (low is good)", "c_index": "C-index"}
+_PRIMARY = {"auroc": "AUROC", "auc": "mean AUC(t)"}
+_BESIDE = {
+    "binary": {
+        "auroc": "all nodes",
+        "auprc": "AUPRC",
+        "brier_skill": "Brier skill",
+        "slope": "slope",
+        "intercept": "intercept",
+    },
+    "time_to_event": {
+        "auc": "all nodes",
+        "c_harrell": "Harrell C",
+        "c_uno": "Uno C",
+        "ibs": "int. Brier",
+    },
+}
+_GROUPS = {"node": "by node", "events": "by past events", "sex": "by sex", "age": "by age"}
 
 
 def table(record: dict[str, Any]) -> str:
-    """Return the content of `probe.json` as text: one block per task, one line per model."""
+    """Return the content of `probe.json` as text: verdicts worst first, one block for each task
+    with a line for each model, and what was not measured."""
     small = int(record.get("small_cells", 10))
-    judged_on = record["judged_on"]
-    lines: list[str] = []
-    for task in record["tasks"]:
-        kind = "positive" if task["kind"] == "binary" else "events"
-        sizes = ", ".join(
-            f"{split} {_count(task['rows'][split], small)} "
-            f"({_count(task['positives'][split], small)} {kind})"
-            for split in task["rows"]
+    lines = ["", "Verdicts, worst first:"]
+    for verdict in record["headline"]:
+        lines += textwrap.wrap(
+            verdict["text"], _WIDTH, initial_indent="  ", subsequent_indent="    "
         )
-        patients = f"{_count(task['patients'][judged_on], small)} {_PATIENTS[judged_on]} patients"
-        lines += ["", f"{task['task']}: {sizes}; judged on {patients}"]
-        if task["unmatched"]:
-            lines.append(f"  {_count(task['unmatched'], small)} label rows have no embedding")
-        if task["reason"]:
-            lines.append(f"  not measurable: {task['reason']}")
+    measured = [task for task in record["tasks"] if not task["reason"]]
+    if len(measured) > _MANY:
+        lines += ["", *_summary(record, measured)]
+    for task in record["tasks"]:
+        lines += ["", *_heading(task, record, small)]
+        if not task["reason"]:
+            metric = record["primary"][task["kind"]]
+            lines += [*_models(task, metric), *_groups(task, metric, small), *_shots(task, metric)]
+    lines += ["", *_not_measured(record)]
+    lines += textwrap.wrap(
+        "95 % intervals by resampling patients, and versions where a model has several; "
+        "differences on the same resamples. The best rival is chosen on the very rows that judge, "
+        "in its favour.",
+        _WIDTH,
+    )
+    if any(m["role"] == "oracle" for t in record["tasks"] for m in t["models"]):
+        lines.append(
+            "Bayes filter = bound for any model in expectation, in log loss and AUROC, not in C."
+        )
+    return "\n".join([*lines, *_judges(record["judged_on"], record["num_looks"])])
+
+
+def _heading(task: dict[str, Any], record: dict[str, Any], small: int) -> list[str]:
+    kind = "positive" if task["kind"] == "binary" else "events"
+    judged_on = record["judged_on"]
+    sizes = ", ".join(
+        f"{split} {_count(task['rows'][split], small)} "
+        f"({_count(task['positives'][split], small)} {kind})"
+        for split in task["rows"]
+    )
+    patients = f"{_count(task['patients'][judged_on], small)} {_PATIENTS[judged_on]} patients"
+    lines = [f"{task['task']}: {sizes}; judged on {patients}"]
+    if task["unmatched"]:
+        lines.append(f"  {_count(task['unmatched'], small)} label rows have no embedding")
+    if task["reason"]:
+        return [*lines, f"  not measurable: {task['reason']}"]
+    if task["horizons_days"]:
+        lines.append(f"  horizons {', '.join(f'{days:g}' for days in task['horizons_days'])} days")
+    if task["positives"][judged_on] > small and task["kind"] == "binary":
+        lines.append(f"  prevalence {task['prevalence']:.3f}, the AUPRC of a model of no worth")
+    return lines
+
+
+def _models(task: dict[str, Any], metric: str) -> list[str]:
+    """Return a line for each model: the primary figure on first nodes with its interval, the
+    trained model less it, and other metrics on all nodes."""
+    beside = _BESIDE[task["kind"]]
+    gaps = {
+        d["against"]: d
+        for d in task["differences"]
+        if (d["model"], d["rows"], d["metric"]) == ("smbfast", "first", metric)
+    }
+    title = f"{_PRIMARY[metric]}, first nodes"
+    cells = [["", title, "smbfast less it", *beside.values()]]
+    notes = []
+    for model in task["models"]:
+        if model.get("reason"):
             continue
-        metrics = _COLUMNS[task["kind"]]
-        cells = [["", *(_TITLES[metric] for metric in metrics)]]
-        notes: list[str] = []
+        label = model["label"] + (" *" if model["name"] == task["best"] else "")
+        if model["versions"] > 1:
+            label += f" (mean of {model['versions']})"
+        own = [_number(model["metrics"].get(name)) for name in beside]
+        cells.append([label, _shown(model["primary"]), _shown(gaps.get(model["name"]), "+"), *own])
+        chosen = model["chosen"]
+        if chosen.get("at_border"):
+            notes.append(f"  {model['label']}: the penalty is the first or last of the grid")
+        if chosen.get("converged") is False:
+            notes.append(f"  {model['label']}: the fit stopped at its iteration limit")
+    return [*_aligned(cells), "  * best rival", *notes]
+
+
+def _groups(task: dict[str, Any], metric: str, small: int) -> list[str]:
+    if not task["groups"]:
+        return []
+    cells = [[f"{_PRIMARY[metric]} in groups", "rows", "smbfast", "best rival", "difference"]]
+    for group in task["groups"]:
+        name = f"{_GROUPS[group['by']]}: {group['name']}"
+        rows = _count(group["rows"], small)
+        if group["reason"]:
+            cells.append([name, rows, group["reason"], "", ""])
+            continue
+        own = [_number(group["models"].get(name)) for name in ("smbfast", task["best"])]
+        cells.append([name, rows, *own, _shown(group["difference"], "+")])
+    return ["", *_aligned(cells)]
+
+
+def _shots(task: dict[str, Any], metric: str) -> list[str]:
+    if not task["few_shot"]:
+        return []
+    ks = list(dict.fromkeys(shot["k"] for shot in task["few_shot"]))
+    cells = [[f"{_PRIMARY[metric]} of few shots", *(str(k) for k in ks)]]
+    for name in dict.fromkeys(shot["model"] for shot in task["few_shot"]):
+        own = {shot["k"]: shot for shot in task["few_shot"] if shot["model"] == name}
+        label = next((m["label"] for m in task["models"] if m["name"] == name), name)
+        cells.append([label, *(_shown(own.get(k)) for k in ks)])
+    return ["", *_aligned(cells)]
+
+
+def _summary(record: dict[str, Any], tasks: list[dict[str, Any]]) -> list[str]:
+    cells = [["primary figure, first nodes", "smbfast", "best rival", "", "difference"]]
+    by_task = {verdict["task"]: verdict for verdict in record["headline"]}
+    for task in tasks:
+        verdict = by_task[task["task"]]
+        own = [_number(verdict), _number({"value": verdict["rival"]})]
+        gap = _shown(verdict["difference"], "+")
+        cells.append([task["task"], *own, verdict["against"] or "-", gap])
+    return _aligned(cells)
+
+
+def _not_measured(record: dict[str, Any]) -> list[str]:
+    """Return which models could not be measured, each reason once."""
+    why: dict[tuple[str, str], list[str]] = {}
+    for task in record["tasks"]:
         for model in task["models"]:
-            cells.append(
-                [model["label"], *(_shown(model["metrics"].get(metric)) for metric in metrics)]
-            )
-            chosen = model.get("chosen", {})
-            if chosen.get("at_border"):
-                notes.append(f"  {model['label']}: the penalty is the first or last of the grid")
-            if chosen.get("converged") is False:
-                notes.append(f"  {model['label']}: the fit stopped at its iteration limit")
             if model.get("reason"):
-                notes.append(f"  {model['label']}: not measurable: {model['reason']}")
-        for against in dict.fromkeys(d["against"] for d in task["differences"]):
-            shown = {d["metric"]: d for d in task["differences"] if d["against"] == against}
-            cells.append([f"smbfast - {against}", *(_shown(shown.get(m), "+") for m in metrics)])
-        lines += [*_aligned(cells), *notes]
-    oracle = any(m["name"] == "oracle_filter" for t in record["tasks"] for m in t["models"])
-    lines += ["", "95 % intervals by resampling patients; differences on the same resamples."]
-    if oracle:
-        lines.append("Bayes filter = bound for any model that sees the observed history.")
-    return "\n".join([*lines, *_judges(judged_on, record["num_looks"])])
+                why.setdefault((model["label"], model["reason"]), []).append(task["task"])
+    lines = [
+        f"not measured: {label} ({', '.join(tasks)}): {reason}"
+        for (label, reason), tasks in why.items()
+    ]
+    return [*lines, ""] if lines else []
 
 
 def _judges(judged_on: str, num_looks: int) -> list[str]:
@@ -72,8 +178,12 @@ def _count(number: int, small: int) -> str:
     return f"<={small}" if 0 < number <= small else f"{number:,}"
 
 
-def _shown(cell: dict[str, float | None] | None, sign: str = "") -> str:
-    if cell is None:
+def _number(cell: dict[str, Any] | None) -> str:
+    return "-" if cell is None or cell["value"] is None else f"{cell['value']:.3f}"
+
+
+def _shown(cell: dict[str, Any] | None, sign: str = "") -> str:
+    if cell is None or cell["value"] is None:
         return "-"
     value = f"{cell['value']:{sign}.3f}"
     if cell["low"] is None:

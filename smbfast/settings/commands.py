@@ -200,6 +200,12 @@ class ProbeCommandSettings(Settings):
         description="Number of resamples for the 95 % intervals of the C-index of time-to-event "
         "tasks, which takes longer to compute than the other metrics; 0 gives no intervals.",
     )
+    few_shot: bool = Field(
+        False,
+        description="Whether binary tasks are also fitted to few rows: to 8, 16, 32, 64 and 128 of "
+        "each class of train, and as many of tuning for choices, five times each, for the trained "
+        "model, code counts, and boosted trees on counts and values. --few-shot is short for it.",
+    )
     seed: int = Field(
         0,
         ge=0,

@@ -67,7 +67,7 @@ def planted(
     return judged, [*scored, none], traits
 
 
-def example_record(draws: int = 100) -> dict[str, Any]:
+def example_record(draws: int = 400) -> dict[str, Any]:
     """Return the content of probe.json: tasks that are lost, won, undecided and below chance, one
     of time to event, and one that cannot be measured."""
     protocol = Protocol(draws, draws)
