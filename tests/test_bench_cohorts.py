@@ -68,6 +68,7 @@ def random_scores(seed: int, patients: int = 60, seeds: int = 1) -> cohort_stats
         subject_N=random.integers(0, patients, size),
         time_N=np.arange(size),
         true_N=true_N,
+        duration_N=np.full(size, np.nan),
         # rounded, so that several are equal
         models={
             n: np.round(true_N * s + random.random((seeds if n == "run" else 1, size)), 1)

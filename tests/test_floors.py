@@ -18,7 +18,7 @@ FLOORS = [
     {"objective", "reference", "simulation", "probing", "reporting"},
     {"run"},
     {"serving", "experiments"},
-    {"train", "check", "prepare", "simulate", "embed", "probe", "report"},
+    {"experiment", "train", "check", "prepare", "simulate", "embed", "probe", "report"},
 ]  # units of a floor do not import each other
 
 

@@ -1,13 +1,15 @@
-"""What is scored on a simulated cohort: read-outs of a run's encoder, and the baselines, each under a probe.
+"""What is scored on a simulated cohort: read-outs of a run's encoder, and baselines, under probes.
 
 All read-outs of an encoder come from one forward of each decision node. A probe is fitted on train,
-its penalty chosen by tuning log loss. `auto` is the one of `POOLS` with the least tuning log loss,
+its penalty chosen by tuning log loss (of time to event, a Cox regression by the partial likelihood
+of tuning). `auto` is the one of `POOLS` with the least tuning log loss,
 mean over the tasks; `last+layers` is the mean of the logits of two probes.
 
 Legend: K nodes, N label rows of a task, R of them who judge, M nodes of a call, D width, C codes, V
 tokens, F features.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,9 @@ from smbfast.probing.boosting import fit_boosting
 from smbfast.probing.embedding import Model, embed_into
 from smbfast.probing.features import read_oracle
 from smbfast.probing.logistic import fit_logistic
+from smbfast.probing.survival import fit_cox
 from smbfast.probing.values import code_values
-from smbfast.settings import POOLS
+from smbfast.settings import POOLS, Pool
 
 AUTO, BLEND = "auto", "last+layers"
 READOUTS = (*POOLS, AUTO, BLEND)
@@ -50,14 +53,19 @@ class Judged:
     texts: list[NodeText]
 
     @classmethod
-    def open(cls, data: Path, prepared: Prepared, window: int) -> "Judged":
+    def open(
+        cls, data: Path, prepared: Prepared, window: int, names: Sequence[str] = TASKS
+    ) -> "Judged":
         """Read the labels and make the tokens of every node, once for all runs of a cohort.
+
+        Args:
+            names: the tasks, folders under `labels` of `data`.
 
         Raises:
             ValueError: a node cannot be embedded.
         """
         dataset = MedsDataset.open(data)
-        tasks = [read_labels(data / "labels" / task) for task in TASKS]
+        tasks = [read_labels(data / "labels" / task) for task in names]
         nodes, counts = distinct_nodes(tasks), dict[str, int]()
         texts = list(node_texts(dataset, prepared.serializer(dataset), nodes, window, counts))
         if len(texts) != len(nodes.subject_K):
@@ -80,14 +88,21 @@ class Probed:
     chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def fit(self, name: str, labels: Labels, feature_NF: np.ndarray | csr_matrix) -> np.ndarray:
-        """Fit the probe of a model for a task and return its logits of all rows, [N]."""
+        """Fit the probe of a model for a task and return its logits (of time to event: log
+        hazards) of all rows, [N]."""
+        self.chosen.setdefault(name, {})
+        if labels.kind == "time_to_event":
+            cox = fit_cox(feature_NF, *labels.survival_N, labels.split_N)
+            self.logit_R[name, labels.task] = cox.risk_N[labels.split_N == "held_out"]
+            self.chosen[name][labels.task] = cox.penalty
+            return cox.risk_N
         probe = fit_logistic(feature_NF, labels.binary_N, labels.split_N)
         self.put(name, labels, probe.logit_N)
-        self.chosen.setdefault(name, {})[labels.task] = probe.penalty
+        self.chosen[name][labels.task] = probe.penalty
         return probe.logit_N
 
     def put(self, name: str, labels: Labels, logit_N: np.ndarray) -> None:
-        """Take the logits of a model for a task."""
+        """Take the logits of a model for a binary task."""
         key, tuning_N = (name, labels.task), labels.split_N == "tuning"
         self.logit_R[key] = logit_N[labels.split_N == "held_out"]
         self.loss[key] = log_loss(logit_N[tuning_N], labels.binary_N[tuning_N])
@@ -96,13 +111,27 @@ class Probed:
         """Return the logits as scores of one training seed, all tasks below each other."""
         held = [labels.take(labels.split_N == "held_out") for labels in tasks]
         names = dict.fromkeys(name for name, _ in self.logit_R)
+        missing = {own.task: np.full(len(own), np.nan) for own in held}
+        score_R = {
+            name: [self.logit_R.get((name, own.task), missing[own.task]) for own in held]
+            for name in names
+        }
+        outcomes = [_outcome(own) for own in held]
         return Scores(
             np.concatenate([np.full(len(own), own.task) for own in held]),
             np.concatenate([own.subject_N for own in held]),
             np.concatenate([own.time_N for own in held]),
-            np.concatenate([own.binary_N for own in held]),
-            {n: np.concatenate([self.logit_R[n, own.task] for own in held])[None] for n in names},
+            np.concatenate([true_R for true_R, _ in outcomes]),
+            np.concatenate([duration_R for _, duration_R in outcomes]),
+            {name: np.concatenate(parts)[None] for name, parts in score_R.items()},
         )
+
+
+def _outcome(labels: Labels) -> tuple[np.ndarray, np.ndarray]:
+    """Return outcomes, bool [R], and durations, float64 [R], which are nan in a binary task."""
+    if labels.kind == "time_to_event":
+        return labels.survival_N[1], labels.survival_N[0]
+    return labels.binary_N, np.full(len(labels), np.nan)
 
 
 def read_out(prefix: str, judged: Judged, encoder: PatientEncoder) -> tuple[Scores, dict]:
@@ -131,10 +160,25 @@ def chosen_pool(loss: dict[tuple[str, str], float]) -> str:
     )
 
 
-def pooled(encoder: PatientEncoder, texts: list[NodeText]) -> dict[str, np.ndarray]:
+def read_last(
+    name: str, judged: Judged, encoder: PatientEncoder
+) -> tuple[Scores, dict[str, Any], np.ndarray]:
+    """Return the scores of the state at the last token, what the record says of its probes, and the
+    embedding of every node, float32 [K, D]."""
+    embedding_KD, probed = pooled(encoder, judged.texts, ["last"])["last"], Probed()
+    for labels in judged.tasks:
+        probed.fit(name, labels, embedding_KD[judged.rows(labels)].astype(np.float64))
+    loss = {task: value for (_, task), value in probed.loss.items()}
+    about = {"chosen": probed.chosen[name], "tuning_log_loss": loss}
+    return probed.scores(judged.tasks), about, embedding_KD
+
+
+def pooled(
+    encoder: PatientEncoder, texts: list[NodeText], pools: Sequence[Pool] = POOLS
+) -> dict[str, np.ndarray]:
     """Return the embeddings of every node by each pool, float32 [K, F], from one forward."""
     device = torch.device("cpu")
-    taken = {pool: Taken(len(texts)) for pool in POOLS}
+    taken = {pool: Taken(len(texts)) for pool in pools}
     model = Model(encoder.packed)
     embed_into([(taken, model)], len(texts), iter(texts), device, tokens=_TOKENS)
     return {pool: own.value_KF for pool, own in taken.items()}
@@ -168,9 +212,10 @@ def baselines(judged: Judged) -> tuple[Scores, dict]:
         probed.fit(VALUES, labels, filled(value_NF, train_N))
         bag_NF = bag_features(bag_KV, judged.rows(labels), count_NC[:, :2], train_N)
         probed.fit(BAG, labels, bag_NF)
-        boosting = fit_boosting(value_NF, labels.binary_N, labels.split_N)
-        probed.put(BOOSTING, labels, boosting.logit_N)
-        probed.chosen.setdefault(BOOSTING, {})[labels.task] = boosting.num_trees
+        if labels.kind == "binary":
+            boosting = fit_boosting(value_NF, labels.binary_N, labels.split_N)
+            probed.put(BOOSTING, labels, boosting.logit_N)
+            probed.chosen.setdefault(BOOSTING, {})[labels.task] = boosting.num_trees
         held = labels.take(labels.split_N == "held_out")
         oracle = read_oracle(judged.data / "oracles" / labels.task / "held_out.parquet", held)
         probed.logit_R[FILTER, labels.task] = oracle["bayes_filter"]

@@ -25,6 +25,8 @@ from smbfast.statistics import resample, seeds
 MEAN = "mean"  # of the tasks
 COUNTS, FILTER = "counts", "filter"  # the two ends of the gap
 _DRAWS_AT_ONCE = 50  # draws whose weights are held together: 6 MB for 16,000 patients
+_KEYS = ("task_N", "subject_N", "time_N", "true_N", "duration_N")
+_C_DRAWS = 200  # of Harrell's C, which takes longer
 Key = tuple[str, str]  # model and task
 Estimate = tuple[float, np.ndarray]  # on all patients and seeds, and in each draw [B]
 Estimates = dict[Key, Estimate]
@@ -35,12 +37,14 @@ class Scores:
     """What every model says of the patients that judge one cohort, all tasks below each other.
 
     models: float64 [S, N] each, higher = riskier; S is 1 for a model that no training seed changes.
+        nan in the rows of a task that a model does not score.
     """
 
     task_N: np.ndarray  # str
     subject_N: np.ndarray  # int64
     time_N: np.ndarray  # int64 microseconds since 1970
-    true_N: np.ndarray  # bool
+    true_N: np.ndarray  # bool; of time to event, whether it was seen
+    duration_N: np.ndarray  # float64 days; nan in a binary task
     models: dict[str, np.ndarray]
 
     def beside(self, other: "Scores") -> "Scores":
@@ -49,8 +53,9 @@ class Scores:
         Raises:
             ValueError: the two are of other nodes or outcomes, or in another order.
         """
-        for name in ("task_N", "subject_N", "time_N", "true_N"):
-            if not np.array_equal(getattr(self, name), getattr(other, name)):
+        for name in _KEYS:
+            one, two = getattr(self, name), getattr(other, name)
+            if not np.array_equal(one, two, equal_nan=name == "duration_N"):
                 raise ValueError(
                     f"models must be scored on the same patients; they differ in {name}"
                 )
@@ -59,14 +64,14 @@ class Scores:
     def write(self, file: BinaryIO, about: dict[str, Any]) -> None:
         """Write the scores, and what is said of them as JSON values."""
         names = {f"model {name}": score_SN for name, score_SN in self.models.items()}
-        own = {n: getattr(self, n) for n in ("task_N", "subject_N", "time_N", "true_N")}
+        own = {n: getattr(self, n) for n in _KEYS}
         np.savez(file, allow_pickle=False, about=np.array(json.dumps(about)), **own, **names)
 
     @classmethod
     def read(cls, path: Path) -> tuple["Scores", dict[str, Any]]:
         """Read what `write` wrote."""
         with np.load(path, allow_pickle=False) as file:
-            own = {n: file[n] for n in ("task_N", "subject_N", "time_N", "true_N")}
+            own = {n: file[n] for n in _KEYS}
             models = {n.removeprefix("model "): file[n] for n in file if n.startswith("model ")}
             return cls(models=models, **own), json.loads(str(file["about"]))
 
@@ -102,7 +107,7 @@ def by_seed(runs: list[Scores]) -> Scores:
 class Areas:
     """AUROC by model and task of one cohort: of each seed [S], and in each draw of patients [B, S].
 
-    The task `mean` is the mean over the tasks.
+    The task `mean` is the mean over the binary tasks; of time to event it is Harrell's C.
     """
 
     of_seed: dict[Key, np.ndarray]
@@ -124,8 +129,7 @@ class Ranks:
     """The order of the rows of a task by a score: their AUROC under any weights of the rows.
 
     That of `smbfast.statistics.resample`, an order of magnitude faster for many draws and few
-    positive rows: per draw only the negative rows are summed up, and read where positive ones
-    stand.
+    positive rows: per draw only the negative rows are summed up, and read at the positive ones.
     """
 
     positive_Q: np.ndarray  # rows with the outcome
@@ -157,16 +161,21 @@ class Ranks:
 
 
 def areas(scores: Scores, draws: int, seed: int) -> Areas:
-    """Return the AUROC of every model, seed and task, in `draws` draws of patients."""
+    """Return the AUROC of every model, seed and binary task, in `draws` draws of patients.
+
+    Of tasks of time to event it is Harrell's C, in the first 200 of the draws, and no part of the
+    mean. A model that does not score a task has no entry for it.
+    """
     subject_P, at_N = np.unique(scores.subject_N, return_inverse=True)
-    tasks = [task for task in TASKS if task in scores.task_N]
-    rows = {task: np.flatnonzero(scores.task_N == task) for task in tasks}
+    rows = {t: np.flatnonzero(scores.task_N == t) for t in dict.fromkeys(scores.task_N.tolist())}
+    binary = [task for task, row_R in rows.items() if np.isnan(scores.duration_N[row_R]).all()]
+    of_seed, drawn = {}, {}
     ranks = {
         (model, task): [Ranks.of(s[rows[task]], scores.true_N[rows[task]]) for s in score_SN]
         for model, score_SN in scores.models.items()
-        for task in tasks
+        for task in binary
+        if np.isfinite(score_SN[:, rows[task]]).all()
     }
-    of_seed, drawn = {}, {}
     for key, own in ranks.items():
         one_R1 = np.ones((len(rows[key[1]]), 1), np.int32)
         of_seed[key] = np.array([rank.auroc(one_R1)[0] for rank in own])
@@ -174,14 +183,26 @@ def areas(scores: Scores, draws: int, seed: int) -> Areas:
     for start in range(0, draws, _DRAWS_AT_ONCE):
         chosen = range(start, min(start + _DRAWS_AT_ONCE, draws))
         weight_NB = resample.patient_weights(subject_P, chosen, seed).T[at_N]
-        for task in tasks:
+        for task in binary:
             weight_RB = weight_NB[rows[task]]
-            for model in scores.models:
-                values = [rank.auroc(weight_RB) for rank in ranks[model, task]]
-                drawn[model, task][chosen.start : chosen.stop] = np.stack(values, 1)
+            for key in (key for key in ranks if key[1] == task):
+                values = [rank.auroc(weight_RB) for rank in ranks[key]]
+                drawn[key][chosen.start : chosen.stop] = np.stack(values, 1)
     for model in scores.models:
-        of_seed[model, MEAN] = np.mean([of_seed[model, task] for task in tasks], 0)
-        drawn[model, MEAN] = np.mean([drawn[model, task] for task in tasks], 0)
+        keys = [(model, task) for task in binary]
+        if all(key in ranks for key in keys):
+            of_seed[model, MEAN] = np.mean([of_seed[key] for key in keys], 0)
+            drawn[model, MEAN] = np.mean([drawn[key] for key in keys], 0)
+    weight_BN = resample.patient_weights(subject_P, range(min(draws, _C_DRAWS)), seed)[:, at_N]
+    for task in (task for task in rows if task not in binary):
+        row_R = rows[task]
+        for model, score_SN in scores.models.items():
+            if np.isfinite(score_SN[:, row_R]).all():
+                of_row = scores.duration_N[row_R], scores.true_N[row_R]
+                metrics = [resample.c_index(score_N[row_R], *of_row) for score_N in score_SN]
+                one_1R = np.ones((1, len(row_R)), np.int32)
+                of_seed[model, task] = np.array([metric(one_1R)[0] for metric in metrics])
+                drawn[model, task] = np.stack([m(weight_BN[:, row_R]) for m in metrics], 1)
     return Areas(of_seed, drawn)
 
 

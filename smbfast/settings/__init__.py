@@ -6,6 +6,7 @@ Imports pydantic and nothing heavier, so that `--help` and a refused setting are
 from smbfast.settings.commands import EmbedSettings, ProbeCommandSettings, ReportSettings
 from smbfast.settings.data import CohortSettings, DataSettings, PrepareSettings, SimulateSettings
 from smbfast.settings.decide import decided_data, require_meds_folder, tokenizer_folder
+from smbfast.settings.experiments import EXPERIMENTS, Experiment, ExperimentSettings
 from smbfast.settings.model import LoraSettings, ModelSettings, ObjectiveSettings
 from smbfast.settings.pools import POOLS, Pool, RunPool
 from smbfast.settings.presets import load, presets, run_arguments, run_help
@@ -20,11 +21,14 @@ from smbfast.settings.training import (
 )
 
 __all__ = [
+    "EXPERIMENTS",
     "POOLS",
     "CohortSettings",
     "DataSettings",
     "EmbedSettings",
     "EvalSettings",
+    "Experiment",
+    "ExperimentSettings",
     "LoraSettings",
     "ModelSettings",
     "ObjectiveSettings",
