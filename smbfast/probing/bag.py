@@ -75,6 +75,11 @@ def serializer_at(model: Path, dataset: MedsDataset) -> "PatientSerializer":
     return serializer_of(dataset, read_encoding(model, tokenizer, record), record)
 
 
+def tokens_digest(model: Path) -> str:
+    """Return the digest of the tokenizer or vocabulary of the model in a folder."""
+    return str(read_json(model / "smbfast.json").get("encoder"))
+
+
 def bag_of_tokens(
     dataset: MedsDataset,
     serializer: "PatientSerializer",
@@ -91,7 +96,8 @@ def bag_of_tokens(
     """
     ever, recent = _Counts(len(subject_K)), _Counts(len(subject_K))
     for split in SPLITS:
-        batches = dataset.batches(split, np.unique(subject_K))
+        subject_S = np.unique(subject_K)
+        batches = dataset.batches(split, subject_S, text_chars=serializer.text_chars)
         for number, batch in enumerate(batches):
             progress(f"{split}, batch {number + 1}")
             for timeline in serializer.timelines(batch):
@@ -148,9 +154,7 @@ class _Counts:
 
     def matrix(self, width: int) -> csr_matrix:
         """Return the counts, float64 [K, V]."""
-        node_E, id_E, count_E = (
-            np.concatenate(part) for part in zip(*self._entries, strict=True)
-        )
+        node_E, id_E, count_E = (np.concatenate(part) for part in zip(*self._entries, strict=True))
         shape = (self._num_nodes, width)
         return csr_matrix((count_E.astype(np.float64), (node_E, id_E)), shape=shape)
 

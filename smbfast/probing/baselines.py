@@ -53,7 +53,7 @@ class Baselines:
 
     def traits(self, labels: Labels) -> Traits:
         """Return what is known of each label row of a task."""
-        row_N = self._rows(labels)
+        row_N = self.rows(labels)
         age_N, sex_N = self.counts.age_K[row_N], self.sex_K[row_N]
         return Traits(age_N, sex_N, self.events_K[row_N], order_of(labels))
 
@@ -71,14 +71,14 @@ class Baselines:
         assert name == "values_boosting"
         return self.values.features(*key)
 
-    def _rows(self, labels: Labels) -> np.ndarray:
+    def rows(self, labels: Labels) -> np.ndarray:
         """Return the node of each label row, int64 [N]."""
         counts = self.counts
         return join(labels.subject_N, labels.time_N, counts.subject_K, counts.time_K)
 
     def _age_sex(self, labels: Labels) -> np.ndarray:
         """Return age in years, whether it is known, and a column for each sex in train."""
-        row_N = self._rows(labels)
+        row_N = self.rows(labels)
         age_N, sex_N = self.counts.age_K[row_N], self.sex_K[row_N]
         known_N = np.isfinite(age_N)
         sexes = [sex for sex in np.unique(sex_N[labels.split_N == "train"]) if sex]

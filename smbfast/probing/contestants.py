@@ -10,24 +10,33 @@ from pathlib import Path
 
 import numpy as np
 
+from smbfast.base.held_out import run_of
 from smbfast.data.labels import Labels
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import distinct_nodes
 from smbfast.judging.scored import Scored, Traits
+from smbfast.probing.bag import TokenBag, bag_of_tokens, serializer_at, tokens_digest
 from smbfast.probing.baselines import HEADS, LABELS, Baselines, baselines
+from smbfast.probing.beside import Beside, parsed
+from smbfast.probing.embedding_file import read_origin
 from smbfast.probing.features import Embeddings, Features, matched, read_embeddings, read_oracle
-from smbfast.probing.models import Model, scored
+from smbfast.probing.models import ORACLES, Model, oracles, scored
 from smbfast.settings import ProbeCommandSettings
 
 _UNTRAINED = "same backbone, untrained"
+_BAG = "bag of the model's tokens"
+NAMES = {"smbfast", "smbfast_boosting", "stack", *LABELS, "bag", "untrained"}
+NAMES |= {name for name, _ in ORACLES.values()}
+"""Of the models of a probe, which no other may have."""
 
 
 @dataclass(frozen=True)
 class Contestants:
     """The models of a probe.
 
-    tasks: the rows that every file of embeddings has; unmatched: by task, how many others there
-    are.
+    tasks: the rows that the files of embeddings of the trained and the untrained model have;
+    unmatched: by task, how many others there are. bag: the tokens of the model, or why there are
+    none.
     """
 
     data: Path
@@ -36,6 +45,9 @@ class Contestants:
     own: Embeddings
     untrained: list[Embeddings]
     plain: Baselines
+    bag: TokenBag | str
+    beside: list[Beside]
+    embedded: dict[str, Embeddings]
 
     @classmethod
     def open(
@@ -56,7 +68,9 @@ class Contestants:
         """
         nodes = distinct_nodes(tasks)
         own = read_embeddings(config.embeddings, nodes)
-        untrained = [read_embeddings(config.untrained, nodes)] if config.untrained else []
+        untrained = [read_embeddings(path, nodes) for path in config.untrained]
+        beside = parsed(config.beside, NAMES)
+        embedded = {b.name: read_embeddings(b.path, nodes) for b in beside if b.embeddings}
         in_all = [_in_all(labels, [own, *untrained]) for labels in tasks]
         matched_tasks = [labels.take(has_N) for labels, has_N in zip(tasks, in_all, strict=True)]
         unmatched = {
@@ -68,7 +82,9 @@ class Contestants:
             np.concatenate([labels.time_N for labels in matched_tasks]),
             lambda text: progress(f"events of {text}"),
         )
-        return cls(config.data, matched_tasks, unmatched, own, untrained, plain)
+        bag = _bag(config, dataset, plain, matched_tasks, progress)
+        models = own, untrained, plain, bag, beside, embedded
+        return cls(config.data, matched_tasks, unmatched, *models)
 
     def models(self, labels: Labels) -> list[Model]:
         """Return the models of a task, one of `tasks`: the trained one first."""
@@ -78,22 +94,34 @@ class Contestants:
         if labels.kind == "binary":
             trees = f"{label}, boosted trees"
             models.append(Model("smbfast_boosting", trees, "own", of_own, "boosting"))
-        if self.untrained:
-            versions = partial(self._embedded, self.untrained, labels)
-            models.append(Model("untrained", _UNTRAINED, "baseline", versions))
         for name, text in LABELS.items():
             head = HEADS.get(name, "linear")
             if labels.kind == "binary" or head != "boosting":
                 versions = partial(self._plain, name, labels)
                 models.append(Model(name, text, "baseline", versions, head))
+        reason = self.bag if isinstance(self.bag, str) else None
+        bag = partial(self._tokens, labels)
+        models.append(Model("bag", _BAG, "baseline", bag, reason=reason))
+        if self.untrained:
+            of_untrained = partial(self._embedded, self.untrained, labels)
+            models.append(Model("untrained", _UNTRAINED, "baseline", of_untrained))
+        for name, file in self.embedded.items():
+            _require_rows(labels, name, file)
+            models.append(Model(name, name, "beside", partial(self._embedded, [file], labels)))
         return models
 
     def scored(
         self, labels: Labels, judged_on: str, progress: Callable[[str], None] = lambda _: None
     ) -> list[Scored]:
-        """Fit and score the models of a task, one of `tasks`, and read the oracles."""
+        """Fit and score the models of a task, one of `tasks`, and read predictions and oracles.
+
+        Raises:
+            ValueError: a file beside does not have every judged row.
+        """
+        beside = [b.scored(labels, judged_on) for b in self.beside if not b.embeddings]
         oracle = oracle_of(self.data, labels, judged_on)
-        return scored(labels, self.models(labels), oracle, progress)
+        fitted = scored(labels, self.models(labels), progress)
+        return [*fitted, *beside, *oracles(oracle)]
 
     def traits(self, labels: Labels) -> Traits:
         """Return what is known of each row of a task, one of `tasks`."""
@@ -102,6 +130,12 @@ class Contestants:
     def _embedded(self, files: list[Embeddings], labels: Labels) -> Iterator[Features]:
         for file in files:
             yield file.features(matched(labels, file))
+
+    def _tokens(self, labels: Labels) -> Iterator[Features]:
+        assert isinstance(self.bag, TokenBag)
+        age_N2 = self.plain.features("counts", labels)[:, :2]
+        train_N = labels.split_N == "train"
+        yield self.bag.features(labels.subject_N, labels.time_N, train_N, age_N2)
 
     def _plain(self, name: str, labels: Labels) -> Iterator[Features]:
         yield self.plain.features(name, labels)
@@ -124,6 +158,41 @@ def oracle_of(data: Path, labels: Labels, judged_on: str) -> dict[str, np.ndarra
     for name, score_J in scores.items():
         full[name][judged_N] = score_J
     return full
+
+
+def _bag(
+    config: ProbeCommandSettings,
+    dataset: MedsDataset,
+    plain: Baselines,
+    tasks: list[Labels],
+    progress: Callable[[str], None],
+) -> TokenBag | str:
+    """Count the tokens of the model, or return why there are none."""
+    run = run_of(config.embeddings)
+    model = config.model or (run / "final" if run else None)
+    if model is None or not (config.model or model.is_dir()):
+        return "no model is given (--model), and the embeddings lie in no run"
+    serializer = serializer_at(model, dataset)
+    made_by = (read_origin(config.embeddings) or {}).get("tokens")
+    own = tokens_digest(model)
+    if made_by is not None and own != made_by:
+        raise ValueError(
+            f"`model` must have the tokens of {config.embeddings}, whose digest is {made_by}; "
+            f"those of {model} have {own}"
+        )
+    counts = plain.counts
+    days = plain.recency.longest([plain.rows(t.take(t.split_N == "train")) for t in tasks])
+    key = counts.subject_K, counts.time_K
+    return bag_of_tokens(dataset, serializer, *key, days, lambda t: progress(f"tokens of {t}"))
+
+
+def _require_rows(labels: Labels, name: str, file: Embeddings) -> None:
+    missing = int(np.sum(matched(labels, file) < 0))
+    if missing:
+        raise ValueError(
+            f"beside `{name}`: {file.path} must have every row of {labels.task}; {missing} of "
+            f"{len(labels)} are missing"
+        )
 
 
 def _in_all(labels: Labels, files: list[Embeddings]) -> np.ndarray:

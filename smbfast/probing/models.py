@@ -90,23 +90,21 @@ def fit(labels: Labels, feature_NF: Features, head: Head, progress: Progress) ->
 def scored(
     labels: Labels,
     models: Sequence[Model],
-    oracle: dict[str, np.ndarray],
     progress: Progress = lambda _: None,
 ) -> list[Scored]:
-    """Return what each model says of every label row, in the order of `models`, then the oracles.
+    """Return what each model says of every label row, in the order of `models`.
 
     Behind the models of role own stands `stack`, the embedding and the best baseline together.
 
     Args:
         labels: rows of train, of tuning, and of held_out where that is judged.
-        oracle: scores `bayes_filter` and `latent`, float64 [N] each, or none.
     """
     fitted = [(model, *_fitted(labels, model, progress)) for model in models]
     given = [_scored(labels, *one) for one in fitted]
     own = [place for place, model in enumerate(models) if model.role == "own"]
     if own:
         given.insert(own[-1] + 1, _stack(labels, fitted))
-    return [*given, *_oracles(oracle)]
+    return given
 
 
 def _fitted(labels: Labels, model: Model, progress: Progress) -> tuple[list[Fitted], str | None]:
@@ -146,7 +144,8 @@ def _stack(labels: Labels, fitted: list[tuple[Model, list[Fitted], str | None]])
     return replace(none, score_SN=score_N[None], chosen=chosen | {"with": model.name})
 
 
-def _oracles(oracle: dict[str, np.ndarray]) -> list[Scored]:
+def oracles(oracle: dict[str, np.ndarray]) -> list[Scored]:
+    """Return the oracles of a task, of scores float64 [N] by the names in `ORACLES`."""
     return [Scored(*ORACLES[column], "oracle", own_N[None]) for column, own_N in oracle.items()]
 
 

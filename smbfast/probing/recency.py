@@ -65,6 +65,12 @@ class CodeRecency:
                 more_T = np.zeros(len(row_T))
         return taken[::-1]
 
+    def longest(self, rows: list[np.ndarray]) -> float | None:
+        """Return the days of the longest window that is taken for train nodes, given task by task,
+        or None."""
+        taken = self.windows(np.unique(np.concatenate(rows)))
+        return WINDOWS[taken[-1]] if taken else None
+
 
 @dataclass
 class RecencyParts:

@@ -164,11 +164,26 @@ class ProbeCommandSettings(Settings):
         "held_out, such as 0.8,0.1,0.1, as the model was trained with them. `none` takes the "
         "splits of the labels and of the dataset.",
     )
-    untrained: Path | None = Field(
+    untrained: list[Path] = Field(
+        [],
+        description="Parquet files with embeddings of the same backbone before training, at the "
+        "same decision nodes, one file for each set of first weights; figures are means over them. "
+        "A training run writes embeddings/untrained.parquet and, of a backbone made from scratch, "
+        "untrained-1.parquet and so on. An empty list leaves this baseline out.",
+    )
+    model: Path | None = Field(
         None,
-        description="Parquet file with embeddings of the same backbone before training, at the "
-        "same decision nodes. A training run writes it as embeddings/untrained.parquet; `none` "
-        "leaves this baseline out.",
+        description="Folder of the trained model, such as `final` in a run folder. Its tokens are "
+        "counted for the baseline `bag`, which says what the form of the tokens gives without any "
+        "training. `none` takes the model of the run that the embeddings lie in; without one the "
+        "baseline is left out.",
+    )
+    beside: list[str] = Field(
+        [],
+        description="Other models to judge on the same rows, as NAME=PATH, with commas between: "
+        "an embeddings file, which is probed alike, or predictions, a parquet file or a folder "
+        "such as `predictions` of another run, in the schema that this command writes. Every "
+        "judged row must be there.",
     )
     labels: list[str] = Field(
         [],
@@ -217,6 +232,11 @@ class ProbeCommandSettings(Settings):
         description="Privacy of small groups: in the printed table a count from 1 to this number "
         "appears as <=N. 0 prints every count as it is.",
     )
+
+    @field_validator("untrained", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return [value] if isinstance(value, str | Path) else value
 
     @field_validator("split", mode="before")
     @classmethod

@@ -249,6 +249,14 @@ class ProbeSettings(Settings):
         "which is short for it, judges a finished run; nothing is trained again. The file "
         "held_out.json of the run records when and by which command it was asked for.",
     )
+    untrained: int = Field(
+        5,
+        ge=1,
+        description="Number of sets of first weights of a backbone made from scratch, from seeds "
+        "of their own, that stand for the backbone before training; the first is that of the run. "
+        "Each has the read-out that tuning chooses for it, and figures are means over them. A "
+        "pretrained backbone has one.",
+    )
     tokens: int = Field(
         16384,
         ge=64,

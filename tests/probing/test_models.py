@@ -7,7 +7,7 @@ import pytest
 
 from smbfast.data.labels import Labels
 from smbfast.judging.scored import Scored
-from smbfast.probing.models import Model, scored
+from smbfast.probing.models import Model, oracles, scored
 from smbfast.probing.stack import RIDGE, stacked
 from smbfast.probing.survival import PartialLikelihood
 from tests.probing.test_fits import SPLIT_N, binary, times
@@ -40,8 +40,8 @@ def test_held_out_rows_never_reach_a_fit(kind: str) -> None:
     held_out_N = SPLIT_N == "held_out"
     spoilt_NF = np.where(held_out_N[:, None], 1e6, feature_NF)
     turned = replace(labels, value_N=labels.value_N ^ held_out_N) if kind == "binary" else labels
-    before = scored(labels, models(feature_NF, kind), {})
-    after = scored(turned, models(spoilt_NF, kind), {})
+    before = scored(labels, models(feature_NF, kind))
+    after = scored(turned, models(spoilt_NF, kind))
     for one, other in zip(before, after, strict=True):
         np.testing.assert_array_equal(one.score_SN[:, ~held_out_N], other.score_SN[:, ~held_out_N])
         assert one.chosen == other.chosen
@@ -53,7 +53,8 @@ def test_versions_oracles_and_reasons() -> None:
     chance_N = np.linspace(0, 1, 240)
     absent = Model("absent", "x", "baseline", list, reason="there is no tokenizer")
     wide = Model("wide", "x", "baseline", lambda: [np.zeros((240, 5000))], "boosting")
-    own = scored(labels, [*models(feature_NF, "binary"), absent, wide], {"latent": chance_N})
+    own = scored(labels, [*models(feature_NF, "binary"), absent, wide])
+    own += oracles({"latent": chance_N})
     by_name: dict[str, Scored] = {model.name: model for model in own}
     assert list(by_name) == [*OWN, "two", "absent", "wide", "oracle_latent"]
     assert by_name["smbfast"].score_SN.shape == (1, 240)
@@ -74,13 +75,13 @@ def test_the_stack_takes_the_best_baseline_on_tuning(kind: str) -> None:
     named = {"noise": noise_NF, "good": feature_NF, "untrained": feature_NF}
     own = Model("smbfast", "x", "own", lambda: [noise_NF])
     rivals = [Model(n, n, "baseline", lambda f=f: [f]) for n, f in named.items()]
-    by_name = {model.name: model for model in scored(labels, [own, *rivals], {})}
+    by_name = {model.name: model for model in scored(labels, [own, *rivals])}
     stack, good = by_name["stack"], by_name["good"]
     assert stack.chosen["with"] == "good" and stack.role == "own"
     # an embedding of noise has next to no spread, and hardly moves an order
     ranks = [np.argsort(np.argsort(model.score_SN[0])) for model in (stack, good)]
     assert np.corrcoef(*ranks)[0, 1] > 0.98
-    alone = scored(labels, [own], {})[1]
+    alone = scored(labels, [own])[1]
     assert alone.name == "stack" and alone.reason and alone.score_SN.shape == (0, 240)
 
 
