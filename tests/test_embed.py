@@ -446,7 +446,7 @@ def test_a_lora_run_loads_no_second_backbone():
     with patch.object(probes, "make_encoder", side_effect=AssertionError):
         encoder = make_encoder(lora=True)
         own = probes._untrained(SimpleNamespace(encoder=encoder, settings=settings))
-    assert own.packed == encoder.packed
+    assert list(own) == ["untrained"] and own["untrained"].packed == encoder.packed
 
 
 @pytest.fixture(scope="module")
@@ -460,6 +460,7 @@ def run(tmp_path_factory, no_report):
             f"--data.path={folder / 'cohort'}",
             f"--run.dir={folder / 'run'}",
             "--probe.labels=death_3y,tte_death",
+            "--probe.untrained=2",
             "--phases.0.steps=2",
             "--phases.1.steps=2",
             "--run.threads=1",
@@ -546,11 +547,9 @@ def test_a_run_chooses_its_pool_and_the_model_says_which(run, tmp_path, monkeypa
     assert record["pool"] == min(scores, key=scores.get) and set(scores) == set(POOLS)
     assert f"pool {record['pool']}: least tuning log loss" in capsys.readouterr().out
     table = pq.read_table(tmp_path / "run" / "embeddings" / "online.parquet")
-    untrained = pq.read_schema(tmp_path / "run" / "embeddings" / "untrained.parquet")
     layers = opened.encoder.base.config.num_hidden_layers
     width = pooling.width_of(record["pool"], opened.encoder.width, layers)
     assert table.schema.field("embedding").type.list_size == width
-    assert untrained.field("embedding").type.list_size == width
     probe = json.loads((tmp_path / "run" / "probe.json").read_text())
     assert probe["read_out"] == {"pool": record["pool"], "choice": record["pool_choice"]}
     # who loads the model embeds as the run did, to the same bits
@@ -632,5 +631,10 @@ def test_the_probe_table_holds_baselines_and_oracles(run):
     for task in record["tasks"]:
         names = [m["name"] for m in task["models"]]
         own = ["smbfast", "smbfast_boosting"] if task["kind"] == "binary" else ["smbfast"]
-        assert names == [*own, "untrained", "counts", "oracle_filter", "oracle_latent"]
-        assert {d["against"] for d in task["differences"]} == {"untrained", "counts"}
+        trees = ["values_boosting"] if task["kind"] == "binary" else []
+        linear = ["age_sex", "counts", "recency", "values"]
+        oracles = ["oracle_filter", "oracle_latent"]
+        assert names == [*own, "stack", *linear, *trees, "bag", "untrained", *oracles]
+        assert not any(model.get("reason") for model in task["models"])
+        versions = {model["name"]: model["versions"] for model in task["models"]}
+        assert versions.pop("untrained") == 2 and set(versions.values()) == {1}

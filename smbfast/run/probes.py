@@ -1,8 +1,8 @@
-"""Embeds the decision nodes of a run with the trained and the untrained encoder, and probes both.
+"""Embeds the decision nodes of a run with the trained and untrained encoders, and probes them.
 
-Nodes of train and tuning are embedded first, by each pool that the run may choose from. The pool is
-then chosen, and those of held_out are embedded by it alone, in forwards of their own: so figures of
-tuning do not depend on whether the run is judged on held_out.
+Nodes of train and tuning are embedded first, by each pool that the run may choose from. The pool of
+each encoder is then chosen, and those of held_out are embedded by it alone, in forwards of their
+own: so figures of tuning do not depend on whether the run is judged on held_out.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smbfast.base.files import read_json, write_text
+from smbfast.base.files import digest_of, read_json, write_text
 from smbfast.base.helpers import helper
 from smbfast.base.runtime import few
 from smbfast.data.labels import Labels, without_held_out
@@ -66,7 +66,8 @@ def probe_run(
     run_probe(
         ProbeCommandSettings(
             embeddings=files[probe.encoder],
-            untrained=files["untrained"],
+            untrained=[path for name, path in files.items() if name != probe.encoder],
+            model=run.folder / "final",
             data=dataset.path,
             split=run.data.split,
             labels=[str(folder) for folder, _ in run.tasks],
@@ -83,31 +84,41 @@ def probe_run(
 def _embedded(
     run: OpenRun, target: TargetEncoder | None, dataset: MedsDataset, tasks: list[Labels]
 ) -> dict[str, Path]:
-    """Embed the nodes of `tasks` and settle the pool; return the file of each encoder by name."""
+    """Embed the nodes of `tasks` and settle the pools; return the file of each encoder by name.
+
+    Each encoder has a read-out of its own: that which is best for the trained one may be a poor one
+    of first weights.
+    """
     settings, probe = run.settings, run.settings.probe
     probed = packed_of(run.encoder, target, probe.encoder, settings.objective.path)
-    models = {probe.encoder: Model(probed), "untrained": _untrained(run)}
+    models = {probe.encoder: Model(probed)} | _untrained(run)
     paths = {name: run.folder / "embeddings" / f"{name}.parquet" for name in models}
     embedding = _Embedding(run, dataset, distinct_nodes(tasks), models)
     pools, left_out = _pools(run)
+    free, wide = _free_pools(run)
     with ExitStack() as stack:
         files = {
             name: {
-                pool: stack.enter_context(embedding_file(path, embedding.nodes)) for pool in pools
+                pool: stack.enter_context(embedding_file(path, embedding.nodes))
+                for pool in (pools if name == probe.encoder else free)
             }
             for name, path in paths.items()
         }
         embedding.fill(files, held_out=False)
-        pool, choice = pools[0], None
-        if len(pools) > 1:
-            choice = choose_pool(tasks, files[probe.encoder], left_out)
-            pool = choice.pool
-            print(f"embeddings: {choice.text()}")
-        _settle(run, target, pool, choice)
-        chosen = {name: {pool: own[pool]} for name, own in files.items()}
+        chosen = {}
+        for name, path in paths.items():
+            own, out = files[name], left_out if name == probe.encoder else wide
+            choice = choose_pool(tasks, own, out) if len(own) > 1 else None
+            pool = choice.pool if choice else next(iter(own))
+            if choice:
+                print(f"embeddings/{path.name}: {choice.text()}")
+            if name == probe.encoder:
+                _settle(run, target, pool, choice)
+            chosen[name] = {pool: own[pool]}
         embedding.fill(chosen, held_out=True)
         for name, path in paths.items():
-            chosen[name][pool].write(origin_of(run.folder / "final", name, pool))
+            for pool, file in chosen[name].items():
+                file.write(origin_of(run.folder / "final", name, pool))
             print(f"embeddings/{path.name}: {embedding.counted()}")
     return paths
 
@@ -115,12 +126,17 @@ def _embedded(
 def _pools(run: OpenRun) -> tuple[list[Pool], dict[Pool, str]]:
     """Return the pools to embed by, narrowest first; of a run that chooses, also why others are
     left out."""
+    record = read_json(run.folder / "final" / "smbfast.json")
+    if run.settings.probe.pool == "auto" and record.get("pool_choice"):
+        return [record["pool"]], {}
+    return _free_pools(run)
+
+
+def _free_pools(run: OpenRun) -> tuple[list[Pool], dict[Pool, str]]:
+    """Return `_pools` of an encoder whose pool is not chosen yet."""
     pool = run.settings.probe.pool
     if pool != "auto":
         return [pool], {}
-    record = read_json(run.folder / "final" / "smbfast.json")
-    if record.get("pool_choice"):
-        return [record["pool"]], {}
     return candidates(run.encoder.width, run.encoder.base.config.num_hidden_layers)
 
 
@@ -178,11 +194,27 @@ class _Embedding:
         return ", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in self._counts.items())
 
 
-def _untrained(run: OpenRun) -> Model:
-    """Return the encoder as it was before training; without LoRA it is made a second time."""
-    path = run.settings.objective.path
+def _untrained(run: OpenRun) -> dict[str, Model]:
+    """Return the encoder as it was before training, and with other first weights, by name.
+
+    A pretrained backbone has one form, which LoRA still holds; any other is made a second time. The
+    first weights are those of the run.
+    """
+    settings = run.settings
     if run.encoder.is_lora:
-        return untrained(run.encoder, path)
-    prepared = run.prepared
-    again = make_encoder(run.settings, prepared.tokenizer, run.device, prepared.new_tokens)
-    return Model(packed_of(again, None, "online", path))
+        return {"untrained": untrained(run.encoder, settings.objective.path)}
+    num_inits = settings.probe.untrained if settings.model.path is None else 1
+    return {
+        f"untrained-{number}" if number else "untrained": _made_again(run, number)
+        for number in range(num_inits)
+    }
+
+
+def _made_again(run: OpenRun, number: int) -> Model:
+    settings, prepared = run.settings, run.prepared
+    seed = settings.run.seed
+    if number:
+        seed = int(digest_of("untrained", seed, number)[:8], 16)
+    seeded = settings.model_copy(update={"run": settings.run.model_copy(update={"seed": seed})})
+    again = make_encoder(seeded, prepared.tokenizer, run.device, prepared.new_tokens)
+    return Model(packed_of(again, None, "online", settings.objective.path))
