@@ -1,0 +1,103 @@
+"""Calibration and skill under weights against scikit-learn, with rows repeated.
+
+Legend: N rows, B draws.
+"""
+
+import numpy as np
+import pytest
+from scipy.special import expit, logit
+from scipy.stats import binomtest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import brier_score_loss
+
+from smbfast.statistics import binary
+
+
+def scored(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Probabilities that are too extreme, outcomes, and weights of 4 draws."""
+    random = np.random.default_rng(seed)
+    score_N = np.round(random.normal(-1, 1.5, rows), 1)
+    true_N = random.random(rows) < expit(0.6 * score_N + 0.3)
+    weight_BN = np.stack([np.ones(rows, np.int64), *random.integers(0, 4, (3, rows))])
+    return expit(score_N), true_N, weight_BN.astype(np.int32)
+
+
+@pytest.mark.parametrize("rows", [80, 500])
+def test_slope_is_that_of_a_logistic_regression(rows: int) -> None:
+    probability_N, true_N, weight_BN = scored(rows, rows)
+    ours_B = binary.slope(probability_N, true_N)(weight_BN)
+    for ours, weight_N in zip(ours_B, weight_BN, strict=True):
+        model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10)
+        model.fit(logit(probability_N)[:, None], true_N, weight_N)
+        assert ours == pytest.approx(model.coef_[0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("rows", [80, 500])
+def test_the_intercept_makes_the_mean_prediction_the_prevalence(rows: int) -> None:
+    """That is the likelihood's equation with slope 1. A change of the intercept moves a mean of
+    curvatures p (1 - p) <= 1/4 times as much, so the means agree to the step that ends Newton's
+    method, 1e-7, squared; 1e-12 is what rounding leaves."""
+    probability_N, true_N, weight_BN = scored(rows, rows)
+    ours_B = binary.intercept(probability_N, true_N)(weight_BN)
+    shifted_BN = expit(logit(probability_N) + ours_B[:, None])
+    np.testing.assert_allclose(
+        (weight_BN * shifted_BN).sum(1) / weight_BN.sum(1),
+        (weight_BN * true_N).sum(1) / weight_BN.sum(1),
+        atol=1e-12,
+    )
+
+
+def test_calibration_without_a_solution_is_not_defined() -> None:
+    whole_1N = np.ones((1, 4), np.int32)
+    score_N, true_N = np.array([0.1, 0.2, 0.7, 0.8]), np.array([False, False, True, True])
+    assert np.isnan(binary.slope(score_N, true_N)(whole_1N)[0])  # separated
+    assert np.isfinite(binary.intercept(score_N, true_N)(whole_1N)[0])
+    assert np.isnan(binary.slope(np.full(4, 0.3), true_N)(whole_1N)[0])
+    for metric in (binary.slope, binary.intercept, binary.brier_skill):
+        assert np.isnan(metric(score_N, np.zeros(4, bool))(whole_1N)[0])
+    assert np.isfinite(binary.intercept(np.array([0.0, 1.0, 0.0, 1.0]), true_N)(whole_1N)[0])
+
+
+def test_skill_is_against_the_prevalence_of_the_draw() -> None:
+    probability_N, true_N, weight_BN = scored(300, 1)
+    ours_B = binary.brier_skill(probability_N, true_N)(weight_BN)
+    for ours, weight_N in zip(ours_B, weight_BN, strict=True):
+        own, none = (
+            brier_score_loss(true_N, p, sample_weight=weight_N)
+            for p in (probability_N, np.full(300, np.average(true_N, weights=weight_N)))
+        )
+        assert ours == pytest.approx(1 - own / none, abs=1e-12)
+    constant = binary.brier_skill(np.full(300, true_N.mean()), true_N)(weight_BN[:1])
+    assert constant == pytest.approx(0, abs=1e-12)
+
+
+def test_the_curve_is_of_deciles_with_wilsons_interval_of_people() -> None:
+    random = np.random.default_rng(0)
+    probability_N = random.permutation(1000) / 1000
+    true_N, subject_N = random.random(1000) < probability_N, np.arange(1000) // 2
+    bins = binary.curve(probability_N, true_N, np.arange(1000))
+    assert [b["num"] for b in bins] == [100] * 10
+    for number, own in enumerate(bins):
+        rows = (probability_N * 10).astype(int) == number
+        assert own["predicted"] == pytest.approx(probability_N[rows].mean())
+        assert own["observed"] == pytest.approx(true_N[rows].mean())
+        wilson = binomtest(int(true_N[rows].sum()), 100).proportion_ci(method="wilson")
+        assert (own["low"], own["high"]) == pytest.approx((wilson.low, wilson.high), abs=1e-12)
+    # two rows of a patient count once: fewer people, wider intervals
+    people = binary.curve(probability_N, true_N, subject_N)
+    assert all(b["num"] < 100 for b in people)
+    assert all(
+        b["high"] - b["low"] > a["high"] - a["low"] for a, b in zip(bins, people, strict=True)
+    )
+
+
+def test_bins_of_fewer_than_ten_people_join() -> None:
+    probability_N = np.arange(45) / 45
+    bins = binary.curve(probability_N, probability_N > 0.5, np.arange(45))
+    assert sum(b["num"] for b in bins) == 45 and len(bins) >= 3
+    assert min(b["num"] for b in bins) >= 10
+    assert len(binary.curve(np.full(50, 0.2), np.arange(50) < 9, np.arange(50))) == 1
+    assert binary.curve(np.empty(0), np.empty(0, bool), np.empty(0)) == []
+    assert [
+        b["num"] for b in binary.curve(probability_N[:4], probability_N[:4] > 0, np.arange(4))
+    ] == [4]
