@@ -3,9 +3,14 @@
 A count of 1 to 10 is only said to be small, and so is one that leaves 1 to 10 of a known whole.
 """
 
-from smbfast.base.runtime import few
-
 FEW = 10
+
+
+def few(count: int) -> str:
+    """Return a count of people or of their events as text, where 1 to 10 are all `<=10`."""
+    return "<=10" if 0 < count <= 10 else f"{count:,}"
+
+
 FEW_TEXT = few(1)
 
 

@@ -168,6 +168,14 @@ def _is_probe(file: Path) -> bool:
     return _json(file).keys() >= {"tasks", "protocol"}
 
 
+def _is_comparison(file: Path) -> bool:
+    return _json(file).keys() >= {"methods", "headline", "tasks"}
+
+
+def _is_compare_page(file: Path) -> bool:
+    return b"smbfast compare</title>" in file.open("rb").read(1 << 14)
+
+
 def _is_record_of_looks(file: Path) -> bool:
     return "looks" in _json(file)
 
@@ -202,6 +210,8 @@ _FORMS: dict[str, Callable[[Path], bool]] = {
     "report.html": _is_report,
     "probe.json": _is_probe,
     "held_out.json": _is_record_of_looks,
+    "compare.json": _is_comparison,
+    "compare.html": _is_compare_page,
     "embeddings": _is_embeddings,
     "predictions": _is_predictions,
 }

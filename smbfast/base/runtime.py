@@ -19,6 +19,7 @@ from smbkernels.matmul.products import missing
 from smbkernels.matmul.products import times as times_by_onednn
 from torch import Tensor
 
+from smbfast.base.counts import few as few
 from smbfast.base.entry import SIGNALS
 from smbfast.base.helpers import helper
 
@@ -221,8 +222,3 @@ def stop_on_signals() -> Iterator[StopFlag]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def few(count: int) -> str:
-    """Return a count of people or of their events as text, where 1 to 10 are all `<=10`."""
-    return "<=10" if 0 < count <= 10 else f"{count:,}"

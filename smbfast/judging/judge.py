@@ -66,6 +66,7 @@ def judge(
     *,
     horizons_H: tuple[float, ...] = (),
     few_shot: list[FewShot] | None = None,
+    pairs: list[tuple[str, str]] | None = None,
 ) -> dict[str, Any]:
     """Return the record of a task.
 
@@ -73,6 +74,8 @@ def judge(
         judged: the judged rows alone; scored and traits are of these rows.
         horizons_H: days at which time to event is judged; chosen where nothing is judged.
         few_shot: of a binary task, or None if it was not asked for.
+        pairs: names of models whose differences are given; None for the trained model and each
+            other one, and the stack and each rival.
 
     Raises:
         ValueError: a model that is to be measured lacks a score.
@@ -92,7 +95,7 @@ def judge(
     found = task.estimates(usable)
     record["best"] = best = _best(usable, found, task.primary)
     _fill(record, task, usable, found)
-    record["differences"] = list(_differences(usable, found))
+    record["differences"] = list(_differences(found, _pairs(usable) if pairs is None else pairs))
     beside = [model for model in usable if model.name in (OWN, best)]
     record["groups"] = task.groups(beside)
     record["few_shot"] = None if few_shot is None else task.few_shot(few_shot)
@@ -264,11 +267,17 @@ def _fill(
             about["curve"] = measures.curve(task.judged, model, task.horizons_H)
 
 
-def _differences(usable: list[Scored], found: dict[Key, Estimate]) -> Iterator[dict[str, Any]]:
-    """Yield the trained model less every other model, and the stack less every baseline."""
+def _pairs(usable: list[Scored]) -> list[tuple[str, str]]:
+    """Return the trained model with every other model, and the stack with every rival."""
     roles = {model.name: model.role for model in usable}
     pairs = [(OWN, name) for name in roles if name != OWN and OWN in roles]
-    pairs += [(STACK, name) for name in roles if STACK in roles and roles[name] in _RIVALS]
+    return pairs + [(STACK, name) for name in roles if STACK in roles and roles[name] in _RIVALS]
+
+
+def _differences(
+    found: dict[Key, Estimate], pairs: list[tuple[str, str]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the first model of each pair less the second, in every metric that both have."""
     for one, other in pairs:
         for (name, metric, rows), estimate in found.items():
             if name == one and (other, metric, rows) in found:
