@@ -17,6 +17,7 @@ from smbfast.settings import (
     ProbeCommandSettings,
     ReportSettings,
     SimulateSettings,
+    TasksSettings,
     TrainSettings,
     load,
     presets,
@@ -30,9 +31,10 @@ MODELS = [
     EmbedSettings,
     ProbeCommandSettings,
     ReportSettings,
+    TasksSettings,
 ]
 HEAVY = ["torch", "peft", "sklearn", "pyarrow", "transformers", "numpy", "scipy", "triton"]
-COMMANDS = ["train", "check", "prepare", "simulate", "embed", "probe", "report"]
+COMMANDS = ["train", "check", "prepare", "simulate", "embed", "probe", "report", "tasks"]
 LIGHT = [
     "from smbfast.settings import run_help; print(run_help(['lora'], 'p'))",
     "from smbfast.base.config import to_toml; from smbfast.settings import load; "

@@ -18,7 +18,8 @@ FLOORS = [
     {"objective", "reference", "simulation", "probing", "reporting"},
     {"run"},
     {"serving", "experiments"},
-    {"experiment", "train", "check", "prepare", "simulate", "embed", "probe", "report"},
+    {"train", "check", "prepare", "simulate", "embed", "probe", "report"}
+    | {"tasks", "compare", "experiment"},
 ]  # units of a floor do not import each other
 
 

@@ -126,10 +126,8 @@ class _Task:
 
     def add(self, split: str, record: Record) -> None:
         """Take the nodes of a batch."""
-        if self.given is None:
-            at = candidates(self.task, record)
-        else:
-            at = nodes_in(record, *self.given)
+        given = self.given
+        at = candidates(self.task, record) if given is None else nodes_in(record, *given)
         reason_Q = exclusions(self.task, record, at)
         answer = answers(self.task, record, at)
         reason_Q = np.where(reason_Q == "", answer.reason_Q, reason_Q)

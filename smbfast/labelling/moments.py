@@ -58,6 +58,12 @@ class Moments:
         at_Q = np.searchsorted(self._key_X, self._clock.key(subject_Q, time_Q), side="right") - 1
         return self._taken(at_Q, subject_Q, LONG_AGO)
 
+    def num_upto(self, subject_Q: np.ndarray, time_Q: np.ndarray) -> np.ndarray:
+        """Return how many events are at or before each moment, int64 [Q]; static ones left out."""
+        key_Q = self._clock.key(subject_Q, time_Q)
+        begin_Q = np.searchsorted(self.subject_X, subject_Q, side="left")
+        return np.searchsorted(self._key_X, key_Q, side="right") - begin_Q
+
     def known(self, subject_Q: np.ndarray, time_Q: np.ndarray) -> np.ndarray:
         """Return whether an event at or before each moment, or a static one, exists: bool [Q]."""
         return (self.last_upto(subject_Q, time_Q) != LONG_AGO) | self.static_S[subject_Q]

@@ -99,7 +99,10 @@ def exclusions(task: TaskDefinition, record: Record, at: Candidates) -> np.ndarr
         exclude(f"after {name}", of[name].last_upto(*where) > at.index_Q)
     if task.inside is not None:
         opened_Q, closed_Q = (of[name].last_upto(*where) for name in task.inside)
-        exclude("not inside a stay", (opened_Q == LONG_AGO) | (closed_Q > opened_Q))
+        # at one time a transfer closes a stay and opens another; a stay of no length does not
+        num_opened_Q, num_closed_Q = (of[name].num_upto(*where) for name in task.inside)
+        over_Q = (closed_Q > opened_Q) | ((closed_Q == opened_Q) & (num_closed_Q >= num_opened_Q))
+        exclude("not inside a stay", (opened_Q == LONG_AGO) | over_Q)
     exclude(DEAD, of[DEATH].last_upto(*where) != LONG_AGO)
     exclude("before the first event", record.first_S[at.subject_Q] > at.time_Q)
     if task.first_only:

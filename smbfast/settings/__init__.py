@@ -10,6 +10,7 @@ from smbfast.settings.experiments import EXPERIMENTS, Experiment, ExperimentSett
 from smbfast.settings.model import LoraSettings, ModelSettings, ObjectiveSettings
 from smbfast.settings.pools import POOLS, Pool, RunPool
 from smbfast.settings.presets import load, presets, run_arguments, run_help
+from smbfast.settings.tasks import TasksSettings
 from smbfast.settings.training import (
     EvalSettings,
     OptimSettings,
@@ -42,6 +43,7 @@ __all__ = [
     "RunPool",
     "RunSettings",
     "SimulateSettings",
+    "TasksSettings",
     "TrainSettings",
     "decided_data",
     "kernel_choice",

@@ -303,7 +303,7 @@ Examples
     check: list[str] = Field(
         [],
         description="Label folders to check for leakage, or names of folders under <data>/labels; "
-        "nothing is written. The exit code is 1 if one leaks. Labels of held_out are checked as "
+        "nothing is written. The exit code is 1 if one has a fault. Labels of held_out are checked as "
         "all others, and no figure of a model is computed from them.",
     )
 
