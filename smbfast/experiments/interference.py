@@ -24,7 +24,6 @@ from torch import Tensor
 from smbfast.base.files import read_json, verify_folder
 from smbfast.data.loader import make_batch, step_windows
 from smbfast.experiments.runs import Run
-from smbfast.experiments.scores import seed_weights
 from smbfast.model.target import TargetEncoder
 from smbfast.run import checkpoint
 from smbfast.run.checkpoint import Checkpoint
@@ -33,6 +32,7 @@ from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import place
 from smbfast.run.startup import losses_of
 from smbfast.run.step import LossScales
+from smbfast.statistics.seeds import seed_weights
 
 BATCHES = 16  # at each moment
 FIGURES = ("cosine", "sft", "jepa", "across", "mean")
