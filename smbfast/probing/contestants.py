@@ -172,14 +172,18 @@ def _bag(
     model = config.model or (run / "final" if run else None)
     if model is None or not (config.model or model.is_dir()):
         return "no model is given (--model), and the embeddings lie in no run"
-    serializer = serializer_at(model, dataset)
-    made_by = (read_origin(config.embeddings) or {}).get("tokens")
-    own = tokens_digest(model)
-    if made_by is not None and own != made_by:
-        raise ValueError(
-            f"`model` must have the tokens of {config.embeddings}, whose digest is {made_by}; "
-            f"those of {model} have {own}"
-        )
+    try:
+        serializer = serializer_at(model, dataset)
+        made_by = (read_origin(config.embeddings) or {}).get("tokens")
+        if made_by is not None and tokens_digest(model) != made_by:
+            raise ValueError(
+                f"`model` must have the tokens of {config.embeddings}, whose digest is {made_by}; "
+                f"those of {model} have {tokens_digest(model)}"
+            )
+    except ValueError as error:
+        if config.model:
+            raise
+        return str(error)
     counts = plain.counts
     days = plain.recency.longest([plain.rows(t.take(t.split_N == "train")) for t in tasks])
     key = counts.subject_K, counts.time_K
