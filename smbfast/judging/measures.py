@@ -30,7 +30,7 @@ def outcome(labels: Labels) -> np.ndarray:
 
 def competing_of(labels: Labels) -> np.ndarray | None:
     """Return whether a competing event ended each row, bool [J]; None where nothing competes."""
-    return getattr(labels, "competing_N", None)
+    return labels.competing_N
 
 
 def follow_up(labels: Labels) -> FollowUp:

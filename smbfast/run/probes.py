@@ -73,6 +73,7 @@ def probe_run(
             labels=[str(folder) for folder, _ in run.tasks],
             out=run.folder,
             bootstraps=probe.bootstraps,
+            few_shot=probe.few_shot,
             seed=settings.run.seed,
             final=final,
         ),

@@ -125,18 +125,23 @@ class ProbeCommandSettings(Settings):
     Binary tasks (columns subject_id, prediction_time, boolean_value): features are standardised on
     train, and an L2 logistic regression is fitted on train alone, with the penalty that gives the
     least log loss on tuning. Tuning also calibrates its probabilities, and says when boosted trees,
-    a second head for the trained model, stop. Reported are AUROC, AUPRC and Brier score.
+    a second head for the trained model, stop. Reported are AUROC, AUPRC, Brier score and skill, and
+    slope and intercept of calibration.
 
-    Time to event (columns subject_id, prediction_time, duration_days, event): a Cox regression on
-    all features, fitted on train, with the ridge that gives the best partial likelihood on tuning.
-    Reported is Harrell's C.
+    Time to event (columns subject_id, prediction_time, duration_days, event and, where one event
+    rules out another, competing): a Cox regression on all features, fitted on train, with the ridge
+    that gives the best partial likelihood on tuning. Reported are the cumulative/dynamic AUC and
+    Brier score at three horizons, Harrell's and Uno's C.
+
+    Each task has one verdict, worst first: the trained model against the best baseline by the
+    primary figure, AUROC or mean AUC over the horizons, of each patient's first decision node, with
+    Holm's correction over the tasks. Groups by node, past events, sex and age stand below.
 
     Figures and predictions are of tuning, on which models are chosen. Those of held_out are for the
     end: --final gives them, and counts in held_out.json of the run how often it did.
 
     Intervals (95 %) resample patients, not rows, and differences between models use the same
-    resamples. Two baselines stand beside: the same backbone untrained, and age, sex and counts of
-    codes.
+    resamples.
     """
 
     epilog: ClassVar[str] = """Examples
@@ -192,8 +197,8 @@ class ProbeCommandSettings(Settings):
     )
     out: Path | None = Field(
         None,
-        description="Folder that receives the results, probe.json, and for binary tasks the "
-        "predictions, predictions/<task>.parquet. `none` means the folder of the embeddings.",
+        description="Folder that receives the results, probe.json, and the predictions of every "
+        "model, predictions/<task>/<model>.parquet. `none` means the folder of the embeddings.",
     )
     final: bool = Field(
         False,
@@ -206,14 +211,15 @@ class ProbeCommandSettings(Settings):
         1000,
         ge=0,
         description="Number of times the judged patients are resampled for the 95 % intervals of "
-        "AUROC, AUPRC and Brier score. More resamples make the limits steadier and take longer; 0 "
-        "gives no intervals.",
+        "the primary figure and the metrics of binary tasks. More resamples make the limits steadier "
+        "and take longer; 0 gives no intervals and no verdict. Slope and intercept take at most 200, "
+        "and of more than 200,000 rows only the primary figure takes them all.",
     )
     cox_bootstraps: int = Field(
         200,
         ge=0,
-        description="Number of resamples for the 95 % intervals of the C-index of time-to-event "
-        "tasks, which takes longer to compute than the other metrics; 0 gives no intervals.",
+        description="Number of resamples for the 95 % intervals of metrics of time-to-event tasks "
+        "other than the primary one, which take longer to compute; 0 gives no intervals.",
     )
     few_shot: bool = Field(
         False,

@@ -270,7 +270,14 @@ class ProbeSettings(Settings):
         ge=100,
         description="Number of times the judged patients are resampled for the 95 % intervals of "
         "AUROC, AUPRC and Brier score. More resamples make the limits of the intervals steadier "
-        "and take longer. The C-index of time-to-event tasks always takes 200.",
+        "and take longer. Of time-to-event tasks the primary figure takes as many, and the other "
+        "metrics 200.",
+    )
+    few_shot: bool = Field(
+        False,
+        description="Whether binary tasks are also fitted to few rows: to 8, 16, 32, 64 and 128 of "
+        "each class of train, and as many of tuning for choices, five times each, for the trained "
+        "model, code counts, and boosted trees on counts and values.",
     )
 
     @property

@@ -102,7 +102,7 @@ def intercept(probability_N: np.ndarray, true_N: np.ndarray) -> Metric:
 
 
 def curve(
-    probability_N: np.ndarray, true_N: np.ndarray, subject_N: np.ndarray, bins: int = 10
+    probability_N: np.ndarray, true_N: np.ndarray, subject_N: np.ndarray, num_bins: int = 10
 ) -> list[Bin]:
     """Return the calibration curve: observed against predicted by deciles of the prediction.
 
@@ -113,9 +113,15 @@ def curve(
     Args:
         probability_N: float, true_N: bool, subject_N: whose the row is.
     """
+    parts = bins(probability_N, subject_N, num_bins)
+    return [_bin(probability_N[rows], true_N[rows], subject_N[rows]) for rows in parts]
+
+
+def bins(probability_N: np.ndarray, subject_N: np.ndarray, num_bins: int = 10) -> list[np.ndarray]:
+    """Return the rows of each bin of a calibration curve, least prediction first; see `curve`."""
     if len(probability_N) == 0:
         return []
-    edges = np.quantile(probability_N, np.arange(1, bins) / bins)
+    edges = np.quantile(probability_N, np.arange(1, num_bins) / num_bins)
     bin_N = np.searchsorted(np.unique(edges), probability_N, side="right")
     parts: list[np.ndarray] = []
     for number in np.unique(bin_N):
@@ -126,7 +132,7 @@ def curve(
             parts.append(rows)
     if len(parts) > 1 and len(np.unique(subject_N[parts[-1]])) < _FEWEST:
         parts[-2:] = [np.concatenate(parts[-2:])]
-    return [_bin(probability_N[rows], true_N[rows], subject_N[rows]) for rows in parts]
+    return parts
 
 
 def _bin(probability_N: np.ndarray, true_N: np.ndarray, subject_N: np.ndarray) -> Bin:

@@ -17,7 +17,8 @@ from smbfast.data.nodes import distinct_nodes
 from smbfast.probe import main
 from smbfast.probing import features, logistic, ridge
 from smbfast.probing.features import join, read_embeddings
-from smbfast.probing.run_probe import PREDICTIONS, run_probe
+from smbfast.judging.predictions import PREDICTIONS
+from smbfast.probing.run_probe import run_probe
 from smbfast.probing.table import table
 from smbfast.settings import ProbeCommandSettings
 
