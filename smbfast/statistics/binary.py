@@ -39,8 +39,7 @@ def auroc(score_N: np.ndarray, true_N: np.ndarray) -> Metric:
     )
 
     def metric(weight_BN: np.ndarray) -> np.ndarray:
-        weight_NB = np.ascontiguousarray(weight_BN.T)
-        return ratio(*pairs.sums(weight_NB.take(positive_P, 0), weight_NB.take(negative_M, 0)))
+        return ratio(*pairs.sums(weight_BN.take(positive_P, 1), weight_BN.take(negative_M, 1)))
 
     return metric
 

@@ -25,7 +25,7 @@ class _Bit(NamedTuple):
     case_K: np.ndarray  # int32 which cases
     first_K: np.ndarray  # int32 where the controls of the case's node begin
     below_K: np.ndarray  # int32 where those that are not below it in risk begin
-    upto_K: np.ndarray  # int32 where those above it begin
+    upto_K: np.ndarray | None  # int32 where those above it begin; None if no risks are equal
 
 
 class Pairs:
@@ -60,26 +60,34 @@ class Pairs:
             control_key_N[self._by_key_N], case_key_C, side="right"
         ).astype(np.int32)
 
-    def sums(self, case_CB: np.ndarray, control_NB: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def sums(self, case_BC: np.ndarray, control_BN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the weight of pairs in the right order, and of all, float64 [B] each.
 
         A pair weighs the product of its two weights. Whole weights give exact sums (of halves below
         2**53).
 
         Args:
-            case_CB, control_NB: whole or real weights >= 0, a column for each draw.
+            case_BC, control_BN: whole or real weights >= 0, a row for each draw.
         """
-        case_CB = np.ascontiguousarray(case_CB, np.float64)
-        right_B = np.zeros(case_CB.shape[1])
-        for bit in self._bits:
-            sum_MB = _running(control_NB, bit.control_M)
-            twice_KB = sum_MB.take(bit.below_K, 0)
-            twice_KB += sum_MB.take(bit.upto_K, 0)
-            twice_KB -= 2 * sum_MB.take(bit.first_K, 0)
-            right_B += np.einsum("kb,kb->b", case_CB.take(bit.case_K, 0), twice_KB)
-        sum_NB = _running(control_NB, self._by_key_N)
-        all_CB = sum_NB[-1] - sum_NB.take(self._greater_C, 0)
-        return right_B / 2, np.einsum("cb,cb->b", case_CB, all_CB)
+        right_B, all_B = np.empty(len(case_BC)), np.empty(len(case_BC))
+        sum_N = np.zeros(control_BN.shape[1] + 1)  # room for all running sums
+        for draw, (case_C, control_N) in enumerate(zip(case_BC, control_BN, strict=True)):
+            case_C = case_C.astype(np.float64)
+            _run(control_N, self._by_key_N, sum_N)
+            all_B[draw] = case_C @ (sum_N[-1] - sum_N.take(self._greater_C))
+            right_B[draw] = sum(_right(bit, case_C, control_N, sum_N) for bit in self._bits)
+        return right_B, all_B
+
+
+def _right(bit: _Bit, case_C: np.ndarray, control_N: np.ndarray, sum_N: np.ndarray) -> float:
+    """Return the weight of the pairs that meet at a bit and are in the right order."""
+    _run(control_N, bit.control_M, sum_N)
+    below_K = sum_N.take(bit.below_K)
+    if bit.upto_K is not None:
+        below_K += sum_N.take(bit.upto_K)
+        below_K *= 0.5
+    below_K -= sum_N.take(bit.first_K)
+    return float(case_C.take(bit.case_K) @ below_K)
 
 
 def _bit(
@@ -99,22 +107,22 @@ def _bit(
     # cases in the order of their places: what is looked up lies close together
     by_place_K, by_place_M = np.argsort(place_K, kind="stable"), np.argsort(place_M, kind="stable")
     first_K, place_K, place_M = first_K[by_place_K], place_K[by_place_K], place_M[by_place_M]
+    first_K, below_K, upto_K = (
+        np.searchsorted(place_M, place, side).astype(np.int32)
+        for place, side in ((first_K, "left"), (place_K, "left"), (place_K, "right"))
+    )
     return _Bit(
-        *(
-            at.astype(np.int32)
-            for at in (
-                control_M[by_place_M],
-                case_K[by_place_K],
-                np.searchsorted(place_M, first_K),
-                np.searchsorted(place_M, place_K),
-                np.searchsorted(place_M, place_K, side="right"),
-            )
-        )
+        control_M[by_place_M].astype(np.int32),
+        case_K[by_place_K].astype(np.int32),
+        first_K,
+        below_K,
+        None if np.array_equal(below_K, upto_K) else upto_K,
     )
 
 
-def _running(weight_NB: np.ndarray, order_M: np.ndarray) -> np.ndarray:
-    """Return the sums of the weights before each place of the order, float64 [M + 1, B]."""
-    sum_MB = np.zeros((len(order_M) + 1, weight_NB.shape[1]))
-    np.cumsum(weight_NB.take(order_M, 0), axis=0, out=sum_MB[1:])
-    return sum_MB
+def _run(weight_N: np.ndarray, order_M: np.ndarray, sum_N: np.ndarray) -> None:
+    """Write the sums of the weights before each place of the order, M + 1 of them; the first is 0.
+
+    One draw at a time: its weights lie in a cache, which those of many draws do not.
+    """
+    np.cumsum(weight_N.take(order_M), dtype=np.float64, out=sum_N[1 : len(order_M) + 1])

@@ -41,8 +41,7 @@ def harrell_c(risk_N: np.ndarray, follow_up: FollowUp) -> Metric:
     pairs = Pairs(risk_N[case_C], case_key_C, risk_N, key_N)
 
     def metric(weight_BN: np.ndarray) -> np.ndarray:
-        weight_NB = np.ascontiguousarray(weight_BN.T)
-        return ratio(*pairs.sums(weight_NB.take(case_C, 0), weight_NB))
+        return ratio(*pairs.sums(weight_BN.take(case_C, 1), weight_BN))
 
     return metric
 
@@ -72,20 +71,19 @@ def uno_c(
     competing_N = np.zeros(len(key_N), bool)
     if follow_up.competing_N is not None:
         competing_N = follow_up.competing_N
-    inverse_C1 = _inverse(censoring.at(follow_up.duration_N[case_C]))[:, None]
+    inverse_C = _inverse(censoring.at(follow_up.duration_N[case_C]))
     pairs = Pairs(risk_N[case_C], case_key_C, risk_N, key_N)
     # the other way round: competing events before the case's. A greater key is an earlier time.
     other_M = np.flatnonzero(competing_N)
     last = int(key_N.max(initial=0))
     back = Pairs(risk_N[case_C], last - case_key_C, risk_N[other_M], last - key_N[other_M] + 1)
-    inverse_M1 = _inverse(censoring.at(follow_up.duration_N[other_M]))[:, None]
+    inverse_M = _inverse(censoring.at(follow_up.duration_N[other_M]))
 
     def metric(weight_BN: np.ndarray) -> np.ndarray:
-        weight_NB = np.ascontiguousarray(weight_BN.T)
-        case_CB = weight_NB.take(case_C, 0) * inverse_C1
-        right_B, all_B = pairs.sums(case_CB * inverse_C1, weight_NB)
+        case_BC = weight_BN.take(case_C, 1) * inverse_C
+        right_B, all_B = pairs.sums(case_BC * inverse_C, weight_BN)
         if len(other_M):
-            more = back.sums(case_CB, weight_NB.take(other_M, 0) * inverse_M1)
+            more = back.sums(case_BC, weight_BN.take(other_M, 1) * inverse_M)
             right_B, all_B = right_B + more[0], all_B + more[1]
         return ratio(right_B, all_B)
 
@@ -107,7 +105,7 @@ def dynamic_auc(risk_N: np.ndarray, follow_up: FollowUp, time: float, censoring:
         ValueError: as `FollowUp.checked` says.
     """
     follow_up = follow_up.checked()
-    case_C, control_M, weight_C1, weight_M1 = _at(follow_up, time, censoring)
+    case_C, control_M, weight_C, weight_M = _at(follow_up, time, censoring)
     pairs = Pairs(
         risk_N[case_C],
         np.zeros(len(case_C), np.int64),
@@ -116,9 +114,8 @@ def dynamic_auc(risk_N: np.ndarray, follow_up: FollowUp, time: float, censoring:
     )
 
     def metric(weight_BN: np.ndarray) -> np.ndarray:
-        weight_NB = np.ascontiguousarray(weight_BN.T)
-        case_CB = weight_NB.take(case_C, 0) * weight_C1
-        return ratio(*pairs.sums(case_CB, weight_NB.take(control_M, 0) * weight_M1))
+        case_BC = weight_BN.take(case_C, 1) * weight_C
+        return ratio(*pairs.sums(case_BC, weight_BN.take(control_M, 1) * weight_M))
 
     return metric
 
@@ -219,7 +216,7 @@ def _keys(follow_up: FollowUp) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _at(
     follow_up: FollowUp, time: float, censoring: Steps
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return cases by a time, controls at it, and their weights by IPCW [C, 1] and [M, 1]."""
+    """Return cases by a time, controls at it, and their weights by IPCW [C] and [M]."""
     duration_N, event_N, competing_N = follow_up
     case_C = np.flatnonzero(event_N & (duration_N <= time))
     control_N = duration_N > time
@@ -233,7 +230,7 @@ def _at(
         control_N = control_N | gone_N
     control_M = np.flatnonzero(control_N)
     weight_C = _inverse(censoring.at(duration_N[case_C]))
-    return case_C, control_M, weight_C[:, None], weight_N[control_M, None]
+    return case_C, control_M, weight_C, weight_N[control_M]
 
 
 def _squares(
