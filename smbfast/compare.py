@@ -5,7 +5,7 @@ import sys
 
 from smbfast.base.entry import entry
 from smbfast.base.help_page import help_text
-from smbfast.settings.compare import CompareSettings, compare_arguments
+from smbfast.settings import CompareSettings, compare_arguments
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ import pytest
 from smbfast.base.entry import RunFailed, entry
 from smbfast.base.progress import Progress
 
-COMMANDS = ["prepare", "simulate", "embed", "probe", "report", "tasks"]
+COMMANDS = ["prepare", "simulate", "embed", "probe", "report", "tasks", "compare"]
 # runs a command in a fresh process, then names what it should not have waited for
 CHILD = """
 import importlib, sys

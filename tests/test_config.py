@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from smbfast.base.config import Settings, build, command_line, known_keys, read_toml, to_toml
 from smbfast.base.help_page import group_class, table_class
 from smbfast.settings import (
+    CompareSettings,
     EmbedSettings,
     PrepareSettings,
     ProbeCommandSettings,
@@ -32,9 +33,13 @@ MODELS = [
     ProbeCommandSettings,
     ReportSettings,
     TasksSettings,
+    CompareSettings,
 ]
 HEAVY = ["torch", "peft", "sklearn", "pyarrow", "transformers", "numpy", "scipy", "triton"]
-COMMANDS = ["train", "check", "prepare", "simulate", "embed", "probe", "report", "tasks"]
+COMMANDS = [
+    *("train", "check", "prepare", "simulate", "embed", "probe", "report"),
+    *("tasks", "compare", "experiment"),
+]
 LIGHT = [
     "from smbfast.settings import run_help; print(run_help(['lora'], 'p'))",
     "from smbfast.base.config import to_toml; from smbfast.settings import load; "

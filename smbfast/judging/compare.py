@@ -63,7 +63,7 @@ def compare(config: CompareSettings, tell: Callable[[str], None]) -> dict[str, A
     pairs = _pairs(methods, config.against, alone)
     records, looked = [], set()
     for task, own in tasks.items():
-        paired = pair(task, own)
+        paired = pair(task, own, alone=alone)
         looked |= set(paired.judged_on)
         tell(f"{task}: {few(len(paired.labels))} rows of {', '.join(m.name for m in own)}")
         here = [pair for pair in pairs if {m.name for m in own} >= set(pair)]
@@ -85,9 +85,12 @@ def compare(config: CompareSettings, tell: Callable[[str], None]) -> dict[str, A
     }
 
 
-def pair(task: str, methods: list[Method]) -> Paired:
+def pair(task: str, methods: list[Method], *, alone: bool = False) -> Paired:
     """Return the rows of a task that every run of every method has, in the order of patients and
     times.
+
+    Args:
+        alone: whether the methods are models of one run, each with a role of its own.
 
     Raises:
         ValueError: there is no such row, or outcomes disagree.
@@ -107,13 +110,13 @@ def pair(task: str, methods: list[Method]) -> Paired:
     taken = [run.take(row_J) for (_, run), row_J in zip(runs, rows, strict=True)]
     for (name, _), run in zip(runs, taken, strict=True):
         _require_equal(task, (runs[0][0], taken[0]), (name, run))
-    horizons_H = _horizons([run for _, run in runs])
+    horizons_H = _horizons(taken)
     left_out = {m.name: max(len(run) for run in m.runs[task]) - len(rows[0]) for m in methods}
     scored, at = [], 0
     for method in methods:
         own = taken[at : at + len(method.runs[task])]
         at += len(own)
-        scored.append(_scored(method, own, len(horizons_H)))
+        scored.append(_scored(method, own, horizons_H, alone))
     judged_on = sorted({str(run.about["judged_on"]) for run in taken if "judged_on" in run.about})
     return Paired(_labels(task, taken[0]), scored, horizons_H, judged_on, left_out)
 
@@ -157,6 +160,8 @@ def _require_equal(task: str, one: tuple[str, Predictions], other: tuple[str, Pr
         # a file of others may hold float32
         days = (run.duration_N.astype(np.float32) for run in (one[1], other[1]))
         wrong_J = wrong_J | np.not_equal(*days)
+    if one[1].competing_N is not None and other[1].competing_N is not None:
+        wrong_J = wrong_J | (one[1].competing_N != other[1].competing_N)
     if wrong_J.any():
         raise ValueError(
             f"outcomes of {task} must be the same in all methods; {one[0]} and {other[0]} differ "
@@ -170,29 +175,43 @@ def _labels(task: str, run: Predictions) -> Labels:
     split_J = np.full(len(run), "held_out")
     if run.kind == "binary":
         return Labels(task, "binary", run.subject_N, run.time_N, split_J, value_N=run.true_N)
-    own = {"duration_N": run.duration_N, "event_N": run.true_N, "competing_N": run.competing_N}
+    competes = run.competing_N is not None and run.competing_N.any()
+    own = {
+        "duration_N": run.duration_N,
+        "event_N": run.true_N,
+        "competing_N": run.competing_N if competes else None,
+    }
     return Labels(task, run.kind, run.subject_N, run.time_N, split_J, **own)
 
 
-def _scored(method: Method, runs: list[Predictions], num_horizons: int) -> Scored:
-    chances = [run.probability_NH for run in runs]
-    known = num_horizons > 0 and all(
-        chance_JH is not None and chance_JH.shape[1] == num_horizons for chance_JH in chances
+def _scored(
+    method: Method, runs: list[Predictions], horizons_H: tuple[float, ...], alone: bool
+) -> Scored:
+    known = bool(horizons_H) and all(
+        run.probability_NH is not None
+        and run.horizons == horizons_H
+        and run.probability_NH.shape[1] == len(horizons_H)
+        for run in runs
     )
-    role = cast(Role, method.role if method.role in _ROLES else "beside")
+    chances = [run.probability_NH for run in runs if run.probability_NH is not None]
+    role = method.role if alone and method.role in _ROLES else "own"
     return Scored(
         method.name,
         method.name,
-        role,
+        cast(Role, role),
         np.stack([run.score_N for run in runs]),
-        chance_SNH=np.stack([c for c in chances if c is not None]) if known else None,
+        chance_SNH=np.stack(chances) if known else None,
     )
 
 
 def _horizons(runs: list[Predictions]) -> tuple[float, ...]:
-    """Return the horizons that files name, in days; those of the first file where they differ."""
-    named = [tuple(run.about.get("horizons_days") or ()) for run in runs]
-    return tuple(float(h) for h in next((own for own in named if own), ()))
+    """Return the horizons of time to event, in days: those of the first file that names any, or
+    quartiles of the times of events (our choice)."""
+    named = next((run.horizons for run in runs if run.horizons), ())
+    if named or runs[0].duration_N is None or not runs[0].true_N.any():
+        return named
+    quartiles = np.quantile(runs[0].duration_N[runs[0].true_N], [0.25, 0.5, 0.75])
+    return tuple(float(days) for days in np.unique(quartiles) if days < runs[0].duration_N.max())
 
 
 def _tasks(

@@ -37,9 +37,11 @@ def sizes(task: dict[str, Any], small: int) -> str:
         sum(task[name].values()) for name in ("rows", "positives", "patients")
     )
     kind = "positive" if task["kind"] == "binary" else "with the event"
+    days = task["horizons_days"] or []
+    horizons = f"; horizons of {', '.join(f'{h:,.4g}' for h in days)} days" if days else ""
     return (
-        f"{shown(rows, small)} shared rows ({shown(positives, small)} {kind}) of "
-        f"{shown(patients, small)} patients"
+        f"{shown(rows, small)} shared rows ({_part(positives, rows, small)} {kind}) of "
+        f"{shown(patients, small)} patients{horizons}"
     )
 
 
@@ -54,6 +56,11 @@ def left_out(task: dict[str, Any], small: int) -> str:
 def shown(number: int, small: int) -> str:
     """Return a count of rows or people as text; a small one is only said to be small."""
     return f"<={small}" if 0 < number <= small else f"{number:,}"
+
+
+def _part(number: int, whole: int, small: int) -> str:
+    """Return a count of a whole that stands beside it, so that none is learned by subtraction."""
+    return f"all but <={small}" if 0 < whole - number <= small < number else shown(number, small)
 
 
 def _block(task: dict[str, Any], small: int) -> list[str]:

@@ -211,7 +211,8 @@ def _stem(path: Path) -> str:
     if "predictions" in parts and parts.index("predictions"):
         return parts[parts.index("predictions") - 1]
     name = path.stem if path.suffix == ".parquet" else path.name
-    return re.sub(r"[-_.]?[*?\[].*$", "", name) or path.parent.name or name
+    name = re.sub(r"[-_.]?[*?\[].*$", "", name)
+    return path.parent.name or name if name in ("", "fold") or _FOLD.fullmatch(name) else name
 
 
 def _read(name: str, model: str, runs: list[list[list[Source]]], folds: bool) -> Method:

@@ -56,6 +56,13 @@ class Predictions:
     def __len__(self) -> int:
         return len(self.subject_N)
 
+    @property
+    def horizons(self) -> tuple[float, ...]:
+        """The horizons that the metadata name, in days."""
+        named = self.about.get("horizons_days")
+        named = named if isinstance(named, list) else []
+        return tuple(float(days) for days in named if isinstance(days, int | float))
+
     def take(self, rows: np.ndarray) -> "Predictions":
         """Return the given rows (indices or a mask)."""
         return replace(self, **{name: array[rows] for name, array in self._arrays().items()})
@@ -65,8 +72,11 @@ class Predictions:
 
 
 def together(parts: list[Predictions]) -> Predictions:
-    """Return the rows of all parts below each other; columns that one part lacks are left out."""
+    """Return the rows of all parts below each other; what one part lacks is left out, and
+    probabilities are if they are not by the same horizons."""
     names = set.intersection(*(set(part._arrays()) for part in parts))
+    if any(part.horizons != parts[0].horizons for part in parts):
+        names -= {"probability_NH"}
     whole = {name: np.concatenate([getattr(p, name) for p in parts]) for name in names}
     absent = dict.fromkeys(set(parts[0]._arrays()) - names)
     return replace(parts[0], **absent, **whole)

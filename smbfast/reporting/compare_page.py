@@ -209,7 +209,7 @@ def _calibration(task: Record, name: str) -> list[str | None]:
 
 
 def _look(model: Record, place: int) -> str:
-    """Return how a method is drawn: of methods that have no role of their own, the first is own."""
-    if model["role"] in ("baseline", "oracle"):
-        return str(model["role"])
-    return "own" if place == 0 or model["role"] == "own" else "beside"
+    """Return how a method is drawn: the first one as our own, each other by its role."""
+    if place == 0:
+        return "own"
+    return "beside" if model["role"] == "own" else str(model["role"])

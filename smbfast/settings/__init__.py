@@ -4,6 +4,7 @@ Imports pydantic and nothing heavier, so that `--help` and a refused setting are
 """
 
 from smbfast.settings.commands import EmbedSettings, ProbeCommandSettings, ReportSettings
+from smbfast.settings.compare import CompareSettings, compare_arguments
 from smbfast.settings.data import CohortSettings, DataSettings, PrepareSettings, SimulateSettings
 from smbfast.settings.decide import decided_data, require_meds_folder, tokenizer_folder
 from smbfast.settings.experiments import EXPERIMENTS, Experiment, ExperimentSettings
@@ -25,6 +26,7 @@ __all__ = [
     "EXPERIMENTS",
     "POOLS",
     "CohortSettings",
+    "CompareSettings",
     "DataSettings",
     "EmbedSettings",
     "EvalSettings",
@@ -45,6 +47,7 @@ __all__ = [
     "SimulateSettings",
     "TasksSettings",
     "TrainSettings",
+    "compare_arguments",
     "decided_data",
     "kernel_choice",
     "load",

@@ -75,7 +75,7 @@ class CompareSettings(Settings):
         1000,
         ge=0,
         description="Number of draws of patients, and of training seeds where there are several, "
-        "for the 95 % intervals and p. No p is below 1 / (draws + 1); 0 gives no intervals and no "
+        "for the 95 % intervals and p. No p is below 2 / (draws + 1); 0 gives no intervals and no "
         "verdict.",
     )
     seed: int = Field(
