@@ -374,5 +374,8 @@ def epilog() -> str:
 
   Try an experiment on a small cohort of its own first:
     python -m smbfast.experiment regimes --work=FOLDER --first=901 --replicates=1 \\
-        --steps=5 --patients=300 --held_out=0"""
+        --steps=5 --patients=300 --held_out=0
+
+  Cross-validate a method on data of your own, which has a help page of its own:
+    python -m smbfast.experiment folds --help"""
     return "\n\n".join(["Experiments", *(plan.text() for plan in PLANS.values()), examples])

@@ -45,8 +45,16 @@ class Paired:
     left_out: dict[str, int]
 
 
-def compare(config: CompareSettings, tell: Callable[[str], None]) -> dict[str, Any]:
+def compare(
+    config: CompareSettings,
+    tell: Callable[[str], None],
+    traits_of: Callable[[Labels], Traits] | None = None,
+) -> dict[str, Any]:
     """Return the content of `compare.json`: that of `probe.json`, with methods in place of models.
+
+    Args:
+        traits_of: what is known of rows beside their order, for figures by age, sex and history;
+            prediction files do not hold it.
 
     Raises:
         ValueError: a method cannot be read, methods have no task or no row in common, their
@@ -67,7 +75,7 @@ def compare(config: CompareSettings, tell: Callable[[str], None]) -> dict[str, A
         looked |= set(paired.judged_on)
         tell(f"{task}: {few(len(paired.labels))} rows of {', '.join(m.name for m in own)}")
         here = [pair for pair in pairs if {m.name for m in own} >= set(pair)]
-        record = _judged(paired, here, config)
+        record = _judged(paired, here, config, traits_of or _traits)
         records.append(record | {"left_out": paired.left_out, "judged_on": paired.judged_on})
     primary = measures.PRIMARY
     return {
@@ -281,7 +289,10 @@ def _pairs(
 
 
 def _judged(
-    paired: Paired, pairs: list[tuple[str, str]], config: CompareSettings
+    paired: Paired,
+    pairs: list[tuple[str, str]],
+    config: CompareSettings,
+    traits_of: Callable[[Labels], Traits],
 ) -> dict[str, Any]:
     draws = config.bootstraps
     protocol = Protocol(draws, draws, config.seed, "held_out")
@@ -289,7 +300,7 @@ def _judged(
     record = judge(
         labels,
         paired.scored,
-        _traits(labels),
+        traits_of(labels),
         protocol,
         horizons_H=paired.horizons_H,
         pairs=pairs,

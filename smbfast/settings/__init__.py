@@ -7,7 +7,12 @@ from smbfast.settings.commands import EmbedSettings, ProbeCommandSettings, Repor
 from smbfast.settings.compare import CompareSettings, compare_arguments
 from smbfast.settings.data import CohortSettings, DataSettings, PrepareSettings, SimulateSettings
 from smbfast.settings.decide import decided_data, require_meds_folder, tokenizer_folder
-from smbfast.settings.experiments import EXPERIMENTS, Experiment, ExperimentSettings
+from smbfast.settings.experiments import (
+    EXPERIMENTS,
+    Experiment,
+    ExperimentSettings,
+    FoldsSettings,
+)
 from smbfast.settings.model import LoraSettings, ModelSettings, ObjectiveSettings
 from smbfast.settings.pools import POOLS, Pool, RunPool
 from smbfast.settings.presets import load, presets, run_arguments, run_help
@@ -32,6 +37,7 @@ __all__ = [
     "EvalSettings",
     "Experiment",
     "ExperimentSettings",
+    "FoldsSettings",
     "LoraSettings",
     "ModelSettings",
     "ObjectiveSettings",

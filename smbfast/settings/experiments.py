@@ -1,7 +1,7 @@
 """Settings of the command `experiment`."""
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -75,3 +75,43 @@ class ExperimentSettings(Settings):
         description="Number of processes, of one thread each. The results do not depend on it.",
     )
     draws: int = Field(1000, ge=100, description="Number of draws of the bootstrap.")
+
+
+class FoldsSettings(Settings):
+    """Cross-validate a method on your data: train an encoder for each fold, judge it on the fold
+    that it never saw, and put the held-out predictions of all folds together.
+
+    Every patient then judges once, so a small dataset has as many judged outcomes as it holds. A
+    patient's fold is a hash of the id; splits of the dataset itself are set aside. Of the patients
+    outside a fold 15 % are tuning. Tables hold every baseline, differences with intervals over
+    patients, and a verdict for each task. Whatever is in `work` is used again: the same command
+    goes on. Prediction files of another model, as runs/fold-N/predictions/<task>/<model>.parquet in
+    `work`, are judged with ours.
+    """
+
+    epilog: ClassVar[str] = """Examples
+
+  Five folds of a dataset on two tasks, with twice the steps of the preset:
+    python -m smbfast.experiment folds --data=MEDS_FOLDER --work=FOLDER \\
+        --labels=mortality,readmission --train="default --phases.1.steps=1000\""""
+
+    data: Path = Field(description="Folder of the MEDS dataset, with its labels.")
+    work: Path = Field(
+        description="Folder for views of the folds, runs and results, which are written to "
+        "<work>/folds. Views link the data and take no room. It is best outside the repository."
+    )
+    labels: list[str] = Field(
+        [],
+        description="Tasks to judge, by name of their folders under <data>/labels. If the list is "
+        "empty, these are all that are there.",
+    )
+    folds: int = Field(5, ge=2, le=100, description="Number of folds, each with a run of its own.")
+    train: str = Field(
+        "",
+        description="Words of `python -m smbfast.train` for every run: a preset or a TOML file, "
+        "and settings. Choose them without the held-out figures of any fold.",
+    )
+    bootstraps: int = Field(
+        1000, ge=100, description="Number of draws of patients for the 95 % intervals."
+    )
+    seed: int = Field(0, ge=0, description="Random seed of the draws.")
