@@ -1,6 +1,6 @@
 """Metrics of a binary outcome, each under many weightings of the rows at once, and its calibration.
 
-Shape suffixes: N label rows, B draws, G groups of equal score, P rows with the outcome, M without.
+Shape suffixes: N label rows, B draws, P rows with the outcome, M without.
 """
 
 from typing import TypedDict
@@ -13,6 +13,7 @@ from smbfast.statistics.weights import Metric, ratio
 
 _NEAREST = 1e-9  # to 0 and 1 that a probability may come before its logit is taken (our choice)
 _STEPS = 40  # of Newton's method, after which a draw has no solution (separated classes)
+_LAST = 1e-5  # a step this short is the last: the next would be about its square
 _FEWEST = 10  # people in a bin of the calibration curve
 _NORMAL = 1.959963984540054  # the 97.5 % point of the normal law
 
@@ -46,15 +47,25 @@ def auroc(score_N: np.ndarray, true_N: np.ndarray) -> Metric:
 
 def auprc(score_N: np.ndarray, true_N: np.ndarray) -> Metric:
     """Return average precision: the sum over thresholds of precision times the step in recall."""
-    order_N, start_G = _groups(-score_N)
-    true_N = true_N[order_N].astype(bool)
+    true_N = np.asarray(true_N, bool)
+    order_N = np.argsort(-score_N, kind="stable").astype(np.int32)
+    sorted_N, hit_N = score_N[order_N], true_N[order_N]
+    positive_P, negative_M = order_N[hit_N], order_N[~hit_N]
+    # a threshold takes all rows of equal score: how many of each kind are at or above it
+    own_P = sorted_N[hit_N]
+    true_P = np.searchsorted(-own_P, -own_P, side="right").astype(np.int32)
+    false_P = np.searchsorted(-sorted_N[~hit_N], -own_P, side="right").astype(np.int32)
 
     def metric(weight_BN: np.ndarray) -> np.ndarray:
-        positive_BG, negative_BG = _sums(weight_BN[:, order_N], true_N, start_G)
-        true_BG = np.cumsum(positive_BG, 1)
-        called_BG = true_BG + np.cumsum(negative_BG, 1)
-        precision_BG = true_BG / np.maximum(called_BG, 1)
-        return ratio((positive_BG * precision_BG).sum(1), positive_BG.sum(1))
+        value_B = np.full(len(weight_BN), np.nan)
+        for draw, weight_N in enumerate(weight_BN):
+            weight_P = weight_N.take(positive_P)
+            right_P = _sums(weight_P).take(true_P)
+            called_P = right_P + _sums(weight_N.take(negative_M)).take(false_P)
+            if len(right_P) and right_P[-1] > 0:
+                precision_P = right_P / np.maximum(called_P, 1)
+                value_B[draw] = weight_P @ precision_P / right_P[-1]
+        return value_B
 
     return metric
 
@@ -171,51 +182,48 @@ def _recalibration(probability_N: np.ndarray, true_N: np.ndarray, slope: bool) -
 def _newton(
     score_N: np.ndarray, true_N: np.ndarray, weight_BN: np.ndarray, fit_B2: np.ndarray, slope: bool
 ) -> np.ndarray:
-    """Return intercept and slope, float64 [B, 2]; nan where there is no solution."""
-    fit_B2, open_B = fit_B2.copy(), np.ones(len(weight_BN), bool)
-    with np.errstate(all="ignore"):
+    """Return intercept and slope, float64 [B, 2]; nan where there is no solution.
+
+    One draw at a time; its rows of weight 0 are left out. See `_step` of when it ends.
+    """
+    fit_B2 = fit_B2.copy()
+    for draw, weight_N in enumerate(weight_BN):
+        rows = np.flatnonzero(weight_N)
+        own = score_N[rows], true_N[rows], weight_N[rows].astype(np.float64)
         for _ in range(_STEPS):
-            weight = weight_BN[open_B]
-            rate = expit(fit_B2[open_B, :1] + fit_B2[open_B, 1:] * score_N)
-            residual = weight * (true_N - rate)
-            rate *= 1 - rate
-            rate *= weight  # the curvature of each row
-            gradient_0, curvature_00 = residual.sum(1), rate.sum(1)
-            if slope:
-                gradient_1, curvature_01 = residual @ score_N, rate @ score_N
-                rate *= score_N
-                curvature_11 = rate @ score_N
-                determinant = curvature_00 * curvature_11 - curvature_01**2
-                step = np.stack(
-                    [
-                        curvature_11 * gradient_0 - curvature_01 * gradient_1,
-                        curvature_00 * gradient_1 - curvature_01 * gradient_0,
-                    ],
-                    axis=1,
-                )
-                step /= determinant[:, None]
-            else:
-                step = np.stack([gradient_0 / curvature_00, np.zeros(len(weight))], 1)
-            fit_B2[open_B] += np.clip(step, -2, 2)  # a step that is too long is cut short
-            # a step below 1e-7 was the last that matters: the error is squared by each
-            open_B[open_B] = ~(np.abs(step).max(1) < 1e-7)
-            if not open_B.any():
+            step_2 = _step(*own, fit_B2[draw], slope)
+            fit_B2[draw] += np.clip(step_2, -2, 2)  # one that is too long is cut short
+            if np.abs(step_2).max() < _LAST:
                 break
-    fit_B2[open_B] = np.nan
+        else:
+            fit_B2[draw] = np.nan
     return fit_B2
 
 
-def _groups(key_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ascending order of the keys, and where each run of equal keys starts in it."""
-    order_N = np.argsort(key_N, kind="stable")
-    sorted_N = key_N[order_N]
-    start_G = np.flatnonzero(np.concatenate([[True], sorted_N[1:] != sorted_N[:-1]]))
-    return order_N, start_G
+def _step(
+    score_N: np.ndarray, true_N: np.ndarray, weight_N: np.ndarray, fit_2: np.ndarray, slope: bool
+) -> np.ndarray:
+    """Return the step of Newton's method for intercept and slope, float64 [2]."""
+    rate_N = expit(fit_2[0] + fit_2[1] * score_N)
+    residual_N = weight_N * (true_N - rate_N)
+    curvature_N = weight_N * rate_N * (1 - rate_N)
+    gradient_0, curvature_00 = residual_N.sum(), curvature_N.sum()
+    with np.errstate(all="ignore"):
+        if not slope:
+            return np.array([gradient_0 / curvature_00, 0.0])
+        gradient_1, curvature_01 = residual_N @ score_N, curvature_N @ score_N
+        curvature_11 = (curvature_N * score_N) @ score_N
+        step_2 = np.array(
+            [
+                curvature_11 * gradient_0 - curvature_01 * gradient_1,
+                curvature_00 * gradient_1 - curvature_01 * gradient_0,
+            ]
+        )
+        return step_2 / (curvature_00 * curvature_11 - curvature_01**2)
 
 
-def _sums(
-    weight_BN: np.ndarray, true_N: np.ndarray, start_G: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    positive_BG = np.add.reduceat(weight_BN * true_N, start_G, axis=1)
-    total_BG = np.add.reduceat(weight_BN, start_G, axis=1)
-    return positive_BG.astype(np.float64), (total_BG - positive_BG).astype(np.float64)
+def _sums(weight_N: np.ndarray) -> np.ndarray:
+    """Return the sums of the weights before each place, float64 [N + 1]."""
+    sum_N = np.zeros(len(weight_N) + 1)
+    np.cumsum(weight_N, out=sum_N[1:])
+    return sum_N
