@@ -443,6 +443,40 @@ LEAKS = [
         "np.unique(np.arange(len(subject_N)), return_inverse=True)",
         "tests/statistics/test_resample.py::test_all_rows_of_a_patient_move_together",
     ),
+    mutant(
+        "competing-is-censored",
+        "a competing event takes its row out of the risk set of Harrell's C",
+        "smbfast/statistics/survival.py",
+        "key_N[competing_N] = len(time_U)",
+        "pass",
+        "tests/statistics/test_survival.py::"
+        "test_a_competing_event_keeps_a_row_in_the_risk_set_to_the_end",
+    ),
+    mutant(
+        "censoring-before-events",
+        "at a time with both, censorings leave the risk set before events",
+        "smbfast/statistics/incidence.py",
+        "risk_U = all_U[::-1].cumsum()[::-1] - ended_U",
+        "risk_U = all_U[::-1].cumsum()[::-1]",
+        "tests/statistics/test_survival.py::test_ipcw_metrics_are_those_of_scikit_survival",
+    ),
+    mutant(
+        "competing-hazard-left-out",
+        "the predicted incidence forgets those whom a competing event has taken",
+        "smbfast/statistics/incidence.py",
+        "free_MU = np.exp(-hazard_M1 * own_U[:-1] - other_U[:-1])",
+        "free_MU = np.exp(-hazard_M1 * own_U[:-1])",
+        "tests/statistics/test_survival.py::"
+        "test_the_incidence_under_competing_events_is_that_of_the_cohort",
+    ),
+    mutant(
+        "few-seeds-vary-too-little",
+        "draws of few training seeds are not stretched",
+        "smbfast/statistics/seeds.py",
+        "known * np.sqrt(seeds / (seeds - 1)) * (count_BS - 1) / seeds",
+        "(count_BS - 1) / seeds",
+        "tests/test_bench_cohorts.py::test_drawn_seeds_vary_as_much_as_their_mean_is_uncertain",
+    ),
 ]
 
 DECODER = [
