@@ -211,9 +211,9 @@ class ProbeCommandSettings(Settings):
         1000,
         ge=0,
         description="Number of times the judged patients are resampled for the 95 % intervals of "
-        "the primary figure and the metrics of binary tasks. More resamples make the limits steadier "
-        "and take longer; 0 gives no intervals and no verdict. Slope and intercept take at most 200, "
-        "and of more than 200,000 rows only the primary figure takes them all.",
+        "the primary figure and the metrics of binary tasks. More resamples make the limits "
+        "steadier and take longer; 0 gives no intervals and no verdict. Slope and intercept take "
+        "at most 200, and of more than 200,000 rows only the primary figure takes them all.",
     )
     cox_bootstraps: int = Field(
         200,

@@ -14,7 +14,7 @@ HORIZONS = (90.0, 365.0, 1095.0)
 
 
 def planted(
-    gain: float, *, kind: str = "binary", name: str = "task", patients: int = 300, seed: int = 0
+    gain: float, *, kind: str = "binary", name: str = "task", patients: int = 150, seed: int = 0
 ) -> tuple[Labels, list[Scored], Traits]:
     """Return judged rows, two nodes a patient, and models whose scores hold more or less of what
     decides: smbfast `gain` times as much as the best baseline."""
@@ -24,7 +24,7 @@ def planted(
     latent_N = np.repeat(rng.normal(size=patients), 2)
     outcome: dict[str, Any] = {}
     if kind == "binary":
-        outcome["value_N"] = latent_N + rng.normal(size=rows) > 0.7
+        outcome["value_N"] = latent_N + 0.6 * rng.normal(size=rows) > 0.5
     else:
         event_N, censored_N = rng.exponential(700 * np.exp(-latent_N)), rng.uniform(100, 3000, rows)
         outcome["duration_N"] = np.minimum(event_N, censored_N)
@@ -67,10 +67,10 @@ def planted(
     return judged, [*scored, none], traits
 
 
-def example_record(draws: int = 400) -> dict[str, Any]:
+def example_record(draws: int = 240) -> dict[str, Any]:
     """Return the content of probe.json: tasks that are lost, won, undecided and below chance, one
     of time to event, and one that cannot be measured."""
-    protocol = Protocol(draws, draws)
+    protocol = Protocol(draws, 100)
     gains = {"lost_1y": 0.15, "won_1y": 4.0, "equal_1y": 1.0, "wrong_1y": -1.0}
     tasks = []
     for at, (name, gain) in enumerate(gains.items()):

@@ -14,7 +14,7 @@ from smbfast.judging.measures import PRIMARY
 from smbfast.judging.scored import Scored
 from tests.judging.planted import HORIZONS, example_record, planted
 
-QUICK = Protocol(200, 100)
+QUICK = Protocol(100, 50)
 NONE = {"value": None, "low": None, "high": None}
 
 
@@ -84,7 +84,7 @@ def test_primary_figures_are_of_first_nodes() -> None:
             value = np.mean([roc_auc_score(judged.value_N[rows], s[rows]) for s in model.score_SN])
             assert cell["value"] == pytest.approx(value, abs=1e-12)
             assert cell["low"] <= cell["value"] <= cell["high"]
-    assert task["first"] == {"rows": 300, "positives": int(judged.value_N[first_J].sum())}
+    assert task["first"] == {"rows": 150, "positives": int(judged.value_N[first_J].sum())}
     rivals = {m["name"]: m["primary"]["value"] for m in task["models"] if m["role"] == "baseline"}
     assert rivals.pop("bag") is None and of(task, "bag")["reason"] == "no tokenizer given"
     assert task["best"] == max(rivals, key=rivals.get)
@@ -131,7 +131,7 @@ def test_time_to_event_is_judged_at_its_horizons() -> None:
     event = task["incidence"]["event"]
     assert event[0] == 0 and event == sorted(event) and task["incidence"]["competing"] is None
     people = sum(part["num"] for part in own["curve"])
-    assert people >= 300 and all(part["num"] >= 10 for part in own["curve"])
+    assert people >= 150 and all(part["num"] >= 10 for part in own["curve"])
     competing_N = ~judged.event_N & (np.arange(len(judged)) % 2 == 0)
     with_other = judge(
         replace(judged, competing_N=competing_N), scored, traits, QUICK, horizons_H=HORIZONS
@@ -160,11 +160,11 @@ def test_what_cannot_be_measured_says_why() -> None:
 
 def test_groups_are_of_enough_rows_or_say_so() -> None:
     judged, scored, traits = planted(1.0)
-    aged = replace(traits, age_N=np.where(np.arange(600) < 12, 85.0, 50.0))
+    aged = replace(traits, age_N=np.where(np.arange(300) < 12, 85.0, 50.0))
     task = judge(judged, scored, aged, QUICK)
     made = {(g["by"], g["name"]): g for g in task["groups"]}
     assert {by for by, _ in made} == {"node", "events", "sex", "age"}
-    assert sum(g["rows"] for g in task["groups"] if g["by"] == "events") == 600
+    assert sum(g["rows"] for g in task["groups"] if g["by"] == "events") == 300
     old = made["age", "80 and up"]
     assert old["rows"] == 12 and old["models"] == {} and f"fewer than {FEW}" in old["reason"]
     second_J = traits.order_N == 1
@@ -172,5 +172,5 @@ def test_groups_are_of_enough_rows_or_say_so() -> None:
     value = roc_auc_score(judged.value_N[second_J], scored[0].score_SN[0, second_J])
     assert cell["value"] == pytest.approx(value, abs=1e-12)
     assert set(cell) == set(NONE)
-    one_node = replace(traits, order_N=np.zeros(600, int), sex_N=np.full(600, "F"))
+    one_node = replace(traits, order_N=np.zeros(300, int), sex_N=np.full(300, "F"))
     assert {group.by for group in groups(one_node)} == {"events", "age"}
