@@ -157,7 +157,9 @@ def _protocol_text(config: ProbeCommandSettings) -> str:
         f"other metrics at most as many, and {config.cox_bootstraps} for time to event), and for "
         "models with several versions of versions too. Verdicts: smbfast against the baseline "
         "with the best primary figure on the judged rows themselves, p from the resamples, Holm "
-        "over tasks. The untrained backbone has the read-out that was chosen for the trained one. "
+        "over tasks. Untrained backbones each have the read-out that tuning chooses for them. "
+        "Stack: weights of 0 and above of the logits of smbfast and the baseline with the least "
+        "tuning loss, fitted on tuning with a ridge to their mean. "
         "The Bayes filter bounds every model in expectation in log loss and AUROC, not in C."
     )
 
