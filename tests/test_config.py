@@ -14,6 +14,7 @@ from smbfast.base.help_page import group_class, table_class
 from smbfast.settings import (
     CompareSettings,
     EmbedSettings,
+    ExperimentSettings,
     PrepareSettings,
     ProbeCommandSettings,
     ReportSettings,
@@ -34,6 +35,7 @@ MODELS = [
     ReportSettings,
     TasksSettings,
     CompareSettings,
+    ExperimentSettings,
 ]
 HEAVY = ["torch", "peft", "sklearn", "pyarrow", "transformers", "numpy", "scipy", "triton"]
 COMMANDS = [

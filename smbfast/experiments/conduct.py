@@ -1,14 +1,17 @@
 """Conducts an experiment from its plan to its record, table and page."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from smbfast.base.files import legal, write_text
 from smbfast.base.held_out import count_look, times
+from smbfast.base.helpers import helper
 from smbfast.base.runtime import git_state, versions
-from smbfast.experiments import results
+from smbfast.experiments import controls, results
 from smbfast.experiments.plans import PLANS, Plan
 from smbfast.experiments.sweep import Sweep
+from smbfast.reporting.experiment_page import write_experiment
 from smbfast.settings import ExperimentSettings
 
 RECORD, PAGE = "experiment.json", "experiment.html"
@@ -29,15 +32,25 @@ def conduct(size: ExperimentSettings, command: str) -> dict[str, Any]:
     folder = size.work / size.name
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_text(folder / "plan.txt", plan.text() + "\n")
+    if plan.name == "controls":
+        folders = controls.controls(size.run, size.work, command)
+        print("\n" + controls.text(size.run, folders))
+        return {"experiment": plan.name, "plan": plan.text()}
     sweep = Sweep(size, plan, command)
     sweep.work()
     # gradients are of patients of train
     looks = 0 if plan.name == "interference" else looked(sweep, command)
     record = {**said(plan, size), "held_out_looks": looks, **results.measured(sweep)}
+    record["text"] = results.paragraph(record)
     write_text(folder / RECORD, json.dumps(legal(record), indent=1) + "\n")
     if looks:
         print(f"Held-out figures of these runs were asked for {times(looks)}.")
-    print("\n" + results.text(record))
+    print("\n" + results.text(record) + "\n\n" + record["text"])
+    page: Path | None = None
+    with helper("the page of the experiment"):
+        page = write_experiment(folder / PAGE, record)
+    if page:
+        print(f"\n{page}")
     return record
 
 

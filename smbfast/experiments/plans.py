@@ -340,7 +340,7 @@ def _controls() -> Plan:
         PRIMARY,
         REFUTED,
         {
-            "run": Arm("the runs that are given", ()),
+            "run": Arm("the runs that are given by --run", ()),
             "sft": Arm("SFT alone for as many steps", ()),
             "sft_flops": Arm("SFT alone at as many FLOPs", ()),
         },

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from smbfast.experiments import interference
+from smbfast.data.nodes import SPLIT_NAMES
+from smbfast.experiments import interference, posterior
 from smbfast.experiments.models import BASELINES
+from smbfast.experiments.patients import Shared
 from smbfast.experiments.plans import LEAST, Claim
 from smbfast.experiments.scores import (
     COUNTS,
@@ -31,8 +33,9 @@ from smbfast.experiments.scores import (
     shares,
     together,
 )
-from smbfast.experiments.sweep import Job, Sweep
+from smbfast.experiments.sweep import Job, Kind, Sweep, judged_of
 from smbfast.statistics import resample
+from smbfast.statistics.holm import holm, p_value
 
 UNTRAINED = "untrained"
 
@@ -40,7 +43,9 @@ UNTRAINED = "untrained"
 def measured(sweep: Sweep) -> dict[str, Any]:
     """Return the figures of an experiment whose work is done, as JSON values."""
     if sweep.plan.name == "interference":
-        return {"arms": arms(sweep), "cosines": cosines(sweep)}
+        return {"arms": arms(sweep), "unit": "cosine", "cosines": cosines(sweep)}
+    if sweep.plan.name == "posterior":
+        return decodable(sweep)
     own = stacked([areas_of(sweep, replicate) for replicate in sweep.replicates])
     estimated = over_seeds(own, sweep.size.first)
     rivals = (UNTRAINED, *BASELINES)
@@ -50,6 +55,7 @@ def measured(sweep: Sweep) -> dict[str, Any]:
     binary = {key: value for key, value in estimated.items() if key[1] in _binary(own)}
     return {
         "arms": arms(sweep),
+        "unit": "mean AUROC",
         "figures": cells(estimated),
         "share": cells(shares(binary)),
         "differences": cells(gaps),
@@ -93,8 +99,9 @@ def judged(claims: tuple[Claim, ...], gaps: Estimates) -> list[dict[str, Any]]:
     rows = []
     for claim in claims:
         one = gaps[f"{claim.one} - {claim.other}", MEAN]
-        rows.append({**vars(claim), **verdict(one)})
-    return rows
+        rows.append({**vars(claim), **verdict(one), "p": p_value(one[1])})
+    adjusted = holm([row["p"] for row in rows])
+    return [{**row, "p_holm": p} for row, p in zip(rows, adjusted, strict=True)]
 
 
 def verdict(difference: Estimate) -> dict[str, Any]:
@@ -104,6 +111,45 @@ def verdict(difference: Estimate) -> dict[str, Any]:
     if own.low is not None and own.high is not None:
         said = "supported" if own.low > 0 else "refuted" if own.high < LEAST else "open"
     return {"difference": own._asdict(), "verdict": said}
+
+
+def decodable(sweep: Sweep) -> dict[str, Any]:
+    """Return R2 of the filter's posterior from the embedding of each arm (see `posterior`)."""
+    size, names = sweep.size, [*sweep.plan.arms, UNTRAINED]
+    whole: dict[str, list[float]] = {name: [] for name in names}
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for replicate in sweep.replicates:
+        seed = size.first + replicate - 1
+        run = sweep.run_of(sweep.first_arm, replicate)
+        nodes = judged_of(run, Shared.of(size.work, run.settings)).nodes
+        belief_KZ = posterior.posterior(seed, size.patients + size.held_out, nodes)
+        spread_R = posterior.spread(belief_KZ, nodes.split_K)
+        held_K = nodes.split_K == SPLIT_NAMES.index("held_out")
+        weight_BR = resample.patient_weights(nodes.subject_K[held_K], range(size.draws), seed)
+        for name in names:
+            kind: Kind = "untrained" if name == UNTRAINED else "run"
+            arm = sweep.first_arm if name == UNTRAINED else name
+            embedding_KD = np.load(sweep.job(kind, arm, replicate).embeddings, allow_pickle=False)
+            left_R, _ = posterior.residuals(embedding_KD, belief_KZ, nodes.split_K)
+            whole[name].append(1 - float(left_R.sum() / spread_R.sum()))
+            drawn[name].append(1 - (weight_BR @ left_R) / (weight_BR @ spread_R))
+    own = Areas(
+        {(name, MEAN): np.array(value) for name, value in whole.items()},
+        {(name, MEAN): np.stack(value, 1) for name, value in drawn.items()},
+    )
+    estimated = over_seeds(own, size.first)
+    pairs = [(claim.one, claim.other) for claim in sweep.plan.claims]
+    pairs += [(name, UNTRAINED) for name in sweep.plan.arms]
+    gaps = differences(estimated, pairs)
+    return {
+        "arms": arms(sweep),
+        "unit": "R2 of the posterior",
+        "figures": cells(estimated),
+        "share": {},
+        "differences": cells(gaps),
+        "claims": judged(sweep.plan.claims, gaps),
+        "of_replicate": {name: value for name, value in whole.items()},
+    }
 
 
 def cosines(sweep: Sweep) -> dict[str, Any]:
@@ -160,6 +206,32 @@ def text(record: dict[str, Any]) -> str:
         lines.append(f"{claim['verdict']:<9}  {claim['one']} > {claim['other']}: {difference}")
     gap = f"share of the gap: from {COUNTS} to the Bayes {FILTER}, mean of the yes-or-no tasks"
     return "\n".join([*lines, "", gap])
+
+
+def paragraph(record: dict[str, Any]) -> str:
+    """Return what came out in one paragraph, in words that follow from the figures alone."""
+    many = f"Over {record['replicates']} replicate{'s' * (record['replicates'] > 1)}"
+    if "cosines" in record:
+        lines = []
+        for arm, own in record["cosines"].items():
+            cell = own["cosine"][MEAN]
+            said = "open"
+            if cell["low"] is not None:
+                said = "shown" if cell["high"] < 0 else "not shown"
+            lines.append(f"in {arm} interference is {said}: {_shown(cell, '+')}")
+        return f"{many}, {'; '.join(lines)}. The null is a cosine of 0 or more."
+    lines = []
+    for kind in ("refuted", "supported", "open"):
+        own = [c for c in record["claims"] if c["verdict"] == kind]
+        if own:
+            each = (f"{c['one']} > {c['other']} ({_shown(c['difference'], '+')})" for c in own)
+            lines.append(f"{kind} {'is' if len(own) == 1 else 'are'} {', '.join(each)}")
+    after = [c for c in record["claims"] if c["p_holm"] is not None and c["p_holm"] <= 0.05]
+    return (
+        f"{many}, in {record['unit']}: {'; '.join(lines)}. After Holm's correction over all "
+        f"{len(record['claims'])} claims {len(after)} differ from 0 at 5 %. It holds for this "
+        "simulator at this size."
+    )
 
 
 def _cosine_text(own: dict[str, Any]) -> str:
