@@ -117,7 +117,7 @@ def check_against_definitions(
 
 
 def check_labels(config: TasksSettings, say: Callable[[str], None] = print) -> bool:
-    """Check the label folders of `config.check`, say what is wrong and return whether none has a fault.
+    """Check the labels of `config.check`, say what is wrong; return whether none has a fault.
 
     Raises:
         ValueError: labels, a definition or the dataset cannot be read.

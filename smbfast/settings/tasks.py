@@ -303,8 +303,8 @@ Examples
     check: list[str] = Field(
         [],
         description="Label folders to check for leakage, or names of folders under <data>/labels; "
-        "nothing is written. The exit code is 1 if one has a fault. Labels of held_out are checked as "
-        "all others, and no figure of a model is computed from them.",
+        "nothing is written. The exit code is 1 if one has a fault. Labels of held_out are checked "
+        "as all others, and no figure of a model is computed from them.",
     )
 
     @field_validator("split", mode="before")
