@@ -164,6 +164,41 @@ def with_splits(labels: Labels, dataset: MedsDataset) -> Labels:
     return replace(labels, split_N=np.where(labels.split_N == "", dataset_N, labels.split_N))
 
 
+def with_competing(labels: Labels, other: Labels) -> Labels:
+    """Return time-to-event labels in which the event of another task, at the same nodes, competes.
+
+    A row ends with the competing event if that comes no later than its censoring. Raises
+    ValueError where the other task lacks rows, or has its event before that of a row: then it does
+    not compete.
+    """
+    for one in (labels, other):
+        if one.kind != "time_to_event":
+            raise ValueError(f"{one.task} must be of time to event to compete, is {one.kind}")
+    place = {
+        key: at
+        for at, key in enumerate(zip(other.subject_N.tolist(), other.time_N.tolist(), strict=True))
+    }
+    keys = zip(labels.subject_N.tolist(), labels.time_N.tolist(), strict=True)
+    at_N = np.array([place.get(key, -1) for key in keys], np.int64)
+    if (at_N < 0).any():
+        raise ValueError(
+            f"labels of {other.task} must have every row of {labels.task}, with whose event they "
+            f"compete; {int((at_N < 0).sum())} are missing"
+        )
+    duration_N, event_N = labels.survival_N
+    other_duration, other_event = other.survival_N
+    ends_N, happens_N = other_duration[at_N], other_event[at_N]
+    before_N = event_N & happens_N & (ends_N < duration_N)
+    if before_N.any():
+        raise ValueError(
+            f"an event of {other.task} must end the rows of {labels.task} to compete; "
+            f"{int(before_N.sum())} rows have their own event after it"
+        )
+    competing_N = happens_N & ~event_N & (ends_N <= duration_N)
+    duration_N = np.where(competing_N, ends_N, duration_N)
+    return replace(labels, duration_N=duration_N, competing_N=competing_N)
+
+
 def splits_read(final: bool) -> tuple[str, ...]:
     """Return the splits that probes read: held_out only where they are judged on it."""
     return SPLITS if final else tuple(split for split in SPLITS if split != "held_out")

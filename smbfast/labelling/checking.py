@@ -24,8 +24,6 @@ from smbfast.labelling.giveaways import Giveaways
 from smbfast.labelling.making import nodes_in
 from smbfast.labelling.moments import LONG_AGO, Record, SetsOfCodes
 from smbfast.labelling.outcomes import (
-    DEAD,
-    PRESENT,
     Candidates,
     answers,
     candidates,
@@ -201,7 +199,8 @@ def _against(
     said_Q = (labels.binary_N if labels.kind == "binary" else labels.survival_N[1])[row_Q]
     outcome = record.moments[task.outcome]
     known_Q = outcome.known(at.subject_Q, at.time_Q)
-    present_Q = (reason_Q == PRESENT) | (reason_Q == DEAD)
+    dead_Q = record.moments[DEATH].last_upto(at.subject_Q, at.time_Q) != LONG_AGO
+    present_Q = known_Q & task.first_only
     if task.value == "lasts":  # what began with the index event is over
         present_Q |= outcome.last_upto(at.subject_Q, at.time_Q) > at.index_Q
     unlabelled_Q = answer.reason_Q != ""
@@ -232,7 +231,7 @@ def _against(
     if labels.kind == "time_to_event":
         off_Q = np.abs(labels.survival_N[0][row_Q] - answer.days_Q) > _SECOND
         classes[5] = (*classes[5][:2], off_Q & ~unlabelled_Q)
-    taken_Q = np.zeros(len(at), bool)
+    taken_Q = dead_Q.copy()  # which is wrong whatever the task
     wrong = {}
     for level, text, wrong_Q in classes:
         wrong[level, text] = wrong_Q & ~taken_Q

@@ -28,6 +28,8 @@ from smbfast.data.meds import MedsDataset
 from smbfast.judging.headline import headline
 from smbfast.judging.measures import PRIMARY
 from smbfast.judging.predictions import require_predictions, write_predictions
+from smbfast.labelling.checking import check_against_definitions
+from smbfast.labelling.competing import competing_tasks
 from smbfast.probing.contestants import Contestants
 from smbfast.probing.embedding_file import read_origin
 from smbfast.probing.table import table
@@ -62,7 +64,7 @@ def run_probe(
     out = config.out or config.embeddings.parent
     run = run_of(config.embeddings) or out
     dataset = MedsDataset.open(config.data, index=index, split=config.split)
-    tasks = _read_tasks(config, dataset)
+    tasks = _read_tasks(config, dataset, say)
     _require_outputs(out, run, tasks)
     contestants = Contestants.open(config, dataset, tasks, progress)
     protocol = _protocol(config)
@@ -130,7 +132,9 @@ def _require_outputs(out: Path, run: Path, tasks: list[Labels]) -> None:
     require_predictions(out, [labels.task for labels in tasks])
 
 
-def _read_tasks(config: ProbeCommandSettings, dataset: MedsDataset) -> list[Labels]:
+def _read_tasks(
+    config: ProbeCommandSettings, dataset: MedsDataset, say: Callable[[str], None]
+) -> list[Labels]:
     folders = find_tasks(config.labels, config.data)
     tasks = [with_splits(read_labels(folder), dataset) for folder in folders]
     for labels in tasks:
@@ -139,7 +143,11 @@ def _read_tasks(config: ProbeCommandSettings, dataset: MedsDataset) -> list[Labe
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"`labels` must name each task once; `{name}` is there twice")
-    return tasks if config.final else [without_held_out(labels) for labels in tasks]
+    tasks = competing_tasks(tasks, config.competing, config.data, dataset)
+    tasks = tasks if config.final else [without_held_out(labels) for labels in tasks]
+    for finding in check_against_definitions(dataset, zip(folders, tasks, strict=True)):
+        say(f"warning: labels of {finding.task}: {finding.text}")
+    return tasks
 
 
 def _protocol_text(config: ProbeCommandSettings) -> str:

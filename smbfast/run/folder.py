@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,8 @@ from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import check_prepared, prepare
 from smbfast.data.source_index import FOLDER
 from smbfast.data.windows import WindowSet
+from smbfast.labelling.checking import check_against_definitions
+from smbfast.labelling.competing import competing_tasks
 from smbfast.run import checkpoint
 from smbfast.run.label_card import TaskFacts, require_none
 from smbfast.run.model_record import FORMAT
@@ -245,6 +248,13 @@ def read_tasks(
         # labels of another dataset have no split where files name none: say that first
         require_none(fact.refusals())
         require_splits(labels, settings.probe.final)
+    read = [labels for _, labels in tasks]
+    competing_tasks(read, settings.probe.competing, root, dataset)  # refused before training
+    findings = check_against_definitions(dataset, tasks)
+    facts = [
+        replace(fact, findings=tuple(f.text for f in findings if f.task == fact.task))
+        for fact in facts
+    ]
     return tasks, facts
 
 

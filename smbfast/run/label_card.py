@@ -32,6 +32,7 @@ class TaskFacts:
     # of the matched in train and tuning: true labels, or observed events; held_out is for the end
     positives: dict[str, int]
     labels: Labels
+    findings: tuple[str, ...] = ()  # what contradicts the definition beside them, if there is one
 
     @classmethod
     def of(cls, labels: Labels, dataset: MedsDataset) -> "TaskFacts":
@@ -79,14 +80,15 @@ class TaskFacts:
 
     def warnings(self) -> list[str]:
         """Return what will make figures of these labels less than they seem."""
+        texts = [f"labels of {self.task}: {text}" for text in self.findings]
         if self.num_matched < MATCHED * self.num_rows:
             matched = share(self.num_matched, self.num_rows)
-            return [
+            texts += [
                 f"labels of {self.task}: only {matched} of the rows match a subject of the data; "
                 "figures will be of these alone, so check that labels and data are of the same "
                 "export."
             ]
-        return []
+        return texts
 
 
 def require_none(refusals: Sequence[str]) -> None:

@@ -71,6 +71,7 @@ def probe_run(
             data=dataset.path,
             split=run.data.split,
             labels=[str(folder) for folder, _ in run.tasks],
+            competing=probe.competing,
             out=run.folder,
             bootstraps=probe.bootstraps,
             few_shot=probe.few_shot,

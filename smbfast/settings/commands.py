@@ -195,6 +195,12 @@ class ProbeCommandSettings(Settings):
         description="Tasks to probe: folders of MEDS label files, or names of folders under "
         "<data>/labels. If the list is empty, all tasks under <data>/labels are probed.",
     )
+    competing: list[str] = Field(
+        [],
+        description="Competing events of time-to-event tasks, as TASK=OTHER_TASK: an event of "
+        "OTHER_TASK at the same node is one after which that of TASK cannot happen, such as a "
+        "discharge alive for a death in hospital. Labels with a column `competing` need none.",
+    )
     out: Path | None = Field(
         None,
         description="Folder that receives the results, probe.json, and the predictions of every "

@@ -222,6 +222,12 @@ class ProbeSettings(Settings):
         "under <data.path>/labels. `none` probes every task of a simulated cohort and nothing on "
         "data of your own; an empty value (--probe.labels=) turns probes off.",
     )
+    competing: list[str] = Field(
+        [],
+        description="Competing events of time-to-event tasks, as TASK=OTHER_TASK: an event of "
+        "OTHER_TASK at the same node is one after which that of TASK cannot happen, such as a "
+        "discharge alive for a death in hospital. Labels with a column `competing` need none.",
+    )
     encoder: Literal["online", "target"] = Field(
         "online",
         description="Which encoder gives the embeddings that are probed: `online`, the one in "
