@@ -31,13 +31,13 @@ from pydantic import Field
 
 from bench import records
 from smbfast.base.config import Settings, command_line
-from smbfast.base.files import committed_file
 from smbfast.data.labels import Labels, find_tasks, read_labels, with_splits
 from smbfast.data.meds import STATIC, MedsDataset
 from smbfast.data.splits import SPLITS
+from smbfast.judging.predictions import write_predictions
+from smbfast.judging.scored import Scored
 from smbfast.probing.boosting import fit_boosting
 from smbfast.probing.features import join
-from smbfast.probing.run_probe import PREDICTIONS
 from smbfast.probing.values import code_values
 from smbfast.statistics.resample import auroc
 
@@ -270,6 +270,8 @@ def boost(bench: PeersBench, work: Path, folder: Path) -> Cost:
         "hydra.sweeper.sampler.seed=1",
         "hydra.sweeper.max_failure_rate=0.2",
         f"model_launcher.model.nthread={bench.threads}",
+        # its sweep draws it from 10 to a million, which left none of ten trials on eICU with a code
+        "tabularization.min_code_inclusion_count=10",
     ]
     aggs = json.loads((work / "aggs.json").read_text())
     words += _tabularization(bench, aggs)
@@ -310,31 +312,6 @@ def predictions(folder: Path, split: str, rows: Labels) -> np.ndarray:
     return table["predicted_boolean_probability"].to_numpy().astype(np.float64)[row_N]
 
 
-def write_predictions(path: Path, rows: Labels, score_N: np.ndarray, split: str) -> None:
-    """Write a prediction file, private to the user."""
-    about = {
-        "task": rows.task,
-        "kind": "binary",
-        "model": PEER,
-        "label": LABEL,
-        "role": "beside",
-        "version": 0,
-        "judged_on": split,
-        "horizons_days": None,
-    }
-    columns = [
-        pa.array(rows.subject_N),
-        pa.array(rows.time_N).cast(pa.timestamp("us")),
-        pa.array(rows.binary_N),
-        pa.array(score_N >= 0.5),
-        pa.array(score_N),
-    ]
-    schema = PREDICTIONS.with_metadata({"smbfast": json.dumps(about)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with committed_file(path, private=True) as staging:
-        pq.write_table(pa.table(columns, schema=schema), staging)
-
-
 def ours(view: str, task: str, file: str) -> None:
     """Fit boosting on counts with values to the rows of a task; write its tuning AUROC."""
     dataset = MedsDataset.open(Path(view))
@@ -371,8 +348,8 @@ def measure(bench: PeersBench, task: str) -> list[dict[str, Any]]:
         for split in JUDGES:
             mine = labels.take(split_N == split)
             score_N = predictions(folder, split, mine)
-            file = bench.out / view.name / split / "predictions" / task / f"{PEER}.parquet"
-            write_predictions(file, mine, score_N, split)
+            peer = Scored(PEER, LABEL, "beside", score_N[None])
+            write_predictions(bench.out / view.name / split, mine, [peer], split)
             if split == "tuning":
                 record["tuning_auroc"] = {PEER: area(score_N, mine.binary_N)}
         if bench.ours:

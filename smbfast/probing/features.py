@@ -21,7 +21,7 @@ from smbfast.data.nodes import SPLIT_NAMES, Nodes
 from smbfast.data.parquet import column_names, is_text, open_parquet
 from smbfast.data.splits import SPLITS
 
-_HELD = 1 << 30  # bytes of embeddings in memory; more of them lie in a file: our choice
+_HELD = 1 << 28  # bytes of embeddings in memory; more of them lie in a file: our choice
 _CHUNK = 1 << 26  # bytes of embeddings that are read at once
 
 
@@ -57,13 +57,66 @@ class Rows:
 
     def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield which rows of these, and their values in float64 [C, D]."""
-        size = max(_CHUNK // (8 * self.matrix_MD.shape[1]), 1)
-        for first in range(0, len(self.row_N), size):
-            part = slice(first, min(first + size, len(self.row_N)))
-            yield part, self.matrix_MD[self.row_N[part]].astype(np.float64)
+        for part in parts(self.shape):
+            row_C = self.row_N[part]
+            first, last = int(row_C[0]), int(row_C[-1]) + 1
+            # rows that follow one another need no copy before they are made float64
+            run = last - first == len(row_C) and bool((np.diff(row_C) == 1).all())
+            own_CD = self.matrix_MD[first:last] if run else self.matrix_MD[row_C]
+            yield part, own_CD.astype(np.float64)
 
 
-Features = np.ndarray | csr_matrix | Rows
+@dataclass(frozen=True)
+class Gapped:
+    """Sparse features of two kinds: what is absent is 0 in the first columns and unknown, nan, in
+    the others.
+
+    count_NF, value_NG: csr float64, without a pair of row and column twice; values may be 0.
+    """
+
+    count_NF: csr_matrix
+    value_NG: csr_matrix
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The number of rows and of columns."""
+        return self.count_NF.shape[0], self.count_NF.shape[1] + self.value_NG.shape[1]
+
+    @property
+    def size(self) -> int:
+        """The number of elements, those that are absent with them."""
+        return self.shape[0] * self.shape[1]
+
+    def __getitem__(self, chosen_N: np.ndarray) -> "Gapped":
+        """Return the chosen rows (indices or a mask)."""
+        return Gapped(self.count_NF[chosen_N], self.value_NG[chosen_N])
+
+    def toarray(self) -> np.ndarray:
+        """Return float64 [N, F + G], nan where a value is absent."""
+        num_rows, num_values = self.value_NG.shape
+        value_NG = np.full((num_rows, num_values), np.nan)
+        row_E = np.repeat(np.arange(num_rows), np.diff(self.value_NG.indptr))
+        value_NG[row_E, self.value_NG.indices] = self.value_NG.data
+        return np.hstack([self.count_NF.toarray(), value_NG])
+
+
+Features = np.ndarray | csr_matrix | Rows | Gapped
+
+
+def parts(shape: tuple[int, int]) -> Iterator[slice]:
+    """Yield successive rows of a matrix of this shape, of which 64 MiB are held at once in
+    float64."""
+    size = max(_CHUNK // (8 * max(shape[1], 1)), 1)
+    for first in range(0, shape[0], size):
+        yield slice(first, min(first + size, shape[0]))
+
+
+def dense(feature_NF: Features, row_C: np.ndarray) -> np.ndarray:
+    """Return rows of features of any kind in memory, float64 [C, F]; nan = unknown."""
+    if isinstance(feature_NF, Rows):
+        return feature_NF.matrix_MD[feature_NF.row_N[row_C]].astype(np.float64)
+    chosen = feature_NF[row_C]
+    return np.asarray(chosen if isinstance(chosen, np.ndarray) else chosen.toarray(), np.float64)
 
 
 @dataclass(frozen=True)
@@ -88,7 +141,7 @@ class Embeddings:
 def read_embeddings(path: Path, nodes: Nodes | None = None) -> Embeddings:
     """Read the parquet file that `smbfast.embed` writes, or of it the rows of `nodes` alone.
 
-    More than 1 GiB of embeddings go into an unnamed file in the same folder, which the system
+    More than 256 MiB of embeddings go into an unnamed file in the same folder, which the system
     removes when the process ends: memory then holds the keys, not the embeddings.
 
     Raises ValueError, naming file and row but no value, for: an unreadable file, a missing or

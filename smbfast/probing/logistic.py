@@ -15,8 +15,8 @@ from scipy.special import expit, logit
 
 from smbfast.probing.binary import BinaryProbe, calibrate, log_loss, require_classes
 from smbfast.probing.features import Features
-from smbfast.probing.ridge import fit_path
-from smbfast.probing.scaling import Scaling, chunks, scaling, scores
+from smbfast.probing.ridge import Basis, fit_path
+from smbfast.probing.scaling import Scaling, chunks, directions, scaling, scores
 
 _SLACK = 0.1  # nats a row above the least tuning log loss that end the path: our choice
 
@@ -65,11 +65,23 @@ def fit_logistic(
         tuning_loss=lambda logit_N: log_loss(logit_N[tuning_N], true_N[tuning_N]),
         slack=_SLACK,
         progress=progress,
+        basis=_basis(train, scaled, float(true_T.mean())),
     )
     own = calibrate(fit.score_N[tuning_N], true_N[tuning_N])
     return LogisticProbe(
         fit.score_N, fit.tuning_loss, own, fit.penalty, fit.at_border, fit.converged
     )
+
+
+def _basis(train: Features, scaled: Scaling, share: float) -> Basis | None:
+    """Return how the loss curves at the constant probability `share`; the intercept by itself."""
+    curvature = share * (1 - share)
+    basis = directions(train, scaled, curvature)
+    if basis is None:
+        return None
+    turn_WW = np.pad(basis.turn_WW, (0, 1))
+    turn_WW[-1, -1] = 1.0
+    return Basis(turn_WW, np.append(basis.curve_W, curvature))
 
 
 def _objective(

@@ -1,7 +1,9 @@
 """Fits a linear model under a path of L2 penalties, and takes the one that serves tuning best.
 
-The penalties are half a decade apart, strongest first, and a fit starts from the one before. Shape
-suffixes: N rows, W weights.
+The penalties are half a decade apart, strongest first, and a fit starts from the one before. Where
+the curvature of the objective is roughly known (`Basis`), a fit goes along its directions in steps
+that fit them, which takes a fifth of the passes over train: our choice. Shape suffixes: N rows, W
+weights.
 """
 
 from collections.abc import Callable
@@ -31,6 +33,15 @@ class RidgeFit:
     converged: bool
 
 
+@dataclass(frozen=True)
+class Basis:
+    """Orthogonal directions of the weights, the columns of turn_WW (float64), and about how much
+    the objective curves along each, curve_W. Weights with and without a penalty do not mix."""
+
+    turn_WW: np.ndarray
+    curve_W: np.ndarray
+
+
 def fit_path(
     objective: Callable[[np.ndarray], tuple[float, np.ndarray]],
     start_W: np.ndarray,
@@ -41,6 +52,7 @@ def fit_path(
     tuning_loss: Callable[[np.ndarray], float],
     slack: float,
     progress: Callable[[str], None],
+    basis: Basis | None = None,
 ) -> RidgeFit:
     """Minimise `objective + |penalised weights|² / (2 C num_terms)` for each C, and return the fit
     with the least tuning loss; of equal ones that of the stronger penalty.
@@ -51,6 +63,8 @@ def fit_path(
         score: weights -> score of every row; tuning_loss: those -> nats.
         slack: nats above the least tuning loss at which the path ends: what is weaker overfits
             more, and takes the longest.
+        basis: how the objective curves, without its penalty. It changes the way to the minimum and
+            not the minimum; `TOL` then holds for steps along its directions.
     """
 
     def penalised(weight_W: np.ndarray, ridge_W: np.ndarray) -> tuple[float, np.ndarray]:
@@ -61,21 +75,41 @@ def fit_path(
     best, weight_W = None, start_W
     for penalty in PENALTIES:
         progress(f"C = {penalty:.2g}")
-        solved = minimize(
-            penalised,
-            weight_W,
-            args=(penalised_W / (penalty * num_terms),),
-            method="L-BFGS-B",
-            jac=True,
-            options={"maxiter": _ITERATIONS, "maxls": 50, "gtol": TOL, "ftol": FTOL},
-        )
-        weight_W = solved.x
+        weight_W, status = _minimum(penalised, weight_W, penalised_W / (penalty * num_terms), basis)
         score_N = score(weight_W)
         loss = tuning_loss(score_N)
         if best is None or loss < best.tuning_loss - _GAIN:
             border = penalty in (PENALTIES[0], PENALTIES[-1])
-            best = RidgeFit(score_N, loss, penalty, border, solved.status == 0)
+            best = RidgeFit(score_N, loss, penalty, border, status == 0)
         elif loss > best.tuning_loss + slack:
             break
     assert best is not None
     return best
+
+
+def _minimum(
+    penalised: Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]],
+    start_W: np.ndarray,
+    ridge_W: np.ndarray,
+    basis: Basis | None,
+) -> tuple[np.ndarray, int]:
+    """Return the weights at the minimum, and the status of the solver."""
+    if basis is not None:
+        step_W = 1 / np.sqrt(basis.curve_W + ridge_W)
+
+    def along(step_lengths_W: np.ndarray) -> tuple[float, np.ndarray]:
+        if basis is None:
+            return penalised(step_lengths_W, ridge_W)
+        loss, gradient_W = penalised(basis.turn_WW @ (step_W * step_lengths_W), ridge_W)
+        return loss, step_W * (gradient_W @ basis.turn_WW)
+
+    solved = minimize(
+        along,
+        start_W if basis is None else (start_W @ basis.turn_WW) / step_W,
+        method="L-BFGS-B",
+        jac=True,
+        options={"maxiter": _ITERATIONS, "maxls": 50, "gtol": TOL, "ftol": FTOL},
+    )
+    if basis is None:
+        return solved.x, solved.status
+    return basis.turn_WW @ (step_W * solved.x), solved.status

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_matrix, issparse
 
-from smbfast.probing.features import Features, Rows
+from smbfast.probing.features import Features, Gapped, Rows
+from smbfast.probing.ridge import Basis
 
+_MOST, _SAMPLE = 1024, 50_000  # features and rows for `directions`: our choice
 _FLAT = 1e-6  # of the mean: a deviation that ten roundings of float32 make is no spread
 
 
@@ -39,6 +41,7 @@ class Scaling:
 
 def chunks(feature_NF: Features) -> Iterator[tuple[slice, np.ndarray | csr_matrix]]:
     """Yield which rows and their values; all at once where they are in memory."""
+    assert not isinstance(feature_NF, Gapped)  # of which a linear model could make nothing
     if isinstance(feature_NF, Rows):
         yield from feature_NF.chunks()
     else:
@@ -76,6 +79,27 @@ def _standardised(feature_NF: csr_matrix) -> Scaling:
     square_F = np.bincount(column_E, far_E, minlength=num_features) + zeros_F * shift_F**2
     spread_F = np.sqrt(square_F / num_rows)
     return Scaling(shift_F, _inverse(spread_F, spread_F > _FLAT * np.abs(shift_F)))
+
+
+def directions(feature_NF: Features, scaled: Scaling, curvature: float) -> Basis | None:
+    """Return the directions in which scaled features vary together, of at most 50,000 rows evenly
+    spaced, with `curvature` times their variance.
+
+    None where features are sparse or more than 1,024, of which the directions cost more than they
+    save.
+    """
+    num_rows, num_features = feature_NF.shape
+    if issparse(feature_NF) or num_features > _MOST:
+        return None
+    chosen = np.arange(0, num_rows, -(-num_rows // _SAMPLE))
+    product_FF = np.zeros((num_features, num_features))
+    for _, chunk_CF in chunks(feature_NF[chosen]):
+        own_CF = (chunk_CF - scaled.shift_F) * scaled.factor_F
+        product_FF += own_CF.T @ own_CF
+    variance_F, turn_FF = np.linalg.eigh(product_FF / len(chosen))
+    # none is taken for smaller than what rounding leaves of it
+    least = 1e-12 * max(float(variance_F[-1]), 1e-300)
+    return Basis(turn_FF, curvature * np.maximum(variance_F, least))
 
 
 def scores(feature_NF: Features, scaled: Scaling, weight_F: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 
 from smbfast.probing.features import Features
 from smbfast.probing.ridge import fit_path
-from smbfast.probing.scaling import Scaling, chunks, scaling, scores
+from smbfast.probing.scaling import Scaling, chunks, directions, scaling, scores
 
 _SLACK = 0.5  # nats an event above the least tuning loss that end the path: our choice
 
@@ -85,6 +85,8 @@ def fit_cox(
         tuning_loss=lambda risk_N: judge.loss(risk_N[tuning_N])[0],
         slack=_SLACK,
         progress=progress,
+        # the curvature of an event's loss is a variance of features over those at risk
+        basis=directions(train, scaled, 1.0),
     )
     return CoxProbe(fit.score_N, fit.tuning_loss, fit.penalty, fit.at_border, fit.converged)
 

@@ -15,8 +15,9 @@ from scipy.sparse import csr_matrix, hstack
 
 from smbfast.data.meds import MedsDataset
 from smbfast.probing.counts import CodeCounts, CountParts, Piece, VisibleEvents
-from smbfast.probing.features import join
+from smbfast.probing.features import Gapped, join
 
+_DENSE = 1 << 27  # numbers that are held with those that are absent: 1 GiB
 SUMMARIES = ("last", "mean", "min", "max")
 
 
@@ -34,15 +35,17 @@ class CodeValues:
 
     def features(
         self, subject_N: np.ndarray, time_N: np.ndarray, train_N: np.ndarray
-    ) -> np.ndarray:
+    ) -> np.ndarray | Gapped:
         """Return float64 [N, F]: the features of `CodeCounts`, dense, then of each code that has a
-        value in the train rows the last, mean, least and largest one; nan where there is none."""
-        count_NF = self.counts.features(subject_N, time_N, train_N).toarray()
+        value in the train rows the last, mean, least and largest one; nan where there is none. More
+        than 1 GiB of them stay sparse."""
+        count_NF = self.counts.features(subject_N, time_N, train_N)
         row_E, column_E, summary_E4, num_seen = self._entries(subject_N, time_N, train_N)
-        value_NF = np.full((len(subject_N), 4 * num_seen), np.nan)
-        for place, summary_E in enumerate(summary_E4.T):
-            value_NF[row_E, 4 * column_E + place] = summary_E
-        return np.hstack([count_NF, value_NF])
+        at_E4 = 4 * column_E[:, None] + np.arange(4)
+        entries = summary_E4.ravel(), (np.repeat(row_E, 4), at_E4.ravel())
+        value_NG = csr_matrix(entries, shape=(len(subject_N), 4 * num_seen))
+        gapped = Gapped(count_NF, value_NG)
+        return gapped if gapped.size > _DENSE else gapped.toarray()
 
     def linear_features(
         self, subject_N: np.ndarray, time_N: np.ndarray, train_N: np.ndarray

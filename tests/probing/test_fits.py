@@ -222,15 +222,77 @@ def test_trees_see_train_alone_and_tuning_stops_them() -> None:
     np.testing.assert_array_equal(sparse.logit_N, dense.logit_N)
 
 
-def test_trees_do_not_take_features_that_are_too_many_or_in_a_file(
+@pytest.mark.usefixtures("fast_trees")
+def test_trees_read_what_lies_in_a_file_and_refuse_too_many_features(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     feature_NF, true_N = curved()
-    rows = in_chunks(np.nan_to_num(feature_NF), 9, monkeypatch)
-    with pytest.raises(ValueError, match="at most 4,096 features in memory, got 3 in a file"):
-        boosting.fit_boosting(rows, true_N, SPLIT_N)
-    with pytest.raises(ValueError, match="got 4,097 in memory"):
+    feature_NF = np.nan_to_num(feature_NF).astype(np.float32)
+    whole = boosting.fit_boosting(feature_NF, true_N, SPLIT_N)
+    rows = in_chunks(feature_NF, 9, monkeypatch)
+    np.testing.assert_array_equal(
+        boosting.fit_boosting(rows, true_N, SPLIT_N).logit_N, whole.logit_N
+    )
+    with pytest.raises(ValueError, match="at most 4,096 features, got 4,097"):
         boosting.fit_boosting(np.zeros((240, 4097)), true_N, SPLIT_N)
+
+
+@pytest.mark.usefixtures("fast_trees")
+def test_trees_grow_on_a_bounded_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(boosting, "MOST_ROWS", 50)
+    feature_NF, true_N = curved()
+    train_N = SPLIT_N == "train"
+    drawn = boosting._drawn(true_N, train_N, 50)
+    assert 50 <= len(drawn) <= 51 < train_N.sum() and train_N[drawn].all()
+    assert true_N[drawn].sum() == np.ceil(true_N[train_N].sum() * 50 / train_N.sum())
+    others = np.setdiff1d(np.flatnonzero(train_N), drawn)
+    before = boosting.fit_boosting(feature_NF, true_N, SPLIT_N)
+    changed_NF = feature_NF.copy()
+    changed_NF[others] = 9.0
+    after = boosting.fit_boosting(changed_NF, true_N, SPLIT_N)
+    np.testing.assert_array_equal(
+        np.delete(before.logit_N, others), np.delete(after.logit_N, others)
+    )
+    changed_NF[drawn] = 9.0
+    other = boosting.fit_boosting(changed_NF, true_N, SPLIT_N)
+    assert not np.array_equal(
+        before.logit_N[SPLIT_N == "tuning"], other.logit_N[SPLIT_N == "tuning"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["logistic", "cox"])
+def test_a_basis_shortens_the_way_to_the_same_minimum(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients end below 1e-8 and the ridge curves by 1 / 120 or more, so weights differ by less
+    than 2 x 120 x 1e-8 x sqrt(40), and scores of rows 30 deviations long by less than 1e-3."""
+    monkeypatch.setattr(ridge, "PENALTIES", (1.0,))
+    monkeypatch.setattr(ridge, "TOL", 1e-8)
+    monkeypatch.setattr(ridge, "FTOL", 0.0)
+    module = logistic if kind == "logistic" else survival
+    random = np.random.default_rng(3)
+    # variances fall as those of an embedding do
+    turn_FF, _ = np.linalg.qr(random.standard_normal((40, 40)))
+    feature_NF = random.standard_normal((240, 40)) * np.arange(1, 41) ** -1.5 @ turn_FF
+    risk_N = feature_NF @ turn_FF[0]
+    true_N = risk_N + random.standard_normal(240) > 0.5
+    duration_N = np.exp(-risk_N) * random.exponential(9, 240)
+    honest, calls, scores = module._objective, [], []
+
+    def counted(*args: object, **named: object) -> object:
+        calls[-1] += 1
+        return honest(*args, **named)
+
+    monkeypatch.setattr(module, "_objective", counted)
+    for basis in (module.directions, lambda *_: None):
+        calls.append(0)
+        monkeypatch.setattr(module, "directions", basis)
+        if kind == "logistic":
+            scores.append(logistic.fit_logistic(feature_NF, true_N, SPLIT_N).logit_N)
+        else:
+            scores.append(survival.fit_cox(feature_NF, duration_N, true_N, SPLIT_N).risk_N)
+    np.testing.assert_allclose(*scores, rtol=0, atol=1e-3)
+    assert calls[0] < calls[1]
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -5,6 +5,7 @@ import pytest
 
 from smbfast.data.meds import STATIC
 from smbfast.probing import counts, values
+from smbfast.probing.features import Gapped, dense
 from smbfast.probing.scaling import scaling
 from tests.probing.test_counts import DAY, NODES, TRAIN_N, Events, dataset
 
@@ -41,6 +42,17 @@ def test_values_by_hand(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if np.isnan(given[2, 0]) and given[0, 0] != 70:
         given = np.roll(given, 4, axis=1)
     np.testing.assert_array_equal(given, own)
+
+
+def test_many_values_stay_sparse_until_rows_of_them_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = dataset(LAB, HELD_OUT)
+    whole_NF = features(data)
+    monkeypatch.setattr(values, "_DENSE", 0)
+    sparse = features(data)
+    assert isinstance(sparse, Gapped) and sparse.shape == whole_NF.shape
+    np.testing.assert_array_equal(dense(sparse, np.array([3, 0])), whole_NF[[3, 0]])
 
 
 def test_no_value_after_the_prediction_time_is_seen() -> None:
