@@ -45,7 +45,7 @@ _LOOKS = {
     "undecided": ("o", GREY, False),
 }
 _LINES = ((BLUE, "o"), (GREEN, "D"), (ORANGE, "s"), (PURPLE, "^"), (GREY, "v"))
-_ROW = 0.33  # inches: a line of text, and its interval below
+_ROW = 0.35  # inches: a line of text, and its interval below
 
 
 @dataclass(frozen=True)
@@ -129,17 +129,17 @@ def _draw_forest(
             ax.text(0, y + 0.15, plain(group, 60), weight="bold", **text)
             y += 1
         marker, color, filled = _LOOKS.get(row.look, _LOOKS["baseline"])
-        ax.text(0, y - 0.17, plain(row.label), color=INK, **text)
-        ax.text(1, y - 0.17, written(row.value, signed=signed), color=SOFT, ha="right", **text)
+        ax.text(0, y - 0.12, plain(row.label), color=INK, **text)
+        ax.text(1, y - 0.12, written(row.value, signed=signed), color=SOFT, ha="right", **text)
         value, low, high = row.value
         if math.isfinite(low) and math.isfinite(high):
-            ax.plot([low, high], [y + 0.27] * 2, color=color, linewidth=1.8)
+            ax.plot([low, high], [y + 0.24] * 2, color=color, linewidth=1.8)
         face = color if filled else PAPER
-        ax.plot([value], [y + 0.27], marker, markersize=5.5, color=color, markerfacecolor=face)
+        ax.plot([value], [y + 0.24], marker, markersize=5.5, color=color, markerfacecolor=face)
         y += 1
     if level is not None:
         ax.axvline(level, color=INK, linewidth=0.9, linestyle=DASHED, zorder=0.5)
-    ax.set_ylim(y - 0.35, -0.5)
+    ax.set_ylim(y - 0.5, -0.5)
     ax.set_yticks([])
     ax.set_title(plain(title, 56), pad=6)
     ax.set_xlabel(unit)

@@ -36,7 +36,7 @@ _VARIABLES = {
     BAND: "band",
     DARK_BAND: "dark-band",
 }
-# inches: a panel is at least as wide on a screen of 360 px, so 8.5 points are never below 9 px
+# inches; on a screen of 390 px a panel is 358 px wide, so that 8.5 points are 9 px or more
 WIDTH, HEIGHT, WIDE = 3.4, 2.75, 4.5
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -146,9 +146,13 @@ def _svg(figure: Figure, name: str, label: str) -> str:
             # its stylesheet would rule the whole page, its metadata names a licence server
             if child.tag in (f"{_SVG}style", f"{_SVG}metadata"):
                 parent.remove(child)
+    meant = set(re.findall(r"#([\w.-]+)", buffer.getvalue().decode()))
     for element in root.iter():
         # inside html the namespace is implied
         element.tag = element.tag.removeprefix(_SVG)
+        element.tail = None
+        if element.attrib.get("id") not in meant:
+            element.attrib.pop("id", None)
         if link := element.attrib.pop(_LINK, None):
             element.set("href", link.replace("#", f"#{name}-"))
         for key, value in element.attrib.items():
@@ -156,6 +160,9 @@ def _svg(figure: Figure, name: str, label: str) -> str:
                 element.set(key, f"{name}-{value}")
             elif "url(#" in value:
                 element.set(key, value.replace("url(#", f"url(#{name}-"))
+            elif key in ("d", "x", "y", "transform"):
+                # hundredths of a point are finer than any screen
+                element.set(key, re.sub(r"(\.\d\d)\d+", r"\1", value))
     root.attrib.pop("width", None)
     root.attrib.pop("height", None)
     root.set("role", "img")

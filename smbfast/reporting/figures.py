@@ -1,28 +1,34 @@
-"""Draws the plots of the report as inline SVG, without script or font files.
+"""Draws the plots of a training run, by optimizer step.
 
-Each function returns a string that starts with `<svg`, or None where there is nothing to plot; the
-bytes are the same every time. Ids carry the name of the figure, so that several can stand in one
-page. Text stays text and takes the page's font.
+Each function returns its panels, each text that starts with `<svg`; none where there is nothing to
+plot.
 
 Legend: N records of one phase.
 """
 
-import io
 import itertools
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
-from xml.etree import ElementTree
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from smbfast.reporting.drawing import (
+    BAND,
+    BLUE,
+    DARK_BAND,
+    GREEN,
+    INK,
+    ORANGE,
+    PURPLE,
+    SOFT,
+    dashed,
+    panel,
+    plain,
+)
 from smbfast.reporting.runlog import (
     Phase,
     Record,
@@ -31,68 +37,13 @@ from smbfast.reporting.runlog import (
 )
 from smbfast.reporting.verdict import GOOD_RATIO, HALF, trivial_ratio
 
-# Okabe and Ito: distinct with every common colour vision deficiency
-BLUE, ORANGE, GREEN, PURPLE, GREY, INK = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#AA4499",
-    "#8a8f98",
-    "#1f2430",
-)
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "smbfast",
-    "font.family": "DejaVu Sans",
-    "font.size": 8.5,
-    "text.parse_math": False,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 16,
-    "axes.titlecolor": INK,
-    "text.color": INK,
-    "axes.labelcolor": "#4a5160",
-    "axes.edgecolor": "#b6bbc4",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.formatter.useoffset": False,
-    "grid.color": "#e9ebef",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#8a8f98",
-    "ytick.color": "#8a8f98",
-    "xtick.labelcolor": "#4a5160",
-    "ytick.labelcolor": "#4a5160",
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.6,
-    "lines.markersize": 4,
-}
 # a longer line is not finer on paper, only a larger file
 _POINTS = 600
-_COLUMNS = 3  # panels beside each other
-_SVG = "{http://www.w3.org/2000/svg}"
-_LINK = "{http://www.w3.org/1999/xlink}href"
-
-
-@dataclass(frozen=True)
-class ForestRow:
-    """One model of one task: its value with an interval, and the value of `smbfast` minus that."""
-
-    task: str
-    label: str
-    name: str
-    value: tuple[float, float, float]
-    difference: tuple[float, float, float] | None
-
-
 Panel = Callable[[Axes], None]
 Series = tuple[str, str | None, str, str]  # key, label, colour, marker
 
 
-def losses(phases: list[Phase]) -> str | None:
+def losses(phases: list[Phase]) -> list[str]:
     """Plot each loss by step: every step, smoothed, and on the tuning split."""
     panels: list[Panel] = []
     for key, title, unit in (
@@ -118,7 +69,7 @@ def _loss_panel(ax: Axes, phases: list[Phase], key: str, title: str, unit: str) 
     ax.legend(loc="upper right")
 
 
-def health(phases: list[Phase]) -> str | None:
+def health(phases: list[Phase]) -> list[str]:
     """Plot diagnostics by step: ranks and spread of states, probe, latent loss, gradients."""
     shown: list[tuple[Callable[[Axes, list[Phase]], None], Callable[[Phase], bool]]] = [
         (_rank_panel, lambda p: any(_known(p.evals, key) for key, *_ in _RANKS)),
@@ -132,10 +83,10 @@ def health(phases: list[Phase]) -> str | None:
         (_cosine_panel, lambda p: bool(_pulls(p, "cos"))),
     ]
 
-    def drawn(panel: Callable[[Axes, list[Phase]], None], own: list[Phase]) -> Panel:
-        return lambda ax: panel(ax, own)
+    def drawn(draw: Callable[[Axes, list[Phase]], None], own: list[Phase]) -> Panel:
+        return lambda ax: draw(ax, own)
 
-    panels = [drawn(panel, own) for panel, has in shown if (own := _with(phases, has))]
+    panels = [drawn(draw, own) for draw, has in shown if (own := _with(phases, has))]
     return _draw("health", panels, "Health of the representation by optimizer step")
 
 
@@ -158,29 +109,29 @@ def _share_panel(ax: Axes, phases: list[Phase]) -> None:
     # ranks of random weights are no reference
     after = [replace(p, evals=[r for r in p.evals if not r.get("untrained")]) for p in phases]
     _series(ax, after, _RANKS, relative)
-    _line(ax, HALF, "one half", INK)
+    dashed(ax, HALF, "one half", INK)
     ax.set_ylim(0, max(1.1, ax.get_ylim()[1]))
 
 
 def _probe_panel(ax: Axes, phases: list[Phase]) -> None:
     tasks = [record.get("probe_task") for phase in phases for record in phase.evals]
-    task = next((_plain(str(name), 24) for name in tasks if name), "")
+    task = next((plain(str(name), 24) for name in tasks if name), "")
     _frame(ax, phases, f"Online probe: {task}", "AUROC on tuning nodes")
     _series(ax, phases, [("probe_auroc", None, BLUE, "o")])
-    _line(ax, 0.5, "chance", INK)
+    dashed(ax, 0.5, "chance", INK)
 
 
 def _r2_panel(ax: Axes, phases: list[Phase]) -> None:
     _frame(ax, phases, "R² of the latent loss by horizon", "R² (dashed: copying the state)")
     names = list(dict.fromkeys(name for phase in phases for name in horizons(phase.evals)))
     for name, color in zip(names, itertools.cycle((BLUE, ORANGE, GREEN, PURPLE)), strict=False):
-        _series(ax, phases, [(f"r2_{name}", _plain(name, 12), color, "o")])
+        _series(ax, phases, [(f"r2_{name}", plain(name, 12), color, "o")])
         copied: list[Series] = [(f"r2_copy_{name}", None, color, "")]
         _series(ax, phases, copied, linestyle=(0, (3, 2)), linewidth=1.0)
     # before its first steps a random predictor is far below any constant
     low, high = ax.get_ylim()
     ax.set_ylim(min(max(low, -0.5), -0.05), max(high, 0.1))
-    _line(ax, 0.0, "a constant", INK)
+    dashed(ax, 0.0, "a constant", INK)
     ax.legend(loc="lower right", ncols=2)
 
 
@@ -199,7 +150,7 @@ def _spread_panel(ax: Axes, phases: list[Phase]) -> None:
         ("target_std_p5", "5th percentile std", GREEN, "^"),
     ]
     _series(ax, phases, series, relative)
-    _line(ax, HALF, "one half", INK)
+    dashed(ax, HALF, "one half", INK)
     ax.set_ylim(0, max(1.1, ax.get_ylim()[1]))
     ax.legend(loc="lower left", bbox_to_anchor=(0, 0.0))
 
@@ -210,8 +161,8 @@ def _ratio_panel(ax: Axes, phases: list[Phase]) -> None:
         step_N, value_N = _finite(phase.evals, trivial_ratio(phase.evals))
         _plot(ax, step_N, value_N, color=BLUE, marker="o")
     ax.set_ylim(0, max(1.15, ax.get_ylim()[1]))
-    _line(ax, 1.0, "trivial", INK)
-    _line(ax, GOOD_RATIO, f"goal {GOOD_RATIO}", GREEN, below=True)
+    dashed(ax, 1.0, "trivial", INK)
+    dashed(ax, GOOD_RATIO, f"goal {GOOD_RATIO}", GREEN, below=True)
 
 
 def _distance_panel(ax: Axes, phases: list[Phase]) -> None:
@@ -232,7 +183,7 @@ def _cosine_panel(ax: Axes, phases: list[Phase]) -> None:
     _pull_series(ax, phases, "cos")
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, -0.2), max(high, 0.2))
-    _line(ax, 0.0, "orthogonal", INK)
+    dashed(ax, 0.0, "orthogonal", INK)
     ax.legend(loc="best")
 
 
@@ -240,7 +191,7 @@ def _pull_series(ax: Axes, phases: list[Phase], kind: str) -> None:
     keys = dict.fromkeys(key for phase in phases for key in _pulls(phase, kind))
     looks = itertools.cycle(((BLUE, "o"), (ORANGE, "s"), (GREEN, "^")))
     for key, (color, marker) in zip(keys, looks, strict=False):
-        label = _plain(" and ".join(key.split("_")[1:]), 24)
+        label = plain(" and ".join(key.split("_")[1:]), 24)
         _series(ax, phases, [(key, label, color, marker)])
 
 
@@ -270,7 +221,7 @@ def _series(
                 label = None
 
 
-def optimizer(phases: list[Phase]) -> str | None:
+def optimizer(phases: list[Phase]) -> list[str]:
     """Plot learning rate and gradient norm by step."""
     return _step_figure(
         "optimizer",
@@ -283,7 +234,7 @@ def optimizer(phases: list[Phase]) -> str | None:
     )
 
 
-def machine(phases: list[Phase]) -> str | None:
+def machine(phases: list[Phase]) -> list[str]:
     """Plot throughput, memory and the share of time spent waiting for data by step."""
     return _step_figure(
         "machine",
@@ -302,8 +253,8 @@ def _step_figure(
     label: str,
     phases: list[Phase],
     series: list[tuple[str, float, str, str, str, bool]],
-) -> str | None:
-    def panel(key: str, scale: float, title: str, unit: str, color: str, noisy: bool) -> Panel:
+) -> list[str]:
+    def drawn(key: str, scale: float, title: str, unit: str, color: str, noisy: bool) -> Panel:
         shown = _with(phases, lambda phase: _known(phase.steps, key))
 
         def draw(ax: Axes) -> None:
@@ -318,68 +269,8 @@ def _step_figure(
 
         return draw
 
-    panels = [panel(*row) for row in series if any(_known(phase.steps, row[0]) for phase in phases)]
+    panels = [drawn(*row) for row in series if any(_known(phase.steps, row[0]) for phase in phases)]
     return _draw(name, panels, label)
-
-
-# filled or not tells models from oracles where colour cannot
-_MARKS = {
-    "smbfast": ("o", BLUE, BLUE),
-    "smbfast_boosting": ("^", BLUE, BLUE),
-    "untrained": ("s", ORANGE, ORANGE),
-    "counts": ("D", GREEN, GREEN),
-}
-
-
-def forest(rows: list[ForestRow], metric: str) -> str | None:
-    """Plot the value of each model with its interval, and beside it the difference to `smbfast`."""
-    if not rows:
-        return None
-    tasks = list(dict.fromkeys(row.task for row in rows))
-    height = 0.24 * len(rows) + 0.34 * len(tasks) + 0.9
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10, height), layout="constrained")
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-        ticks: list[tuple[float, str, bool]] = []
-        y = 0.0
-        for task in tasks:
-            ticks.append((y, _plain(task), True))
-            y += 1
-            for row in (row for row in rows if row.task == task):
-                ticks.append((y, _plain(row.label), False))
-                marker, edge, face = _MARKS.get(row.name, ("^", GREY, "white"))
-                _interval(left, row.value, y, marker, edge, face)
-                if row.difference is not None:
-                    sure = row.difference[1] > 0 or row.difference[2] < 0
-                    _interval(right, row.difference, y, "o", BLUE, BLUE if sure else "white")
-                y += 1
-            y += 0.35
-        left.set_ylim(y - 0.6, -0.6)
-        left.set_yticks([tick[0] for tick in ticks], labels=[tick[1] for tick in ticks])
-        for (_, _, bold), text in zip(ticks, left.get_yticklabels(), strict=True):
-            text.set_fontweight("bold" if bold else "normal")
-            text.set_color(INK)
-        left.axvline(0.5, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-        right.axvline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-        for ax, title, unit in (
-            (left, f"{metric} of each model", f"{metric} (0.5, dashed: chance)"),
-            (right, "smbfast minus this model", f"difference in {metric}"),
-        ):
-            ax.set_title(title, pad=4)
-            ax.set_xlabel(unit)
-            ax.grid(axis="y", visible=False)
-            ax.tick_params(axis="y", length=0)
-            ax.spines["left"].set_visible(False)
-        return _svg(figure, f"forest-{_slug(metric)}", f"{metric} of each model with intervals")
-
-
-def _interval(
-    ax: Axes, value: tuple[float, float, float], y: float, marker: str, edge: str, face: str
-) -> None:
-    middle, low, high = value
-    if np.isfinite(low) and np.isfinite(high):
-        ax.plot([low, high], [y, y], color=edge, linewidth=1.4, solid_capstyle="round")
-    ax.plot([middle], [y], marker=marker, markersize=5.5, color=edge, markerfacecolor=face)
 
 
 def smooth(value_N: np.ndarray) -> np.ndarray:
@@ -416,89 +307,26 @@ def _plot(ax: Axes, step_N: np.ndarray, value_N: np.ndarray, **style: Any) -> No
 
 
 def _frame(ax: Axes, phases: list[Phase], title: str, unit: str) -> None:
-    ax.set_title(title)
+    ax.set_title(title, pad=16)
     ax.set_xlabel("optimizer step")
     ax.set_ylabel(unit)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     low, high = phases[0].start, max(phase.end for phase in phases)
     ax.set_xlim(low - 0.01 * (high - low) - 0.5, high + 0.01 * (high - low) + 0.5)
     for i, phase in enumerate(phases):
-        ax.axvspan(phase.start, phase.end, color="#f3f5f8" if i % 2 == 0 else "#e6eaf0", zorder=0)
+        ax.axvspan(phase.start, phase.end, color=BAND if i % 2 == 0 else DARK_BAND, zorder=0)
         ax.text(
             (phase.start + phase.end) / 2,
             1.02,
-            _plain(phase.name),
+            plain(phase.name),
             transform=ax.get_xaxis_transform(),
             ha="center",
             va="bottom",
-            fontsize=7.5,
-            color="#4a5160",
+            fontsize=8.5,
+            color=SOFT,
             style="italic",
         )
 
 
-def _line(ax: Axes, y: float, label: str, color: str, below: bool = False) -> None:
-    ax.axhline(y, color=color, linewidth=1.0, linestyle=(0, (4, 3)))
-    ax.annotate(
-        label,
-        (0.99, y),
-        (0, -2 if below else 2),
-        xycoords=ax.get_yaxis_transform(),
-        textcoords="offset points",
-        ha="right",
-        va="top" if below else "bottom",
-        fontsize=7.5,
-        color=color,
-    )
-
-
-def _draw(name: str, panels: list[Panel], label: str) -> str | None:
-    if not panels:
-        return None
-    with matplotlib.rc_context(_STYLE):
-        columns = min(len(panels), _COLUMNS)
-        rows = -(-len(panels) // columns)
-        figure = Figure(figsize=(10, 2.75 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).ravel()
-        for ax, panel in zip(axes, panels, strict=False):
-            panel(ax)
-        for ax in axes[len(panels) :]:
-            ax.remove()
-        return _svg(figure, name, label)
-
-
-def _svg(figure: Figure, name: str, label: str) -> str:
-    buffer = io.BytesIO()
-    empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    FigureCanvasSVG(figure).print_svg(buffer, metadata=empty)
-    root = ElementTree.fromstring(buffer.getvalue())
-    for parent in list(root.iter()):
-        for child in list(parent):
-            # its stylesheet would rule the whole page, its metadata names a licence server
-            if child.tag in (f"{_SVG}style", f"{_SVG}metadata"):
-                parent.remove(child)
-    for element in root.iter():
-        # inside html the namespace is implied
-        element.tag = element.tag.removeprefix(_SVG)
-        if link := element.attrib.pop(_LINK, None):
-            element.set("href", link.replace("#", f"#{name}-"))
-        for key, value in element.attrib.items():
-            if key == "id":
-                element.set(key, f"{name}-{value}")
-            elif "url(#" in value:
-                element.set(key, value.replace("url(#", f"url(#{name}-"))
-    root.attrib.pop("width", None)
-    root.attrib.pop("height", None)
-    root.set("role", "img")
-    root.set("aria-label", label)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _plain(text: str, limit: int = 44) -> str:
-    # control characters are not xml
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]", " ", text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower())
+def _draw(name: str, panels: list[Panel], label: str) -> list[str]:
+    return [panel(f"{name}-{i}", label, draw) for i, draw in enumerate(panels)]

@@ -6,19 +6,16 @@ that came from data is escaped, and counts of 1 to 10 people are not shown.
 """
 
 import math
-import re
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from smbfast.base.counts import FEW_TEXT
 from smbfast.base.files import committed_file
-from smbfast.base.held_out import count_look, num_looks, times
+from smbfast.base.held_out import count_look
 from smbfast.base.ours import require_replaceable
-from smbfast.reporting import figures
+from smbfast.reporting import figures, probes
+from smbfast.reporting.cells import count, mapping, mappings
+from smbfast.reporting.html import plots, rendered
 from smbfast.reporting.runlog import (
     Finding,
     Phase,
@@ -30,17 +27,8 @@ from smbfast.reporting.runlog import (
 )
 from smbfast.reporting.verdict import collapse, judged, trivial_ratio
 
-# below this nobody can be found again in a count: the rule of the US claims data (CMS)
-SMALL = 10
 _CONTEXT_LINES, _FUTURE_LINES = 45, 60
-_METRICS = {
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "brier": "Brier",
-    "c_index": "C-index",
-}
 _COPIES = (("", ""), (", copying the state", "copy_"))
-_KINDS = {"binary": "yes or no within the horizon", "time_to_event": "time to event"}
 
 
 def write_report(run: Path, *, final: bool = False, counted: str | None = None) -> Path:
@@ -61,7 +49,7 @@ def write_report(run: Path, *, final: bool = False, counted: str | None = None) 
     path = run / "report.html"
     require_replaceable(path)
     content = read_run(run)
-    if final and counted and _judged_on(content) == "held_out":
+    if final and counted and probes.judged_on(content) == "held_out":
         count_look(run, counted)
     page = render(content, final=final)
     with committed_file(path) as staging:
@@ -76,37 +64,18 @@ def render(run: Run, *, final: bool = False) -> str:
     Args:
         final: whether to show figures of held-out patients.
     """
-    judged_on = _judged_on(run)
-    hidden = judged_on == "held_out" and not final
-    probe = {} if hidden else run.probe or {}
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = resources.files("smbfast.reporting").joinpath("templates/report.html")
-    tasks = [_task(task) for task in _dicts(probe.get("tasks"))]
-    finding = collapse(run.phases)
-    page = environment.from_string(template.read_text("utf-8")).render(
+    return rendered(
+        "report.html",
         name=run.path.resolve().name,
         verdict=verdict(run),
         facts=_facts(run),
         notes=run.notes,
-        losses=_markup(figures.losses(run.phases)),
-        health=_markup(figures.health(run.phases)),
-        finding=finding,
+        probe=probes.view(run, final=final),
+        losses=plots(figures.losses(run.phases)),
+        health=plots(figures.health(run.phases)),
+        finding=collapse(run.phases),
         health_rows=_health_rows(run.phases),
-        optimizer=_markup(figures.optimizer(run.phases)),
-        machine=_markup(figures.machine(run.phases)),
-        tasks=tasks,
-        probe_summary=_probe_summary(tasks),
-        judges=_judges(run, hidden) if run.probe else None,
-        judged_on=judged_on.replace("_", "-"),
-        protocol=str(probe.get("protocol") or ""),
-        forests=[
-            _markup(figures.forest(_forest_rows(probe, key), _METRICS[key]))
-            for key in ("auroc", "c_index")
-            if _forest_rows(probe, key)
-        ],
-        oracles=any(task["groups"][1] for task in tasks),
+        machine=[*plots(figures.optimizer(run.phases)), *plots(figures.machine(run.phases))],
         sample=_sample(run),
         card=_card_rows(run.header),
         card_warnings=[Finding("warn", text) for text in _card_warnings(run.header)],
@@ -115,14 +84,13 @@ def render(run: Run, *, final: bool = False) -> str:
         versions=_table(run.header.get("versions")),
         config=run.config,
     )
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", " ", page)
 
 
 def verdict(run: Run) -> Finding:
     """Say in one line whether the run finished, how many steps, on how much data and how long."""
     state = str(run.status.get("state") or run.status.get("status") or "")
     steps, total = _steps(run)
-    data = _dict(run.header.get("data"))
+    data = mapping(run.header.get("data"))
     parts = [f"{steps:,} of {total:,} steps" if total else f"{steps:,} steps"]
     kind = "simulated subjects" if data.get("simulated") is True else "subjects"
     if (subjects := _training(data, "subjects")) is not None:
@@ -140,26 +108,9 @@ def verdict(run: Run) -> Finding:
     return Finding("warn", f"Not finished: {' '.join(parts)} so far.")
 
 
-def count(value: object) -> str:
-    """Return a count for readers; one of 1 to 10 is only said to be small."""
-    if value == FEW_TEXT:  # a record that holds no small count either
-        return f"≤{SMALL}"
-    amount = number(value)
-    if not math.isfinite(amount):
-        return "–"
-    return f"≤{SMALL}" if 1 <= amount <= SMALL else f"{amount:,.0f}"
-
-
-def _positives(positives: object, rows: object) -> str:
-    # so that rows minus positives does not tell a small count either
-    if number(rows) > SMALL >= number(rows) - number(positives) >= 1:
-        return f"all but ≤{SMALL}"
-    return count(positives)
-
-
 def _steps(run: Run) -> tuple[int, int]:
-    config = _dict(run.header.get("config"))
-    planned = [number(phase.get("steps")) for phase in _dicts(config.get("phases"))]
+    config = mapping(run.header.get("config"))
+    planned = [number(phase.get("steps")) for phase in mappings(config.get("phases"))]
     total = sum(planned) if planned else math.nan
     return (run.phases[-1].end if run.phases else 0), (int(total) if math.isfinite(total) else 0)
 
@@ -185,15 +136,11 @@ def _seconds(run: Run) -> str:
 def _facts(run: Run) -> list[tuple[str, str]]:
     evals = [record for phase in run.phases for record in phase.evals]
     steps = [record for phase in run.phases for record in phase.steps]
-    facts = [("duration", _seconds(run))]
+    facts: list[tuple[str, str]] = []
     for key, label, form in (
         ("sft", "tuning SFT loss, last", "{:.3f}"),
         ("jepa", "tuning JEPA loss, last", "{:.3f}"),
         ("codes", "tuning loss of codes to come, last", "{:.3f}"),
-        ("online_rank", "online effective rank, last", "{:.1f}"),
-        ("target_rank", "target effective rank, last", "{:.1f}"),
-        ("r2", "R² of the latent loss, last", "{:.2f}"),
-        ("probe_auroc", "probe AUROC on tuning nodes, last", "{:.3f}"),
     ):
         known_N = column(evals, key)
         known_N = known_N[known_N == known_N]
@@ -201,7 +148,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     speed_N = column(steps, "tokens_per_s")
     speeds = sorted(speed_N[speed_N == speed_N])
     facts.append(("tokens / s, median", f"{speeds[len(speeds) // 2]:,.0f}" if speeds else ""))
-    if run.status.get("command"):
+    if run.status.get("command") and run.status.get("state") != "done":
         facts.append(("to go on", str(run.status["command"])))
     return [(label, value) for label, value in facts if value]
 
@@ -253,130 +200,11 @@ def _pulls(phase: Phase) -> list[tuple[str, str]]:
     ]
 
 
-def _task(task: Record) -> Record:
-    models = _dicts(task.get("models"))
-    labels = {str(model.get("name")): _label(model) for model in models}
-    keys = [key for model in models for key in _dict(model.get("metrics"))]
-    keys = [key for key in dict.fromkeys([*_METRICS, *keys]) if key in keys]
-    rows, positives = _dict(task.get("rows")), _dict(task.get("positives"))
-    differences = []
-    for item in _dicts(task.get("differences")):
-        value, low, high = _interval(item)
-        sure = low > 0 or high < 0
-        gain = math.copysign(1, value if item.get("metric") != "brier" else -value)
-        ends = [str(item.get(end)) for end in ("model", "against")]
-        differences.append(
-            {
-                "ends": ends,
-                "what": " − ".join(labels.get(end, end) for end in ends),
-                "metric": _METRICS.get(str(item.get("metric")), str(item.get("metric"))),
-                "value": _with_interval(item, signed=True),
-                "sure": sure,
-                "says": ("better" if gain > 0 else "worse") if sure else "cannot be told apart",
-            }
-        )
-    return {
-        "name": str(task.get("task")),
-        "kind": _KINDS.get(str(task.get("kind")), str(task.get("kind"))),
-        "reason": task.get("reason"),
-        "unmatched": count(task["unmatched"]) if task.get("unmatched") else "",
-        "sizes": [
-            (split.replace("_", " "), count(n), _positives(positives.get(split), n))
-            for split, n in rows.items()
-        ],
-        "metrics": [
-            _METRICS.get(key, key) + " (lower is better)" * (key == "brier") for key in keys
-        ],
-        "groups": [
-            [_row(model, keys) for model in models if _oracle(model) is oracle]
-            for oracle in (False, True)
-        ],
-        "differences": differences,
-    }
-
-
-def _row(model: Record, keys: list[str]) -> Record:
-    metrics = _dict(model.get("metrics"))
-    values = [_with_interval(metrics.get(key)) for key in keys]
-    return {"label": _label(model), "own": model.get("name") == "smbfast", "values": values}
-
-
-def _oracle(model: Record) -> bool:
-    return str(model.get("name")).startswith("oracle")
-
-
-def _judged_on(run: Run) -> str:
-    """Return the split whose figures the probes give; earlier versions judged on held_out alone."""
-    return "tuning" if (run.probe or {}).get("judged_on") == "tuning" else "held_out"
-
-
-def _judges(run: Run, hidden: bool) -> Finding:
-    """Say whose figures these are, and how often held-out patients were looked at."""
-    looks = num_looks(run.path)
-    seen = f" Held-out patients were looked at {times(looks)} in this run." if looks else ""
-    if hidden:
-        return Finding(
-            "unknown",
-            "The probes were judged on held-out patients, and their figures are not shown here: "
-            f"python -m smbfast.report --run={run.path} --final shows them, and is counted.{seen}",
-        )
-    if _judged_on(run) == "held_out":
-        return Finding(
-            "warn" if looks > 1 else "good",
-            f"Judged on held-out patients, who were looked at {times(looks)} in this run. "
-            "Figures of patients who were looked at once are worth most.",
-        )
-    return Finding(
-        "unknown",
-        "Judged on tuning patients, on whom penalty, read-out and calibration were chosen: new "
-        f"patients will be predicted somewhat worse. --final judges on held-out ones.{seen}",
-    )
-
-
-def _probe_summary(tasks: list[Record]) -> str:
-    """Say on how many tasks training changed the metric that comes first, AUROC or the C-index.
-
-    One metric a task: the best of several would be better by chance more often than the 95 % of an
-    interval say.
-    """
-    says = [
-        str(difference["says"])
-        for task in tasks
-        for difference in task["differences"]
-        if difference["ends"] == ["smbfast", "untrained"]
-        and difference["metric"] in (_METRICS["auroc"], _METRICS["c_index"])
-    ]
-    if not says:
-        return ""
-    return (
-        f"By AUROC or the C-index training made the embeddings better on {says.count('better')} of "
-        f"{len(says)} measured tasks, and worse on {says.count('worse')}: there the interval of "
-        "trained minus untrained excludes zero."
-    )
-
-
-def _forest_rows(probe: Record, metric: str) -> list[figures.ForestRow]:
-    rows = []
-    for task in _dicts(probe.get("tasks")):
-        against = {
-            str(item.get("against")): _interval(item)
-            for item in _dicts(task.get("differences"))
-            if item.get("metric") == metric and item.get("model") == "smbfast"
-        }
-        for model in _dicts(task.get("models")):
-            value = _interval(_dict(_dict(model.get("metrics")).get(metric)))
-            if math.isfinite(value[0]):
-                name = str(model.get("name"))
-                row = (str(task.get("task")), _label(model), name, value, against.get(name))
-                rows.append(figures.ForestRow(*row))
-    return rows
-
-
 def _sample(run: Run) -> Record | None:
     # a second lock: the file is only written for simulated data
-    if run.sample is None or _dict(run.header.get("data")).get("simulated") is False:
+    if run.sample is None or mapping(run.header.get("data")).get("simulated") is False:
         return None
-    lines = _dicts(run.sample.get("lines"))
+    lines = mappings(run.sample.get("lines"))
     context = [line for line in lines if line.get("part") != "future"]
     future = [line for line in lines if line.get("part") == "future"]
     fixed = [line for line in context if line.get("kind") == "demographics"]
@@ -423,12 +251,12 @@ def _card_rows(header: Record) -> list[Record]:
             "text": str(row.get("text")),
             "level": row["level"] if row.get("level") in ("good", "warn", "bad") else "",
         }
-        for row in _dicts(_dict(header.get("card")).get("rows"))
+        for row in mappings(mapping(header.get("card")).get("rows"))
     ]
 
 
 def _card_warnings(header: Record) -> list[str]:
-    warnings = _dict(header.get("card")).get("warnings")
+    warnings = mapping(header.get("card")).get("warnings")
     return [str(text) for text in warnings] if isinstance(warnings, list) else []
 
 
@@ -461,33 +289,3 @@ def _cell(value: Any, people: bool) -> str:
     if isinstance(value, dict):
         return "; ".join(f"{key}: {_cell(item, people)}" for key, item in value.items())
     return str(value)
-
-
-def _interval(item: Record) -> tuple[float, float, float]:
-    return number(item.get("value")), number(item.get("low")), number(item.get("high"))
-
-
-def _with_interval(item: object, signed: bool = False) -> str:
-    value, low, high = _interval(_dict(item))
-    if not math.isfinite(value):
-        return "–"
-    form = "{:+.3f}" if signed else "{:.3f}"
-    known = math.isfinite(low) and math.isfinite(high)
-    text = form.format(value) + (f" [{form.format(low)}, {form.format(high)}]" if known else "")
-    return text.replace("-", "−")
-
-
-def _label(model: Record) -> str:
-    return str(model.get("label") or model.get("name"))
-
-
-def _markup(svg: str | None) -> Markup | None:
-    return None if svg is None else Markup(svg)
-
-
-def _dict(value: object) -> Record:
-    return value if isinstance(value, dict) else {}
-
-
-def _dicts(value: object) -> list[Record]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
