@@ -254,6 +254,14 @@ AHEAD = [
         "tests/test_health.py::test_a_constant_encoder_is_called_collapsed_at_the_next_evaluation",
     ),
     mutant(
+        "alarm-in-small-print",
+        "a task below chance is one sentence of the report among others",
+        "smbfast/reporting/probes.py",
+        '"alarms": [verdict for verdict in verdicts if verdict.below_chance],',
+        '"alarms": [],',
+        "tests/test_report.py::test_a_figure_below_chance_is_the_red_first_sentence",
+    ),
+    mutant(
         "bias-decays",
         "the bias of codes to come is pulled towards one half",
         "smbfast/run/optim.py",

@@ -113,7 +113,7 @@ def _summary(item: Record) -> Record:
         "metric": _METRICS.get(str(item.get("metric")), str(item.get("metric"))),
         "value": written((value, *nothing)),
         "rival": written((rival, *nothing)),
-        "against": str(item.get("label") or item.get("against") or "–"),
+        "against": str(item.get("label") or item.get("against") or ""),
         "difference": written(difference, signed=True),
         "p": f"{p:.3f}" if math.isfinite(p) else "–",
     }
