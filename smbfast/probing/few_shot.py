@@ -5,10 +5,12 @@ of a larger one. Five replicates draw anew. All other rows are scored alone. Sha
 rows, R replicates.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
+from sklearn.exceptions import ConvergenceWarning
 
 from smbfast.data.labels import Labels
 from smbfast.judging.judge import FewShot
@@ -47,7 +49,9 @@ def few_shot(
             progress(f"{labels.task}: {model.label}, {k} rows of each class")
             parts = list(_drawn(labels, k, seed))
             if parts:
-                fits = [fit(part, feature_NF, model.head, lambda _: None) for part in parts]
+                with warnings.catch_warnings():  # a slope of few rows may run away; no rank changes
+                    warnings.simplefilter("ignore", ConvergenceWarning)
+                    fits = [fit(part, feature_NF, model.head, lambda _: None) for part in parts]
                 score_RJ = np.stack([own.score_N[judged_N] for own in fits])
                 found.append(FewShot(model.name, k, score_RJ))
         if model.name in whole and whole[model.name].reason is None:
