@@ -30,7 +30,7 @@ from smbfast.settings import POOLS
 from smbfast.simulation.dataset import simulate
 from smbfast.statistics.resample import patient_weights
 from smbfast.statistics.seeds import stretched
-from tests.tiny import random_window, tiny_encoder
+from tests.tiny import tiny_encoder
 
 SEED = 5
 PATIENTS = 300  # few, of which every split has some
@@ -123,33 +123,6 @@ def test_runs_share_what_a_run_would_make_by_itself(tmp_path):
     other = cohorts.Run(bench_of(tmp_path), "tiny", f"{SMALL} --data.window=128", SEED, 0)
     assert cohort_data.shared_key(other.settings) != cohort_data.shared_key(run.settings)
     assert other.folder != run.folder
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_node_sees_the_tokens_up_to_its_time_and_of_the_year_before(seed):
-    timeline = random_window(seed, buckets=8)
-    lines = np.array([seed, 40, 80, 200, 400, 500, 700, 900]) * 86_400_000_000
-    bucket_L = timeline.line_time_L // 86_400_000_000
-    timeline = replace(timeline, line_time_L=lines[bucket_L])
-    for time in (*lines, lines[-1] + cohort_data.YEAR - 1, lines[-1] + cohort_data.YEAR, -1):
-        ever, year = list(timeline.ids_T[: timeline.header]), []
-        for start, end, at in zip(
-            timeline.line_start_L, timeline.line_end_L, timeline.line_time_L, strict=True
-        ):
-            ever += list(timeline.ids_T[start:end]) if at <= time else []
-            year += list(timeline.ids_T[start:end]) if time - cohort_data.YEAR < at <= time else []
-        seen = cohort_data.seen_tokens(timeline, int(time))
-        assert [list(ids) for ids in seen] == [ever, year]
-
-
-def test_bag_features_are_columns_of_train_alone():
-    ids = [np.array([0, 0, 2]), np.array([2]), np.array([1])]
-    count_KV = cohort_data._counts(ids, 4)
-    age_N2 = np.array([[50.0, 1.0], [60.0, 1.0], [0.0, 0.0]])
-    train_N = np.array([True, True, False])
-    feature_NF = cohort_data.bag_features(count_KV, np.arange(3), age_N2, train_N).toarray()
-    log2, log3 = np.log(2), np.log(3)
-    assert feature_NF.tolist() == [[50, 1, log3, log2], [60, 1, 0, log2], [0, 0, 0, 0]]
 
 
 def test_areas_are_those_of_rows_that_are_repeated():

@@ -22,9 +22,10 @@ from smbfast.data.labels import Labels, read_labels
 from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import Nodes, NodeText, distinct_nodes, node_texts
 from smbfast.data.prepared import Prepared
-from smbfast.experiments.patients import TASKS, bag_features, bag_of_tokens, rows_of
+from smbfast.experiments.patients import TASKS, rows_of
 from smbfast.experiments.scores import COUNTS, FILTER, Scores
 from smbfast.model.backbone import PatientEncoder
+from smbfast.probing.bag import bag_of_tokens
 from smbfast.probing.binary import log_loss
 from smbfast.probing.boosting import fit_boosting
 from smbfast.probing.embedding import Model, embed_into
@@ -38,6 +39,7 @@ AUTO, BLEND = "auto", "last+layers"
 READOUTS = (*POOLS, AUTO, BLEND)
 VALUES, BAG, BOOSTING = "values", "bag", "boosting"
 BASELINES = (COUNTS, VALUES, BAG, BOOSTING)
+_YEAR = 365.25  # days: the recent past in the bag of tokens
 _TOKENS = 16384  # of a forward, as many as a run has by default
 
 
@@ -203,15 +205,16 @@ def baselines(judged: Judged) -> tuple[Scores, dict]:
     record says of them."""
     probed, nodes = Probed(), judged.nodes
     values = code_values(judged.dataset, nodes.subject_K, nodes.time_K)
-    bag_KV = bag_of_tokens(judged.dataset, judged.prepared, nodes.subject_K, nodes.time_K)
+    serializer = judged.prepared.serializer(judged.dataset)
+    bag = bag_of_tokens(judged.dataset, serializer, nodes.subject_K, nodes.time_K, _YEAR)
     for labels in judged.tasks:
         train_N = labels.split_N == "train"
         count_NC = values.counts.features(labels.subject_N, labels.time_N, train_N)
         value_NF = values.features(labels.subject_N, labels.time_N, train_N)
         probed.fit(COUNTS, labels, count_NC)
         probed.fit(VALUES, labels, filled(value_NF, train_N))
-        bag_NF = bag_features(bag_KV, judged.rows(labels), count_NC[:, :2], train_N)
-        probed.fit(BAG, labels, bag_NF)
+        at_N = labels.subject_N, labels.time_N
+        probed.fit(BAG, labels, bag.features(*at_N, train_N, count_NC[:, :2]))
         if labels.kind == "binary":
             boosting = fit_boosting(value_NF, labels.binary_N, labels.split_N)
             probed.put(BOOSTING, labels, boosting.logit_N)

@@ -1,6 +1,6 @@
 """Simulated patients: what the runs on a cohort share, and the patients who judge them.
 
-Legend: K nodes, L lines, T tokens, V tokens of the vocabulary, P tokens that a node sees.
+Legend: K nodes, N label rows.
 """
 
 import hashlib
@@ -12,13 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from scipy.sparse import csr_matrix, hstack
 
 from smbfast.base.files import committed_folder, digest_of
-from smbfast.batch import Timeline
-from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
-from smbfast.data.splits import SPLITS
 from smbfast.probing.features import join
 from smbfast.run.folder import data_of, prepared_data
 from smbfast.settings import TrainSettings
@@ -27,7 +23,6 @@ from smbfast.simulation.dataset import simulate
 TASKS = ("death_1y", "death_3y", "progression_1y")
 APART = 100_000  # from the seed of a run's cohort to that of the patients who judge it
 SHIFT = 10**9  # added to their subject ids: patient i of every cohort has the id i + 1
-YEAR = int(365.25 * 86_400e6)  # microseconds
 
 
 @dataclass(frozen=True)
@@ -143,81 +138,6 @@ def _shifted(file: Path, target: Path) -> None:
     ids = pc.add(table["subject_id"], pa.scalar(SHIFT, pa.int64()))
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table.set_column(index, table.schema.field(index), ids), target)
-
-
-def bag_of_tokens(
-    dataset: MedsDataset, prepared: Prepared, subject_K: np.ndarray, time_K: np.ndarray
-) -> csr_matrix:
-    """Return how often each token of a run stands in the record of each node, csr [K, 2 V].
-
-    The tokens are those of the run's shards, of the whole record and not of a window; the first V
-    columns count what happened up to the node, the others what happened in the year before it.
-    Tags, headers and whatever else is in no line is left out; demographics have no time and count
-    in the first V columns alone.
-    """
-    serializer, width = prepared.serializer(dataset), len(prepared.tokenizer)
-    order_K = np.lexsort((time_K, subject_K))
-    sorted_K = subject_K[order_K]
-    ever: list[np.ndarray] = [np.empty(0, np.int64)] * len(subject_K)
-    year = list(ever)
-    for split in SPLITS:
-        for batch in dataset.batches(split, np.unique(subject_K)):
-            for timeline in serializer.timelines(batch):
-                first, last = np.searchsorted(sorted_K, [timeline.subject, timeline.subject + 1])
-                for k in order_K[first:last]:
-                    ever[k], year[k] = seen_tokens(timeline, int(time_K[k]))
-    return hstack([_counts(ever, width), _counts(year, width)], "csr")
-
-
-def seen_tokens(timeline: Timeline, time: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the token ids (int32 [P]) of a record up to `time`, and of the year before it.
-
-    A line counts if its last event is not after `time`.
-    """
-    ids_T, header = timeline.ids_T, timeline.ids_T[: timeline.header]
-    seen_L = timeline.line_time_L <= time
-    recent_L = seen_L & (timeline.line_time_L > time - YEAR)
-    ever_P, year_P = (
-        ids_T[_inside(timeline.line_start_L[own_L], timeline.line_end_L[own_L])]
-        for own_L in (seen_L, recent_L)
-    )
-    return np.concatenate([header, ever_P]), year_P
-
-
-def _inside(start_L: np.ndarray, end_L: np.ndarray) -> np.ndarray:
-    """Return the rows of the tokens in `[start, end)` of each line, int64 [P]."""
-    length_L = (end_L - start_L).astype(np.int64)
-    before_L = np.cumsum(length_L) - length_L
-    return np.arange(length_L.sum()) + np.repeat(start_L - before_L, length_L)
-
-
-def _counts(ids: list[np.ndarray], width: int) -> csr_matrix:
-    row = np.repeat(np.arange(len(ids)), [len(own) for own in ids])
-    column = np.concatenate([*ids, np.empty(0, np.int64)]).astype(np.int64)
-    ones = np.ones(len(row))
-    # entries of one token that occurs again are added up here
-    return csr_matrix((ones, (row, column)), shape=(len(ids), width))
-
-
-def bag_features(
-    count_KV: csr_matrix,
-    row_N: np.ndarray,
-    age_N2: np.ndarray | csr_matrix,
-    train_N: np.ndarray,
-) -> csr_matrix:
-    """Return csr float64 [N, 2 + columns]: age, whether it is known, log1p of counts.
-
-    The columns are those that are not empty in the train rows, as with code counts.
-
-    Args:
-        count_KV: as `bag_of_tokens` gives it.
-        row_N: the row of each label in it.
-        age_N2: age in years and whether it is known.
-        train_N: bool, the rows of train.
-    """
-    count_NV = count_KV[row_N]
-    seen_V = np.unique(count_NV[np.flatnonzero(train_N)].indices)
-    return hstack([csr_matrix(age_N2), count_NV[:, seen_V].log1p()], format="csr")
 
 
 def rows_of(
