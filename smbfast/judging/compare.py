@@ -8,6 +8,7 @@ against its best rival, as a probe does.
 Legend: N rows of one file, J rows that all methods have, S runs of a method, H horizons.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -18,7 +19,7 @@ import numpy as np
 from smbfast.base.counts import few
 from smbfast.data.labels import Labels
 from smbfast.judging import measures
-from smbfast.judging.headline import headline
+from smbfast.judging.headline import ALPHA, headline
 from smbfast.judging.judge import OWN, STACK, Protocol, judge, unmeasurable
 from smbfast.judging.methods import Method, read_methods
 from smbfast.judging.prediction_files import Predictions
@@ -78,6 +79,7 @@ def compare(
         record = _judged(paired, here, config, traits_of or _traits)
         records.append(record | {"left_out": paired.left_out, "judged_on": paired.judged_on})
     primary = measures.PRIMARY
+    made = headline(records, primary) if alone else verdicts(records, pairs, primary)
     return {
         "methods": [
             _about(m, word) for m, word in zip(methods, _words(config, methods), strict=True)
@@ -85,9 +87,9 @@ def compare(
         "judged_on": sorted(looked),
         "folds": config.folds,
         "primary": primary,
-        "headline": headline(records, primary) if alone else verdicts(records, pairs, primary),
+        "headline": made,
         "tasks": records,
-        "notes": [*notes, *_notes(methods, looked, config)],
+        "notes": [*_too_few(records, made), *notes, *_notes(methods, looked, config)],
         "protocol": _protocol(config),
         "small_cells": config.small_cells,
     }
@@ -263,7 +265,8 @@ def _aligned(methods: list[Method], asked: list[str]) -> list[Method]:
     }
     single = [method for method in methods if len(method.runs) == 1]
     if asked or len(single) == len(methods):
-        meant = asked or sorted(said) or list(methods[0].runs)
+        own = {task for method in methods for task in method.runs}
+        meant = asked or sorted(said) or (list(own) if len(own) == 1 else ["task"])
         if len(meant) == 1:
             return [
                 replace(method, runs={meant[0]: next(iter(method.runs.values()))})
@@ -305,7 +308,7 @@ def _judged(
         horizons_H=paired.horizons_H,
         pairs=pairs,
     )
-    return record | {"reason": unmeasurable(labels, "the rows that all share")}
+    return record | {"reason": unmeasurable(labels, "what all methods share")}
 
 
 def _traits(labels: Labels) -> Traits:
@@ -318,10 +321,11 @@ def _traits(labels: Labels) -> Traits:
 
 
 def _about(method: Method, word: str) -> dict[str, Any]:
+    said = any("model" in run.about for runs in method.runs.values() for run in runs)
     return {
         "name": method.name,
         "given": word,
-        "model": method.model,
+        "model": method.model if said else None,
         "role": method.role or None,
         "runs": max(len(runs) for runs in method.runs.values()),
     }
@@ -370,6 +374,19 @@ def _notes(methods: list[Method], looked: set[str], config: CompareSettings) -> 
         yield (
             "These are tuning patients: models were chosen and calibrated on them, so new patients "
             "will be predicted somewhat worse."
+        )
+
+
+def _too_few(records: list[dict[str, Any]], made: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield a warning where no p can be small enough for a verdict, however clear a difference."""
+    num_tested = sum(verdict["p"] is not None for verdict in made)
+    draws = min(record["draws"] for record in records)
+    if num_tested and num_tested * 2 / (draws + 1) > ALPHA:
+        enough = math.ceil(num_tested * 2 / ALPHA)
+        yield (
+            f"Too few draws for a verdict: of {draws:,} no p is below {2 / (draws + 1):.3f}, which "
+            f"over {num_tested} comparisons cannot reach {ALPHA}. Ask for --bootstraps={enough} or "
+            "more, or compare fewer tasks."
         )
 
 

@@ -74,7 +74,8 @@ def render(record: Record, command: str) -> str:
 
 def _method(method: Record) -> tuple[str, str]:
     runs = f"{method['runs']} run{'' if method['runs'] == 1 else 's'}"
-    return method["name"], f"{method['given']} · model {method['model']} · {runs}"
+    model = f"model {method['model']} · " if method["model"] else ""
+    return method["name"], f"{method['given']} · {model}{runs}"
 
 
 def _verdict(verdict: Record) -> Record:
@@ -205,7 +206,10 @@ def _calibration(task: Record, name: str) -> list[str | None]:
         Curve(model["name"], *([place[key] for place in model["curve"]] for key in _CURVE))
         for model in models
     ]
-    return [comparisons.calibration(f"{name}-calibration", curves)]
+    days = task["horizons_days"]
+    # the horizon that `judge` takes
+    title = f"Calibration at {days[len(days) // 2]:,.4g} days" if days else "Calibration"
+    return [comparisons.calibration(f"{name}-calibration", curves, title=title)]
 
 
 def _look(model: Record, place: int) -> str:

@@ -257,6 +257,16 @@ def test_the_page_and_record_are_written_and_small_counts_are_not_shown(tmp_path
         main([str(a), str(b), f"--out={out}"])
 
 
+def test_too_few_draws_for_a_verdict_are_said(tmp_path):
+    a, b = write(tmp_path / "a", 9.0), write(tmp_path / "b", 0.0, 1)
+    few = compare(compare_arguments([str(a), str(b), "--bootstraps=30"]), lambda _: None)
+    assert few["headline"][0]["p"] > 0.05 and "Too few draws" in few["notes"][0]
+    assert "--bootstraps=40 " in few["notes"][0]
+    enough = compare(compare_arguments([str(a), str(b), "--bootstraps=40"]), lambda _: None)
+    assert enough["headline"][0]["verdict"] == "better"
+    assert not any("Too few" in note for note in enough["notes"])
+
+
 def test_words_are_methods_and_keys_are_settings():
     config = compare_arguments(["a=b.parquet", "c,d", "--folds", "against=all", "tasks=x,y"])
     assert config.methods == ["a=b.parquet", "c,d"] and config.folds
