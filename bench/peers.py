@@ -59,7 +59,8 @@ class PeersBench(Settings):
     a sweep of `trials` settings. A label row sees the events up to its prediction time, as in ours.
     Its model is chosen by tuning AUROC and is not calibrated. Nothing of held-out is printed: its
     predictions are in OUT/VIEW/held_out, those of tuning in OUT/VIEW/tuning. Features that are
-    there are used again, so that a command that was ended goes on.
+    there are used again, so that a command that was ended goes on. meds-tab itself writes held-out
+    figures of every trial into OUT/work, which are to be left alone until the end.
     """
 
     epilog: ClassVar[str] = """Examples
@@ -112,7 +113,7 @@ def read_views(views: list[Path], task: str) -> tuple[Labels, np.ndarray]:
     Raises:
         ValueError: the views have other rows, or the task is not binary.
     """
-    read = []
+    read: list[Labels] = []
     for view in views:
         labels = with_splits(read_labels(find_tasks([task], view)[0]), MedsDataset.open(view))
         labels = labels.take(np.lexsort((labels.time_N, labels.subject_N)))
@@ -195,7 +196,8 @@ def run(words: list[str], log: Path, environment: dict[str, str]) -> Cost:
 
 
 def tabularize(bench: PeersBench, work: Path) -> dict[str, Cost]:
-    """Make the features of all rows: what is there already stays."""
+    """Make the features of all rows: what is there already stays. Returns what every command took,
+    with earlier ones that began the same features."""
     aggs = usable(sorted((work / "data" / "all").glob("*.parquet")))
     (work / "aggs.json").write_text(json.dumps(aggs))
     words = [f"input_dir={work / 'data'}", f"output_dir={work / 'tab'}", "do_overwrite=False"]
@@ -207,6 +209,10 @@ def tabularize(bench: PeersBench, work: Path) -> dict[str, Cost]:
         more = own if name != "describe" else []
         costs[name] = run([_program(bench, name), *words, *more], work / "log", _own(bench))
         print(f"{name}: {costs[name].cpu_s:.0f} CPU s", file=sys.stderr)
+    before = work / "costs.json"
+    for name, cost in (json.loads(before.read_text()) if before.is_file() else {}).items():
+        costs[name] = Cost(costs[name].wall_s + cost["wall_s"], costs[name].cpu_s + cost["cpu_s"])
+    before.write_text(json.dumps({name: asdict(cost) for name, cost in costs.items()}))
     return costs
 
 

@@ -217,7 +217,8 @@ def probe(bench: ProbeScaleBench, data: Path) -> dict[str, Any]:
     process = subprocess.Popen(
         words, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    watch, stages, lines = Watch(process.pid), [], []
+    watch, lines = Watch(process.pid), []
+    stages: list[list[Any]] = []
     watch.start()
     assert process.stdout is not None
     for line in process.stdout:

@@ -133,9 +133,9 @@ class Contestants:
 
     def _tokens(self, labels: Labels) -> Iterator[Features]:
         assert isinstance(self.bag, TokenBag)
-        age_N2 = self.plain.features("counts", labels)[:, :2]
-        train_N = labels.split_N == "train"
-        yield self.bag.features(labels.subject_N, labels.time_N, train_N, age_N2)
+        key = labels.subject_N, labels.time_N, labels.split_N == "train"
+        age_N2 = self.plain.counts.features(*key)[:, :2]
+        yield self.bag.features(*key, age_N2)
 
     def _plain(self, name: str, labels: Labels) -> Iterator[Features]:
         yield self.plain.features(name, labels)

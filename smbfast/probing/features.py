@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -100,7 +101,7 @@ class Gapped:
         return np.hstack([self.count_NF.toarray(), value_NG])
 
 
-Features = np.ndarray | csr_matrix | Rows | Gapped
+Features: TypeAlias = np.ndarray | csr_matrix | Rows | Gapped
 
 
 def parts(shape: tuple[int, int]) -> Iterator[slice]:

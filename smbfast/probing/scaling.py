@@ -58,7 +58,7 @@ def scaling(feature_NF: Features, *, standardise: bool = False) -> Scaling:
     if issparse(feature_NF):
         if standardise:
             return _standardised(feature_NF)
-        largest_F = np.asarray(abs(feature_NF).max(0).todense(), np.float64).ravel()
+        largest_F = np.asarray(abs(csr_matrix(feature_NF)).max(0).todense(), np.float64).ravel()
         return Scaling(np.zeros(num_features), _inverse(largest_F, largest_F > 0))
     shift_F, square_F = np.zeros(num_features), np.zeros(num_features)
     for _, chunk_CF in chunks(feature_NF):
