@@ -89,8 +89,10 @@ def _cosine_plot(arm: str, own: dict[str, Any]) -> str | None:
 
 
 def _interval(cell: dict[str, Any]) -> Interval:
-    low, high = (math.nan if cell[key] is None else cell[key] for key in ("low", "high"))
-    return cell["value"], low, high
+    value, low, high = (
+        math.nan if cell[key] is None else cell[key] for key in ("value", "low", "high")
+    )
+    return value, low, high
 
 
 def _columns(record: dict[str, Any]) -> list[str]:
