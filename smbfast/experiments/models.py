@@ -29,7 +29,7 @@ from smbfast.probing.bag import bag_of_tokens
 from smbfast.probing.binary import log_loss
 from smbfast.probing.boosting import fit_boosting
 from smbfast.probing.embedding import Model, embed_into
-from smbfast.probing.features import read_oracle
+from smbfast.probing.features import dense, read_oracle
 from smbfast.probing.logistic import fit_logistic
 from smbfast.probing.survival import fit_cox
 from smbfast.probing.values import code_values
@@ -210,7 +210,9 @@ def baselines(judged: Judged) -> tuple[Scores, dict]:
     for labels in judged.tasks:
         train_N = labels.split_N == "train"
         count_NC = values.counts.features(labels.subject_N, labels.time_N, train_N)
-        value_NF = values.features(labels.subject_N, labels.time_N, train_N)
+        value_NF = dense(
+            values.features(labels.subject_N, labels.time_N, train_N), np.arange(len(train_N))
+        )
         probed.fit(COUNTS, labels, count_NC)
         probed.fit(VALUES, labels, filled(value_NF, train_N))
         at_N = labels.subject_N, labels.time_N

@@ -77,9 +77,9 @@ def together(parts: list[Predictions]) -> Predictions:
     names = set.intersection(*(set(part._arrays()) for part in parts))
     if any(part.horizons != parts[0].horizons for part in parts):
         names -= {"probability_NH"}
-    whole = {name: np.concatenate([getattr(p, name) for p in parts]) for name in names}
-    absent = dict.fromkeys(set(parts[0]._arrays()) - names)
-    return replace(parts[0], **absent, **whole)
+    changed: dict[str, Any] = dict.fromkeys(set(parts[0]._arrays()) - names)
+    changed |= {name: np.concatenate([getattr(p, name) for p in parts]) for name in names}
+    return replace(parts[0], **changed)
 
 
 def about_file(file: Path) -> dict[str, Any]:

@@ -80,10 +80,10 @@ def _slope(risk_T: np.ndarray, duration_T: np.ndarray, event_T: np.ndarray) -> f
     if int(event_T.sum()) < FEW:
         return 1.0
     likelihood = PartialLikelihood(duration_T, event_T)
-    found = minimize_scalar(
+    best = minimize_scalar(
         lambda slope: likelihood.loss(slope * risk_T)[0],
         bounds=(0.0, _STEEPEST),
         method="bounded",
         options={"xatol": 1e-4},
     )
-    return float(found.x)
+    return float(best.x)

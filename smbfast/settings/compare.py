@@ -105,7 +105,8 @@ def compare_arguments(argv: list[str]) -> CompareSettings:
         ValueError: an unknown key, a wrong value, or no method.
     """
     keys = set(known_keys(CompareSettings))
-    settings, words = [], []
+    settings: list[str] = []
+    words: list[str] = []
     for word in argv:
         is_key = word.startswith("-") or word.partition("=")[0].replace("-", "_") in keys
         (settings if is_key and word != "-" else words).append(word)

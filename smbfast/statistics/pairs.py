@@ -107,10 +107,9 @@ def _bit(
     # cases in the order of their places: what is looked up lies close together
     by_place_K, by_place_M = np.argsort(place_K, kind="stable"), np.argsort(place_M, kind="stable")
     first_K, place_K, place_M = first_K[by_place_K], place_K[by_place_K], place_M[by_place_M]
-    first_K, below_K, upto_K = (
-        np.searchsorted(place_M, place, side).astype(np.int32)
-        for place, side in ((first_K, "left"), (place_K, "left"), (place_K, "right"))
-    )
+    first_K = np.searchsorted(place_M, first_K, "left").astype(np.int32)
+    below_K = np.searchsorted(place_M, place_K, "left").astype(np.int32)
+    upto_K = np.searchsorted(place_M, place_K, "right").astype(np.int32)
     return _Bit(
         control_M[by_place_M].astype(np.int32),
         case_K[by_place_K].astype(np.int32),
