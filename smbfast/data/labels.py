@@ -174,12 +174,7 @@ def with_competing(labels: Labels, other: Labels) -> Labels:
     for one in (labels, other):
         if one.kind != "time_to_event":
             raise ValueError(f"{one.task} must be of time to event to compete, is {one.kind}")
-    place = {
-        key: at
-        for at, key in enumerate(zip(other.subject_N.tolist(), other.time_N.tolist(), strict=True))
-    }
-    keys = zip(labels.subject_N.tolist(), labels.time_N.tolist(), strict=True)
-    at_N = np.array([place.get(key, -1) for key in keys], np.int64)
+    at_N = _places(labels, other)
     if (at_N < 0).any():
         raise ValueError(
             f"labels of {other.task} must have every row of {labels.task}, with whose event they "
@@ -197,6 +192,20 @@ def with_competing(labels: Labels, other: Labels) -> Labels:
     competing_N = happens_N & ~event_N & (ends_N <= duration_N)
     duration_N = np.where(competing_N, ends_N, duration_N)
     return replace(labels, duration_N=duration_N, competing_N=competing_N)
+
+
+def _places(labels: Labels, other: Labels) -> np.ndarray:
+    """Return the row of `other` at the node of each label row, int64 [N]; -1 where there is none.
+    Both name a node once."""
+    subject_M = np.concatenate([other.subject_N, labels.subject_N])
+    time_M = np.concatenate([other.time_N, labels.time_N])
+    # a stable sort puts the row of `other` right before that of the labels
+    order_M = np.lexsort((time_M, subject_M))
+    subject_M, time_M = subject_M[order_M], time_M[order_M]
+    same_M = (subject_M[1:] == subject_M[:-1]) & (time_M[1:] == time_M[:-1])
+    at_N = np.full(len(labels), -1, np.int64)
+    at_N[order_M[1:][same_M] - len(other)] = order_M[:-1][same_M]
+    return at_N
 
 
 def splits_read(final: bool) -> tuple[str, ...]:

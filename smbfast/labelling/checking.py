@@ -64,7 +64,7 @@ class _Checked:
     def add(self, batch: EventBatch) -> None:
         """Take the rows whose subjects are in a batch."""
         record = Record.of(batch, self.sets)
-        at, row_Q = _rows_in(record, self.labels)
+        at, row_Q = nodes_in(record, self.labels.subject_N, self.labels.time_N)
         self.num_seen += len(at)
         if not len(at):
             return
@@ -163,13 +163,6 @@ def _read(dataset: MedsDataset, checked: list[_Checked], searches: list[Giveaway
                 one.add(batch)
             for search in searches:
                 search.add(batch)
-
-
-def _rows_in(record: Record, labels: Labels) -> tuple[Candidates, np.ndarray]:
-    """Return the rows of sorted labels whose subjects are in a batch, as nodes and as indices."""
-    at = nodes_in(record, labels.subject_N, labels.time_N)
-    row_Q = np.flatnonzero(np.isin(labels.subject_N, record.subject_S))
-    return at, row_Q
 
 
 def _general(

@@ -89,18 +89,26 @@ def given_nodes(task: TaskDefinition, data: Path) -> tuple[np.ndarray, np.ndarra
     return node_K2[:, 0], node_K2[:, 1]
 
 
-def nodes_in(record: Record, subject_K: np.ndarray, time_K: np.ndarray) -> Candidates:
-    """Return those of the given nodes, sorted by subject and time, whose subjects are in a batch.
+def nodes_in(
+    record: Record, subject_K: np.ndarray, time_K: np.ndarray
+) -> tuple[Candidates, np.ndarray]:
+    """Return those of the given nodes, sorted by subject and time, whose subjects are in a batch,
+    and which they are (int64 [Q], ascending).
+
+    Each subject is searched for among the nodes: a pass over all nodes for every batch would be
+    quadratic.
 
     Args:
         subject_K: ids.
     """
     order_S = np.argsort(record.subject_S, kind="stable")
     sorted_S = record.subject_S[order_S]
-    at_K = np.minimum(np.searchsorted(sorted_S, subject_K), len(sorted_S) - 1)
-    mine_K = sorted_S[at_K] == subject_K
-    place_Q, time_Q = order_S[at_K[mine_K]], time_K[mine_K]
-    return Candidates(place_Q, time_Q, time_Q)
+    first_S, last_S = (np.searchsorted(subject_K, sorted_S, side) for side in ("left", "right"))
+    size_S = last_S - first_S
+    start_Q = np.repeat(first_S - np.cumsum(size_S) + size_S, size_S)
+    row_Q = start_Q + np.arange(len(start_Q))
+    time_Q = time_K[row_Q]
+    return Candidates(np.repeat(order_S, size_S), time_Q, time_Q), row_Q
 
 
 class _Task:
@@ -127,7 +135,7 @@ class _Task:
     def add(self, split: str, record: Record) -> None:
         """Take the nodes of a batch."""
         given = self.given
-        at = candidates(self.task, record) if given is None else nodes_in(record, *given)
+        at = candidates(self.task, record) if given is None else nodes_in(record, *given)[0]
         reason_Q = exclusions(self.task, record, at)
         answer = answers(self.task, record, at)
         reason_Q = np.where(reason_Q == "", answer.reason_Q, reason_Q)

@@ -24,6 +24,7 @@ from smbfast.data.splits import SPLITS
 
 _HELD = 1 << 28  # bytes of embeddings in memory; more of them lie in a file: our choice
 _CHUNK = 1 << 26  # bytes of embeddings that are read at once
+_CACHED = 1 << 22  # bytes of a chunk that two products pass over: a third of the time of 64 MiB
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Rows:
 
     def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
         """Yield which rows of these, and their values in float64 [C, D]."""
-        for part in parts(self.shape):
+        for part in parts(self.shape, _CACHED):
             row_C = self.row_N[part]
             first, last = int(row_C[0]), int(row_C[-1]) + 1
             # rows that follow one another need no copy before they are made float64
@@ -104,10 +105,10 @@ class Gapped:
 Features: TypeAlias = np.ndarray | csr_matrix | Rows | Gapped
 
 
-def parts(shape: tuple[int, int]) -> Iterator[slice]:
-    """Yield successive rows of a matrix of this shape, of which 64 MiB are held at once in
+def parts(shape: tuple[int, int], most: int = _CHUNK) -> Iterator[slice]:
+    """Yield successive rows of a matrix of this shape, of which `most` bytes are held at once in
     float64."""
-    size = max(_CHUNK // (8 * max(shape[1], 1)), 1)
+    size = max(most // (8 * max(shape[1], 1)), 1)
     for first in range(0, shape[0], size):
         yield slice(first, min(first + size, shape[0]))
 
