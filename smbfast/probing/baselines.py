@@ -12,6 +12,7 @@ import numpy as np
 from smbfast.data.labels import Labels
 from smbfast.data.meds import MedsDataset
 from smbfast.judging.scored import Traits
+from smbfast.probing.boosting import MOST_FEATURES
 from smbfast.probing.counts import CodeCounts, CountParts, VisibleEvents
 from smbfast.probing.features import Features, join
 from smbfast.probing.models import Head
@@ -69,7 +70,8 @@ class Baselines:
         if name == "values":
             return self.values.linear_features(*key)
         assert name == "values_boosting"
-        return self.values.features(*key)
+        # a tree never splits on what fewer rows have than a leaf holds, so that little is lost
+        return self.values.features(*key, most=MOST_FEATURES)
 
     def rows(self, labels: Labels) -> np.ndarray:
         """Return the node of each label row, int64 [N]."""

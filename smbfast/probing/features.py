@@ -101,6 +101,18 @@ class Gapped:
         value_NG[row_E, self.value_NG.indices] = self.value_NG.data
         return np.hstack([self.count_NF.toarray(), value_NG])
 
+    def commonest(self, row_R: np.ndarray, most: int) -> "Gapped":
+        """Return the `most` columns that are not absent in most of the given rows, in their order;
+        of equal ones the first."""
+        size_F, size_G = (
+            np.bincount(own[row_R].indices, minlength=own.shape[1])
+            for own in (self.count_NF, self.value_NG)
+        )
+        chosen = np.sort(np.argsort(-np.concatenate([size_F, size_G]), kind="stable")[:most])
+        of_counts = chosen < len(size_F)
+        value_G = chosen[~of_counts] - len(size_F)
+        return Gapped(self.count_NF[:, chosen[of_counts]], self.value_NG[:, value_G])
+
 
 Features: TypeAlias = np.ndarray | csr_matrix | Rows | Gapped
 

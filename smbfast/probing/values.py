@@ -34,17 +34,24 @@ class CodeValues:
     summary_P4: np.ndarray
 
     def features(
-        self, subject_N: np.ndarray, time_N: np.ndarray, train_N: np.ndarray
+        self,
+        subject_N: np.ndarray,
+        time_N: np.ndarray,
+        train_N: np.ndarray,
+        most: int | None = None,
     ) -> np.ndarray | Gapped:
         """Return float64 [N, F]: the features of `CodeCounts`, dense, then of each code that has a
-        value in the train rows the last, mean, least and largest one; nan where there is none. More
-        than 1 GiB of them stay sparse."""
+        value in the train rows the last, mean, least and largest one; nan where there is none. Of
+        more than `most` features those stay that most train rows have. More than 1 GiB of them
+        stay sparse."""
         count_NF = self.counts.features(subject_N, time_N, train_N)
         row_E, column_E, summary_E4, num_seen = self._entries(subject_N, time_N, train_N)
         at_E4 = 4 * column_E[:, None] + np.arange(4)
         entries = summary_E4.ravel(), (np.repeat(row_E, 4), at_E4.ravel())
         value_NG = csr_matrix(entries, shape=(len(subject_N), 4 * num_seen))
         gapped = Gapped(count_NF, value_NG)
+        if most is not None and gapped.shape[1] > most:
+            gapped = gapped.commonest(np.flatnonzero(train_N), most)
         return gapped if gapped.size > _DENSE else gapped.toarray()
 
     def linear_features(

@@ -95,3 +95,18 @@ def test_sparse_features_are_standardised_as_dense_ones() -> None:
     # a sum of the same numbers in another order
     np.testing.assert_allclose(sparse.shift_F, dense.shift_F, rtol=1e-14, atol=1e-14)
     np.testing.assert_allclose(sparse.factor_F, dense.factor_F, rtol=1e-14)
+
+
+def test_of_too_many_features_those_that_most_rows_of_train_have_stay() -> None:
+    data = dataset(LAB, HELD_OUT)
+    own = values.code_values(data, *NODES)
+    whole_NF = own.features(*NODES, TRAIN_N)
+    width = whole_NF.shape[1]
+    num_counts = counts.count_codes(data, *NODES).features(*NODES, TRAIN_N).shape[1]
+    absent_NF = np.isnan(whole_NF)
+    absent_NF[:, :num_counts] = whole_NF[:, :num_counts] == 0
+    size_F = (~absent_NF)[TRAIN_N].sum(0)
+    for most in range(1, width + 2):
+        kept = np.sort(np.argsort(-size_F, kind="stable")[:most])
+        given_NF = own.features(*NODES, TRAIN_N, most=most)
+        np.testing.assert_array_equal(dense(given_NF, np.arange(len(whole_NF))), whole_NF[:, kept])
