@@ -36,7 +36,7 @@ from smbfast.data.meds import STATIC, MedsDataset
 from smbfast.data.splits import SPLITS
 from smbfast.judging.predictions import write_predictions
 from smbfast.judging.scored import Scored
-from smbfast.probing.boosting import fit_boosting
+from smbfast.probing.boosting import MOST_FEATURES, fit_boosting
 from smbfast.probing.features import join
 from smbfast.probing.values import code_values
 from smbfast.statistics.resample import auroc
@@ -326,10 +326,11 @@ def ours(view: str, task: str, file: str) -> None:
     labels = labels.take(train_N | tuning_N)
     train_N, tuning_N = labels.split_N == "train", labels.split_N == "tuning"
     values = code_values(dataset, labels.subject_N, labels.time_N)
-    feature_NF = values.features(labels.subject_N, labels.time_N, train_N)
+    key = labels.subject_N, labels.time_N, train_N
+    feature_NF = values.features(*key, most=MOST_FEATURES)
     fit = fit_boosting(feature_NF, labels.binary_N, labels.split_N)
-    found = area(fit.probability_N[tuning_N], labels.binary_N[tuning_N])
-    Path(file).write_text(json.dumps({"tuning_auroc": found}))
+    own = area(fit.probability_N[tuning_N], labels.binary_N[tuning_N])
+    Path(file).write_text(json.dumps({"tuning_auroc": own}))
 
 
 def area(score_N: np.ndarray, true_N: np.ndarray) -> float:
