@@ -98,7 +98,9 @@ def slope(probability_N: np.ndarray, true_N: np.ndarray) -> Metric:
     """Return the calibration slope: the coefficient of logit(probability) in a logistic regression
     of the outcome on it, with an intercept (Cox 1958). 1 is perfect, below 1 too extreme.
 
-    nan where the classes are separated, or all probabilities are equal.
+    A probability of exactly 0 or 1 is taken as 1e-9 from it (our choice): one that is wrong has no
+    finite logit, and pulls the slope towards 0. nan where the classes are separated, or all
+    probabilities are equal.
     """
     return _recalibration(probability_N, true_N, slope=True)
 
@@ -162,19 +164,22 @@ def _bin(probability_N: np.ndarray, true_N: np.ndarray, subject_N: np.ndarray) -
 
 def _recalibration(probability_N: np.ndarray, true_N: np.ndarray, slope: bool) -> Metric:
     """Fit the outcome on logit(probability) under the weights of each draw, by Newton's method."""
-    score_N = logit(np.clip(probability_N, _NEAREST, 1 - _NEAREST))
+    score_N, spread = logit(np.clip(probability_N, _NEAREST, 1 - _NEAREST)), 1.0
     if slope and len(score_N):
-        equal = np.ptp(score_N) == 0
-        # centred, the two coefficients hardly depend on each other
-        score_N = np.zeros(len(score_N)) if equal else score_N - score_N.mean()
+        # of mean 0 and deviation 1 the two coefficients hardly depend on each other, and a step is
+        # as good for probabilities of 0 and 1, whose logits lie far out
+        spread = float(score_N.std()) if np.ptp(score_N) > 0 else 1.0
+        score_N = (score_N - score_N.mean()) / spread
     true_N = true_N.astype(np.float64)
-    # draws begin at the solution of all rows, from where few steps are left
-    whole_12 = _newton(score_N, true_N, np.ones((1, len(true_N))), np.array([[0.0, 1.0]]), slope)
-    start_12 = np.where(np.isfinite(whole_12), whole_12, [[0.0, 1.0]])
+    # draws begin at the solution of all rows, from where few steps are left; all rows begin where
+    # the curvature is largest: a slope of 1 may be so far off that no step leads back
+    begin_12 = np.array([[0.0, 0.0 if slope else 1.0]])
+    whole_12 = _newton(score_N, true_N, np.ones((1, len(true_N))), begin_12, slope)
+    start_12 = np.where(np.isfinite(whole_12), whole_12, begin_12)
 
     def metric(weight_BN: np.ndarray) -> np.ndarray:
         start_B2 = np.repeat(start_12, len(weight_BN), 0)
-        return _newton(score_N, true_N, weight_BN, start_B2, slope)[:, int(slope)]
+        return _newton(score_N, true_N, weight_BN, start_B2, slope)[:, int(slope)] / spread
 
     return metric
 
@@ -184,20 +189,37 @@ def _newton(
 ) -> np.ndarray:
     """Return intercept and slope, float64 [B, 2]; nan where there is no solution.
 
-    One draw at a time; its rows of weight 0 are left out. See `_step` of when it ends.
+    One draw at a time; its rows of weight 0 are left out. Where few rows lie far out, long steps
+    may lead astray: then short ones begin again, from where the curvature is largest.
     """
     fit_B2 = fit_B2.copy()
+    begin_2 = np.array([0.0, 0.0 if slope else 1.0])
     for draw, weight_N in enumerate(weight_BN):
         rows = np.flatnonzero(weight_N)
         own = score_N[rows], true_N[rows], weight_N[rows].astype(np.float64)
-        for _ in range(_STEPS):
-            step_2 = _step(*own, fit_B2[draw], slope)
-            fit_B2[draw] += np.clip(step_2, -2, 2)  # one that is too long is cut short
-            if np.abs(step_2).max() < _LAST:
+        for start_2, longest in ((fit_B2[draw], 2.0), (begin_2, 0.25)):
+            fit_B2[draw], converged = _solved(*own, start_2, slope, longest)
+            if converged:
                 break
-        else:
-            fit_B2[draw] = np.nan
     return fit_B2
+
+
+def _solved(
+    score_N: np.ndarray,
+    true_N: np.ndarray,
+    weight_N: np.ndarray,
+    fit_2: np.ndarray,
+    slope: bool,
+    longest: float,
+) -> tuple[np.ndarray, bool]:
+    """Return intercept and slope after steps of at most `longest`, and whether they converged; nan
+    if not."""
+    for _ in range(_STEPS):
+        step_2 = _step(score_N, true_N, weight_N, fit_2, slope)
+        fit_2 = fit_2 + np.clip(step_2, -longest, longest)
+        if np.abs(step_2).max() < _LAST:
+            return fit_2, True
+    return np.full(2, np.nan), False
 
 
 def _step(

@@ -58,6 +58,25 @@ def test_calibration_without_a_solution_is_not_defined() -> None:
     assert np.isfinite(binary.intercept(np.array([0.0, 1.0, 0.0, 1.0]), true_N)(whole_1N)[0])
 
 
+def test_probabilities_of_0_and_1_have_a_slope() -> None:
+    """By hand: two predictions, so the line goes through the logits of both shares, 0.6 and 0.2;
+    1e-9 from 0 and 1 their own logits are 2 log(1e9 - 1) from each other. A 0 that is wrong, among
+    other predictions, has a long lever."""
+    whole_1N = np.ones((1, 50), np.int32)
+    probability_N = np.repeat([0.0, 1.0], 25)
+    true_N = np.where(probability_N > 0, np.arange(50) % 5 < 3, np.arange(50) % 5 < 1)
+    expected = (logit(0.6) - logit(0.2)) / (2 * np.log(1e9 - 1))
+    assert binary.slope(probability_N, true_N)(whole_1N)[0] == pytest.approx(expected, abs=1e-6)
+    probability_N, true_N, weight_BN = scored(200, 3)
+    probability_N, true_N = np.r_[probability_N[:-1], 0.0], np.r_[true_N[:-1], True]
+    score_N = logit(np.clip(probability_N, 1e-9, 1))
+    ours_B = binary.slope(probability_N, true_N)(weight_BN)
+    for ours, weight_N in zip(ours_B, weight_BN, strict=True):
+        model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10)
+        model.fit(score_N[:, None] / score_N.std(), true_N, weight_N)
+        assert ours == pytest.approx(model.coef_[0, 0] / score_N.std(), abs=1e-6)
+
+
 def test_skill_is_against_the_prevalence_of_the_draw() -> None:
     probability_N, true_N, weight_BN = scored(300, 1)
     ours_B = binary.brier_skill(probability_N, true_N)(weight_BN)

@@ -49,6 +49,13 @@ def test_seeds_of_a_run_are_drawn_with_its_patients() -> None:
     np.testing.assert_allclose(paired_B, 0.25, atol=1e-12)
 
 
+def test_draws_of_other_numbers_of_seeds_are_independent() -> None:
+    """Of 4,000 independent draws a correlation has a deviation of 1 / sqrt(4000); 4 of them pass in
+    all but 1 of 16,000 seeds, and this one is fixed."""
+    first, other = (seeds.seed_weights(number, 4000, 0)[:, 0] for number in (3, 5))
+    assert abs(np.corrcoef(first, other)[0, 1]) < 4 / np.sqrt(4000)
+
+
 def test_replicates_have_students_interval() -> None:
     value_R = np.array([0.02, 0.05, 0.01, 0.04, 0.03])
     interval, p = seeds.over_replicates(value_R)
