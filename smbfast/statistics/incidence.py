@@ -139,16 +139,24 @@ def aalen_johansen(follow_up: FollowUp, time_H: np.ndarray) -> tuple[np.ndarray,
 
 @dataclass(frozen=True)
 class Baseline:
-    """Hazards of a subject whose log hazard is 0: steps of the event's, and of what competes."""
+    """Hazards of a subject whose log hazard is 0: steps of the event's, and of what competes.
+
+    The event's are held as logarithms: a fit that separates few rows gives log hazards in the
+    thousands, of which neither exp nor its inverse is a number.
+    """
 
     time_U: np.ndarray
-    event_U: np.ndarray
+    log_event_U: np.ndarray  # -inf where nobody had the event
     competing_U: np.ndarray | None
+
+    @property
+    def event_U(self) -> np.ndarray:
+        """Return the steps of the event's hazard, float64 [U]; inf where that is too large."""
+        return _exp(self.log_event_U)
 
     def cumulative_hazard(self, time_H: np.ndarray) -> np.ndarray:
         """Return the event's cumulative hazard by each time, float64 [H]."""
-        total_U = np.concatenate([[0.0], np.cumsum(self.event_U)])
-        return total_U[np.searchsorted(self.time_U, time_H, side="right")]
+        return _exp(self._log_total()[np.searchsorted(self.time_U, time_H, side="right")])
 
     def probability(self, risk_M: np.ndarray, time_H: np.ndarray) -> np.ndarray:
         """Return the probability of the event by each time, float64 [M, H], at log hazards [M].
@@ -157,24 +165,29 @@ class Baseline:
         those whom neither event has taken, and the hazard of the competing event is everybody's
         (our choice). That sum is made at 2,048 risks and read between them.
         """
+        index_H = np.searchsorted(self.time_U, time_H, side="right")
+        log_own_U = self._log_total()
         if self.competing_U is None:
-            return -np.expm1(-np.exp(risk_M)[:, None] * self.cumulative_hazard(time_H))
+            return -np.expm1(-_exp(risk_M[:, None] + log_own_U[index_H]))
         if len(risk_M) == 0:
             return np.zeros((0, len(time_H)))
         grid_M = np.linspace(risk_M.min(), risk_M.max(), _GRID)
-        index_H = np.searchsorted(self.time_U, time_H, side="right")
         other_U = np.concatenate([[0.0], np.cumsum(self.competing_U)])
-        own_U = np.concatenate([[0.0], np.cumsum(self.event_U)])
         at_grid_MH = np.empty((_GRID, len(time_H)))
-        rows = max(1, _CELLS // len(own_U))
+        rows = max(1, _CELLS // len(log_own_U))
         for start in range(0, _GRID, rows):
-            hazard_M1 = np.exp(grid_M[start : start + rows])[:, None]
+            risk_M1 = grid_M[start : start + rows, None]
             # of one time, the event's step is before the competing one's
-            free_MU = np.exp(-hazard_M1 * own_U[:-1] - other_U[:-1])
-            step_MU = free_MU * -np.expm1(-hazard_M1 * self.event_U)
+            free_MU = np.exp(-_exp(risk_M1 + log_own_U[:-1]) - other_U[:-1])
+            step_MU = free_MU * -np.expm1(-_exp(risk_M1 + self.log_event_U))
             sum_MU = np.concatenate([np.zeros((len(step_MU), 1)), np.cumsum(step_MU, 1)], 1)
             at_grid_MH[start : start + rows] = sum_MU[:, index_H]
         return np.stack([np.interp(risk_M, grid_M, column) for column in at_grid_MH.T], 1)
+
+    def _log_total(self) -> np.ndarray:
+        """Return the log cumulative hazard of the event before the first time and after each."""
+        total_U = np.logaddexp.accumulate(self.log_event_U)
+        return np.concatenate([[-np.inf], total_U])
 
 
 def breslow(risk_N: np.ndarray, follow_up: FollowUp) -> Baseline:
@@ -188,10 +201,19 @@ def breslow(risk_N: np.ndarray, follow_up: FollowUp) -> Baseline:
     """
     follow_up = follow_up.checked()
     time_U, row_N = np.unique(follow_up.duration_N, return_inverse=True)
-    hazard_U = np.bincount(row_N, np.exp(risk_N), len(time_U))[::-1].cumsum()[::-1]
-    event_U = np.bincount(row_N[follow_up.event_N], minlength=len(time_U)) / hazard_U
+    at_risk_U = np.full(len(time_U), -np.inf)
+    np.logaddexp.at(at_risk_U, row_N, np.asarray(risk_N, np.float64))
+    at_risk_U = np.logaddexp.accumulate(at_risk_U[::-1])[::-1]
+    with np.errstate(divide="ignore"):
+        log_num_U = np.log(np.bincount(row_N[follow_up.event_N], minlength=len(time_U)))
+    event_U = log_num_U - at_risk_U
     if follow_up.competing_N is None:
         return Baseline(time_U, event_U, None)
     people_U = np.bincount(row_N, minlength=len(time_U))[::-1].cumsum()[::-1]
     other_U = np.bincount(row_N[follow_up.competing_N], minlength=len(time_U)) / people_U
     return Baseline(time_U, event_U, other_U)
+
+
+def _exp(log: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.exp(log)

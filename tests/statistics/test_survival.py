@@ -237,6 +237,19 @@ def test_the_incidence_under_competing_events_is_that_of_the_cohort() -> None:
     np.testing.assert_allclose(between_NH, alone_NH, atol=1e-6)
 
 
+@pytest.mark.parametrize("competing", [False, True])
+def test_log_hazards_in_the_thousands_have_probabilities(competing: bool) -> None:
+    """Of few rows that a fit separates: exp of a log hazard is no number. Whoever was judged most
+    at risk has the event at once, whoever was judged least has it never."""
+    _, follow_up = cohort(40, 8, competing=competing)
+    risk_N = np.linspace(3000.0, -3000.0, 40)
+    with np.errstate(all="raise", under="ignore"):
+        chance_NH = incidence.breslow(risk_N, follow_up).probability(risk_N, TIMES)
+    assert ((chance_NH >= 0) & (chance_NH <= 1)).all()
+    assert (np.diff(chance_NH, axis=0) <= 0).all()
+    assert chance_NH[-1, -1] < 1e-6 < chance_NH[0, -1]
+
+
 def test_follow_up_that_cannot_be_is_refused() -> None:
     one = np.array([True, False])
     with pytest.raises(ValueError, match="1 rows with both"):
