@@ -154,6 +154,7 @@ def test_an_experiment_from_its_plan_to_its_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(
         PLANS, "interference", replace(PLANS["interference"], arms={"hybrid": arms["hybrid"]})
     )
+    monkeypatch.setattr(interference, "BATCHES", 2)
     words = [f"--work={tmp_path}", "--first=901", "--replicates=1", "--steps=5", "--patients=300"]
     words += ["--held_out=0", "--draws=100"]
     experiment.main(["regimes", *words])
