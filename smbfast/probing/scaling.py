@@ -2,8 +2,9 @@
 
 Dense features are standardised; sparse ones are divided by their largest absolute value, or, where
 that is asked for, standardised too. A probe works on `(x - shift) * factor`, and never holds it:
-shift and factor go into its weights. Shape suffixes: N rows, F features, C rows of a chunk, E
-entries of a sparse matrix.
+shift and factor go into its weights. The shift changes nothing but an intercept, which no penalty
+holds; with it, weights and intercept hardly depend on each other. Shape suffixes: N rows, F
+features, C rows of a chunk, E entries of a sparse matrix.
 """
 
 from collections.abc import Iterator
@@ -58,8 +59,10 @@ def scaling(feature_NF: Features, *, standardise: bool = False) -> Scaling:
     if issparse(feature_NF):
         if standardise:
             return _standardised(feature_NF)
-        largest_F = np.asarray(abs(csr_matrix(feature_NF)).max(0).todense(), np.float64).ravel()
-        return Scaling(np.zeros(num_features), _inverse(largest_F, largest_F > 0))
+        own_NF = csr_matrix(feature_NF)
+        largest_F = np.asarray(abs(own_NF).max(0).todense(), np.float64).ravel()
+        shift_F = np.bincount(own_NF.indices, own_NF.data, minlength=num_features) / num_rows
+        return Scaling(shift_F, _inverse(largest_F, largest_F > 0))
     shift_F, square_F = np.zeros(num_features), np.zeros(num_features)
     for _, chunk_CF in chunks(feature_NF):
         shift_F += chunk_CF.sum(0) / num_rows
@@ -85,21 +88,31 @@ def directions(feature_NF: Features, scaled: Scaling, curvature: float) -> Basis
     """Return the directions in which scaled features vary together, of at most 50,000 rows evenly
     spaced, with `curvature` times their variance.
 
-    None where features are sparse or more than 1,024, of which the directions cost more than they
-    save.
+    None where features are more than 1,024, of which the directions cost more than they save.
     """
     num_rows, num_features = feature_NF.shape
-    if issparse(feature_NF) or num_features > _MOST:
+    if num_features > _MOST:
         return None
     chosen = np.arange(0, num_rows, -(-num_rows // _SAMPLE))
     product_FF = np.zeros((num_features, num_features))
     for _, chunk_CF in chunks(feature_NF[chosen]):
-        own_CF = (chunk_CF - scaled.shift_F) * scaled.factor_F
-        product_FF += own_CF.T @ own_CF
+        product_FF += _product(chunk_CF, scaled)
     variance_F, turn_FF = np.linalg.eigh(product_FF / len(chosen))
     # none is taken for smaller than what rounding leaves of it
     least = 1e-12 * max(float(variance_F[-1]), 1e-300)
     return Basis(turn_FF, curvature * np.maximum(variance_F, least))
+
+
+def _product(chunk_CF: np.ndarray | csr_matrix, scaled: Scaling) -> np.ndarray:
+    """Return the products of scaled features, summed over rows: float64 [F, F]."""
+    if not issparse(chunk_CF):
+        own_CF = (chunk_CF - scaled.shift_F) * scaled.factor_F
+        return own_CF.T @ own_CF
+    # the shift is taken from the sums: shifted, sparse features would be dense
+    sum_F, shift_F = np.asarray(chunk_CF.sum(0)).ravel(), scaled.shift_F
+    cross_FF = np.outer(sum_F - chunk_CF.shape[0] * shift_F / 2, shift_F)
+    product_FF = (chunk_CF.T @ chunk_CF).toarray() - cross_FF - cross_FF.T
+    return product_FF * np.outer(scaled.factor_F, scaled.factor_F)
 
 
 def scores(feature_NF: Features, scaled: Scaling, weight_F: np.ndarray) -> np.ndarray:
