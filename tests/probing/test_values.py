@@ -6,7 +6,7 @@ import pytest
 from smbfast.data.meds import STATIC
 from smbfast.probing import counts, values
 from smbfast.probing.features import Gapped, dense
-from smbfast.probing.scaling import scaling
+from smbfast.probing.scaling import directions, scaling
 from tests.probing.test_counts import DAY, NODES, TRAIN_N, Events, dataset
 
 LAB = [
@@ -110,3 +110,16 @@ def test_of_too_many_features_those_that_most_rows_of_train_have_stay() -> None:
         kept = np.sort(np.argsort(-size_F, kind="stable")[:most])
         given_NF = own.features(*NODES, TRAIN_N, most=most)
         np.testing.assert_array_equal(dense(given_NF, np.arange(len(whole_NF))), whole_NF[:, kept])
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_sparse_features_vary_along_the_directions_of_dense_ones(standardise: bool) -> None:
+    own = values.code_values(dataset(LAB, HELD_OUT), *NODES).linear_features(*NODES, TRAIN_N)
+    scaled = scaling(own[np.flatnonzero(TRAIN_N)], standardise=standardise)
+    sparse, dense = (directions(of, scaled, 1.0) for of in (own, own.toarray()))
+    assert sparse is not None and dense is not None
+    # directions of equal variance may be any; what they make together is one matrix. Its entries
+    # are below 100, of which `directions` lifts variances of 0 by 1e-12 and sums round less
+    products = [(basis.turn_WW * basis.curve_W) @ basis.turn_WW.T for basis in (sparse, dense)]
+    np.testing.assert_allclose(*products, rtol=0, atol=1e-10)
+    assert np.abs(products[1]).max() > 0.1
