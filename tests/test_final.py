@@ -20,8 +20,10 @@ from smbfast.simulation.dataset import simulate
 from tests.same_run import records
 
 TASKS = ("death_3y", "tte_death")
-# what a clock or a memory meter says, and digests of a run's random id
-CLOCK = re.compile(r"[\d.]+ s\b|[\d.,]+k? (tok|masked)/s|(matmul|wait) +[\d.]+%|[\d.]+ GiB|eta .*")
+# what a clock says, with the spaces that align it, or a memory meter, and digests of a random id
+CLOCK = re.compile(
+    r" *[\d.]+ s\b|[\d.,]+k? +(tok|masked)/s|(matmul|wait) +[\d.]+%|[\d.]+ GiB|eta .*"
+)
 
 
 def words(root: Path) -> list[str]:
