@@ -175,6 +175,7 @@ class Watch(threading.Thread):
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
         self._status, self._end = Path(f"/proc/{pid}/status"), threading.Event()
+        self._stat, self._spent = Path(f"/proc/{pid}/stat"), 0.0
         self.own = self.whole = self.recent = 0.0
 
     def run(self) -> None:
@@ -190,10 +191,19 @@ class Watch(threading.Thread):
             self.own = max(self.own, own)
             self.whole = max(self.whole, sizes.get("VmRSS", 0.0))
 
-    def since(self) -> float:
-        """Return the peak of `own` since the last call."""
+    def since(self) -> tuple[float, float]:
+        """Return the peak of `own` and the CPU seconds since the last call."""
         recent, self.recent = self.recent, 0.0
-        return round(recent, 2)
+        before, self._spent = self._spent, self._cpu()
+        return round(recent, 2), round(self._spent - before, 1)
+
+    def _cpu(self) -> float:
+        """Return the CPU seconds of the process; those of the last call when it has ended."""
+        try:
+            fields = self._stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            return self._spent
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
         """Read no more."""
@@ -201,7 +211,8 @@ class Watch(threading.Thread):
 
 
 def probe(bench: ProbeScaleBench, data: Path) -> dict[str, Any]:
-    """Run the probe, and return what it took, and of each stage when it began and its peak in GiB.
+    """Run the probe, and return what it took, and of each stage when it began, what it was, its
+    peak in GiB and its CPU seconds.
 
     Raises:
         ValueError: the probe failed.
@@ -218,14 +229,13 @@ def probe(bench: ProbeScaleBench, data: Path) -> dict[str, Any]:
         words, env=os.environ | own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     watch, lines = Watch(process.pid), []
-    stages: list[list[Any]] = []
+    stages: list[list[Any]] = [[0.0, "labels and embeddings", 0.0, 0.0]]
     watch.start()
     assert process.stdout is not None
     for line in process.stdout:
         if said := STAGE.match(line):
-            if stages:
-                stages[-1][2] = watch.since()
-            stages.append([float(said[1]), said[2], 0.0])
+            stages[-1][2:] = watch.since()
+            stages.append([float(said[1]), said[2], 0.0, 0.0])
         else:
             lines.append(line)
         print(line, end="", file=sys.stderr, flush=True)
@@ -233,12 +243,13 @@ def probe(bench: ProbeScaleBench, data: Path) -> dict[str, Any]:
     watch.stop()
     if failed:
         raise ValueError(f"the probe ended with {failed}: {''.join(lines[-1:]).strip()}")
-    if stages:
-        stages[-1][2] = watch.since()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    # of a process that has ended nothing can be read: what is left is the last stage's
+    stages[-1][2:] = watch.since()[0], round(cpu - sum(stage[3] for stage in stages), 1)
     return {
         "wall_s": round(time.monotonic() - begun, 1),
-        "cpu_s": round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1),
+        "cpu_s": round(cpu, 1),
         "peak_gib": round(watch.own, 2),
         "peak_with_files_gib": round(watch.whole, 2),
         "stages": stages,
@@ -258,9 +269,9 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(f"{PROG}: {error}") from None
     record = stamp | {"nodes": bench.nodes, "width": bench.width, "events": bench.events} | took
-    for start, (began, what, peak) in enumerate(took["stages"]):
+    for start, (began, what, peak, cpu) in enumerate(took["stages"]):
         rest = [*(s[0] for s in took["stages"][start + 1 :]), took["wall_s"]]
-        print(f"{rest[0] - began:8.1f} s  {peak:5.2f} GiB  {what}")
+        print(f"{rest[0] - began:8.1f} s  {cpu:7.1f} CPU s  {peak:5.2f} GiB  {what}")
     minutes, gib = took["wall_s"] / 60, took["peak_gib"]
     print(f"{bench.nodes:,} nodes: {minutes:.1f} minutes, {took['cpu_s']:.0f} CPU s, {gib:.2f} GiB")
     if bench.save:
