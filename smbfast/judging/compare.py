@@ -8,7 +8,6 @@ against its best rival, as a probe does.
 Legend: N rows of one file, J rows that all methods have, S runs of a method, H horizons.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -19,7 +18,7 @@ import numpy as np
 from smbfast.base.counts import few
 from smbfast.data.labels import Labels
 from smbfast.judging import measures
-from smbfast.judging.headline import ALPHA, headline
+from smbfast.judging.headline import headline, too_few_draws
 from smbfast.judging.judge import OWN, STACK, Protocol, judge, unmeasurable
 from smbfast.judging.methods import Method, read_methods
 from smbfast.judging.prediction_files import Predictions
@@ -89,7 +88,11 @@ def compare(
         "primary": primary,
         "headline": made,
         "tasks": records,
-        "notes": [*_too_few(records, made), *notes, *_notes(methods, looked, config)],
+        "notes": [
+            *too_few_draws(made, config.bootstraps),
+            *notes,
+            *_notes(methods, looked, config),
+        ],
         "protocol": _protocol(config),
         "small_cells": config.small_cells,
     }
@@ -128,7 +131,9 @@ def pair(task: str, methods: list[Method], *, alone: bool = False) -> Paired:
         at += len(own)
         scored.append(_scored(method, own, horizons_H, alone))
     judged_on = sorted({str(run.about["judged_on"]) for run in taken if "judged_on" in run.about})
-    return Paired(_labels(task, taken[0]), scored, horizons_H, judged_on, left_out)
+    # what competes is not in every file of others
+    said = next((run for run in taken if run.competing_N is not None), taken[0])
+    return Paired(_labels(task, said), scored, horizons_H, judged_on, left_out)
 
 
 def _shared(runs: list[Predictions]) -> list[np.ndarray]:
@@ -373,21 +378,10 @@ def _notes(methods: list[Method], looked: set[str], config: CompareSettings) -> 
     if "tuning" in looked:
         yield (
             "These are tuning patients: models were chosen and calibrated on them, so new patients "
-            "will be predicted somewhat worse."
+            "will be predicted somewhat worse. Where a probe was calibrated there, slope 1 and "
+            "intercept 0 say nothing, and a stack was fitted on these very rows."
         )
-
-
-def _too_few(records: list[dict[str, Any]], made: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield a warning where no p can be small enough for a verdict, however clear a difference."""
-    num_tested = sum(verdict["p"] is not None for verdict in made)
-    draws = min(record["draws"] for record in records)
-    if num_tested and num_tested * 2 / (draws + 1) > ALPHA:
-        enough = math.ceil(num_tested * 2 / ALPHA)
-        yield (
-            f"Too few draws for a verdict: of {draws:,} no p is below {2 / (draws + 1):.3f}, which "
-            f"over {num_tested} comparisons cannot reach {ALPHA}. Ask for --bootstraps={enough} or "
-            "more, or compare fewer tasks."
-        )
+    yield "Not to be told from each other is not equal: see which differences an interval holds."
 
 
 def _protocol(config: CompareSettings) -> str:

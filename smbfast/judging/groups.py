@@ -10,7 +10,7 @@ import numpy as np
 
 from smbfast.judging.scored import Traits
 
-FEW = 10  # rows of either outcome below which a group has no figure: our choice
+FEW = 10  # people of either outcome below which a group has no figure: our choice
 _NODES = ("first node", "second", "third", "fourth and later")
 _AGES = ((0, 45, "below 45"), (45, 65, "45 to 64"), (65, 80, "65 to 79"), (80, np.inf, "80 and up"))
 
@@ -23,19 +23,20 @@ class Group:
     name: str
     member_J: np.ndarray
 
-    def reason(self, true_J: np.ndarray, binary: bool) -> str | None:
+    def reason(self, true_J: np.ndarray, subject_J: np.ndarray, binary: bool) -> str | None:
         """Return why no figure of the group is given, or None.
+
+        People count, not rows: ten rows of one patient are a figure of one patient.
 
         Args:
             true_J: bool, the outcome or whether an event was observed.
-            binary: of time-to-event labels, rows that are censored need not be as many.
+            subject_J: int64, whose the row is.
+            binary: of time-to-event labels, people who are censored need not be as many.
         """
-        positives = int(true_J[self.member_J].sum())
-        others = int(self.member_J.sum()) - positives
-        if positives < FEW:
-            return f"fewer than {FEW} rows with the outcome"
-        if others < FEW and binary:
-            return f"fewer than {FEW} rows without the outcome"
+        if len(np.unique(subject_J[self.member_J & true_J])) < FEW:
+            return f"fewer than {FEW} people with the outcome"
+        if binary and len(np.unique(subject_J[self.member_J & ~true_J])) < FEW:
+            return f"fewer than {FEW} people without the outcome"
         return None
 
 

@@ -5,6 +5,7 @@ that judge: chosen in its favour. Verdicts follow p values after Holm's correcti
 so that many tasks do not make a finding by chance. What is lost is said as plainly as what is won.
 """
 
+import math
 from typing import Any
 
 from smbfast.statistics.holm import holm
@@ -30,6 +31,24 @@ def headline(tasks: list[dict[str, Any]], primary: dict[str, str]) -> list[dict[
     for verdict in verdicts:
         verdict["text"] = _text(verdict, len(tested))
     return sorted(verdicts, key=_place)
+
+
+def too_few_draws(verdicts: list[dict[str, Any]], draws: int) -> list[str]:
+    """Return a warning where no p can be small enough for a verdict, however clear a difference.
+
+    Args:
+        verdicts: of `headline`, or of pairs.
+        draws: of the primary metric, from which p is.
+    """
+    tested = sum(verdict["p"] is not None for verdict in verdicts)
+    least = 2 / (draws + 1)
+    if not tested or tested * least <= ALPHA:
+        return []
+    return [
+        f"Too few draws for a verdict: of {draws:,} no p is below {least:.3f}, which over {tested} "
+        f"comparisons cannot reach {ALPHA}. Ask for --bootstraps={math.ceil(tested * 2 / ALPHA)} "
+        "or more, or compare fewer tasks."
+    ]
 
 
 def _figures(task: dict[str, Any], metric: str) -> dict[str, Any]:

@@ -193,7 +193,8 @@ class _Task:
         """Return the primary figure of the trained model and the best rival in groups of rows."""
         true_J, binary = measures.outcome(self.judged), self.judged.kind == "binary"
         made = groups(self.traits)
-        reasons = [group.reason(true_J, binary) for group in made]
+        subject_J = self.judged.subject_N
+        reasons = [group.reason(true_J, subject_J, binary) for group in made]
         metrics = {
             (model.name, at): [
                 self.primary_on(score_J, np.flatnonzero(group.member_J))

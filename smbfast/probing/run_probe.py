@@ -25,7 +25,7 @@ from smbfast.data.labels import (
     without_held_out,
 )
 from smbfast.data.meds import MedsDataset
-from smbfast.judging.headline import headline
+from smbfast.judging.headline import headline, too_few_draws
 from smbfast.judging.measures import PRIMARY
 from smbfast.judging.predictions import require_predictions, write_predictions
 from smbfast.labelling.checking import check_against_definitions
@@ -102,11 +102,13 @@ def _record(
 ) -> dict[str, Any]:
     """Return the content of `probe.json`."""
     tasks = [result.record for result in measured]
+    verdicts = headline(tasks, PRIMARY)
     return {
         "judged_on": protocol.judged_on,
         "num_looks": looks,
         "primary": PRIMARY,
-        "headline": headline(tasks, PRIMARY),
+        "headline": verdicts,
+        "notes": too_few_draws(verdicts, protocol.bootstraps),
         "tasks": tasks,
         "protocol": _protocol_text(config),
         "read_out": _read_out(config.embeddings),
@@ -118,7 +120,7 @@ def _write(out: Path, record: dict[str, Any], measured: list[Measured]) -> None:
     for result in measured:
         judged_on, horizons_H = record["judged_on"], result.horizons_H
         write_predictions(out, result.judged, result.scored, judged_on, horizons_H)
-    with committed_file(out / "probe.json") as staging:
+    with committed_file(out / "probe.json", private=True) as staging:
         staging.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

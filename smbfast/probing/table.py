@@ -6,25 +6,34 @@ from typing import Any
 from smbfast.base.held_out import times
 
 _WIDTH = 100
+_WIDEST = 110  # of a table: a label that makes it wider is broken
+_LEAST = 20  # letters of a label that stay on one line
 _MANY = 4  # tasks above which a table of primary figures precedes
 _PATIENTS = {"tuning": "tuning", "held_out": "held-out"}
-_PRIMARY = {"auroc": "AUROC", "auc": "mean AUC(t)"}
+_PRIMARY = {"auroc": "AUROC", "auc": "AUC(t)"}
 _BESIDE = {
     "binary": {
-        "auroc": "all nodes",
+        "auroc": "all",
         "auprc": "AUPRC",
-        "brier_skill": "Brier skill",
+        "brier_skill": "skill",
         "slope": "slope",
-        "intercept": "intercept",
+        "intercept": "icept",
     },
     "time_to_event": {
-        "auc": "all nodes",
+        "auc": "all",
         "c_harrell": "Harrell C",
         "c_uno": "Uno C",
         "ibs": "int. Brier",
     },
 }
+_BY_CONSTRUCTION = ("slope", "intercept")  # on tuning, by which probabilities were calibrated
 _GROUPS = {"node": "by node", "events": "by past events", "sex": "by sex", "age": "by age"}
+_INTERVALS = (
+    "95 % intervals by resampling patients, and versions where a model has several; differences on "
+    "the same resamples. smbfast is one training run: an interval says nothing of another seed. "
+    "The best rival is chosen on the very rows that judge, in its favour, so worse is shown sooner "
+    "than p says, and better later. Neither of them is not equal: see what the interval holds."
+)
 
 
 def table(record: dict[str, Any]) -> str:
@@ -43,14 +52,11 @@ def table(record: dict[str, Any]) -> str:
         lines += ["", *_heading(task, record, small)]
         if not task["reason"]:
             metric = record["primary"][task["kind"]]
-            lines += [*_models(task, metric), *_groups(task, metric, small), *_shots(task, metric)]
+            lines += _models(task, metric, record["judged_on"])
+            lines += [*_groups(task, metric, small), *_shots(task, metric)]
     lines += ["", *_not_measured(record)]
-    lines += textwrap.wrap(
-        "95 % intervals by resampling patients, and versions where a model has several; "
-        "differences on the same resamples. The best rival is chosen on the very rows that judge, "
-        "in its favour.",
-        _WIDTH,
-    )
+    for note in (*record.get("notes", []), _INTERVALS):
+        lines += textwrap.wrap(note, _WIDTH)
     if any(m["role"] == "oracle" for t in record["tasks"] for m in t["models"]):
         lines.append(
             "Bayes filter = bound for any model in expectation, in log loss and AUROC, not in C."
@@ -63,26 +69,30 @@ def _heading(task: dict[str, Any], record: dict[str, Any], small: int) -> list[s
     judged_on = record["judged_on"]
     sizes = ", ".join(
         f"{split} {_count(task['rows'][split], small)} "
-        f"({_count(task['positives'][split], small)} {kind})"
+        f"({_part(task['positives'][split], task['rows'][split], small)} {kind})"
         for split in task["rows"]
     )
     patients = f"{_count(task['patients'][judged_on], small)} {_PATIENTS[judged_on]} patients"
-    lines = [f"{task['task']}: {sizes}; judged on {patients}"]
+    lines = textwrap.wrap(
+        f"{task['task']}: {sizes}; judged on {patients}", _WIDEST, subsequent_indent="  "
+    )
     if task["unmatched"]:
         lines.append(f"  {_count(task['unmatched'], small)} label rows have no embedding")
     if task["reason"]:
         return [*lines, f"  not measurable: {task['reason']}"]
     if task["horizons_days"]:
         lines.append(f"  horizons {', '.join(f'{days:g}' for days in task['horizons_days'])} days")
-    if task["positives"][judged_on] > small and task["kind"] == "binary":
+    positives, rows = task["positives"][judged_on], task["rows"][judged_on]
+    if small < positives < rows - small and task["kind"] == "binary":
         lines.append(f"  prevalence {task['prevalence']:.3f}, the AUPRC of a model of no worth")
     return lines
 
 
-def _models(task: dict[str, Any], metric: str) -> list[str]:
+def _models(task: dict[str, Any], metric: str, judged_on: str) -> list[str]:
     """Return a line for each model: the primary figure on first nodes with its interval, the
     trained model less it, and other metrics on all nodes."""
-    beside = _BESIDE[task["kind"]]
+    hidden = _BY_CONSTRUCTION if judged_on == "tuning" else ()
+    beside = {key: title for key, title in _BESIDE[task["kind"]].items() if key not in hidden}
     gaps = {
         d["against"]: d
         for d in task["differences"]
@@ -104,33 +114,51 @@ def _models(task: dict[str, Any], metric: str) -> list[str]:
             notes.append(f"  {model['label']}: the penalty is the first or last of the grid")
         if chosen.get("converged") is False:
             notes.append(f"  {model['label']}: the fit stopped at its iteration limit")
-    return [*_aligned(cells), "  * best rival", *notes]
+    legend = "  * best rival; from `all` on, figures of all nodes"
+    legend += "; skill: Brier skill" if task["kind"] == "binary" else "; AUC(t): mean over horizons"
+    if "intercept" in beside:
+        legend += "; slope, icept (intercept): calibration"
+    return [*_aligned(cells), legend, *notes]
 
 
 def _groups(task: dict[str, Any], metric: str, small: int) -> list[str]:
+    """Return a line for each group that has a figure, and one for all others."""
     if not task["groups"]:
         return []
+    # groups add up to the task: where one is small, no other of its kind may tell how small
+    of_small = {g["by"] for g in task["groups"] if 0 < g["rows"] <= small}
     cells = [[f"{_PRIMARY[metric]} in groups", "rows", "smbfast", "best rival", "difference"]]
+    without: dict[str, dict[str, list[str]]] = {}
     for group in task["groups"]:
-        name = f"{_GROUPS[group['by']]}: {group['name']}"
-        rows = _count(group["rows"], small)
+        by = _GROUPS[group["by"]]
         if group["reason"]:
-            cells.append([name, rows, group["reason"], "", ""])
+            without.setdefault(group["reason"], {}).setdefault(by, []).append(group["name"])
             continue
         own = [_number(group["models"].get(name)) for name in ("smbfast", task["best"])]
-        cells.append([name, rows, *own, _shown(group["difference"], "+")])
-    return ["", *_aligned(cells)]
+        rows = "-" if group["by"] in of_small else _count(group["rows"], small)
+        difference = _shown(group["difference"], "+")
+        cells.append([f"{by}: {group['name']}", rows, *own, difference])
+    lines = ["", *_aligned(cells)] if len(cells) > 1 else [""]
+    for reason, kinds in without.items():
+        shown = "; ".join(f"{by}: {', '.join(names)}" for by, names in kinds.items())
+        lines += textwrap.wrap(
+            f"no figure in groups ({reason}): {shown}",
+            _WIDTH,
+            initial_indent="  ",
+            subsequent_indent="    ",
+        )
+    return lines
 
 
 def _shots(task: dict[str, Any], metric: str) -> list[str]:
     if not task["few_shot"]:
         return []
     ks = list(dict.fromkeys(shot["k"] for shot in task["few_shot"]))
-    cells = [[f"{_PRIMARY[metric]} of few shots", *(str(k) for k in ks)]]
+    cells = [[f"{_PRIMARY[metric]} of few shots, by rows of each class", *(str(k) for k in ks)]]
     for name in dict.fromkeys(shot["model"] for shot in task["few_shot"]):
         own = {shot["k"]: shot for shot in task["few_shot"] if shot["model"] == name}
         label = next((m["label"] for m in task["models"] if m["name"] == name), name)
-        cells.append([label, *(_shown(own.get(k)) for k in ks)])
+        cells.append([label, *(_number(own.get(k)) for k in ks)])
     return ["", *_aligned(cells)]
 
 
@@ -152,10 +180,10 @@ def _not_measured(record: dict[str, Any]) -> list[str]:
         for model in task["models"]:
             if model.get("reason"):
                 why.setdefault((model["label"], model["reason"]), []).append(task["task"])
-    lines = [
-        f"not measured: {label} ({', '.join(tasks)}): {reason}"
-        for (label, reason), tasks in why.items()
-    ]
+    lines = []
+    for (label, reason), tasks in why.items():
+        text = f"not measured: {label} ({', '.join(tasks)}): {reason}"
+        lines += textwrap.wrap(text, _WIDTH, subsequent_indent="  ", break_long_words=False)
     return [*lines, ""] if lines else []
 
 
@@ -166,8 +194,11 @@ def _judges(judged_on: str, num_looks: int) -> list[str]:
     lines = [
         "Tuning patients: penalty, read-out and calibration were chosen on them, so new patients "
         "will be",
-        "predicted somewhat worse. --final judges on held-out patients; it is for the end, and "
-        "counted.",
+        "predicted somewhat worse. Slope 1 and intercept 0 are by construction there, and left "
+        "out; weights of",
+        "the stack were fitted on these very rows, in its favour. --final judges on held-out "
+        "patients; it is",
+        "for the end, and counted.",
     ]
     if num_looks:
         lines.append(f"Held-out patients: looked at {times(num_looks)} in this run.")
@@ -176,6 +207,11 @@ def _judges(judged_on: str, num_looks: int) -> list[str]:
 
 def _count(number: int, small: int) -> str:
     return f"<={small}" if 0 < number <= small else f"{number:,}"
+
+
+def _part(number: int, whole: int, small: int) -> str:
+    """Return a count of a whole that stands beside it, so that none is learned by subtraction."""
+    return f"all but <={small}" if 0 < whole - number <= small < number else _count(number, small)
 
 
 def _number(cell: dict[str, Any] | None) -> str:
@@ -192,8 +228,13 @@ def _shown(cell: dict[str, Any] | None, sign: str = "") -> str:
 
 
 def _aligned(cells: list[list[str]]) -> list[str]:
+    """Return the rows of a table; labels, the first column, are broken where it is too wide."""
     widths = [max(len(row[at]) for row in cells) for at in range(len(cells[0]))]
-    return [
-        ("  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True))).rstrip()
-        for row in cells
-    ]
+    room = max(_LEAST, _WIDEST - sum(width + 2 for width in widths[1:]) - 2)
+    widths[0] = min(widths[0], room)
+    lines = []
+    for label, *row in cells:
+        first, *more = textwrap.wrap(label, widths[0], subsequent_indent="  ") or [""]
+        padded = [c.ljust(w) for c, w in zip([first, *row], widths, strict=True)]
+        lines += [("  " + "  ".join(padded)).rstrip(), *(f"  {part}" for part in more)]
+    return lines

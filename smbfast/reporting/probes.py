@@ -28,6 +28,7 @@ _METRICS = {
 }
 _LOWER = ("brier", "ibs")  # lower is better, also of a horizon
 _NEITHER = ("slope", "intercept")  # best at 1 and 0
+_BY_CONSTRUCTION = _NEITHER  # on tuning, by which probabilities were calibrated
 _PRIMARY = {"binary": "auroc", "time_to_event": "auc"}
 _KINDS = {"binary": "yes or no within the horizon", "time_to_event": "time to event"}
 _BY = {
@@ -72,7 +73,7 @@ def view(run: Run, *, final: bool) -> Record:
     verdicts = [] if old else [_verdict(item) for item in mappings(probe.get("headline"))]
     tasks = [] if old else mappings(probe.get("tasks"))
     primary = {**_PRIMARY, **{k: str(v) for k, v in mapping(probe.get("primary")).items()}}
-    order = [verdict.task for verdict in verdicts]
+    order, notes = [verdict.task for verdict in verdicts], probe.get("notes")
     # as the headline has them, worst first
     tasks.sort(key=lambda t: order.index(n) if (n := str(t.get("task"))) in order else len(order))
     return {
@@ -88,6 +89,7 @@ def view(run: Run, *, final: bool) -> Record:
             for task in tasks
             for model in mappings(task.get("models"))
         ),
+        "notes": [str(note) for note in notes] if isinstance(notes, list) and not old else [],
         "protocol": "" if old else str(probe.get("protocol") or ""),
     }
 
@@ -138,7 +140,9 @@ def _judges(run: Run, hidden: bool) -> Finding:
     return Finding(
         "unknown",
         "Judged on tuning patients, on whom penalty, read-out and calibration were chosen: new "
-        f"patients will be predicted somewhat worse. --final judges on held-out ones.{seen}",
+        "patients will be predicted somewhat worse. Slope 1 and intercept 0 of calibration are by "
+        "construction there, and left out; weights of the stack were fitted on these very rows, in "
+        f"its favour. --final judges on held-out patients.{seen}",
     )
 
 
@@ -147,7 +151,8 @@ def _task(task: Record, place: int, primary: dict[str, str], split: str) -> Reco
         mappings(task.get("models")),
         key=lambda m: _ROLES.index(m["role"]) if m.get("role") in _ROLES else 1,
     )
-    about = _About(task, models, primary.get(str(task.get("kind")), ""), f"task-{place}")
+    hidden = _BY_CONSTRUCTION if split == "tuning" else ()
+    about = _About(task, models, primary.get(str(task.get("kind")), ""), f"task-{place}", hidden)
     measured = [model for model in models if math.isfinite(interval(model.get("primary"))[0])]
     return {
         "id": about.id,
@@ -204,12 +209,14 @@ def _label(model: Record) -> str:
 
 @dataclass(frozen=True)
 class _About:
-    """The plots and tables of one task; `models` in the order in which they are shown."""
+    """The plots and tables of one task; `models` in the order in which they are shown, `hidden`
+    the metrics that are not."""
 
     task: Record
     models: list[Record]
     primary: str
     id: str
+    hidden: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -323,6 +330,7 @@ class _About:
     def table(self, measured: list[Record]) -> Record:
         """Return the columns of the table of all metrics, and its rows."""
         known = [key for model in measured for key in mapping(model.get("metrics"))]
+        known = [key for key in known if key not in self.hidden]
         keys = [key for key in dict.fromkeys([self.primary, *_METRICS, *known]) if key in known]
         rows = [
             {
@@ -344,6 +352,8 @@ class _About:
         rows = []
         for item in mappings(self.task.get("differences")):
             if item.get("against") != self.best or item.get("model") not in (OWN, STACK):
+                continue
+            if item.get("metric") in self.hidden:
                 continue
             key, value, p = str(item.get("metric")), interval(item), number(item.get("p"))
             middle, low, high = value

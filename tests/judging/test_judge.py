@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from smbfast.judging.groups import FEW, groups
-from smbfast.judging.headline import headline
+from smbfast.judging.groups import FEW, Group, groups
+from smbfast.judging.headline import headline, too_few_draws
 from smbfast.judging.judge import Protocol, judge
 from smbfast.judging.measures import PRIMARY
 from smbfast.judging.scored import Scored
+from smbfast.probing.table import table
 from tests.judging.planted import HORIZONS, example_record, planted
 
 QUICK = Protocol(100, 50)
@@ -172,5 +173,47 @@ def test_groups_are_of_enough_rows_or_say_so() -> None:
     value = roc_auc_score(judged.value_N[second_J], scored[0].score_SN[0, second_J])
     assert cell["value"] == pytest.approx(value, abs=1e-12)
     assert set(cell) == set(NONE)
+    # a hundred rows of two patients are figures of two patients
+    both_N, women = np.arange(300) % 4 < 2, Group("sex", "F", np.arange(300) >= 0)
+    assert women.reason(both_N, judged.subject_N, True) is None
+    assert "people with the" in str(women.reason(both_N, np.arange(300) // 150, True))
     one_node = replace(traits, order_N=np.zeros(300, int), sex_N=np.full(300, "F"))
     assert {group.by for group in groups(one_node)} == {"events", "age"}
+
+
+def test_the_table_is_narrow_and_leaves_out_what_tuning_fixes(record: dict) -> None:
+    held_out = record | {"judged_on": "held_out"}
+    held_out["tasks"] = [
+        task | {n: {"held_out": task[n]["tuning"]} for n in ("rows", "positives", "patients")}
+        for task in record["tasks"]
+    ]
+    on_tuning, on_held_out = table(record), table(held_out)
+    for text in (on_tuning, on_held_out):
+        assert max(len(line) for line in text.splitlines()) <= 110
+    # a probe is calibrated on tuning: slope 1 and intercept 0 say nothing there
+    assert "icept" not in on_tuning and "by construction" in on_tuning
+    assert "icept" in on_held_out and "by construction" not in on_held_out
+
+
+def test_groups_without_a_figure_share_a_line_and_tell_no_small_count(record: dict) -> None:
+    task = record["tasks"][0]
+    sizes = {"45 to 64": (4, "fewer than 10 people with the outcome"), "below 45": (106, None)}
+    made = [
+        g | dict(zip(("rows", "reason"), sizes.get(g["name"], (g["rows"], None)), strict=True))
+        for g in task["groups"]
+    ]
+    text = table(record | {"tasks": [task | {"groups": made}]})
+    assert "no figure in groups (fewer than 10 people with the outcome): by age: 45 to 64" in text
+    lines = [line for line in text.splitlines() if line.startswith("  by age")]
+    assert lines and not any(line.split("below 45")[-1].strip().startswith("106") for line in lines)
+    positives = {"train": 20, "tuning": 296}
+    text = table(record | {"tasks": [task | {"positives": positives}]})
+    assert "(all but <=10 positive)" in text and "prevalence" not in text
+
+
+def test_too_few_draws_for_any_verdict_are_said(record: dict) -> None:
+    """Of 100 draws p is at least 2 / 101; over 5 tasks Holm asks for 0.05 / 5. Of 200: 2 / 201."""
+    (said,) = too_few_draws(record["headline"], 100)
+    assert "over 5 comparisons" in said and "--bootstraps=200" in said
+    assert too_few_draws(record["headline"], 200) == []
+    assert said in table(record | {"notes": [said]}).replace("\n", " ")
