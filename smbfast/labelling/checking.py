@@ -34,6 +34,7 @@ from smbfast.settings.tasks import (
     DEFINITION,
     CodeSet,
     TaskDefinition,
+    TaskFile,
     TasksSettings,
     load_tasks,
 )
@@ -118,12 +119,14 @@ def check_labels(config: TasksSettings, say: Callable[[str], None] = print) -> b
     """Check the labels of `config.check`, say what is wrong; return whether none has a fault.
 
     Raises:
-        ValueError: labels, a definition or the dataset cannot be read.
+        ValueError: labels, a definition or the dataset cannot be read, or a file of definitions
+            that is given has no task of the name of a label folder.
     """
+    file = None if config.definitions is None else load_tasks(config.definitions)
     dataset = MedsDataset.open(config.data, split=config.split)
     folders = find_tasks(config.check, config.data)
     tasks = [(folder, with_splits(read_labels(folder), dataset)) for folder in folders]
-    checked = [_checked(folder, labels) for folder, labels in tasks]
+    checked = [_checked(folder, labels, file) for folder, labels in tasks]
     searches = [Giveaways(labels) for _, labels in tasks]
     _read(dataset, checked, searches)
     sound = True
@@ -140,17 +143,28 @@ def check_labels(config: TasksSettings, say: Callable[[str], None] = print) -> b
     return sound
 
 
-def _checked(folder: Path, labels: Labels) -> _Checked:
+def _checked(folder: Path, labels: Labels, given: TaskFile | None = None) -> _Checked:
     order_N = np.lexsort((labels.time_N, labels.subject_N))
     task, sets = None, {DEATH: CodeSet(exact=["MEDS_DEATH"])}
-    if (file := definition_beside(folder)) is not None:
+    if given is not None:
+        task, sets = _of_name(labels.task, given), given.sets
+    elif (file := definition_beside(folder)) is not None:
         read = load_tasks(file)
         if len(read.each()) != 1:
             raise ValueError(f"{file} must define one task, that of its folder; it defines several")
         [task], sets = read.each(), read.sets
-        if task.kind != labels.kind:
-            raise ValueError(f"{file} must define a task of kind {labels.kind}, is {task.kind}")
+    if task is not None and task.kind != labels.kind:
+        raise ValueError(
+            f"the definition of {labels.task} must be of kind {labels.kind}, is {task.kind}"
+        )
     return _Checked(labels.take(order_N), task, SetsOfCodes(sets))
+
+
+def _of_name(name: str, file: TaskFile) -> TaskDefinition:
+    tasks = {task.name: task for task in file.each()}
+    if name not in tasks:
+        raise ValueError(f"TASKS must define the task {name}; it defines {', '.join(tasks)}")
+    return tasks[name]
 
 
 def _read(dataset: MedsDataset, checked: list[_Checked], searches: list[Giveaways]) -> None:
@@ -196,11 +210,15 @@ def _against(
     present_Q = known_Q & task.first_only
     if task.value == "lasts":  # what began with the index event is over
         present_Q |= outcome.last_upto(at.subject_Q, at.time_Q) > at.index_Q
+    over_Q = np.zeros(len(at), bool)
+    for name in task.not_after:  # the stay has ended, and how may be read
+        over_Q |= record.moments[name].last_upto(at.subject_Q, at.time_Q) > at.index_Q
     unlabelled_Q = answer.reason_Q != ""
     lost_Q = unlabelled_Q & np.char.startswith(answer.reason_Q, "not followed") & ~said_Q
     occurs = task.value == "occurs"
     classes = [
         (_FAULT, "have an outcome already present", present_Q),
+        (_FAULT, "lie after an event that ends what the index event began", over_Q),
         (
             _FAULT,
             "are true by an outcome at or before the prediction time alone, which may be read",
@@ -217,13 +235,19 @@ def _against(
             "have another outcome than the definition gives",
             (said_Q != answer.true_Q) & ~unlabelled_Q,
         ),
-        ("warning", "have another duration than the definition gives", np.zeros(len(at), bool)),
+        (
+            "warning",
+            "have another duration or competing event than the definition gives",
+            np.zeros(len(at), bool),
+        ),
         ("warning", "have no label by the definition, as it excludes them", unlabelled_Q),
         ("warning", "are no decision node of the definition", ~is_node_Q | (reason_Q != "")),
     ]
     if labels.kind == "time_to_event":
         off_Q = np.abs(labels.survival_N[0][row_Q] - answer.days_Q) > _SECOND
-        classes[5] = (*classes[5][:2], off_Q & ~unlabelled_Q)
+        if labels.competing_N is not None:
+            off_Q |= labels.competing_N[row_Q] != answer.competing_Q
+        classes[6] = (*classes[6][:2], off_Q & ~unlabelled_Q)
     taken_Q = dead_Q.copy()  # which is wrong whatever the task
     wrong = {}
     for level, text, wrong_Q in classes:

@@ -32,7 +32,14 @@ from smbfast.data.meds import MedsDataset
 from smbfast.data.splits import SPLITS
 from smbfast.labelling.moments import Record, SetsOfCodes
 from smbfast.labelling.outcomes import Answers, Candidates, answers, candidates, exclusions
-from smbfast.settings.tasks import DEFINITION, TaskDefinition, TaskFile, TasksSettings, load_tasks
+from smbfast.settings.tasks import (
+    DEATH,
+    DEFINITION,
+    TaskDefinition,
+    TaskFile,
+    TasksSettings,
+    load_tasks,
+)
 
 _ROWS = 1 << 16  # of a row group, about
 _KEY = [
@@ -61,9 +68,11 @@ def make_labels(config: TasksSettings, say: Callable[[str], None] = print) -> li
         written = [_Task(task, file, config, stack) for task in tasks]
         progress = Progress("smbfast.tasks", sum(_sizes(dataset).values()), "patients")
         sets = SetsOfCodes(file.sets)
+        unseen = _Unseen(file)
         for split in (name for name in SPLITS if name in dataset.splits):
             for batch in dataset.batches(split, text_chars=0):
                 record = Record.of(batch, sets)
+                unseen.add(record)
                 for one in written:
                     one.add(split, record)
                 progress.add(len(record.subject_S))
@@ -73,6 +82,8 @@ def make_labels(config: TasksSettings, say: Callable[[str], None] = print) -> li
     write_text(config.out / "tasks.json", json.dumps(everything, indent=1) + "\n")
     for entry in entries:
         say(_line(entry))
+    for sentence in unseen.sentences():
+        say(f"warning: {sentence}")
     return entries
 
 
@@ -109,6 +120,40 @@ def nodes_in(
     row_Q = start_Q + np.arange(len(start_Q))
     time_Q = time_K[row_Q]
     return Candidates(np.repeat(order_S, size_S), time_Q, time_Q), row_Q
+
+
+class _Unseen:
+    """Which sets of the tasks no event is in: a misspelt code makes labels that are all false."""
+
+    def __init__(self, file: TaskFile) -> None:
+        self.tasks: dict[str, list[str]] = {}
+        self.without_time: set[str] = set()
+        self.known: set[str] = set()  # of which an event without a time counts
+        for task in file.tasks:
+            # that nobody dies is no mistake of a task that is not about death
+            asked = {task.outcome, task.index, task.until, task.followed_to}
+            silent = {DEATH} - asked
+            self.known |= {*task.need, *task.without} - asked
+            for name in task.sets_named() - silent:
+                self.tasks.setdefault(name, []).append(task.name)
+
+    def add(self, record: Record) -> None:
+        """Take the sets that a batch has events of."""
+        for name in list(self.tasks):
+            static = bool(record.moments[name].static_S.any())
+            if len(record.moments[name].time_X) or (static and name in self.known):
+                del self.tasks[name]
+            elif static:
+                self.without_time.add(name)
+
+    def sentences(self) -> list[str]:
+        """Return a sentence for each set without an event that has a time."""
+        return [
+            f"the set {name} of {', '.join(tasks)} has "
+            + ("events without a time alone" if name in self.without_time else "no event at all")
+            + " in these data."
+            for name, tasks in sorted(self.tasks.items())
+        ]
 
 
 class _Task:

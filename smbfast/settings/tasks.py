@@ -13,6 +13,7 @@ from smbfast.settings.data import whole_fractions
 DEATH = "death"  # the set of codes that ends every record
 DEFINITION = "task.toml"  # beside the label files that it made
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_LONGEST = 73_050.0  # days, 200 years: what is longer is a mistake, and overflows microseconds
 
 
 class CodeSet(Settings):
@@ -39,6 +40,9 @@ class CodeSet(Settings):
     def _names_codes(self) -> "CodeSet":
         if not (self.prefix or self.exact or self.regex):
             raise ValueError("must name codes by prefix, exact or regex")
+        least, most = self.at_least, self.at_most
+        if least is not None and most is not None and least > most:
+            raise ValueError(f"at_least must not be above at_most, got {least:g} and {most:g}")
         return self
 
     def holds(self, code: str) -> bool:
@@ -220,6 +224,8 @@ def _contradiction(task: TaskDefinition) -> str | None:
     """Return what is wrong with a definition, or None."""
     if not _NAME.fullmatch(task.name):
         return "its name must be of letters, digits, `_`, `-` and `.`"
+    if task.name == "tasks.json":
+        return "its name must not be tasks.json, a file that lies beside the tasks"
     if (task.index is None) == (task.nodes is None):
         return "one of index and nodes must say where its nodes are"
     if task.index is None and (task.not_after or task.horizon_from == "index"):
@@ -228,6 +234,14 @@ def _contradiction(task: TaskDefinition) -> str | None:
         return f"offset_hours must not be negative, got {min(task.offset_hours):g}"
     if task.clock is not None and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", task.clock):
         return f"clock must be HH:MM, got {task.clock!r}"
+    lengths = [*task.horizon_days, task.followed_days, *(h / 24 for h in task.offset_hours)]
+    if max(lengths) > _LONGEST:
+        return (
+            f"horizon_days, followed_days and offset_hours must be at most 200 years, "
+            f"got {max(lengths):g} days"
+        )
+    if task.age is not None and task.age[0] >= task.age[1]:
+        return f"the first age must be below the second, got {task.age[0]:g} and {task.age[1]:g}"
     if task.horizon_days and min(task.horizon_days) <= 0:
         return f"horizon_days must be above 0, got {min(task.horizon_days):g}"
     if task.kind == "binary":
@@ -254,8 +268,9 @@ class TasksSettings(Settings):
     after it. Each task is written as one MEDS label file for each split, with its definition beside
     it as task.toml; tasks.json has the rows, and how many were left out for which reason.
 
-    --check reads label files and says what of the outcome a model could read: with a definition
-    beside them each row is computed again, without one each code is tried as the only predictor.
+    --check reads label files and says what of the outcome a model could read: with a definition,
+    that of the same name in TASKS or one that lies beside them, each row is computed again; without
+    one each code is tried as the only predictor.
     """
 
     epilog: ClassVar[str] = """A definition
@@ -281,7 +296,10 @@ Examples
 
   Make labels of your own and check those that lie with the data:
     python -m smbfast.tasks my_tasks.toml --data=MEDS_FOLDER --out=labels
-    python -m smbfast.tasks --data=MEDS_FOLDER --check=MEDS_FOLDER/labels/mortality_1y"""
+    python -m smbfast.tasks --data=MEDS_FOLDER --check=MEDS_FOLDER/labels/mortality_1y
+
+  Check labels of another source against a definition of the same name:
+    python -m smbfast.tasks mimic --data=MEDS_FOLDER --check=mortality_1y"""
 
     definitions: str | None = Field(
         None,
@@ -314,7 +332,6 @@ Examples
 
     @model_validator(mode="after")
     def _has_work(self) -> "TasksSettings":
-        if (self.definitions is None) == (not self.check):
-            given = "neither" if self.definitions is None else "both"
-            raise ValueError(f"one of TASKS and check must be given, got {given}")
+        if self.definitions is None and not self.check:
+            raise ValueError("TASKS or check must be given, got neither")
         return self

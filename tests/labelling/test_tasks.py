@@ -195,6 +195,8 @@ def test_shipped_definitions_load(name):
         ({"competing_is": "competing"}, "must be negative or excluded in a binary task"),
         ({"nodes": "labels"}, "one of index and nodes"),
         ({"clock": "25:00"}, "clock must be HH:MM"),
+        ({"horizon_days": [1e9]}, "must be at most 200 years"),
+        ({"age": [60, 40]}, "the first age must be below the second"),
     ],
 )
 def test_a_definition_that_contradicts_itself_is_refused(keys, words):
@@ -255,6 +257,45 @@ def test_an_event_already_present_is_caught(tmp_path):
     config = TasksSettings(data=tmp_path / "meds", check=[str(out / "dies")])
     assert not check_labels(config, lines.append)
     assert any("at or after the patient's death" in line for line in lines)
+
+
+def test_a_node_after_the_end_of_the_stay_is_caught(tmp_path):
+    """The patient has left: that no death in this stay comes any more may be read."""
+    _, out = made(tmp_path, MORTALITY)
+    table = pq.read_table(out / "dies" / "train.parquet")
+    late = [day(2.5) if s == 2 else day(1) for s in table["subject_id"].to_pylist()][:2]
+    pq.write_table(table.slice(0, 2), out / "dies" / "train.parquet")
+    [said] = replanted(out, "dies", prediction_time=late)
+    assert said.startswith("fault") and "after an event that ends what the index" in said
+
+
+def test_labels_of_others_are_checked_against_definitions_that_are_given(tmp_path):
+    made(tmp_path, MORTALITY)
+    labels = tmp_path / "labels" / "dies"
+    (labels / "task.toml").unlink()
+    table = pq.read_table(labels / "train.parquet")
+    pq.write_table(
+        table.set_column(2, "boolean_value", [[True, True, False]]), labels / "x.parquet"
+    )
+    (labels / "train.parquet").unlink()
+    lines: list[str] = []
+    given = TasksSettings(
+        data=tmp_path / "meds", check=[str(labels)], definitions=str(tmp_path / "mine.toml")
+    )
+    assert not check_labels(given, lines.append)
+    assert lines[0].endswith("against its definition") and "without an outcome" in lines[1]
+
+
+def test_a_set_without_an_event_is_named(tmp_path):
+    data = write_meds(tmp_path / "meds", PATIENTS)
+    lines: list[str] = []
+    task = MORTALITY | {"name": "typo", "outcome": "high", "need": ["alive"]}
+    file = tmp_path / "mine.toml"
+    definitions(tmp_path, task)
+    file.write_text(file.read_text().replace(json.dumps(SETS["high"]["exact"]), '["LAB//k"]'))
+    make_labels(TasksSettings(definitions=str(file), data=data, out=tmp_path / "l"), lines.append)
+    assert lines[-1] == "warning: the set high of typo has no event at all in these data."
+    assert len([line for line in lines if line.startswith("warning")]) == 1
 
 
 def test_a_window_that_is_not_followed_is_caught(tmp_path):
