@@ -8,6 +8,7 @@ so that many tasks do not make a finding by chance. What is lost is said as plai
 import math
 from typing import Any
 
+from smbfast.judging.groups import FEW
 from smbfast.statistics.holm import holm
 
 ALPHA = 0.05
@@ -78,7 +79,18 @@ def _figures(task: dict[str, Any], metric: str) -> dict[str, Any]:
         "p_holm": None,
         "below_chance": value is not None and value < 0.5,
         "reason": task["reason"] or (own or {}).get("reason"),
+        "caution": _caution(task),
     }
+
+
+def _caution(task: dict[str, Any]) -> str | None:
+    """Return what is said of a task whose deciding rows are too few for a group's figure."""
+    first = task.get("first") or {"rows": 2 * FEW, "positives": FEW}
+    others = first["rows"] - first["positives"]
+    few = "with" if first["positives"] < FEW else "without"
+    if few == "without" and (others >= FEW or task["kind"] != "binary"):
+        return None
+    return f"fewer than {FEW} patients {few} the outcome: chance, not a comparison"
 
 
 def _place(verdict: dict[str, Any]) -> tuple[bool, int, float]:
@@ -91,7 +103,13 @@ def _place(verdict: dict[str, Any]) -> tuple[bool, int, float]:
 
 
 def _text(verdict: dict[str, Any], tested: int) -> str:
-    """Return the verdict as a sentence."""
+    """Return the verdict as a sentence, which says where it rests on few patients."""
+    caution = verdict.pop("caution")
+    text = _verdict(verdict, tested)
+    return text if caution is None or verdict["value"] is None else f"{text[:-1]}; {caution}."
+
+
+def _verdict(verdict: dict[str, Any], tested: int) -> str:
     name, title = verdict["task"], TITLES[verdict["metric"]]
     start = f"{name}: BELOW CHANCE and " if verdict["below_chance"] else f"{name}: "
     if verdict["verdict"] == "unmeasured":

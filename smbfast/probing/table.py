@@ -27,6 +27,8 @@ _BESIDE = {
     },
 }
 _BY_CONSTRUCTION = ("slope", "intercept")  # on tuning, by which probabilities were calibrated
+_BORDER = "the penalty is the first or last of the grid"
+_STOPPED = "the fit stopped at its iteration limit"
 _GROUPS = {"node": "by node", "events": "by past events", "sex": "by sex", "age": "by age"}
 _INTERVALS = (
     "95 % intervals by resampling patients, and versions where a model has several; differences on "
@@ -100,7 +102,7 @@ def _models(task: dict[str, Any], metric: str, judged_on: str) -> list[str]:
     }
     title = f"{_PRIMARY[metric]}, first nodes"
     cells = [["", title, "smbfast less it", *beside.values()]]
-    notes = []
+    notes: dict[str, list[str]] = {}
     for model in task["models"]:
         if model.get("reason"):
             continue
@@ -111,20 +113,27 @@ def _models(task: dict[str, Any], metric: str, judged_on: str) -> list[str]:
         cells.append([label, _shown(model["primary"]), _shown(gaps.get(model["name"]), "+"), *own])
         chosen = model["chosen"]
         if chosen.get("at_border"):
-            notes.append(f"  {model['label']}: the penalty is the first or last of the grid")
+            notes.setdefault(_BORDER, []).append(model["label"])
         if chosen.get("converged") is False:
-            notes.append(f"  {model['label']}: the fit stopped at its iteration limit")
+            notes.setdefault(_STOPPED, []).append(model["label"])
     legend = "  * best rival; from `all` on, figures of all nodes"
     legend += "; skill: Brier skill" if task["kind"] == "binary" else "; AUC(t): mean over horizons"
     if "intercept" in beside:
         legend += "; slope, icept (intercept): calibration"
-    return [*_aligned(cells), legend, *notes]
+    lines = [*_aligned(cells), legend]
+    for note, labels in notes.items():
+        lines += textwrap.wrap(
+            f"{note}: {'; '.join(labels)}", _WIDTH, initial_indent="  ", subsequent_indent="    "
+        )
+    return lines
 
 
 def _groups(task: dict[str, Any], metric: str, small: int) -> list[str]:
     """Return a line for each group that has a figure, and one for all others."""
     if not task["groups"]:
         return []
+    if all(group["reason"] for group in task["groups"]):
+        return ["  no group (node, past events, sex, age) has rows enough for a figure"]
     # groups add up to the task: where one is small, no other of its kind may tell how small
     of_small = {g["by"] for g in task["groups"] if 0 < g["rows"] <= small}
     cells = [[f"{_PRIMARY[metric]} in groups", "rows", "smbfast", "best rival", "difference"]]

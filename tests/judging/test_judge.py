@@ -57,6 +57,23 @@ def test_below_chance_leads_even_where_it_is_not_worse() -> None:
     assert [v["task"] for v in headline(tasks, PRIMARY)] == ["wrong", "lost"]
 
 
+@pytest.mark.parametrize(
+    "rows, positives, words",
+    [(15, 1, "fewer than 10 patients with"), (15, 12, "patients without"), (90, 45, None)],
+)
+def test_a_verdict_says_where_it_rests_on_few_patients(
+    rows: int, positives: int, words: str | None
+) -> None:
+    models = [{"name": n, "label": n, "primary": {"value": 0.4}} for n in ("smbfast", "counts")]
+    named = {"model": "smbfast", "against": "counts", "metric": "auroc", "rows": "first"}
+    gap = named | {"value": 0.0, "low": -0.1, "high": 0.1, "p": 0.9}
+    task = {"task": "t", "kind": "binary", "models": models, "best": "counts", "reason": None}
+    task |= {"differences": [gap], "first": {"rows": rows, "positives": positives}}
+    [verdict] = headline([task], {"binary": "auroc"})
+    said = "chance, not a comparison" in verdict["text"]
+    assert said == (words is not None) and (words or "t: BELOW") in verdict["text"]
+
+
 def test_verdicts_are_corrected_over_tasks() -> None:
     """A p of 0.03 decides one task, and none of two."""
 
