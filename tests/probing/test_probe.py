@@ -423,6 +423,7 @@ def test_memory_of_a_probe_in_chunks_does_not_grow_with_the_embeddings(
     """Four times the rows hold 6 MiB more embeddings, and keys of some bytes each."""
     monkeypatch.setattr(features, "_HELD", 0)
     monkeypatch.setattr(features, "_CHUNK", 1 << 18)
+    monkeypatch.setattr(features, "_CACHED", 1 << 18)
     monkeypatch.setattr(ridge, "PENALTIES", (1e-2,))
 
     def peak(rows: int) -> int:
