@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import expit, logit
 
 from smbfast.statistics.pairs import Pairs
-from smbfast.statistics.weights import Metric, ratio
+from smbfast.statistics.weights import Metric, ratio, weighted_sums
 
 _NEAREST = 1e-9  # to 0 and 1 that a probability may come before its logit is taken (our choice)
 _STEPS = 40  # of Newton's method, after which a draw has no solution (separated classes)
@@ -75,7 +75,7 @@ def brier(probability_N: np.ndarray, true_N: np.ndarray) -> Metric:
     square_N = (probability_N - true_N.astype(np.float64)) ** 2
 
     def metric(weight_BN: np.ndarray) -> np.ndarray:
-        return ratio(weight_BN @ square_N, weight_BN.sum(1).astype(np.float64))
+        return ratio(weighted_sums(weight_BN, square_N), weight_BN.sum(1).astype(np.float64))
 
     return metric
 
@@ -88,7 +88,7 @@ def brier_skill(probability_N: np.ndarray, true_N: np.ndarray) -> Metric:
     score, true_N = brier(probability_N, true_N), true_N.astype(np.float64)
 
     def metric(weight_BN: np.ndarray) -> np.ndarray:
-        share_B = ratio(weight_BN @ true_N, weight_BN.sum(1).astype(np.float64))
+        share_B = ratio(weighted_sums(weight_BN, true_N), weight_BN.sum(1).astype(np.float64))
         return 1 - ratio(score(weight_BN), share_B * (1 - share_B))
 
     return metric

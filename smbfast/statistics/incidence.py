@@ -2,9 +2,11 @@
 
 At one time, events (and competing events) come before censorings, as Kaplan and Meier have it.
 
-Shape suffixes: N label rows, B draws, U distinct durations, H times asked for, M rows asked for.
+Shape suffixes: N label rows, B draws, U distinct durations, H times asked for, M rows asked for,
+R rows that are not censored, E rows with the event.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -88,27 +90,33 @@ def cumulative_incidence(
 
     Aalen-Johansen; without competing events one less Kaplan-Meier.
     """
+    return incidence_by(follow_up, time_H)(weight_BN)
+
+
+def incidence_by(follow_up: FollowUp, time_H: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """Return `cumulative_incidence` as a function of the weights, for which rows are sorted once.
+
+    Raises:
+        ValueError: as `FollowUp.checked` says.
+    """
     follow_up = follow_up.checked()
-    order_N = np.argsort(follow_up.duration_N, kind="stable")
-    duration_N, ended_N = follow_up.duration_N[order_N], follow_up.ended_N[order_N]
-    rows = np.flatnonzero(ended_N)
-    if len(rows) == 0:
-        return np.zeros((len(weight_BN), len(time_H)))
-    time_U, start_U = np.unique(duration_N[rows], return_index=True)
-    before_U = np.searchsorted(duration_N, time_U)
-    weight_BN = weight_BN.take(order_N, 1)
-    sum_BN = np.zeros((len(weight_BN), len(duration_N) + 1))
-    np.cumsum(weight_BN, axis=1, out=sum_BN[:, 1:])
-    risk_BU = np.maximum(sum_BN[:, -1:] - sum_BN[:, before_U], 1)
-    ended_BR = weight_BN.take(rows, 1)
-    any_BU = np.add.reduceat(ended_BR, start_U, axis=1) / risk_BU
-    event_R = follow_up.event_N[order_N[rows]]
-    own_BU = np.add.reduceat(ended_BR * event_R, start_U, axis=1) / risk_BU
-    left_BU = np.cumprod(1 - any_BU, 1)
-    before_BU = np.concatenate([np.ones((len(left_BU), 1)), left_BU[:, :-1]], 1)
-    total_BU = np.cumsum(before_BU * own_BU, 1)
-    index_H = np.searchsorted(time_U, time_H, side="right")
-    return np.concatenate([np.zeros((len(total_BU), 1)), total_BU], 1)[:, index_H]
+    time_U, of_N = np.unique(follow_up.duration_N, return_inverse=True)
+    num_times, index_H = len(time_U), np.searchsorted(time_U, time_H, side="right")
+    ended_R, event_E = np.flatnonzero(follow_up.ended_N), np.flatnonzero(follow_up.event_N)
+    of_R, of_E = of_N[ended_R], of_N[event_E]
+
+    def incidence(weight_BN: np.ndarray) -> np.ndarray:
+        total_BH = np.empty((len(weight_BN), len(time_H)))
+        for draw, weight_N in enumerate(weight_BN):
+            risk_U = np.bincount(of_N, weight_N, num_times)[::-1].cumsum()[::-1]
+            risk_U = np.maximum(risk_U, 1)
+            any_U = np.bincount(of_R, weight_N.take(ended_R), num_times) / risk_U
+            own_U = np.bincount(of_E, weight_N.take(event_E), num_times) / risk_U
+            left_U = np.concatenate([[1.0], np.cumprod(1 - any_U)[:-1]])
+            total_BH[draw] = np.concatenate([[0.0], np.cumsum(left_U * own_U)])[index_H]
+        return total_BH
+
+    return incidence
 
 
 def kaplan_meier(duration_N: np.ndarray, event_N: np.ndarray, time_H: np.ndarray) -> np.ndarray:

@@ -59,6 +59,7 @@ class Pairs:
         self._greater_C = np.searchsorted(
             control_key_N[self._by_key_N], case_key_C, side="right"
         ).astype(np.int32)
+        self._all = not self._greater_C.any()  # every case is compared with every control
 
     def sums(self, case_BC: np.ndarray, control_BN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the weight of pairs in the right order, and of all, float64 [B] each.
@@ -73,8 +74,11 @@ class Pairs:
         sum_N = np.zeros(control_BN.shape[1] + 1)  # room for all running sums
         for draw, (case_C, control_N) in enumerate(zip(case_BC, control_BN, strict=True)):
             case_C = case_C.astype(np.float64)
-            _run(control_N, self._by_key_N, sum_N)
-            all_B[draw] = case_C @ (sum_N[-1] - sum_N.take(self._greater_C))
+            if self._all:
+                all_B[draw] = case_C.sum() * control_N.sum(dtype=np.float64)
+            else:
+                _run(control_N, self._by_key_N, sum_N)
+                all_B[draw] = case_C @ (sum_N[-1] - sum_N.take(self._greater_C))
             right_B[draw] = sum(_right(bit, case_C, control_N, sum_N) for bit in self._bits)
         return right_B, all_B
 

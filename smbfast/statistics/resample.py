@@ -31,7 +31,7 @@ __all__ = [
 
 Name = TypeVar("Name", bound=Hashable)  # what a metric is called by
 
-_CELLS = 8_000_000  # entries held at once: 64 MB in int64
+_CELLS = 1_000_000  # weights held at once: they, and what is made of them, stay in a cache
 
 
 class Interval(NamedTuple):
@@ -47,12 +47,17 @@ def patient_weights(subject_N: np.ndarray, draws: range, seed: int) -> np.ndarra
 
     A draw depends on the seed, its number and the number of patients alone.
     """
-    subject_P, patient_N = np.unique(subject_N, return_inverse=True)
-    weight_BP = np.empty((len(draws), len(subject_P)), np.int32)
+    return _weights(np.unique(subject_N, return_inverse=True)[1], draws, seed)
+
+
+def _weights(patient_N: np.ndarray, draws: range, seed: int) -> np.ndarray:
+    """Return the weights of `patient_weights`, of rows whose patients are numbered from 0."""
+    num_patients = int(patient_N.max(initial=-1)) + 1
+    weight_BP = np.empty((len(draws), num_patients), np.int32)
     for at, draw in enumerate(draws):
-        chosen = np.random.default_rng([seed, draw]).integers(len(subject_P), size=len(subject_P))
-        weight_BP[at] = np.bincount(chosen, minlength=len(subject_P))
-    return weight_BP[:, patient_N]
+        chosen = np.random.default_rng([seed, draw]).integers(num_patients, size=num_patients)
+        weight_BP[at] = np.bincount(chosen, minlength=num_patients)
+    return weight_BP.take(patient_N, 1)
 
 
 def resampled(
@@ -62,9 +67,10 @@ def resampled(
     whole_1N = np.ones((1, len(subject_N)), np.int32)
     values = {name: float(metric(whole_1N)[0]) for name, metric in metrics.items()}
     size = max(1, _CELLS // max(1, len(subject_N)))
+    patient_N = np.unique(subject_N, return_inverse=True)[1]
     drawn: dict[Name, list[np.ndarray]] = {name: [np.empty(0)] for name in metrics}
     for start in range(0, draws, size):
-        weight_BN = patient_weights(subject_N, range(start, min(start + size, draws)), seed)
+        weight_BN = _weights(patient_N, range(start, min(start + size, draws)), seed)
         for name, metric in metrics.items():
             drawn[name].append(metric(weight_BN))
     return values, {name: np.concatenate(parts) for name, parts in drawn.items()}

@@ -12,9 +12,9 @@ Shape suffixes: N label rows, B draws, H times, C cases, M controls.
 
 import numpy as np
 
-from smbfast.statistics.incidence import FollowUp, Steps, cumulative_incidence
+from smbfast.statistics.incidence import FollowUp, Steps, incidence_by
 from smbfast.statistics.pairs import Pairs
-from smbfast.statistics.weights import Metric, ratio
+from smbfast.statistics.weights import Metric, ratio, weighted_sums
 
 
 def c_index(risk_N: np.ndarray, duration_N: np.ndarray, event_N: np.ndarray) -> Metric:
@@ -133,12 +133,13 @@ def mean_dynamic_auc(
     """
     follow_up, time_H = follow_up.checked(), _ascending(time_H, 1)
     metrics = [dynamic_auc(risk_N, follow_up, float(time), censoring) for time in time_H]
+    incidence = incidence_by(follow_up, time_H)
 
     def metric(weight_BN: np.ndarray) -> np.ndarray:
         auc_BH = np.stack([of_time(weight_BN) for of_time in metrics], 1)
         if len(time_H) == 1:
             return auc_BH[:, 0]
-        incidence_BH = cumulative_incidence(follow_up, time_H, weight_BN)
+        incidence_BH = incidence(weight_BN)
         step_BH = np.diff(incidence_BH, axis=1, prepend=0.0)
         return ratio((step_BH * auc_BH).sum(1), incidence_BH[:, -1])
 
@@ -162,7 +163,7 @@ def brier_ipcw(
     square_N = _squares(probability_N, follow_up.checked(), time, censoring)
 
     def metric(weight_BN: np.ndarray) -> np.ndarray:
-        return ratio(weight_BN @ square_N, weight_BN.sum(1).astype(np.float64))
+        return ratio(weighted_sums(weight_BN, square_N), weight_BN.sum(1).astype(np.float64))
 
     return metric
 
@@ -189,7 +190,7 @@ def integrated_brier(
     square_N = np.trapezoid(square_NH, time_H, axis=1) / (time_H[-1] - time_H[0])
 
     def metric(weight_BN: np.ndarray) -> np.ndarray:
-        return ratio(weight_BN @ square_N, weight_BN.sum(1).astype(np.float64))
+        return ratio(weighted_sums(weight_BN, square_N), weight_BN.sum(1).astype(np.float64))
 
     return metric
 

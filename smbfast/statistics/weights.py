@@ -14,6 +14,14 @@ A weight counts how often the row is there: a metric under weights is that of ro
 """
 
 
+def weighted_sums(weight_BN: np.ndarray, value_N: np.ndarray) -> np.ndarray:
+    """Return the sum of the values under the weights of each draw, float64 [B].
+
+    One draw at a time: all of them as float64 would be written to memory and read back.
+    """
+    return np.array([weight_N.astype(np.float64) @ value_N for weight_N in weight_BN], np.float64)
+
+
 def ratio(top_B: np.ndarray, bottom_B: np.ndarray) -> np.ndarray:
     """Return top / bottom, float64; nan where nothing is below."""
     with np.errstate(divide="ignore", invalid="ignore"):
