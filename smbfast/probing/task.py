@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from smbfast.base.counts import few
 from smbfast.data.labels import Labels
 from smbfast.data.splits import SPLITS
 from smbfast.judging.judge import Protocol, judge, outline
@@ -59,7 +60,7 @@ def measure(
     foreign = int(np.isin(labels.split_N, unread).sum())
     if foreign:
         raise ValueError(
-            f"rows of {labels.task} must be of {', '.join(protocol.splits)}; {foreign} are of "
+            f"rows of {labels.task} must be of {', '.join(protocol.splits)}; {few(foreign)} are of "
             f"{', '.join(unread)}"
         )
     judged_N = labels.split_N == protocol.judged_on

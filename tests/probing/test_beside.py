@@ -59,10 +59,12 @@ def test_folders_by_task_with_versions(tmp_path: Path) -> None:
         parsed([f"p={tmp_path / 'peers'}"], set())[0].scored(LABELS, "tuning")
 
 
-def test_what_cannot_be_judged_is_refused_with_the_number_of_rows(tmp_path: Path) -> None:
+def test_what_cannot_be_judged_is_refused_without_a_small_count(tmp_path: Path) -> None:
     cases = {
-        "1 of 4": chances(tmp_path / "a.parquet", [0, 1, 2]),
-        "2 of 4": chances(
+        "must score every tuning row of .*; <=10 of <=10 are not so": chances(
+            tmp_path / "a.parquet", [0, 1, 2]
+        ),
+        "must agree with the labels of .*; <=10": chances(
             tmp_path / "b.parquet", [0, 1, 2, 3], boolean_value=[False, True, True, False]
         ),
         "rows repeat": chances(tmp_path / "c.parquet", [0, 1, 2, 3, 3]),
