@@ -137,6 +137,8 @@ def _sources(path: Path) -> list[Source]:
         sorted(p for p in root.glob(pattern) if p.is_file() and p.name[0] not in "._")
         for pattern in ("*.parquet", "*/*.parquet")
     )
+    # of a run that was probed again, files of the older form are of another split or probe
+    flat = [file for file in flat if not (root / file.stem).is_dir()]
     sources = [_source(file, root) for file in (*flat, *nested)]
     if root == path:  # a folder of any name may hold other files as well
         sources = [source for source in sources if source.model != ""]
