@@ -65,7 +65,7 @@ def fit_logistic(
         tuning_loss=lambda logit_N: log_loss(logit_N[tuning_N], true_N[tuning_N]),
         slack=_SLACK,
         progress=progress,
-        basis=_basis(train, scaled, float(true_T.mean())),
+        basis=partial(_basis, train, scaled),
     )
     own = calibrate(fit.score_N[tuning_N], true_N[tuning_N])
     return LogisticProbe(
@@ -73,15 +73,16 @@ def fit_logistic(
     )
 
 
-def _basis(train: Features, scaled: Scaling, share: float) -> Basis | None:
-    """Return how the loss curves at the constant probability `share`; the intercept by itself."""
-    curvature = share * (1 - share)
-    basis = directions(train, scaled, curvature)
+def _basis(train: Features, scaled: Scaling, weight_W: np.ndarray) -> Basis | None:
+    """Return how the loss curves at these weights; the intercept by itself."""
+    rate_T = expit(scores(train, scaled, weight_W[:-1]) + weight_W[-1])
+    curvature_T = rate_T * (1 - rate_T)
+    basis = directions(train, scaled, curvature_T)
     if basis is None:
         return None
     turn_WW = np.pad(basis.turn_WW, (0, 1))
     turn_WW[-1, -1] = 1.0
-    return Basis(turn_WW, np.append(basis.curve_W, curvature))
+    return Basis(turn_WW, np.append(basis.curve_W, curvature_T.mean()))
 
 
 def _objective(

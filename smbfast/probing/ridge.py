@@ -2,7 +2,8 @@
 
 The penalties are half a decade apart, strongest first, and a fit starts from the one before. Where
 the curvature of the objective is roughly known (`Basis`), a fit goes along its directions in steps
-that fit them, which takes a fifth of the passes over train: our choice. Shape suffixes: N rows, W
+that fit them, which takes a fifth of the passes over train: our choice. Weak penalties lead far
+from where it was known, so that it is found again there. Shape suffixes: N rows, W
 weights.
 """
 
@@ -17,6 +18,7 @@ PENALTIES = tuple(float(10.0**power) for power in np.arange(-6, 4.5, 0.5))
 TOL = 1e-6  # no component of the gradient is larger when a fit has converged
 FTOL = 64 * float(np.finfo(np.float64).eps)  # or no step gains more, relative to the objective
 _ITERATIONS = 1000
+_MANY = 30  # passes over train for one penalty after which the curvature is looked at anew
 _GAIN = 1e-6  # nats; what a fit's stopping rule leaves is no reason for a weaker penalty
 
 
@@ -52,7 +54,7 @@ def fit_path(
     tuning_loss: Callable[[np.ndarray], float],
     slack: float,
     progress: Callable[[str], None],
-    basis: Basis | None = None,
+    basis: Callable[[np.ndarray], Basis | None] = lambda _: None,
 ) -> RidgeFit:
     """Minimise `objective + |penalised weights|² / (2 C num_terms)` for each C, and return the fit
     with the least tuning loss; of equal ones that of the stronger penalty.
@@ -63,8 +65,8 @@ def fit_path(
         score: weights -> score of every row; tuning_loss: those -> nats.
         slack: nats above the least tuning loss at which the path ends: what is weaker overfits
             more, and takes the longest.
-        basis: how the objective curves, without its penalty. It changes the way to the minimum and
-            not the minimum; `TOL` then holds for steps along its directions.
+        basis: weights -> how the objective curves there, without its penalty. It changes the way
+            to the minimum and not the minimum; `TOL` then holds for steps along its directions.
     """
 
     def penalised(weight_W: np.ndarray, ridge_W: np.ndarray) -> tuple[float, np.ndarray]:
@@ -72,10 +74,12 @@ def fit_path(
         pull_W = ridge_W * weight_W
         return loss + float(weight_W @ pull_W) / 2, gradient_W + pull_W
 
-    best, weight_W = None, start_W
+    best, weight_W, along = None, start_W, basis(start_W)
     for penalty in PENALTIES:
         progress(f"C = {penalty:.2g}")
-        weight_W, status = _minimum(penalised, weight_W, penalised_W / (penalty * num_terms), basis)
+        ridge_W = penalised_W / (penalty * num_terms)
+        weight_W, status, num_passes = _minimum(penalised, weight_W, ridge_W, along)
+        along = basis(weight_W) if num_passes > _MANY else along
         score_N = score(weight_W)
         loss = tuning_loss(score_N)
         if best is None or loss < best.tuning_loss - _GAIN:
@@ -92,8 +96,8 @@ def _minimum(
     start_W: np.ndarray,
     ridge_W: np.ndarray,
     basis: Basis | None,
-) -> tuple[np.ndarray, int]:
-    """Return the weights at the minimum, and the status of the solver."""
+) -> tuple[np.ndarray, int, int]:
+    """Return the weights at the minimum, the status of the solver and its passes over train."""
     if basis is not None:
         step_W = 1 / np.sqrt(basis.curve_W + ridge_W)
 
@@ -111,5 +115,5 @@ def _minimum(
         options={"maxiter": _ITERATIONS, "maxls": 50, "gtol": TOL, "ftol": FTOL},
     )
     if basis is None:
-        return solved.x, solved.status
-    return basis.turn_WW @ (step_W * solved.x), solved.status
+        return solved.x, solved.status, solved.nfev
+    return basis.turn_WW @ (step_W * solved.x), solved.status, solved.nfev

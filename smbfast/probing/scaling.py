@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import csr_matrix, issparse
+from scipy.sparse import csr_matrix, diags, issparse
 
 from smbfast.probing.features import Features, Gapped, Rows
 from smbfast.probing.ridge import Basis
@@ -84,9 +84,9 @@ def _standardised(feature_NF: csr_matrix) -> Scaling:
     return Scaling(shift_F, _inverse(spread_F, spread_F > _FLAT * np.abs(shift_F)))
 
 
-def directions(feature_NF: Features, scaled: Scaling, curvature: float) -> Basis | None:
+def directions(feature_NF: Features, scaled: Scaling, curvature_N: np.ndarray) -> Basis | None:
     """Return the directions in which scaled features vary together, of at most 50,000 rows evenly
-    spaced, with `curvature` times their variance.
+    spaced, with their variance when each row weighs its curvature.
 
     None where features are more than 1,024, of which the directions cost more than they save.
     """
@@ -95,23 +95,25 @@ def directions(feature_NF: Features, scaled: Scaling, curvature: float) -> Basis
         return None
     chosen = np.arange(0, num_rows, -(-num_rows // _SAMPLE))
     product_FF = np.zeros((num_features, num_features))
-    for _, chunk_CF in chunks(feature_NF[chosen]):
-        product_FF += _product(chunk_CF, scaled)
+    for part, chunk_CF in chunks(feature_NF[chosen]):
+        product_FF += _product(chunk_CF, scaled, curvature_N[chosen][part])
     variance_F, turn_FF = np.linalg.eigh(product_FF / len(chosen))
     # none is taken for smaller than what rounding leaves of it
     least = 1e-12 * max(float(variance_F[-1]), 1e-300)
-    return Basis(turn_FF, curvature * np.maximum(variance_F, least))
+    return Basis(turn_FF, np.maximum(variance_F, least))
 
 
-def _product(chunk_CF: np.ndarray | csr_matrix, scaled: Scaling) -> np.ndarray:
-    """Return the products of scaled features, summed over rows: float64 [F, F]."""
+def _product(
+    chunk_CF: np.ndarray | csr_matrix, scaled: Scaling, weight_C: np.ndarray
+) -> np.ndarray:
+    """Return the products of scaled features, summed over weighted rows: float64 [F, F]."""
     if not issparse(chunk_CF):
         own_CF = (chunk_CF - scaled.shift_F) * scaled.factor_F
-        return own_CF.T @ own_CF
+        return own_CF.T @ (own_CF * weight_C[:, None])
     # the shift is taken from the sums: shifted, sparse features would be dense
-    sum_F, shift_F = np.asarray(chunk_CF.sum(0)).ravel(), scaled.shift_F
-    cross_FF = np.outer(sum_F - chunk_CF.shape[0] * shift_F / 2, shift_F)
-    product_FF = (chunk_CF.T @ chunk_CF).toarray() - cross_FF - cross_FF.T
+    sum_F, shift_F = weight_C @ chunk_CF, scaled.shift_F
+    cross_FF = np.outer(sum_F - weight_C.sum() * shift_F / 2, shift_F)
+    product_FF = (chunk_CF.T @ (diags(weight_C) @ chunk_CF)).toarray() - cross_FF - cross_FF.T
     return product_FF * np.outer(scaled.factor_F, scaled.factor_F)
 
 

@@ -76,6 +76,8 @@ def fit_cox(
     scaled = scaling(train, standardise=standardise)
     likelihood = PartialLikelihood(duration_N[train_N], event_N[train_N])
     judge = PartialLikelihood(duration_N[tuning_N], event_N[tuning_N])
+    # the curvature of an event's loss is a variance of features over those at risk
+    basis = directions(train, scaled, np.ones(train.shape[0]))
     fit = fit_path(
         partial(_objective, train=train, likelihood=likelihood, scaled=scaled),
         np.zeros(feature_NF.shape[1]),
@@ -85,8 +87,7 @@ def fit_cox(
         tuning_loss=lambda risk_N: judge.loss(risk_N[tuning_N])[0],
         slack=_SLACK,
         progress=progress,
-        # the curvature of an event's loss is a variance of features over those at risk
-        basis=directions(train, scaled, 1.0),
+        basis=lambda _: basis,
     )
     return CoxProbe(fit.score_N, fit.tuning_loss, fit.penalty, fit.at_border, fit.converged)
 

@@ -260,9 +260,10 @@ def test_trees_grow_on_a_bounded_number_of_rows(monkeypatch: pytest.MonkeyPatch)
     )
 
 
+@pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("kind", ["logistic", "cox"])
 def test_a_basis_shortens_the_way_to_the_same_minimum(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, sparse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients end below 1e-8 and the ridge curves by 1 / 120 or more, so weights differ by less
     than 2 x 120 x 1e-8 x sqrt(40), and scores of rows 30 deviations long by less than 1e-3."""
@@ -277,6 +278,7 @@ def test_a_basis_shortens_the_way_to_the_same_minimum(
     risk_N = feature_NF @ turn_FF[0]
     true_N = risk_N + random.standard_normal(240) > 0.5
     duration_N = np.exp(-risk_N) * random.exponential(9, 240)
+    feature_NF = csr_matrix(feature_NF) if sparse else feature_NF
     honest, calls, scores = module._objective, [], []
 
     def counted(*args: object, **named: object) -> object:

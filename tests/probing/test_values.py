@@ -116,7 +116,8 @@ def test_of_too_many_features_those_that_most_rows_of_train_have_stay() -> None:
 def test_sparse_features_vary_along_the_directions_of_dense_ones(standardise: bool) -> None:
     own = values.code_values(dataset(LAB, HELD_OUT), *NODES).linear_features(*NODES, TRAIN_N)
     scaled = scaling(own[np.flatnonzero(TRAIN_N)], standardise=standardise)
-    sparse, dense = (directions(of, scaled, 1.0) for of in (own, own.toarray()))
+    weight_N = np.linspace(0.5, 1.5, own.shape[0])
+    sparse, dense = (directions(of, scaled, weight_N) for of in (own, own.toarray()))
     assert sparse is not None and dense is not None
     # directions of equal variance may be any; what they make together is one matrix. Its entries
     # are below 100, of which `directions` lifts variances of 0 by 1e-12 and sums round less
