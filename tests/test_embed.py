@@ -565,7 +565,7 @@ def test_a_run_chooses_its_pool_and_the_model_says_which(run, tmp_path, monkeypa
             "last" if broken == "amend_final" else record["pool"]
         )
         assert probed(target) == first
-    # what a finished run has chosen stays chosen; untrained models, which no file keeps, choose anew
+    # what a finished run has chosen stays chosen; untrained models are kept nowhere, and choose
     calls, choose = [], probes.choose_pool
     monkeypatch.setattr(probes, "choose_pool", lambda *inputs: calls.append(1) or choose(*inputs))
     probes.probe_run(opened, target, final=True)
