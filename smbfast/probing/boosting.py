@@ -98,6 +98,9 @@ def _grown(
     progress: Callable[[str], None],
 ) -> tuple[HistGradientBoostingClassifier, int]:
     """Return a model, and how many of its trees count."""
+    feature_RF, true_R = train
+    # scikit-learn bins no column without a value; of one value it makes no split, which is the same
+    feature_RF = np.where(np.isnan(feature_RF).all(0), 0.0, feature_RF)
     feature_SF, true_S = tuning
     # its own early stopping takes patients of train by chance
     model = HistGradientBoostingClassifier(
@@ -106,7 +109,7 @@ def _grown(
     losses: list[float] = []
     while len(losses) < _TREES:
         progress(f"{len(losses) + _BLOCK} trees")
-        model.set_params(max_iter=len(losses) + _BLOCK).fit(*train)
+        model.set_params(max_iter=len(losses) + _BLOCK).fit(feature_RF, true_R)
         fresh = islice(model.staged_decision_function(feature_SF), len(losses), None)
         losses += [log_loss(logit_S.ravel(), true_S) for logit_S in fresh]
         if np.argmin(losses) < len(losses) - _PATIENCE:

@@ -417,3 +417,15 @@ def test_a_cox_fit_in_chunks_is_the_one_in_memory(monkeypatch: pytest.MonkeyPatc
     two = survival.fit_cox(rows, duration_N, event_N, SPLIT_N)
     assert one.penalty == two.penalty
     np.testing.assert_allclose(two.risk_N, one.risk_N, rtol=0, atol=2e-6)
+
+
+def test_trees_do_without_a_feature_that_no_row_of_train_has() -> None:
+    random = np.random.default_rng(0)
+    value_NF = random.normal(size=(90, 3))
+    true_N = value_NF[:, 0] + random.normal(size=90) > 0
+    split_N = np.repeat(["train", "tuning", "held_out"], 30)
+    value_NF[split_N == "train", 2] = np.nan
+    before_N = boosting.fit_boosting(value_NF, true_N, split_N).logit_N
+    value_NF[:, 2] = np.nan
+    after_N = boosting.fit_boosting(value_NF, true_N, split_N).logit_N
+    np.testing.assert_array_equal(before_N, after_N)
