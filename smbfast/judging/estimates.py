@@ -55,13 +55,13 @@ def estimates(
     """
     flat = {(key, s): metric for key, own in metrics.items() for s, metric in enumerate(own)}
     values, drawn = resample.resampled(flat, subject_J, draws, seed)
-    found = {}
+    estimated = {}
     weights = {s: seeds.seed_weights(s, draws, seed) for s in {len(m) for m in metrics.values()}}
     for key, own in metrics.items():
         value_S = np.array([values[key, s] for s in range(len(own))])
         drawn_BS = np.stack([drawn[key, s] for s in range(len(own))], 1)
-        found[key] = Estimate(float(value_S.mean()), (weights[len(own)] * drawn_BS).sum(1))
-    return found
+        estimated[key] = Estimate(float(value_S.mean()), (weights[len(own)] * drawn_BS).sum(1))
+    return estimated
 
 
 def on_rows(metric: resample.Metric, rows: np.ndarray) -> resample.Metric:

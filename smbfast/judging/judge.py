@@ -92,10 +92,12 @@ def judge(
     for model in usable:
         if not np.isfinite(model.score_SN).all():
             raise ValueError(f"{model.name} must score every judged row of {judged.task}")
-    found = task.estimates(usable)
-    record["best"] = best = _best(usable, found, task.primary)
-    _fill(record, task, usable, found)
-    record["differences"] = list(_differences(found, _pairs(usable) if pairs is None else pairs))
+    estimated = task.estimates(usable)
+    record["best"] = best = _best(usable, estimated, task.primary)
+    _fill(record, task, usable, estimated)
+    record["differences"] = list(
+        _differences(estimated, _pairs(usable) if pairs is None else pairs)
+    )
     beside = [model for model in usable if model.name in (OWN, best)]
     record["groups"] = task.groups(beside)
     record["few_shot"] = None if few_shot is None else task.few_shot(few_shot)
@@ -204,9 +206,11 @@ class _Task:
             for model in models
             if reason is None
         }
-        found = self.resampled(metrics)
+        estimated = self.resampled(metrics)
         return [
-            self._group(group, reason, {m.name: found[m.name, at] for m in models if not reason})
+            self._group(
+                group, reason, {m.name: estimated[m.name, at] for m in models if not reason}
+            )
             for at, (group, reason) in enumerate(zip(made, reasons, strict=True))
         ]
 
@@ -231,8 +235,8 @@ class _Task:
             (fit.model, fit.k): [self.primary_on(score_J, first_F) for score_J in fit.score_RJ]
             for fit in fits
         }
-        found = self.resampled(metrics)
-        return [{"model": m, "k": k, **own.cell()} for (m, k), own in found.items()]
+        estimated = self.resampled(metrics)
+        return [{"model": m, "k": k, **own.cell()} for (m, k), own in estimated.items()]
 
 
 def _about(model: Scored) -> dict[str, Any]:
@@ -250,7 +254,7 @@ def _about(model: Scored) -> dict[str, Any]:
 
 
 def _fill(
-    record: dict[str, Any], task: _Task, usable: list[Scored], found: dict[Key, Estimate]
+    record: dict[str, Any], task: _Task, usable: list[Scored], estimated: dict[Key, Estimate]
 ) -> None:
     """Enter the figures of the models into their records."""
     scores = {model.name: model for model in usable}
@@ -260,10 +264,10 @@ def _fill(
         model = scores[about["name"]]
         about["metrics"] = {
             metric: estimate.cell()
-            for (name, metric, rows), estimate in found.items()
+            for (name, metric, rows), estimate in estimated.items()
             if name == model.name and rows == "all"
         }
-        about["primary"] = found[model.name, task.primary, "first"].cell()
+        about["primary"] = estimated[model.name, task.primary, "first"].cell()
         if task.judged.kind == "binary" or model.role == "own" or model.name == record["best"]:
             about["curve"] = measures.curve(task.judged, model, task.horizons_H)
 
@@ -276,21 +280,21 @@ def _pairs(usable: list[Scored]) -> list[tuple[str, str]]:
 
 
 def _differences(
-    found: dict[Key, Estimate], pairs: list[tuple[str, str]]
+    estimated: dict[Key, Estimate], pairs: list[tuple[str, str]]
 ) -> Iterator[dict[str, Any]]:
     """Yield the first model of each pair less the second, in every metric that both have."""
     for one, other in pairs:
-        for (name, metric, rows), estimate in found.items():
-            if name == one and (other, metric, rows) in found:
-                gap = estimate - found[other, metric, rows]
+        for (name, metric, rows), estimate in estimated.items():
+            if name == one and (other, metric, rows) in estimated:
+                gap = estimate - estimated[other, metric, rows]
                 named = {"model": one, "against": other, "metric": metric, "rows": rows}
                 yield named | gap.cell() | {"p": gap.p()}
 
 
-def _best(usable: list[Scored], found: dict[Key, Estimate], primary: str) -> str | None:
+def _best(usable: list[Scored], estimated: dict[Key, Estimate], primary: str) -> str | None:
     """Return the rival with the best primary figure on the judged first nodes."""
     values = {
-        model.name: found[model.name, primary, "first"].value
+        model.name: estimated[model.name, primary, "first"].value
         for model in usable
         if model.role in _RIVALS
     }

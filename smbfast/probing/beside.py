@@ -94,17 +94,17 @@ def parsed(given: list[str], reserved: set[str]) -> list[Beside]:
     Raises:
         ValueError: a word has another form, or its name is one of `reserved` or there twice.
     """
-    found: list[Beside] = []
+    others: list[Beside] = []
     for word in given:
         name, separator, path = word.partition("=")
         if not (separator and path and re.fullmatch(r"[A-Za-z0-9_.+]+", name)):
             raise ValueError(
                 f"beside must be NAME=PATH, with a name of letters, digits and _.+, got `{word}`"
             )
-        if name in reserved or name in {own.name for own in found}:
+        if name in reserved or name in {own.name for own in others}:
             raise ValueError(f"beside must give every model a name of its own; `{name}` is taken")
-        found.append(Beside.open(name, Path(path)))
-    return found
+        others.append(Beside.open(name, Path(path)))
+    return others
 
 
 def _scores(file: Path, name: str, labels: Labels, judged_on: str) -> np.ndarray:

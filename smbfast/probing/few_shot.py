@@ -39,7 +39,7 @@ def few_shot(
         scored: of all rows; the fit to all of train.
         judged_N: which rows are scored, bool.
     """
-    found: list[FewShot] = []
+    shots: list[FewShot] = []
     whole = {model.name: model for model in scored}
     for model in models:
         if model.name not in MODELS or model.reason is not None:
@@ -53,10 +53,10 @@ def few_shot(
                     warnings.simplefilter("ignore", ConvergenceWarning)
                     fits = [fit(part, feature_NF, model.head, lambda _: None) for part in parts]
                 score_RJ = np.stack([own.score_N[judged_N] for own in fits])
-                found.append(FewShot(model.name, k, score_RJ))
+                shots.append(FewShot(model.name, k, score_RJ))
         if model.name in whole and whole[model.name].reason is None:
-            found.append(FewShot(model.name, "all", whole[model.name].score_SN[:, judged_N]))
-    return found
+            shots.append(FewShot(model.name, "all", whole[model.name].score_SN[:, judged_N]))
+    return shots
 
 
 def _drawn(labels: Labels, k: int, seed: int) -> Iterator[Labels]:

@@ -69,14 +69,14 @@ def measure(
     if reason:
         record = outline(judged, own, protocol, reason)
         return Measured(record | _by_split(labels, protocol), judged, [])
-    found = scored()
+    scores = scored()
     times_H = () if labels.kind == "binary" else horizons(labels)
     if labels.kind != "binary":
-        found = [with_chances(labels, model, times_H) for model in found]
+        scores = [with_chances(labels, model, times_H) for model in scores]
     shots = None
     if models is not None and labels.kind == "binary":
-        shots = few_shot(labels, models(), found, judged_N, protocol.seed, progress)
-    judged_models = [model.take(judged_N) for model in found]
+        shots = few_shot(labels, models(), scores, judged_N, protocol.seed, progress)
+    judged_models = [model.take(judged_N) for model in scores]
     progress(f"{labels.task}: intervals")
     record = judge(judged, judged_models, own, protocol, horizons_H=times_H, few_shot=shots)
     return Measured(record | _by_split(labels, protocol), judged, judged_models, times_H)
