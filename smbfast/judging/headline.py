@@ -31,7 +31,7 @@ def headline(tasks: list[dict[str, Any]], primary: dict[str, str]) -> list[dict[
             verdict["verdict"] = "better" if verdict["difference"]["value"] > 0 else "worse"
     for verdict in verdicts:
         verdict["text"] = _text(verdict, len(tested))
-    return sorted(verdicts, key=_place)
+    return sorted(verdicts, key=place)
 
 
 def too_few_draws(verdicts: list[dict[str, Any]], draws: int) -> list[str]:
@@ -93,7 +93,8 @@ def _caution(task: dict[str, Any]) -> str | None:
     return f"fewer than {FEW} patients {few} the outcome: chance, not a comparison"
 
 
-def _place(verdict: dict[str, Any]) -> tuple[bool, int, float]:
+def place(verdict: dict[str, Any]) -> tuple[bool, int, float]:
+    """Return by what verdicts are sorted: worst first."""
     lost = verdict["difference"]["value"]
     return (
         not verdict["below_chance"],

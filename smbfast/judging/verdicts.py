@@ -5,10 +5,9 @@ What is lost is said as plainly as what is won, and first.
 
 from typing import Any
 
-from smbfast.judging.headline import ALPHA, TITLES
+from smbfast.judging.headline import ALPHA, TITLES, place
 from smbfast.statistics.holm import holm
 
-_ORDER = ("worse", "undecided", "better", "unmeasured")
 _NO_GAP = {"value": None, "low": None, "high": None, "p": None}
 
 
@@ -35,7 +34,7 @@ def verdicts(
             verdict["verdict"] = "better" if verdict["difference"]["value"] > 0 else "worse"
     for verdict in made:
         verdict["text"] = _text(verdict, len(tested))
-    return sorted(made, key=_place)
+    return sorted(made, key=place)
 
 
 def _figures(task: dict[str, Any], pair: tuple[str, str], metric: str) -> dict[str, Any]:
@@ -72,15 +71,6 @@ def _figures(task: dict[str, Any], pair: tuple[str, str], metric: str) -> dict[s
 
 def _below(value: float | None) -> bool:
     return value is not None and value < 0.5
-
-
-def _place(verdict: dict[str, Any]) -> tuple[bool, int, float]:
-    gap = verdict["difference"]["value"]
-    return (
-        not verdict["below_chance"],
-        _ORDER.index(verdict["verdict"]),
-        0.0 if gap is None else gap,
-    )
 
 
 def _text(verdict: dict[str, Any], num_tested: int) -> str:
