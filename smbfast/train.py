@@ -3,7 +3,9 @@
 import shlex
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
+from typing import TYPE_CHECKING
 
 from smbfast.base.config import to_toml
 from smbfast.base.entry import entry
@@ -19,6 +21,9 @@ from smbfast.settings import (
     run_arguments,
     run_help,
 )
+
+if TYPE_CHECKING:
+    from smbfast.run.ranks import Ranks
 
 EPILOG = f"""PRESET is one of {", ".join(presets())},
 or a .toml file of your own, which may begin from a preset with the line base = "default". Without
@@ -41,6 +46,10 @@ Examples
 
   Train LoRA adapters of a pretrained backbone:
     python -m smbfast.train lora --data.path=MEDS_FOLDER --model.path=Qwen/Qwen3-8B
+
+  Train on 8 GPUs of this machine, on data that were prepared before:
+    torchrun --nproc-per-node=8 -m smbfast.train lora --data.path=MEDS_FOLDER \\
+        --data.prepared=SHARDS --model.path=Qwen/Qwen3-8B
 
   Judge the finished run on held-out patients, once, when nothing is chosen any more:
     python -m smbfast.train --final
@@ -67,11 +76,14 @@ def main(argv: list[str] | None = None) -> None:
             return
         decided_data(settings)  # refused at once, before the imports that take seconds
         require_run_folder(settings.folder)
-        with locked(settings.folder, "smbfast.train"):
-            _run(settings, command, start)
+        from smbfast.run.ranks import joined, launched
+
+        with joined() as ranks, ExitStack() as stack:
+            ranks.decide(lambda: stack.enter_context(locked(settings.folder, "smbfast.train")))
+            _run(settings, launched(command), start, ranks)
 
 
-def _run(settings: TrainSettings, command: str, start: float) -> None:
+def _run(settings: TrainSettings, command: str, start: float, ranks: "Ranks") -> None:
     from smbkernels import use
 
     from smbfast.base.runtime import choose_device
@@ -79,7 +91,9 @@ def _run(settings: TrainSettings, command: str, start: float) -> None:
     from smbfast.run.folder import earlier, write_end
 
     everywhere, by_op = kernel_choice(settings.kernels)
-    if earlier(settings.folder, settings) == "done":
+    if ranks.decide(lambda: earlier(settings.folder, settings)) == "done":
+        if not ranks.is_main:
+            return
         loop.export(settings, choose_device(settings.run.device))
         if settings.probe.final:
             with use(everywhere, **by_op):
@@ -89,7 +103,7 @@ def _run(settings: TrainSettings, command: str, start: float) -> None:
     # from here on how it ends is written to the run's status
     with _entry(on_end=partial(write_end, settings)):
         with use(everywhere, **by_op):
-            outcome = loop.train(settings, command)
+            outcome = loop.train(settings, command, ranks)
         if outcome == "preempted":
             raise SystemExit(PREEMPTED)
     print(f"total {duration(time.monotonic() - start)}")

@@ -34,11 +34,15 @@ _PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel", "numpy",
 def choose_device(name: str) -> torch.device:
     """Return the device of that name; "auto" is the GPU if there is one, which is set up.
 
+    Of several processes that torchrun starts on a machine, each has the GPU of its number there.
+
     Raises:
         ValueError: if the name is not valid, or there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError:

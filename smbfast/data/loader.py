@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import blake2b
 from itertools import islice, pairwise
 from threading import Thread, current_thread
 from typing import Any
@@ -35,6 +36,7 @@ from smbfast.data.masking import (
     future_end,
     masked_tokens,
     needs_cuts,
+    num_masked,
     replaced_tokens,
 )
 from smbfast.data.packing import online_cost, plan_micro_batches
@@ -47,7 +49,10 @@ _LOOK = 1.0  # seconds after which a wait looks at its threads
 
 @dataclass(frozen=True)
 class Step:
-    """The micro-batches of one optimizer step, with the counts that its mean losses divide by."""
+    """The micro-batches of one optimizer step, with the counts that its mean losses divide by.
+
+    Of several ranks, these are the micro-batches of one; counts and digest are of the whole step.
+    """
 
     index: int  # number of the step, from 0 over all phases
     micro_batches: list[PackedBatch]
@@ -55,18 +60,13 @@ class Step:
     num_masked: int  # masked tokens, or pairs of a position and a horizon, that JEPA predicts
     num_tokens: int  # tokens of trunks
     num_pairs: int = 0  # pairs of a position and a horizon, for which codes are predicted
+    num_by_horizon: tuple[int, ...] = ()  # pairs that horizon JEPA predicts, by horizon
+    digest: bytes = b""  # of the plan: which windows share a micro-batch, and the counts
 
     @classmethod
     def of(cls, index: int, micro_batches: list[PackedBatch]) -> "Step":
-        """Make a step of its micro-batches, with counts over all of them."""
-        return cls(
-            index,
-            micro_batches,
-            num_labels=sum(b.num_labels for b in micro_batches),
-            num_masked=sum(b.num_masked + b.num_latent for b in micro_batches),
-            num_tokens=sum(b.num_trunk_tokens for b in micro_batches),
-            num_pairs=sum(b.num_pairs for b in micro_batches),
-        )
+        """Make a step of all its micro-batches, with counts over them."""
+        return cls(index, micro_batches, **_counts_of(micro_batches))
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,12 @@ def make_step(
     jepa: bool,
     codes: bool = False,
     ratio: float = 0.0,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Step:
-    """Draw the windows of a step and pack them into micro-batches.
+    """Draw the windows of a step and pack those of a rank into its micro-batches.
+
+    Windows of other ranks are planned and counted, but their tokens are not read.
 
     Args:
         step: number of the step, from 0.
@@ -171,16 +175,22 @@ def make_step(
         jepa: whether the step has the JEPA loss.
         codes: whether the step has the loss of codes to come.
         ratio: the cost of a visible pair over that of a token (`smbfast.data.packing`).
+        rank: the rank whose micro-batches are made.
+        ranks: the number of processes that share the step.
     """
     order = step_windows(windows, objective, batch, seed, step, jepa=jepa)
     chosen = [windows[i] for i in order.tolist()]
     # so that ties in cost do not depend on the draw
     chosen.sort(key=lambda w: (w.subject, w.start))
-    wanted = {"sft": sft, "jepa": jepa, "codes": codes, "horizons": windows.horizons}
-    micro_batches = make_micro_batches(
-        chosen, objective, seed, step, tokens=tokens, ratio=ratio, **wanted
-    )
-    return Step.of(step, micro_batches)
+    wanted = Wanted(sft=sft, jepa=jepa, codes=codes, horizons=windows.horizons)
+    plan = _planned(chosen, objective, seed, step, wanted, tokens, ratio, ranks)
+    mine = plan[rank::ranks]
+    micro_batches = [_packed(own, objective, seed, step, wanted) for own in mine]
+    assert _counts_of(micro_batches) == _counted(mine, objective, wanted)
+    counts = _counted(plan, objective, wanted)
+    names = [[(d.window.subject, d.window.start) for d in own] for own in plan]
+    digest = blake2b(repr((step, tokens, counts, names)).encode(), digest_size=8).digest()
+    return Step(step, micro_batches, digest=digest, **counts)
 
 
 def make_micro_batches(
@@ -199,17 +209,8 @@ def make_micro_batches(
     to predict are left out.
     """
     wanted = Wanted(**losses)
-    drawn = [_drawn(w, objective, seed, step, wanted) for w in windows]
-    used = [d for d in drawn if d.trunk]
-    if not used:
-        return []
-    sizes = [_online_size(d, objective, wanted) for d in used]
-    tokens_W, pairs_W = np.array(sizes, np.int64).T
-    micro_batches = []
-    for planned in plan_micro_batches(tokens_W, online_cost(tokens_W, pairs_W, ratio), tokens):
-        own = [used[i] for i in planned.tolist()]
-        micro_batches.append(_packed(own, objective, seed, step, wanted))
-    return micro_batches
+    plan = _planned(windows, objective, seed, step, wanted, tokens, ratio)
+    return [_packed(own, objective, seed, step, wanted) for own in plan]
 
 
 def make_batch(
@@ -235,6 +236,27 @@ class _Drawn:
     cuts: list[int]
     pairs: WindowPairs | None
     trunk: int  # tokens of its trunk, 0 if nothing is predicted
+
+
+def _planned(
+    windows: list[Timeline],
+    objective: ObjectiveSettings,
+    seed: int,
+    step: int,
+    wanted: Wanted,
+    tokens: int,
+    ratio: float,
+    ranks: int = 1,
+) -> list[list[_Drawn]]:
+    """Return what is predicted of the windows of each micro-batch, those of all ranks."""
+    drawn = [_drawn(w, objective, seed, step, wanted) for w in windows]
+    used = [d for d in drawn if d.trunk]
+    if not used:
+        return []
+    sizes = [_online_size(d, objective, wanted) for d in used]
+    tokens_W, pairs_W = np.array(sizes, np.int64).T
+    plan = plan_micro_batches(tokens_W, online_cost(tokens_W, pairs_W, ratio), tokens, ranks)
+    return [[used[i] for i in planned.tolist()] for planned in plan]
 
 
 def _drawn(
@@ -268,6 +290,44 @@ def _online_size(drawn: _Drawn, objective: ObjectiveSettings, wanted: Wanted) ->
     futures = [(cut, future_end(drawn.window, cut, objective) - cut) for cut in cuts]
     pairs = trunk * (trunk + 1) // 2 + sum(n * cut + n * (n + 1) // 2 for cut, n in futures)
     return trunk + sum(n for _, n in futures), pairs
+
+
+def _counts_of(micro_batches: list[PackedBatch]) -> dict[str, Any]:
+    """Return the counts of a step, from what was packed."""
+    by_horizon = [b.pairs.num_by_horizon for b in micro_batches if b.pairs and b.num_latent]
+    return {
+        "num_labels": sum(b.num_labels for b in micro_batches),
+        "num_masked": sum(b.num_masked + b.num_latent for b in micro_batches),
+        "num_tokens": sum(b.num_trunk_tokens for b in micro_batches),
+        "num_pairs": sum(b.num_pairs for b in micro_batches),
+        "num_by_horizon": tuple(map(sum, zip(*by_horizon, strict=True))),
+    }
+
+
+def _counted(
+    plan: list[list[_Drawn]], objective: ObjectiveSettings, wanted: Wanted
+) -> dict[str, Any]:
+    """Return `_counts_of` of micro-batches that are not packed; no token of them is read."""
+    labels = masked = 0
+    by_horizon = np.zeros(_num_horizons(objective, wanted), np.int64)
+    drawn = [own for planned in plan for own in planned]
+    for own in drawn:
+        if wanted.sft and (own.cuts or objective.sft_labels == "all"):
+            first = own.cuts[0] if objective.sft_labels == "future" else 0
+            labels += len(own.window) - 1 - max(own.window.labels_from - 1, first - 1, 0)
+        for cut in own.cuts if wanted.branches(objective) else []:
+            masked += num_masked(own.window, cut, objective)
+        if own.pairs is not None and len(by_horizon):
+            horizon_Q = own.pairs.horizon_P[own.pairs.latent_P]
+            by_horizon += np.bincount(horizon_Q, minlength=len(by_horizon))
+    latent = int(by_horizon.sum())
+    return {
+        "num_labels": labels,
+        "num_masked": masked + latent,
+        "num_tokens": sum(len(own.window) for own in drawn),
+        "num_pairs": sum(len(own.pairs.position_P) for own in drawn if own.pairs is not None),
+        "num_by_horizon": tuple(by_horizon.tolist()) if latent else (),
+    }
 
 
 def prefetched(

@@ -106,7 +106,7 @@ def masked_tokens(
     """
     start_E, length_E = _events(window, cut, future_end(window, cut, objective))
     eligible = _tokens(start_E, length_E)
-    count = max(1, round(objective.mask_ratio * len(eligible)))
+    count = _share(objective, len(eligible))
     if count == len(eligible):
         return eligible
     random = generator(seed, "mask", step, k, window.subject, window.start)
@@ -120,6 +120,15 @@ def masked_tokens(
         length = np.diff(first, append=len(eligible))
     order = random.permutation(len(first))
     return np.sort(eligible[_tokens(first[order], length[order])[:count]])
+
+
+def num_masked(window: Timeline, cut: int, objective: ObjectiveSettings) -> int:
+    """Return how many tokens `masked_tokens` draws."""
+    return _share(objective, int(_events(window, cut, future_end(window, cut, objective))[1].sum()))
+
+
+def _share(objective: ObjectiveSettings, num_eligible: int) -> int:
+    return max(1, round(objective.mask_ratio * num_eligible))
 
 
 def replaced_tokens(

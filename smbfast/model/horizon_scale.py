@@ -8,6 +8,7 @@ of a horizon, its own targets give them. All of it is our choice.
 Legend: H horizons, D width, Q pairs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,11 @@ class ScaleSums:
     count_H1: Tensor
     first_HD: Tensor
     second_HD: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The sums, to add those of other ranks in place."""
+        return list(vars(self).values())
 
     def add(self, mean_QD: Tensor, horizon_Q: Tensor) -> None:
         """Add the averaged target states of some pairs."""
@@ -52,7 +58,7 @@ class HorizonScale:
         own = self._running
         return ScaleSums(*(torch.zeros_like(x) for x in vars(own).values()))
 
-    def lacks(self, num_by_horizon: list[int]) -> bool:
+    def lacks(self, num_by_horizon: Sequence[int]) -> bool:
         """Whether a step with these numbers of pairs has a horizon whose scale is not known."""
         return any(n and not known for n, known in zip(num_by_horizon, self._known, strict=True))
 
@@ -65,7 +71,7 @@ class HorizonScale:
         self._mean_HD = torch.where(is_new_H1, mean_HD, self._mean_HD)
         self._deviation_HD = torch.where(is_new_H1, deviation_HD, self._deviation_HD)
 
-    def update(self, sums: ScaleSums, num_by_horizon: list[int]) -> None:
+    def update(self, sums: ScaleSums, num_by_horizon: Sequence[int]) -> None:
         """Move the running values by the sums of a step that was made.
 
         A horizon without pairs stays as it is, and so do all if a state was not finite.

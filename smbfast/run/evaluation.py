@@ -136,12 +136,21 @@ def evaluate_entry(
     Returns:
         The measures, as from `evaluate`; `untrained` is true where weights are random still.
     """
-    health = evaluate(run.encoder, target, fixed, run.settings, phase)
+    health = _as_main_has(run, evaluate(run.encoder, target, fixed, run.settings, phase))
     if step == 0 and run.settings.model.path is None:
         health["untrained"] = True
     log_evaluation(log, run, step, phase, health)
     run.progress.entry = health
     return health
+
+
+def _as_main_has(run: OpenRun, health: dict) -> dict:
+    """Return the measures of the main rank, once all ranks have proved to have its weights.
+
+    Each rank evaluates all of the few fixed windows, and all stop or go on by the same figures.
+    """
+    run.ranks.require_same_weights(run.encoder)
+    return run.ranks.tell(health)
 
 
 def evaluate_step(
@@ -161,10 +170,11 @@ def evaluate_step(
         The measures, as from `evaluate`.
 
     Raises:
-        RunFailed: if the run has collapsed and `eval.stop_on_collapse` asks to stop then.
+        RunFailed: if the run has collapsed and `eval.stop_on_collapse` asks to stop then, or the
+            weights of ranks differ.
     """
     settings, progress = run.settings, run.progress
-    health = evaluate(run.encoder, target, fixed, settings, phase)
+    health = _as_main_has(run, evaluate(run.encoder, target, fixed, settings, phase))
     log_evaluation(log, run, step, phase, health)
     collapsed = console.warn(health, progress.entry, phase)
     if collapsed and settings.eval.stop_on_collapse:

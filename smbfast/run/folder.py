@@ -1,6 +1,7 @@
 """The folder of a run: which run it holds, the status of that run, and its data."""
 
 import json
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from smbfast.labelling.competing import competing_tasks
 from smbfast.run import checkpoint
 from smbfast.run.label_card import TaskFacts, require_none
 from smbfast.run.model_record import FORMAT
+from smbfast.run.ranks import ALONE, Ranks
 from smbfast.settings import DataSettings, TrainSettings, decided_data, tokenizer_folder
 from smbfast.simulation.dataset import simulate
 
@@ -200,23 +202,53 @@ def data_of(settings: TrainSettings, run: Path) -> DataSettings:
 
 
 def prepared_data(
-    settings: TrainSettings, data: DataSettings, run: Path, verify: Literal["once", "all"] = "once"
+    settings: TrainSettings,
+    data: DataSettings,
+    run: Path,
+    verify: Literal["once", "all"] = "once",
+    ranks: Ranks = ALONE,
 ) -> Prepared:
     """Return the token shards of `data`, from `data_of`; make those that are missing.
 
     Args:
         verify: of shards that are there; see `Prepared.open`.
+        ranks: the main one checks what the others then read.
 
     Raises:
-        ValueError: if the data are bad, or shards were made from others.
+        ValueError: if the data are bad, or shards were made from others; if several ranks would
+            have to wait for shards of a dataset.
     """
     backbone = tokenizer_folder(settings)
+    if ranks.world > 1 and settings.data.path is not None:
+        _require_prepared(data, run, backbone, ranks.world)
+    if not ranks.is_main:
+        folder = Path(data.prepared or run / "prepared")
+        return Prepared.open(folder, verify, spare=run / "prepared" if data.prepared else None)
     if data.prepared and (Path(data.prepared) / "prepare.json").is_file():
         prepared = Prepared.open(Path(data.prepared), verify, spare=run / "prepared")
         check_prepared(prepared, data, backbone)
         return prepared
     out = Path(data.prepared) if data.prepared else run / "prepared"
     return prepare(data, out, backbone, ("train", "tuning"), verify)
+
+
+def _require_prepared(data: DataSettings, run: Path, tokenizer: str | None, world: int) -> None:
+    """Raise a ValueError with the command that prepares `data`, unless its shards are finished."""
+    out = Path(data.prepared or run / "prepared")
+    if (out / "prepare.json").is_file():
+        return
+    defaults = DataSettings().model_dump(mode="json")
+    given = {k: v for k, v in data.model_dump(mode="json").items() if v != defaults[k]}
+    given |= {"prepared": None, "out": str(out), "tokenizer": tokenizer}
+    words = [
+        f"--{k}={','.join(map(str, v)) if isinstance(v, list) else v}"
+        for k, v in given.items()
+        if v is not None
+    ]
+    raise ValueError(
+        f"{out} must hold prepared data before {world} processes train on them, because all but "
+        f"one would only wait. Prepare first: python -m smbfast.prepare {shlex.join(words)}"
+    )
 
 
 def read_tasks(

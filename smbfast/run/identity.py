@@ -60,7 +60,7 @@ class Identity:
         identity = cls(
             run=run_id(settings.folder) or secrets.token_hex(8),
             data=str(prepared.record["data"]),
-            shards=_shards_digest(prepared),
+            shards=shards_digest(prepared),
             encoder=str(prepared.record["encoder"]),
             backbone=None,
             adapter=weights_digest(adapter, settings.folder / CACHE) if adapter else None,
@@ -198,7 +198,7 @@ def _warn_of_log(run: Path, newest: Checkpoint) -> None:
         )
 
 
-def _shards_digest(prepared: Prepared) -> str:
+def shards_digest(prepared: Prepared) -> str:
     """Return a digest of the bytes of the shards, by their SHA-256, and of what was fitted."""
     record = prepared.record
     names = ("data_format", "format", "options", "section_rules", "classes")

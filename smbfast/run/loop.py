@@ -22,19 +22,23 @@ from smbfast.reporting.page import write_report
 from smbfast.run import checkpoint, console
 from smbfast.run.evaluation import evaluate_entry, evaluate_step
 from smbfast.run.fixed import Fixed
-from smbfast.run.folder import write_status
 from smbfast.run.metrics import Meter, log_step, open_log
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import due_after, learning_rate, place, tau, total_steps
 from smbfast.run.probes import probe_run
 from smbfast.run.profile import profiled
+from smbfast.run.ranks import ALONE, Ranks
 from smbfast.run.startup import checks_itself, layer_dtype, losses_of, self_check
-from smbfast.run.step import LossScales, Updater, forward_backward
+from smbfast.run.step import LossScales, StepLosses, Updater, forward_backward
 from smbfast.settings import TrainSettings
 
 
-def train(settings: TrainSettings, command: str) -> str:
+def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
     """Run all phases of `settings`, from the start or from the newest checkpoint.
+
+    Args:
+        command: what goes on with this run, for its status.
+        ranks: the processes that train it together, each of which calls this function.
 
     Returns:
         "done", or "preempted" when a signal asked to stop; then everything is saved.
@@ -44,7 +48,7 @@ def train(settings: TrainSettings, command: str) -> str:
         RunFailed: if the gradient was not finite in several steps in a row, or the run collapsed
             and `eval.stop_on_collapse` asks to stop then.
     """
-    run = OpenRun.open(settings)
+    run = OpenRun.open(settings, ranks)
     encoder, target, first = run.encoder, run.take_target(), run.progress.step
     total, losses = total_steps(settings), losses_of(settings)
     updater = Updater(run.optimizer, settings.optim.clip)
@@ -52,7 +56,7 @@ def train(settings: TrainSettings, command: str) -> str:
     meter = Meter(total, first, matmul_rate(run.device, layer_dtype(encoder)))
     log = open_log(run)
     health: dict = {}
-    write_status(run.folder, "running", first, command)
+    run.write_status("running", first, command)
     with stop_on_signals() as stop, run.matmul.used():
         ahead = prefetched(run.steps_to_do(), pin=run.device.type == "cuda")
         for batch in profiled(meter.waits(ahead), run):
@@ -71,33 +75,44 @@ def train(settings: TrainSettings, command: str) -> str:
             lr = learning_rate(settings, at)
             scales = LossScales.of_batch(phase, batch)
             summed = forward_backward(
-                partial(losses, freeze=phase.freeze), encoder, target, batch.micro_batches, scales
+                partial(losses, freeze=phase.freeze),
+                encoder,
+                target,
+                batch.micro_batches,
+                scales,
+                num_by_horizon=batch.num_by_horizon,
+                ranks=ranks,
+            )
+            # a signal may come at any moment, so the flag is read only once per step
+            summed_3, stopping = ranks.summed(
+                updater.parameters, torch.stack(summed), bool(stop), batch.digest
             )
             grad_norm = updater.step(lr, target, tau(settings, step))
             # FLOPs of the shared forward; what the reference path computes beyond them is waste
             meter.add(batch, flops_in_phase(run.shape, batch.micro_batches, phase))
 
-            # a signal may come at any moment, so the flag is read only once per step
-            due = due_after(settings, at, step + 1, first, bool(stop))
+            due = due_after(settings, at, step + 1, first, stopping)
             if due.anything:  # only here the CPU waits for the device
                 skipped = updater.report_skips(step + 1, phase.name)
             if due.log:
                 norm = None if skipped else float(grad_norm)
                 pace = meter.read(step + 1)
-                log_step(log, run, batch, summed, lr=lr, grad_norm=norm, pace=pace)
+                log_step(log, run, batch, StepLosses(*summed_3), lr=lr, grad_norm=norm, pace=pace)
             if due.evaluate:
                 health = evaluate_step(run, target, fixed, phase, step + 1, log)
             if due.save and not skipped:
                 run.save(target, step + 1, log.offset, command)
             if due.stop:
-                write_status(run.folder, "preempted", run.progress.step, command)
+                run.write_status("preempted", run.progress.step, command)
                 log.close()
+                why = stop.name or "a signal to another rank"
                 print(
-                    f"{stop.name}: stopped, step {run.progress.step} is saved; the same command "
-                    "goes on"
+                    f"{why}: stopped, step {run.progress.step} is saved; the same command goes on"
                 )
                 return "preempted"
     run.save_model(run.folder / "final", target, total)
+    if not ranks.is_main:
+        return "done"
     seconds = run.seconds()
     export(settings, run.device)
     with run.matmul.used():
@@ -106,7 +121,7 @@ def train(settings: TrainSettings, command: str) -> str:
     log.close()
     with helper("the report"):
         write_report(run.folder, final=settings.probe.final)
-    write_status(run.folder, "done", total, command)
+    run.write_status("done", total, command)
     console.end_card(run, seconds, health)
     return "done"
 

@@ -58,6 +58,21 @@ class MetricsLog:
         self._board.close()
 
 
+class NoLog(MetricsLog):
+    """The log of a rank that does not write."""
+
+    offset = 0
+
+    def __init__(self) -> None:
+        self.warned = set()
+
+    def write(self, kind: str, **values: object) -> None:
+        """Write nothing."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class Meter:
     """Measures how fast a run is, how long it waits for data, and the time left."""
 
@@ -114,6 +129,8 @@ class Meter:
 def open_log(run: OpenRun) -> MetricsLog:
     """Open the log of a run and print the header; a new run also writes `config.toml`."""
     progress = run.progress
+    if not run.ranks.is_main:
+        return NoLog()
     log = MetricsLog(run.folder, progress.metrics_offset, progress.step)
     if not progress.step:
         run.begin()

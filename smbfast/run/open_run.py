@@ -6,7 +6,7 @@ does, for a new run and for one that resumes.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -17,7 +17,7 @@ import torch
 from smbfast.base.config import to_toml
 from smbfast.base.files import legal, write_text
 from smbfast.base.parts import is_part
-from smbfast.base.runtime import GIB, choose_device, held_memory
+from smbfast.base.runtime import GIB, choose_device, held_memory, versions
 from smbfast.data.labels import Labels
 from smbfast.data.loader import Step, make_step
 from smbfast.data.pairs import prevalence
@@ -29,11 +29,19 @@ from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.run import checkpoint
 from smbfast.run.checkpoint import Checkpoint
 from smbfast.run.data_card import DataCard, data_card
-from smbfast.run.folder import check_windows, data_of, prepared_data, read_tasks, write_status
-from smbfast.run.identity import Identity, newest_checkpoint
+from smbfast.run.folder import (
+    check_windows,
+    compared_settings,
+    data_of,
+    prepared_data,
+    read_tasks,
+    write_status,
+)
+from smbfast.run.identity import Identity, newest_checkpoint, shards_digest
 from smbfast.run.matmul import Matmul, choose_matmul
 from smbfast.run.model_card import model_card
 from smbfast.run.optim import make_optimizer, place, total_steps
+from smbfast.run.ranks import ALONE, Ranks
 from smbfast.run.startup import micro_tokens
 from smbfast.settings import DataSettings, TrainSettings
 
@@ -81,11 +89,13 @@ class OpenRun:
     predicted_peak: int  # bytes, or 0 if it is not predicted
     bytes_before: int  # memory of the process before the model was made
     start_time: float  # time.monotonic() when the run was opened
+    ranks: Ranks
 
     @classmethod
     def open(
         cls,
         settings: TrainSettings,
+        ranks: Ranks = ALONE,
         *,
         set_aside: bool = True,
         verify: Literal["once", "all"] = "once",
@@ -95,6 +105,7 @@ class OpenRun:
         """Prepare the data, make the model, and load the newest checkpoint if there is one.
 
         Args:
+            ranks: those that train together. The main one makes and checks what the others read.
             set_aside: whether to rename damaged checkpoints; otherwise they are only skipped.
             verify: whether token shards are read whole again; see `Prepared.open`.
             report: called after each stage.
@@ -104,26 +115,35 @@ class OpenRun:
             ValueError: if data are bad, or the model or a checkpoint does not load.
         """
         start_time, device = time.monotonic(), choose_device(settings.run.device)
-        folder = settings.folder
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if settings.optim.batch < ranks.world:
+            raise ValueError(
+                f"optim.batch must be at least {ranks.world}, a window for each of the ranks, got "
+                f"{settings.optim.batch}; raise it, or start fewer processes with torchrun "
+                f"--nproc-per-node={settings.optim.batch}"
+            )
         if settings.run.threads:
             torch.set_num_threads(settings.run.threads)
-        opened = _open_data(settings, verify, report, show)
+        with ranks.main_first():
+            opened = _open_data(settings, ranks, verify, report, show)
         prepared = opened.prepared
         # before a large model is loaded
-        identity, newest = newest_checkpoint(settings, prepared, set_aside=set_aside)
+        identity, newest = _begin_or_resume(settings, ranks, prepared, set_aside=set_aside)
         bytes_before = held_memory(device)
         encoder = make_encoder_of(settings, prepared, opened.windows, device)
-        identity = identity.with_backbone(settings)  # of the hub: it is on this machine only now
+        if ranks.is_main:
+            identity = identity.with_backbone(settings)  # of the hub: it is here only now
         optimizer = make_optimizer(encoder, settings.optim)
         target, progress = _restored(newest, identity, encoder, optimizer)
         report("model", _model_text(encoder, len(prepared.tokenizer), progress.step))
-        matmul = choose_matmul(settings, encoder, progress.matmul, progress.step)
-        progress.matmul = matmul.saved
+        choose = partial(choose_matmul, settings, encoder, step=progress.step)
+        chosen = choose(progress.matmul) if ranks.is_main else None
+        progress.matmul = ranks.tell(chosen.saved if chosen else None)
+        matmul = chosen or choose(progress.matmul)
         report("kernels", matmul.kernels(device.type))
         horizons = opened.windows.horizons
         num_horizons = len(horizons) if horizons else 0
         tokens, peak = micro_tokens(settings, encoder, progress.micro_tokens, num_horizons)
+        tokens = ranks.least(tokens)  # every rank plans the same step
         size = f"up to {tokens:,} tokens a micro-batch"
         report("memory", f"{size}, {peak / GIB:.2f} GiB at the peak predicted")
         return cls(
@@ -140,6 +160,7 @@ class OpenRun:
             predicted_peak=peak,
             bytes_before=bytes_before,
             start_time=start_time,
+            ranks=ranks,
         )
 
     def take_target(self) -> TargetEncoder | None:
@@ -169,7 +190,7 @@ class OpenRun:
         return ModelShape.of(self.encoder, tracked=form if form.name == "tracked" else None)
 
     def make_step(self, index: int) -> Step:
-        """Draw and pack optimizer step `index` (from 0, over all phases)."""
+        """Draw optimizer step `index` (from 0, over all phases); pack what this rank has of it."""
         phase = place(self.settings, index).phase
         return make_step(
             self.windows,
@@ -182,6 +203,8 @@ class OpenRun:
             jepa=phase.w_jepa > 0,
             codes=phase.w_codes > 0,
             ratio=self.shape.attention_ratio,
+            rank=self.ranks.rank,
+            ranks=self.ranks.world,
         )
 
     def steps_to_do(self) -> Iterator[Callable[[], Step]]:
@@ -196,6 +219,9 @@ class OpenRun:
     @is_part("checkpoint")
     def save(self, target: TargetEncoder | None, step: int, offset: int, command: str) -> None:
         """Write a checkpoint after `step` steps, when metrics.jsonl has `offset` bytes."""
+        self.progress.step = step
+        if not self.ranks.is_main:
+            return
         record = {
             **self.identity.record(),
             "metrics_offset": offset,
@@ -207,11 +233,17 @@ class OpenRun:
         }
         keep = self.settings.run.keep
         checkpoint.save(self.folder, step, self.encoder, target, self.optimizer, record, keep)
-        self.progress.step = step
         write_status(self.folder, "running", step, command)
+
+    def write_status(self, state: str, step: int, command: str) -> None:
+        """Write `status.json`, if this is the main rank."""
+        if self.ranks.is_main:
+            write_status(self.folder, state, step, command)
 
     def save_model(self, folder: Path, target: TargetEncoder | None, step: int) -> None:
         """Write the model after `step` steps, in the format that transformers and PEFT load."""
+        if not self.ranks.is_main:
+            return
         record, prepared, best = _model_record(self, step), self.prepared, self.progress.best
         card = model_card(record, folder, prepared.record, best, target=target is not None)
         tokenizer, vocabulary = prepared.tokenizer, prepared.vocabulary_file
@@ -231,6 +263,29 @@ def _restored(
     return checkpoint.load(newest, encoder, optimizer), Progress.of(newest.record)
 
 
+def _begin_or_resume(
+    settings: TrainSettings, ranks: Ranks, prepared: Prepared, *, set_aside: bool
+) -> tuple[Identity, Checkpoint | None]:
+    """Return what the main rank has of `newest_checkpoint`, if all ranks read the same data.
+
+    The folder of the run must be one that every rank can read.
+    """
+
+    def decided() -> tuple:
+        identity, newest = newest_checkpoint(settings, prepared, set_aside=set_aside)
+        return asdict(identity), newest and (str(newest.folder), newest.record)
+
+    values, newest = ranks.decide(decided)
+    ranks.require_same(
+        {
+            "token shards": shards_digest(prepared),
+            "settings": compared_settings(settings),
+            "versions": versions(),
+        }
+    )
+    return Identity(**values), Checkpoint(Path(newest[0]), newest[1]) if newest else None
+
+
 class _OpenData(NamedTuple):
     """What a run reads."""
 
@@ -244,6 +299,7 @@ class _OpenData(NamedTuple):
 
 def _open_data(
     settings: TrainSettings,
+    ranks: Ranks,
     verify: Literal["once", "all"],
     report: Report,
     show: Callable[[DataCard], None],
@@ -251,7 +307,7 @@ def _open_data(
     """Prepare the data of a run, and refuse them if training would learn nothing from them."""
     data = data_of(settings, settings.folder)
     tasks, facts = read_tasks(settings, data)
-    prepared = prepared_data(settings, data, settings.folder, verify)
+    prepared = prepared_data(settings, data, settings.folder, verify, ranks)
     windows, tuning = _windows(settings, data, prepared)
     card = data_card(settings, prepared, windows, tuning, facts)
     card.require()

@@ -19,9 +19,9 @@ from smbfast.base.parts import part
 from smbfast.batch import PackedBatch
 from smbfast.data.loader import Step
 from smbfast.model.backbone import PatientEncoder
-from smbfast.model.horizon_scale import HorizonScale
 from smbfast.model.target import TargetEncoder
 from smbfast.objective import Losses, latent_target
+from smbfast.run.ranks import ALONE, Ranks
 from smbfast.settings import PhaseSettings
 
 PATIENCE = 3  # steps in a row with a gradient that is not finite before a run gives up
@@ -80,6 +80,9 @@ def forward_backward(
     target: TargetEncoder | None,
     micro_batches: Sequence[PackedBatch],
     scales: LossScales,
+    *,
+    num_by_horizon: Sequence[int] | None = None,
+    ranks: Ranks = ALONE,
 ) -> StepLosses:
     """Run all micro-batches of a step forward and backward; gradients accumulate in the encoder.
 
@@ -89,15 +92,22 @@ def forward_backward(
     Args:
         losses: `smbfast.objective.losses` or `smbfast.reference.losses`, with their options bound.
         target: may be None where `scales.jepa_scale` is 0.
-        micro_batches: on any device.
+        micro_batches: on any device; of several ranks, those of this one.
+        num_by_horizon: pairs of the whole step; None counts those of `micro_batches`.
+        ranks: those that share the step. The scale is one; gradients and losses are each rank's.
     """
     device = encoder.mask_vector.device
-    scale, num_by_horizon = _horizon_scale(target, micro_batches, scales)
+    if num_by_horizon is None:
+        own = [m.pairs.num_by_horizon for m in micro_batches if m.pairs and m.num_latent]
+        num_by_horizon = [sum(numbers) for numbers in zip(*own, strict=True)]
+    has_scale = target is not None and num_by_horizon and scales.jepa_scale != 0
+    scale = target.scale if target is not None and has_scale else None
     if scale and scale.lacks(num_by_horizon):
         sums = scale.new_sums()
         for micro in micro_batches:
             if micro.num_latent:
                 latent_target(target, micro.to(device), sums)
+        ranks.add(sums.tensors)
         scale.begin(sums)
     options = scales._asdict() | ({"sums": scale.new_sums()} if scale else {})
     total = [torch.zeros((), device=device)] * len(StepLosses._fields)
@@ -109,18 +119,9 @@ def forward_backward(
             for sum_, term in zip(total, terms, strict=True)
         ]
     if scale:
+        ranks.add(options["sums"].tensors)
         scale.update(options["sums"], num_by_horizon)
     return StepLosses(*total)
-
-
-def _horizon_scale(
-    target: TargetEncoder | None, micro_batches: Sequence[PackedBatch], scales: LossScales
-) -> tuple[HorizonScale | None, list[int]]:
-    """Return the scale of horizon JEPA, if the step has it, and the pairs of each horizon."""
-    own = [m.pairs.num_by_horizon for m in micro_batches if m.pairs and m.num_latent]
-    if target is None or not own or scales.jepa_scale == 0:
-        return None, []
-    return target.scale, [sum(numbers) for numbers in zip(*own, strict=True)]
 
 
 class Updater:
@@ -139,8 +140,8 @@ class Updater:
         """
         self.optimizer: Any = optimizer  # torch does not declare `found_inf`
         self.clip = clip
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        zero = torch.zeros((), device=self._parameters[0].device)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        zero = torch.zeros((), device=self.parameters[0].device)
         self._in_a_row = self._longest = self._total = zero
 
     def step(
@@ -159,7 +160,7 @@ class Updater:
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
         with part("optimizer"):
-            grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.clip)
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
             skipped = (~torch.isfinite(grad_norm)).float()
             self.optimizer.found_inf = skipped
             self._in_a_row = (self._in_a_row + 1) * skipped
