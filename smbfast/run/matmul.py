@@ -19,6 +19,7 @@ from smbkernels.operation import FORCED
 from smbfast.base.runtime import library
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.flops import ModelShape
+from smbfast.run.ranks import Ranks
 from smbfast.run.startup import layer_dtype
 from smbfast.settings import TrainSettings
 
@@ -39,6 +40,15 @@ class Matmul:
     def used(self) -> AbstractContextManager:
         """A context in which products are computed by it."""
         return use(linear=self.backend)
+
+
+def agreed_matmul(
+    settings: TrainSettings, encoder: PatientEncoder, earlier: str | None, step: int, ranks: Ranks
+) -> Matmul:
+    """Return `choose_matmul` of the main rank on all ranks, each of which might measure another."""
+    chosen = choose_matmul(settings, encoder, earlier, step) if ranks.is_main else None
+    saved = ranks.tell(chosen.saved if chosen else None)
+    return chosen or choose_matmul(settings, encoder, saved, step)
 
 
 def choose_matmul(

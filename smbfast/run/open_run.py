@@ -38,7 +38,7 @@ from smbfast.run.folder import (
     write_status,
 )
 from smbfast.run.identity import Identity, newest_checkpoint, shards_digest
-from smbfast.run.matmul import Matmul, choose_matmul
+from smbfast.run.matmul import Matmul, agreed_matmul
 from smbfast.run.model_card import model_card
 from smbfast.run.optim import make_optimizer, place, total_steps
 from smbfast.run.ranks import ALONE, Ranks
@@ -115,18 +115,11 @@ class OpenRun:
             ValueError: if data are bad, or the model or a checkpoint does not load.
         """
         start_time, device = time.monotonic(), choose_device(settings.run.device)
-        if settings.optim.batch < ranks.world:
-            raise ValueError(
-                f"optim.batch must be at least {ranks.world}, a window for each of the ranks, got "
-                f"{settings.optim.batch}; raise it, or start fewer processes with torchrun "
-                f"--nproc-per-node={settings.optim.batch}"
-            )
         if settings.run.threads:
             torch.set_num_threads(settings.run.threads)
         with ranks.main_first():
             opened = _open_data(settings, ranks, verify, report, show)
-        prepared = opened.prepared
-        # before a large model is loaded
+        prepared = opened.prepared  # and the checkpoint, before a large model is loaded
         identity, newest = _begin_or_resume(settings, ranks, prepared, set_aside=set_aside)
         bytes_before = held_memory(device)
         encoder = make_encoder_of(settings, prepared, opened.windows, device)
@@ -135,13 +128,10 @@ class OpenRun:
         optimizer = make_optimizer(encoder, settings.optim)
         target, progress = _restored(newest, identity, encoder, optimizer)
         report("model", _model_text(encoder, len(prepared.tokenizer), progress.step))
-        choose = partial(choose_matmul, settings, encoder, step=progress.step)
-        chosen = choose(progress.matmul) if ranks.is_main else None
-        progress.matmul = ranks.tell(chosen.saved if chosen else None)
-        matmul = chosen or choose(progress.matmul)
+        matmul = agreed_matmul(settings, encoder, progress.matmul, progress.step, ranks)
+        progress.matmul = matmul.saved
         report("kernels", matmul.kernels(device.type))
-        horizons = opened.windows.horizons
-        num_horizons = len(horizons) if horizons else 0
+        num_horizons = len(opened.windows.horizons or ())
         tokens, peak = micro_tokens(settings, encoder, progress.micro_tokens, num_horizons)
         tokens = ranks.least(tokens)  # every rank plans the same step
         size = f"up to {tokens:,} tokens a micro-batch"
@@ -305,6 +295,12 @@ def _open_data(
     show: Callable[[DataCard], None],
 ) -> _OpenData:
     """Prepare the data of a run, and refuse them if training would learn nothing from them."""
+    if settings.optim.batch < ranks.world:
+        raise ValueError(
+            f"optim.batch must be at least {ranks.world}, a window for each of the ranks, got "
+            f"{settings.optim.batch}; raise it, or start fewer processes with torchrun "
+            f"--nproc-per-node={settings.optim.batch}"
+        )
     data = data_of(settings, settings.folder)
     tasks, facts = read_tasks(settings, data)
     prepared = prepared_data(settings, data, settings.folder, verify, ranks)

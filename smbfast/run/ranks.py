@@ -149,7 +149,7 @@ class Ranks:
                 "the ranks have planned a step otherwise, so windows would be trained twice or "
                 "never: their data, settings or versions differ. Nothing of this step was applied"
             )
-        live = [p for p, some in zip(parameters, any_has, strict=True) if some]
+        live = [p for p, is_live in zip(parameters, any_has, strict=True) if is_live]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in live]
         dtype = torch.float32
         for grad in grads:
