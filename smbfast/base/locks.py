@@ -80,6 +80,14 @@ def release(handle: int) -> None:
         os.close(handle)
 
 
+def same_file(handle: int, file: Path) -> bool:
+    """Whether an open file is still the one of that name; one that is gone is not."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(file, follow_symlinks=False))
+    except OSError:
+        return False
+
+
 def holder() -> dict[str, object]:
     """Return what a lock says of the process that holds it; never who started it."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -132,18 +140,11 @@ def _taken(folder: Path, what: str) -> int | None:
             with suppress(OSError):
                 os.unlink(file)
             return None
-        if _same_file(handle, file):
+        if same_file(handle, file):
             os.truncate(handle, 0)
             os.pwrite(handle, json.dumps({"command": what, **holder()}).encode(), 0)
             return handle
         release(handle)  # the one that held it has removed it; there may be a new one
-
-
-def _same_file(handle: int, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(handle), os.stat(file, follow_symlinks=False))
-    except OSError:
-        return False
 
 
 def _is_left(handle: int) -> bool:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from smbfast.base.claims import CLAIMS
 from smbfast.base.locks import LOCK
 from smbfast.base.replace import MANIFEST
 from smbfast.base.staging import is_staging
@@ -119,7 +120,7 @@ def _has_begun(folder: Path) -> bool:
 def _foreign_to_run(entry: Path) -> Path | None:
     """Return what is not ours in an entry of the folder of a run that has not begun, or None."""
     name = entry.name
-    if name == LOCK or is_staging(entry):
+    if name in (LOCK, CLAIMS) or is_staging(entry):
         return None
     if name in _INDEXES and entry.is_dir():
         return None
@@ -140,7 +141,7 @@ def _foreign_to_run(entry: Path) -> Path | None:
 def _foreign_to_prepared(folder: Path) -> Path | None:
     begun = (folder / "plan.json").is_file() or (folder / "prepare.json").is_file()
     for entry in _entries(folder):
-        ours = entry.name in (*_INDEXES, LOCK) or is_staging(entry)
+        ours = entry.name in (*_INDEXES, LOCK, CLAIMS) or is_staging(entry)
         if not (ours or (begun and entry.name in _PREPARED)):
             return _first(entry)
     return None
