@@ -22,7 +22,8 @@ def main(argv: list[str] | None = None) -> None:
         from smbfast.settings import ObjectiveSettings
 
         start = time.monotonic()
-        prepared = prepare(settings, Path(settings.out), settings.tokenizer, tuple(settings.splits))
+        out, splits = Path(settings.out), tuple(settings.splits)
+        prepared = prepare(settings, out, settings.tokenizer, splits, on=settings.on)
         for split in settings.splits:  # what a run with the defaults of its objective needs
             prepared.windows(split, settings.window, ObjectiveSettings(), settings.stride)
         seconds = time.monotonic() - start

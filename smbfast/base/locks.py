@@ -60,13 +60,17 @@ def locked(folder: Path, what: str) -> Iterator[None]:
                 folder.rmdir()
 
 
-def acquire(handle: int, *, wait: bool = False) -> bool | None:
+def acquire(handle: int, *, wait: bool = False, shared: bool = False) -> bool | None:
     """Lock an open file: True if this process has it now, False if another one has it.
 
-    None stands for a file system that has no locks.
+    None stands for a file system that has no locks. A lock that the handle had is given up first.
+
+    Args:
+        shared: whether others may have it too, if they share it.
     """
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(handle, kind | (0 if wait else fcntl.LOCK_NB))
     except OSError as error:
         return False if error.errno in (EWOULDBLOCK, EAGAIN, EACCES) else None
     _HELD.add(handle)

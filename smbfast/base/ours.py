@@ -19,7 +19,7 @@ _OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9a-f]+|lost\+found|Thumbs\.d
 _EVENTS = re.compile(r"events\.out\.tfevents\..*")
 _COHORT = re.compile(r"cohort-\d+-\d+(-\d+)?")
 _PREPARED = (
-    *("plan.json", "prepare.json", "classes.json", "tokenizer"),
+    *("plan.json", "prepare.json", "classes.json", "tokenizer", "counts"),
     *("train", "tuning", "held_out"),
 )
 _INDEXES = ("source", "windows", "verified.json")  # beside shards, or in a run instead of there

@@ -14,20 +14,20 @@ class Progress:
 
     def __init__(self, prog: str, total: int, unit: str) -> None:
         """Start at 0 of `total` things named `unit`; lines begin with the command's name `prog`."""
-        self._prog, self._total, self._unit, self._done = prog, total, unit, 0
+        self.prog, self.done, self._total, self._unit = prog, 0, total, unit
         self._start = self._last = time.monotonic()
 
     def add(self, count: int) -> None:
         """Count `count` more as done."""
-        self._done += count
+        self.done += count
         now = time.monotonic()
-        if not self._done or now - self._last < SECONDS:
+        if not self.done or now - self._last < SECONDS:
             return
         self._last = now
-        rate = self._done / (now - self._start)
-        left = duration((self._total - self._done) / rate)
+        rate = self.done / (now - self._start)
+        left = duration((self._total - self.done) / rate)
         print(
-            f"{self._prog}: {self._done:,} of {self._total:,} {self._unit}, {rate:,.0f} a second, "
+            f"{self.prog}: {self.done:,} of {self._total:,} {self._unit}, {rate:,.0f} a second, "
             f"{left} left",
             file=sys.stderr,
             flush=True,

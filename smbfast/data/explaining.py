@@ -3,10 +3,12 @@
 import json
 from dataclasses import asdict
 
+from smbfast.base.staging import staged
+from smbfast.base.workers import Workers, num_cores
 from smbfast.data.codes.explain import explain, explain_text, text_summary
 from smbfast.data.codes.summary import summary
 from smbfast.data.codes.vocabulary import CodeVocabulary
-from smbfast.data.fitting import SUMMARY, code_statistics
+from smbfast.data.fitting import COUNTS, SUMMARY, code_statistics, count_codes
 from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
 from smbfast.data.sections import SectionMap
@@ -28,7 +30,9 @@ def explained(prepared: Prepared, data: DataSettings) -> list[str]:
     if file.is_file():
         return explain(json.loads(file.read_text()), counts)
     dataset = MedsDataset.open(data.folder, index=prepared.folder / FOLDER, split=data.split)
-    statistics = code_statistics(data, dataset)
+    workers = Workers(min(data.workers or num_cores(), len(dataset.splits["train"])))
+    with staged(prepared.folder / COUNTS) as staging, workers:
+        statistics = code_statistics(data, dataset, count_codes(data, dataset, staging, workers))
     if isinstance(prepared.encoding, CodeVocabulary):
         vocabulary = CodeVocabulary(prepared.encoding.content, dataset.parents)
         return explain([asdict(row) for row in summary(vocabulary, statistics)], counts)

@@ -200,7 +200,8 @@ class MedsDataset:
     @property
     def where(self) -> tuple[Path, Path | None, Fractions | None]:
         """What another process opens the dataset with (see `again`)."""
-        return self.path, self._source.folder, self.fractions
+        index = self._source.folder
+        return self.path.absolute(), index.absolute() if index else None, self.fractions
 
     @classmethod
     def again(cls, where: tuple[Path, Path | None, Fractions | None]) -> "MedsDataset":

@@ -1,28 +1,41 @@
 """Turns a MEDS folder into memory-mapped token shards.
 
 One MEDS file becomes one shard, a file that is there once it is whole. So a run that was stopped
-goes on with the remaining files. Memory is bounded by the rows decoded at once, not by the
-subjects.
+goes on with the remaining files, and processes that run at once divide them. Memory is bounded by
+the rows decoded at once, not by the subjects.
 """
 
 import json
-import os
 import shutil
 import sys
+import threading
 from collections import Counter
-from concurrent.futures import as_completed
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from smbfast.base.files import write_text
-from smbfast.base.locks import locked
+from smbfast.base.claims import clear_claims
+from smbfast.base.dividing import Piece, divide, in_turn
+from smbfast.base.files import digest_of, write_text
 from smbfast.base.ours import prepared_entries, require_prepared_folder
 from smbfast.base.progress import Progress
-from smbfast.base.workers import worker_pool
+from smbfast.base.together import Together, together
+from smbfast.base.workers import Workers, num_cores
 from smbfast.data.code_classes import CodeClasses, SubjectCounts
 from smbfast.data.codes.vocabulary import CodeVocabulary
-from smbfast.data.fitting import decided_options, fit_encoding, worth_processes
+from smbfast.data.fitting import (
+    COUNTS,
+    PROG,
+    TOKENIZER,
+    count_codes,
+    counts_codes,
+    decided_options,
+    fit_encoding,
+    opened,
+    stamped,
+    worth_processes,
+)
 from smbfast.data.formats import (
     VERSIONS,
     PatientEncoding,
@@ -52,11 +65,15 @@ def prepare(
     tokenizer: str | None,
     splits: tuple[str, ...],
     verify: Literal["once", "all"] = "once",
+    on: str | None = None,
 ) -> Prepared:
     """Prepare `splits` of `data.path` under `out`, or open what is already there.
 
+    Any number of processes may do this at the same time; they divide the work.
+
     Args:
         verify: of shards that are already there; see `Prepared.open`.
+        on: a cluster that does the work of this process (`smbfast.base.workers.engine_of`).
 
     Raises:
         ValueError: the data is bad (see `MedsDataset.open`), or `out` was made from other data or
@@ -64,21 +81,26 @@ def prepare(
     """
     out = Path(out)
     require_prepared_folder(out)
-    with locked(out, "smbfast.prepare"):
-        before = prepared_entries(out)  # the index of the data, where labels were read first
-        fresh = not any((out / name).is_file() for name in ("plan.json", "prepare.json"))
+
+    def there() -> list[str] | None:
+        """What there is of an unprepared folder: the index of the data, if labels were read."""
+        if any((out / name).is_file() for name in ("plan.json", "prepare.json")):
+            return None
+        return [entry.name for entry in prepared_entries(out)]
+
+    with together(out, there) as group:
         try:
-            return _prepare(data.decided(tokenizer), out, tokenizer, splits, verify)
+            return _prepare(data.decided(tokenizer), out, tokenizer, splits, verify, group, on)
         except ValueError:
             # once the data is mended its digest is another: nothing of this could be gone on with
-            if fresh:
-                _remove_prepared(out, before)
+            if group.all_failed() and group.noted is not None:
+                _remove_prepared(out, group.noted)
             raise
 
 
-def _remove_prepared(out: Path, before: list[Path]) -> None:
+def _remove_prepared(out: Path, before: list[str]) -> None:
     """Remove what was just made, and nothing that was there before."""
-    for entry in (e for e in prepared_entries(out) if e not in before):
+    for entry in (e for e in prepared_entries(out) if e.name not in before):
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)
         else:
@@ -92,45 +114,84 @@ def _prepare(
     tokenizer: str | None,
     splits: tuple[str, ...],
     verify: Literal["once", "all"],
+    group: Together,
+    on: str | None,
 ) -> Prepared:
-    dataset = _dataset(data, out)
-    source = _source(data, dataset, tokenizer, splits)
+    begun = (out / "plan.json").is_file()  # by a process that has indexed and hashed the data
+    with nullcontext() if begun else in_turn(out, "plan", PROG):
+        dataset = _dataset(data, out)
+        source = _source(data, dataset, tokenizer, splits)
+        before = _checked(out, source)
+        if (out / "prepare.json").is_file():
+            return Prepared.open(out, verify)
+        unread = {"subjects": dataset.without_split(), "files": dataset.num_unread}
+        _say_unread(unread)
+        sections = sections_of(data)
+        options = before.get("options") or decided_options(data, dataset, tokenizer, sections)
+        source |= {"options": options, "section_rules": sections.record()}
+        if not before:
+            write_text(out / "plan.json", json.dumps(source, indent=1))
+    with Workers(data.workers or num_cores(), on) as workers:
+        parts: list[Path] = []
+        if not (out / TOKENIZER).is_dir() and counts_codes(data, tokenizer):
+            parts = count_codes(data, dataset, out, workers)
+        with in_turn(out, "tokenizer", PROG):
+            fit = data, dataset, out / TOKENIZER, tokenizer, sections, options, parts
+            new_tokens = fit_encoding(*fit)
+        _make_shards(dataset, out, source, splits, workers, again=group.first)
+    with in_turn(out, "record", PROG):
+        if not (out / "prepare.json").is_file():
+            more = {"meds_version": dataset.version, "unread": unread}
+            _finish(out, source, _names(dataset, splits), new_tokens, data.max_codes, more)
+    return Prepared.open(out)
+
+
+def _checked(out: Path, source: dict) -> dict:
+    """Return what is recorded of a folder that was begun, which `source` must agree with."""
     plan, finished = out / "plan.json", out / "prepare.json"
-    before: dict = {}
-    if plan.is_file() or finished.is_file():
-        before = _recorded(plan if plan.is_file() else finished)
-        require_current(out, before)
-        changed = ", ".join(k for k in source if not _same(source[k], before.get(k)))
-        if changed:
-            raise ValueError(
-                f"{out} was prepared from other settings ({changed} differ); name another folder "
-                "or remove it"
-            )
-    if finished.is_file():
-        return Prepared.open(out, verify)
-    unread = {"subjects": dataset.without_split(), "files": dataset.num_unread}
-    _say_unread(unread)
-    out.mkdir(parents=True, exist_ok=True, mode=0o700)
-    sections = sections_of(data)
-    options = before.get("options") or decided_options(data, dataset, tokenizer, sections)
-    source |= {"options": options, "section_rules": sections.record()}
-    write_text(plan, json.dumps(source, indent=1))
-    new_tokens = fit_encoding(data, dataset, out / "tokenizer", tokenizer, sections, options)
+    if not (plan.is_file() or finished.is_file()):
+        return {}
+    before = _recorded(plan if plan.is_file() else finished)
+    require_current(out, before)
+    changed = ", ".join(k for k in source if not _same(source[k], before.get(k)))
+    if changed:
+        raise ValueError(
+            f"{out} was prepared from other settings ({changed} differ); name another folder "
+            "or remove it"
+        )
+    return before
+
+
+def _finish(
+    out: Path,
+    source: dict,
+    names: dict[str, list[tuple[str, Path]]],
+    new_tokens: list[dict],
+    max_codes: int,
+    more: dict,
+) -> None:
+    """Write what shards say together, and prepare.json last; then clear what is of no more use.
+
+    Args:
+        source: what the shards were made of.
+        names: of shards, see `_names`.
+        more: that is recorded as it is.
+    """
     encoding = _encoding(out, source)
-    shards, counts, unmapped = _make_shards(data, dataset, out, splits)
+    shards, counts, unmapped = _recorded_shards(out, names)
     record = {
         **source,
         "encoder": encoding.fingerprint(),
-        "classes": _find_classes(out, shards, encoding, data.max_codes),
+        "classes": _find_classes(out, shards, encoding, max_codes),
         "new_tokens": new_tokens,
-        "meds_version": dataset.version,
         "shards": shards,
         "counts": {s: dict(c) for s, c in counts.items()},
         "unmapped": unmapped.shown(),
-        "unread": unread,
+        **more,
     }
     write_text(out / "prepare.json", json.dumps(record, indent=1))
-    return Prepared.open(out)
+    shutil.rmtree(out / COUNTS, ignore_errors=True)
+    clear_claims(out)
 
 
 def _say_unread(unread: dict[str, int]) -> None:
@@ -138,7 +199,7 @@ def _say_unread(unread: dict[str, int]) -> None:
         if num:
             shown = "up to 10" if what == "subjects" and num <= 10 else f"{num:,}"
             where = f"{shown} {what} are in none of the splits {', '.join(SPLITS)}"
-            print(f"smbfast.prepare: {where} and are not read", file=sys.stderr)
+            print(f"{PROG}: {where} and are not read", file=sys.stderr)
 
 
 def _dataset(data: DataSettings, out: Path) -> MedsDataset:
@@ -206,44 +267,58 @@ def check_prepared(prepared: Prepared, data: DataSettings, backbone: str | None)
         )
 
 
-def _make_shards(
-    data: DataSettings, dataset: MedsDataset, out: Path, splits: tuple[str, ...]
-) -> tuple[dict[str, list[ShardRecord]], dict[str, Counter[str]], Unmapped]:
-    jobs = [
-        (split, f"{split}/{index}{SUFFIX}", file)
+def _names(dataset: MedsDataset, splits: tuple[str, ...]) -> dict[str, list[tuple[str, Path]]]:
+    """Return the name of the shard of each file of each split."""
+    return {
+        split: [(f"{split}/{i}{SUFFIX}", file) for i, file in enumerate(dataset.splits[split])]
         for split in splits
-        for index, file in enumerate(dataset.splits[split])
-    ]
-    rows = {file: dataset.num_rows(file) for _, _, file in jobs}
-    todo = [job for job in jobs if not _finished(out / job[1])]
-    progress = Progress("smbfast.prepare", sum(rows[f] for _, _, f in todo), "events")
-    workers = min(data.workers or os.cpu_count() or 1, len(todo))
-    if workers > 1 and worth_processes(dataset, [file for _, _, file in todo]):
-        with worker_pool(workers) as pool:
-            running = {
-                pool.submit(
-                    _work, dataset.where, dataset.stamp(file), str(out), split, name, str(file)
-                ): file
-                for split, name, file in todo
-            }
-            for done in as_completed(running):
-                done.result()
-                progress.add(rows[running[done]])
-    else:
-        serializer = _serializer(dataset, out)
-        for split, name, file in todo:
-            _make_shard(dataset, serializer, split, file, out / name, progress)
-    return _recorded_shards(out, [(split, name) for split, name, _ in jobs], splits)
+    }
+
+
+def _make_shards(
+    dataset: MedsDataset,
+    out: Path,
+    plan: dict,
+    splits: tuple[str, ...],
+    workers: Workers,
+    *,
+    again: bool,
+) -> None:
+    """Make the shards that are missing, with all processes of the folder.
+
+    Args:
+        again: whether to verify those that are there: a process that was stopped has left them.
+    """
+    pieces, files = [], []
+    for split, own in _names(dataset, splits).items():
+        for name, file in own:
+            there = (out / name).exists()
+            if there and not again:
+                continue
+            files.append(file)
+            ((place, stamp),) = stamped(dataset, [file])
+            args = dataset.where, (place, stamp), out.absolute(), digest_of(plan), split, name
+            pieces.append(Piece((name,), dataset.num_rows(file), args, anyway=there))
+    progress = Progress(PROG, sum(piece.size for piece in pieces), "events")
+    many = workers.many and len(pieces) > 1 and worth_processes(dataset, files)
+    if many or (workers.remote and pieces):
+        divide(out, pieces, make_shard, workers, progress)
+    elif pieces:
+        made = dataset, _serializer(dataset, out), progress
+        divide(out, pieces, partial(make_shard, made=made), None, progress)
 
 
 def _recorded_shards(
-    out: Path, jobs: list[tuple[str, str]], splits: tuple[str, ...]
+    out: Path, names: dict[str, list[tuple[str, Path]]]
 ) -> tuple[dict[str, list[ShardRecord]], dict[str, Counter[str]], Unmapped]:
-    """Return what the headers of verified shards say, and record that they were verified."""
-    shards: dict[str, list[ShardRecord]] = {s: [] for s in splits}
-    counts: dict[str, Counter[str]] = {s: Counter() for s in splits}
+    """Return what the headers of verified shards say, and record that they were verified.
+
+    Each was verified by whoever made it, or by the first process of this group that saw it.
+    """
+    shards: dict[str, list[ShardRecord]] = {s: [] for s in names}
+    counts: dict[str, Counter[str]] = {s: Counter() for s in names}
     unmapped = Unmapped()
-    for split, name in jobs:
+    for split, name in ((split, name) for split, own in names.items() for name, _ in own):
         shard = Shard(out / name)
         index = shard.index
         timelines, tokens = index["timelines"], index["tokens"]
@@ -269,13 +344,6 @@ def _find_classes(
     return classes.digest
 
 
-def _finished(file: Path) -> bool:
-    if not file.exists():
-        return False
-    Shard(file).verify()
-    return True
-
-
 def _serializer(dataset: MedsDataset, out: Path) -> PatientSerializer:
     """Return the serializer of the plan; its tokenizer or vocabulary must be there."""
     plan = json.loads((out / "plan.json").read_text())
@@ -288,17 +356,45 @@ def _encoding(out: Path, plan: dict) -> PatientEncoding:
     return read_encoding(out / "tokenizer", tokenizer, plan)
 
 
-_STATE: dict[str, tuple[MedsDataset, PatientSerializer]] = {}  # of a worker process: opened once
+class _Made(threading.local):
+    plan: tuple | None = None
+    dataset: MedsDataset | None = None
+    serializer: PatientSerializer | None = None
 
 
-def _work(where: tuple, stamp: Stamp, out: str, split: str, name: str, file: str) -> None:
-    if out not in _STATE:
-        dataset = MedsDataset.again(where)
-        _STATE[out] = (dataset, _serializer(dataset, Path(out)))
-    dataset, serializer = _STATE[out]
-    if dataset.stamp(Path(file)) != stamp:  # this process opened the dataset later
-        raise ValueError(f"{file} must not change while it is read; it has changed")
-    _make_shard(dataset, serializer, split, Path(file), Path(out) / name, None)
+_MADE = _Made()  # of a worker, whose threads have one each
+
+
+def make_shard(
+    where: tuple,
+    file: tuple[Path, Stamp],
+    out: Path,
+    plan: str,
+    split: str,
+    name: str,
+    *,
+    made: tuple[MedsDataset, PatientSerializer, Progress] | None = None,
+) -> None:
+    """Make a shard, or verify the one that is there.
+
+    Args:
+        where: see `smbfast.data.fitting.opened`.
+        file: the place of the file in the dataset, and its stamp.
+        plan: the digest of the plan, as `out` may have had another before.
+        made: if this process has them.
+    """
+    if (out / name).exists():
+        Shard(out / name).verify()
+        return
+    if made is not None:
+        dataset, serializer, progress = made
+        _make_shard(dataset, serializer, split, dataset.path / file[0], out / name, progress)
+        return
+    dataset = opened(where, [file])
+    if _MADE.serializer is None or _MADE.plan != (out, plan) or _MADE.dataset is not dataset:
+        _MADE.plan, _MADE.dataset = (out, plan), dataset
+        _MADE.serializer = _serializer(dataset, out)
+    _make_shard(dataset, _MADE.serializer, split, dataset.path / file[0], out / name, None)
 
 
 def _make_shard(

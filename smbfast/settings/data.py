@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self, TypeGuard
 from pydantic import Field, field_validator
 
 from smbfast.base.config import Settings
+from smbfast.base.workers import engine_of
 
 VOCABULARY = "codes.json"  # the vocabulary of the format codes, beside a tokenizer's files
 LEAST_WINDOW = 128  # tokens, with the format codes
@@ -140,8 +141,8 @@ class DataSettings(Settings):
         0,
         ge=0,
         description="Number of processes that turn MEDS files into token shards before training, "
-        "one file per process at a time; 0 means one for each CPU core of the machine, and never "
-        "more than there are files. Set it where a job may use only part of the cores, or if "
+        "one file per process at a time; 0 means one for each CPU core that the command may use, "
+        "and never more than there are files. Set it where a job may use only part of the cores, or if "
         "memory runs out. Datasets of up to two million events are always prepared in one "
         "process. The result does not depend on it, and loading during training has nothing to do "
         "with it.",
@@ -276,7 +277,8 @@ class PrepareSettings(DataSettings):
 
     Training does this by itself. Run this command first for a large dataset, then give the folder
     to training as --data.prepared=OUT together with the same settings of the text. If the command
-    was stopped, give it again: it goes on with the files that are left.
+    was stopped, give it again: it goes on with the files that are left. Started several times at
+    once, on one machine or on many that share the folder, it divides the work.
 
     Without a tokenizer the format is `codes`: each event becomes one token, of a vocabulary that
     is fitted on the train split. With the tokenizer of a pretrained backbone the format is `text`:
@@ -291,7 +293,13 @@ class PrepareSettings(DataSettings):
 
   Prepare it for a pretrained backbone, with its tokenizer and hourly buckets:
     python -m smbfast.prepare --path=MEDS_FOLDER --out=shards --tokenizer=Qwen/Qwen3-8B \\
-        --bucket=hour"""
+        --bucket=hour
+
+  Prepare it on four machines of a Slurm cluster, each with its own cores:
+    srun --ntasks=4 --cpus-per-task=32 python -m smbfast.prepare --path=MEDS_FOLDER --out=shards
+
+  Prepare it on a Dask cluster that is running:
+    python -m smbfast.prepare --path=MEDS_FOLDER --out=shards --on=dask://HOST:8786"""
 
     path: str = Field(
         description="Folder of the MEDS dataset to read, with its parquet files under data/train, "
@@ -328,12 +336,26 @@ class PrepareSettings(DataSettings):
         "the shares that have the token of an ancestor, of the beginning of the code, of the "
         "family or of the section. Families of fewer than ten patients are not shown.",
     )
+    on: str | None = Field(
+        None,
+        description="Address of a running cluster whose workers do the work of this command, "
+        "dask://HOST:PORT of a Dask scheduler or ray://HOST:PORT of the client server of Ray. They "
+        "must see `path` and `out` under the same names and have smbfast installed. `none` works "
+        "with `workers` on this machine; the shards are the same.",
+    )
     splits: list[Literal["train", "tuning", "held_out"]] = Field(
         ["train", "tuning"],
         min_length=1,
         description="Splits of the dataset to prepare. Training needs train and tuning; held_out "
         "patients are embedded directly from the MEDS files and need no shards.",
     )
+
+    @field_validator("on")
+    @classmethod
+    def _an_address(cls, value: str | None) -> str | None:
+        if value is not None:
+            engine_of(value)
+        return value
 
 
 class SimulateSettings(Settings):

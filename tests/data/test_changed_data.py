@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from smbfast.base import workers
 from smbfast.base.ours import prepared_entries
 from smbfast.data import fitting, preparing, window_index
 from smbfast.data.meds import MedsDataset
@@ -65,11 +66,11 @@ def test_a_file_that_is_replaced_while_shards_are_made(
     place, name = {
         "fitted": (preparing, "fit_encoding"),
         "reading": (MedsDataset, "file_batches"),
-        "by workers": (preparing, "worker_pool"),
+        "by workers": (workers, "worker_pool"),
     }[when]
     if when == "by workers":
         monkeypatch.setattr(fitting, "PARALLEL_ROWS", 0)
-        monkeypatch.setattr(preparing, "worker_pool", ThreadPoolExecutor)
+        monkeypatch.setattr(workers, "worker_pool", ThreadPoolExecutor)
     monkeypatch.setattr(place, name, then(getattr(place, name), lambda: exchange(file)))
     refused(lambda: made(data, out, workers=2), file, "must not change while it is read")
     assert not out.exists()
@@ -83,7 +84,7 @@ def test_a_file_that_is_replaced_while_a_vocabulary_is_fitted(
     file = data / "data" / "train" / "0.parquet"
     monkeypatch.setattr(fitting, "PARALLEL_ROWS", 0)
     pool = then(ThreadPoolExecutor, lambda: exchange(file))
-    monkeypatch.setattr(fitting, "worker_pool", pool)
+    monkeypatch.setattr(workers, "worker_pool", pool)
     refused(lambda: made(data, tmp_path / "out", workers=2), file, "must not change")
 
 

@@ -26,8 +26,9 @@ def test_a_process_opens_a_dataset_once_for_all_its_files(
     for number, subject in enumerate(others, start=1):
         write_table(data / "data" / "train" / f"{number}.parquet", subject_rows(subject))
     settings = DataSettings(path=str(data), format="codes", workers=1)
-    files = MedsDataset.open(data).splits["train"]
-    whole = fitting.code_statistics(settings, MedsDataset.open(data))
+    dataset = MedsDataset.open(data)
+    files = fitting.stamped(dataset, dataset.splits["train"])
+    whole = fitting.code_statistics(settings, dataset)
     opened: list[Path] = []
     honest = MedsDataset.open
 
@@ -36,10 +37,12 @@ def test_a_process_opens_a_dataset_once_for_all_its_files(
         return honest(folder, **options)
 
     monkeypatch.setattr(MedsDataset, "open", counting)
-    where = (data, None, None)
-    parts = [fitting._count(settings, where, str(file)) for file in files]
+    parts = [tmp_path / "parts" / f"{number}.counts" for number in range(len(files))]
+    for file, part in zip(files, parts, strict=True):
+        fitting.count_part(settings, (data, None, None), [file], part)
     assert len(files) == len(SPLITS["train"]) > 1 and opened == [data]
-    assert sum(part.num_events for part in parts) == whole.num_events
+    joined = fitting.code_statistics(settings, dataset, parts)
+    assert joined.num_events == whole.num_events and joined.code_ids == whole.code_ids
 
 
 def trained_on_codes(folder: Path, gap_floor: int) -> str:

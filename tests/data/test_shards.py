@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from smbfast.base import workers as base_workers
 from smbfast.batch import Timeline
 from smbfast.data import fitting, preparing
 from smbfast.data.array_file import ArrayFile, OpenMaps
@@ -304,13 +305,13 @@ def test_one_and_two_workers_give_the_same_shards(
     alone = prepared(data, tmp_path / "one").folder
     monkeypatch.setattr(fitting, "PARALLEL_ROWS", 0)
     calls: list[str] = []
-    pool = preparing.worker_pool
+    pool = base_workers.worker_pool
 
     def counting(*args: object, **options: object) -> object:
         calls.append("pool")
         return pool(*args, **options)
 
-    monkeypatch.setattr(preparing, "worker_pool", counting)
+    monkeypatch.setattr(base_workers, "worker_pool", counting)
     together = prepared(data, tmp_path / "two", workers=2).folder
     assert calls == ["pool"]
     assert content(alone) == content(together)

@@ -7,8 +7,12 @@ Legend: N events (of a kind), S subjects and C codes of a batch, T texts, R rows
 number or text), Q rows (subject, code), K keys, M columns.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 
+from smbfast.data.array_file import ArrayFile, ArrayWriter
 from smbfast.data.clean import clean
 from smbfast.data.codes.bins import KEY_BITS, KEY_OFFSET, decimal_keys
 from smbfast.data.codes.counts import SubjectCounts, runs_of, sums_of
@@ -18,6 +22,14 @@ TEXT_CHARS = 64  # the length to which a text value is cut
 MAX_TEXTS = 1 << 16  # pairs of a code and a text that are counted: about 50 MB
 WEIGHT = 1 << 30  # the weight of a subject for a code: sums of 10^8 subjects fit int64
 _TEXT_BITS = 32
+# of a file of counts
+_NUMBERS = ("text_chars", "max_texts", "num_subjects", "num_events", "_longest")
+_NAMES = ("code_ids", "text_ids")  # in the order of their ids
+_ARRAYS = [
+    f"{table}.{field}"
+    for table in ("codes", "numbers", "texts")
+    for field in ("key_K", "sum_KM", "few_key_P", "few_subject_P")
+]
 
 
 class CodeStatistics:
@@ -104,6 +116,39 @@ class CodeStatistics:
         for table in (self.codes, self.numbers, self.texts):
             table.settle()
         self._bound_texts()
+
+    def save(self, file: Path) -> None:
+        """Write the counts; they are those of patients, so the file is private."""
+        self.settle()
+        named = {n: list(getattr(self, n)) for n in _NAMES}
+        with ArrayWriter(file, dict.fromkeys(_ARRAYS, np.int64) | {"names": np.uint8}) as writer:
+            writer.append("names", np.frombuffer(json.dumps(named).encode(), np.uint8))
+            for name in _ARRAYS:
+                table, _, field = name.partition(".")
+                writer.append(name, getattr(getattr(self, table), field))
+            writer.index |= {name: getattr(self, name) for name in _NUMBERS}
+
+    @classmethod
+    def read(cls, file: Path) -> "CodeStatistics":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        opened = ArrayFile.open(file)
+        opened.verify()
+        arrays, numbers = opened.mapped(), opened.index
+        counts = cls()
+        for name in _NUMBERS:
+            setattr(counts, name, numbers[name])
+        for name, own in json.loads(arrays["names"].tobytes()).items():
+            setattr(counts, name, {text: number for number, text in enumerate(own)})
+        for name in _ARRAYS:
+            table, _, field = name.partition(".")
+            to = getattr(counts, table)
+            shape = (-1, to.sum_KM.shape[1]) if field == "sum_KM" else (-1,)
+            setattr(to, field, arrays[name].reshape(shape))
+        return counts
 
     def _code_id(self, code: str) -> int:
         return self.code_ids.setdefault(code, len(self.code_ids))

@@ -1,0 +1,117 @@
+"""Processes that work in one folder at the same time, and what the last of them may clear away.
+
+Each holds the folder's lock as one of several. Its file says what the first of them noted, then
+has a `+` for each that came and a `-` for each that failed: one that was killed, stopped or done
+has no `-`, so its work is never taken for that of a failure.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from errno import EACCES, EPERM, EROFS
+from pathlib import Path
+from typing import Any
+
+from smbfast.base.claims import claimed
+from smbfast.base.locks import LOCK, acquire, release, same_file
+
+
+@dataclass
+class Together:
+    """This process as one of those that work in a folder."""
+
+    folder: Path
+    first: bool  # whether nobody was there
+    noted: Any  # by the first of them, JSON
+    _handle: int | None = None
+
+    def all_failed(self) -> bool:
+        """Count this process as failed; whether it is the last one, and all before it failed too.
+
+        If so, nobody else comes in before the `with` block of `together` ends.
+        """
+        if self._handle is None:
+            return False
+        self._count(b"-")
+        if not acquire(self._handle):
+            return False
+        members = _content(self._handle)[1]
+        return members.count("-") == members.count("+")
+
+    def _count(self, sign: bytes) -> None:
+        assert self._handle is not None
+        with claimed(self.folder, "members", wait=True):
+            os.pwrite(self._handle, sign, os.fstat(self._handle).st_size)
+
+
+@contextmanager
+def together(folder: Path, note: Callable[[], Any]) -> Iterator[Together]:
+    """Be one of the processes that work in `folder`, which is made if it is missing.
+
+    The last to leave removes the lock's file, and the folder if it was made and is empty. Where
+    there are no locks, or the folder cannot be written, each process is alone and never the last.
+
+    Args:
+        note: makes what the first of them notes, as JSON; it is called before others come in.
+    """
+    folder = Path(folder)
+    made = not folder.exists()
+    handle, first = _joined(folder, lambda: {"made": made, "noted": note()})
+    if handle is None:
+        yield Together(folder, first=True, noted=note())
+        return
+    try:
+        start = _content(handle)[0]
+        group = Together(folder, first, start.get("noted"), handle)
+        group._count(b"+")
+        yield group
+    finally:
+        if acquire(handle):  # the last one
+            made = bool(_content(handle)[0].get("made"))
+            with suppress(OSError):
+                os.unlink(folder / LOCK)
+            if made:
+                with suppress(OSError):
+                    folder.rmdir()
+        release(handle)
+
+
+def _joined(folder: Path, note: Callable[[], dict]) -> tuple[int | None, bool]:
+    """Return the handle of the lock that is shared now, and whether nobody else had it."""
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            handle = os.open(folder / LOCK, flags, 0o600)
+        except FileNotFoundError:  # another process has removed the folder that it had made
+            continue
+        except OSError as error:
+            if error.errno in (EROFS, EACCES, EPERM) and folder.is_dir():
+                return None, True
+            raise
+        first = acquire(handle)
+        if first is None:
+            os.close(handle)
+            with suppress(OSError):
+                os.unlink(folder / LOCK)
+            return None, True
+        if first and same_file(handle, folder / LOCK):
+            os.truncate(handle, 0)
+            os.pwrite(handle, json.dumps(note()).encode() + b"\n", 0)
+        acquire(handle, wait=True, shared=True)
+        if same_file(handle, folder / LOCK):
+            return handle, first
+        release(handle)  # the last one has removed it
+
+
+def _content(handle: int) -> tuple[dict, str]:
+    """Return what the first one noted, and a sign for each that came or failed."""
+    text = os.pread(handle, os.fstat(handle).st_size, 0).decode(errors="replace")
+    start, _, members = text.partition("\n")
+    try:
+        noted = json.loads(start)
+    except ValueError:
+        noted = None
+    return (noted, members) if isinstance(noted, dict) else ({}, "")
