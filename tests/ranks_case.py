@@ -1,0 +1,165 @@
+"""Runs that ranks train together, and one process alone: how they are made, what they leave.
+
+Functions of this module run in processes that `tests.rank_server` forks.
+"""
+
+import hashlib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+import smbfast.train as entry
+from smbfast.base.runtime import MatmulRate
+from smbfast.batch import FuturePairs, PackedBatch
+from smbfast.run import loop, startup
+from smbfast.simulation.dataset import simulate
+
+BATCH, WINDOW, IDS = 16, 128, 400  # windows of a step, their tokens at most, the vocabulary
+FORMATS = ("text", "codes")
+COMMON = [
+    f"--data.window={WINDOW}",
+    f"--optim.batch={BATCH}",
+    "--optim.weight_decay=0.1",
+    "--model.hidden=16",
+    "--model.ffn=24",
+    "--lora.r=2",
+    "--eval.every=1000",
+    "--eval.windows=2",
+    "--run.log_every=1",
+    "--run.save_every=1000",
+    "--run.threads=1",
+    "--probe.labels=[]",
+    "--objective.self_check=false",
+    "--objective.tracked_every=3",
+    "--objective.tracked_rank=1",
+]
+PHASE = '[[phases]]\nname = "{}"\nsteps = {}\nw_sft = {}\nw_jepa = {}\nlr = 3e-3\n{}\n'
+AHEAD = '[objective]\njepa = "horizon"\nhorizons = ["30d", "365d"]\npositions = 8\n'
+
+
+def _phases(*phases: tuple, head: str = "") -> str:
+    text = 'base = "tiny"\n' + head
+    for number, (steps, sft, jepa, *more) in enumerate(phases):
+        text += PHASE.format(f"p{number}", steps, float(sft), float(jepa), "\n".join(more))
+    return text
+
+
+OBJECTIVES = {
+    # a predictor without gradients before and behind a phase with them: weight decay would show
+    "mask": _phases((5, 1, 0), (10, 0.1, 1), (5, 1, 0)),
+    "horizon": _phases(
+        (3, 1, 0),
+        (5, 0, 1, "w_codes = 1.0", 'freeze = "decoder"'),
+        (5, 0.1, 1, "w_codes = 0.5"),
+        (4, 0.1, 1, 'freeze = "predictor"'),
+        (3, 0.1, 1, "sync = true"),
+        head=AHEAD,
+    ),
+    "codes": _phases((6, 1, 0), (14, 0.5, 0, "w_codes = 1.0"), head=AHEAD),
+    "curriculum": _phases((8, 1, 0), (12, 0, 1), head="[objective]\ncuts = 2\n"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One of the covering: how many ranks, and what they train."""
+
+    world: int
+    each: int  # micro-batches of a rank in a step
+    objective: str
+    format: str
+    kind: str  # whole; or LoRA with a merged or a tracked target
+    recompute: str
+
+    def __str__(self) -> str:
+        return "-".join(str(getattr(self, f.name)) for f in fields(self))
+
+
+def make_data(folder: str) -> None:
+    """Write a cohort, its shards in both formats, and a backbone that reads each."""
+    root = Path(folder)
+    simulate(root / "cohort", 60, 0)
+    for name, text in OBJECTIVES.items():
+        (root / f"{name}.toml").write_text(text)
+    (root / "first.toml").write_text(_phases((1, 1, 0)))
+    data = [f"--data.path={root / 'cohort'}", *COMMON]
+    for form in FORMATS:
+        # a backbone that does not know the section tags: LoRA trains rows for them
+        words = [f"--data.format={form}", "--data.delimiters=text", f"--data.vocab_size={IDS}"]
+        run(str(root / "first.toml"), *data, *words, f"--run.dir={root / f'backbone-{form}'}")
+        for kind in ("whole", "merged"):
+            words = words_of(root, "first", form, kind)
+            run(*words, f"--run.dir={root / f'first-{form}-{kind}'}")
+
+
+def words_of(root: Path, objective: str, form: str, kind: str) -> list[str]:
+    """Arguments of `smbfast.train` but for the folder of the run."""
+    shards = root / f"shards-{form}-{'whole' if kind == 'whole' else 'lora'}"
+    words = [str(root / f"{objective}.toml"), f"--data.path={root / 'cohort'}", *COMMON]
+    words += [f"--data.format={form}", f"--data.prepared={shards}"]
+    if kind == "whole":
+        return [*words, f"--data.vocab_size={IDS}"]
+    words += [f"--model.path={root / f'backbone-{form}' / 'final'}", "--model.train=lora"]
+    return [*words, f"--objective.target_form={kind}"]
+
+
+def run(*words: str) -> list[list[list[str]]]:
+    """Train by the command, without what costs seconds and no rank has a part in.
+
+    Returns:
+        For each step and each micro-batch of this process, the digests of its windows.
+    """
+    for name in ("probe_run", "write_report"):
+        setattr(loop, name, lambda *_words, **_more: None)
+    vars(loop)["matmul_rate"] = lambda *_: MatmulRate(1.0, "none")
+    vars(startup)["predict_peak"] = lambda *_words, **_more: SimpleNamespace(total=0)
+    seen: list[list[list[str]]] = []
+    real = loop.forward_backward
+
+    def watched(losses, encoder, target, micro_batches, *rest, **more):
+        seen.append([windows_of(batch) for batch in micro_batches])
+        return real(losses, encoder, target, micro_batches, *rest, **more)
+
+    vars(loop)["forward_backward"] = watched
+    entry.main(list(words))
+    return seen
+
+
+def windows_of(batch: PackedBatch) -> list[str]:
+    """A digest of each window of a micro-batch: its tokens, and all that is predicted of it."""
+    spans, digests = batch.segment_tuples, []
+    masked_id_M = batch.target_ids_U[batch.target_M]
+    for start, length, _, prefix in spans:
+        if prefix:
+            continue
+        of_window = [_segment(batch, s, n, p, masked_id_M) for s, n, t, p in spans if t == start]
+        if batch.pairs is not None:
+            of_window.append(_ahead(batch.pairs, start, start + length))
+        digests.append(hashlib.sha256(repr(of_window).encode()).hexdigest()[:16])
+    return digests
+
+
+def _segment(batch: PackedBatch, start: int, length: int, prefix: int, masked_id_M: Tensor) -> list:
+    labelled = _inside(batch.labelled_N, start, start + length)
+    masked = _inside(batch.masked_M, start, start + length)
+    ids = batch.ids_T[start : start + length]
+    rows = (batch.labelled_N[labelled] - start, batch.masked_M[masked] - start)
+    values = (ids, *rows, batch.label_N[labelled], masked_id_M[masked])
+    return [prefix, *(value.tolist() for value in values)]
+
+
+def _ahead(pairs: FuturePairs, start: int, end: int) -> list:
+    own_P = _inside(pairs.row_N, start, end)[pairs.position_P]
+    row_P, is_latent_P = pairs.row_N[pairs.position_P] - start, torch.zeros_like(own_P)
+    is_latent_P[pairs.latent_Q] = True
+    own_Z, place_P = own_P[pairs.pair_Z], own_P.cumsum(0) - 1
+    values = (row_P[own_P], pairs.horizon_P[own_P], is_latent_P[own_P])
+    codes = (place_P[pairs.pair_Z[own_Z]], pairs.class_Z[own_Z])
+    return [value.tolist() for value in (*values, *codes)]
+
+
+def _inside(rows: Tensor, start: int, end: int) -> Tensor:
+    return (rows >= start) & (rows < end)
