@@ -4,9 +4,14 @@ Functions of this module run in processes that `tests.rank_server` forks.
 """
 
 import hashlib
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +19,17 @@ from torch import Tensor
 import smbfast.train as entry
 from smbfast.base.runtime import MatmulRate
 from smbfast.batch import FuturePairs, PackedBatch
-from smbfast.run import loop, startup
+from smbfast.run import loop, open_run, startup
 from smbfast.simulation.dataset import simulate
 
-BATCH, WINDOW, IDS = 16, 128, 400  # windows of a step, their tokens at most, the vocabulary
+BATCH, WINDOW, IDS = 8, 128, 400  # windows of a step, their tokens at most, the vocabulary
 FORMATS = ("text", "codes")
 COMMON = [
     f"--data.window={WINDOW}",
     f"--optim.batch={BATCH}",
     "--optim.weight_decay=0.1",
     "--model.hidden=16",
+    "--model.layers=1",
     "--model.ffn=24",
     "--lora.r=2",
     "--eval.every=1000",
@@ -68,7 +74,7 @@ class Case:
     """One of the covering: how many ranks, and what they train."""
 
     world: int
-    each: int  # micro-batches of a rank in a step
+    tokens: int  # of a micro-batch
     objective: str
     format: str
     kind: str  # whole; or LoRA with a merged or a tracked target
@@ -106,8 +112,11 @@ def words_of(root: Path, objective: str, form: str, kind: str) -> list[str]:
     return [*words, f"--objective.target_form={kind}"]
 
 
-def run(*words: str) -> list[list[list[str]]]:
+def run(*words: str, stop_after: int | None = None) -> list[list[list[str]]]:
     """Train by the command, without what costs seconds and no rank has a part in.
+
+    Args:
+        stop_after: number of steps behind which this process is asked to stop, as by a signal.
 
     Returns:
         For each step and each micro-batch of this process, the digests of its windows.
@@ -124,8 +133,58 @@ def run(*words: str) -> list[list[list[str]]]:
         return real(losses, encoder, target, micro_batches, *rest, **more)
 
     vars(loop)["forward_backward"] = watched
-    entry.main(list(words))
+    if stop_after is not None:
+        vars(loop)["stop_on_signals"] = lambda: nullcontext(Asked(seen, stop_after))
+    try:
+        entry.main(list(words))
+    except SystemExit as end:
+        if end.code != entry.PREEMPTED:
+            raise
     return seen
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A flag like that of a signal, up once as many steps have been seen."""
+
+    seen: list
+    after: int
+    name: str = "SIGTERM"
+
+    def __bool__(self) -> bool:
+        return len(self.seen) >= self.after
+
+
+def trained(
+    words: list[str], on: int | None = None, micro_tokens: list[int] | None = None, **unlike: Any
+) -> list[list[list[str]]]:
+    """Train as a rank, or alone.
+
+    Args:
+        on: the rank that is unlike the others.
+        micro_tokens: what fits on each rank.
+        unlike: on that rank: `words` that come behind the others, `stop_after` steps, the `seed`
+            of its plan, or whether its weights are `moved` behind the first step.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    unlike = unlike if rank == on else {}
+    if micro_tokens:
+        vars(open_run)["micro_tokens"] = lambda *_words: (micro_tokens[rank], 0)
+    if "seed" in unlike:
+        vars(open_run)["make_step"] = partial(_of_seed, open_run.make_step, unlike["seed"])
+    if unlike.get("moved"):
+        vars(loop)["forward_backward"] = partial(_moved, loop.forward_backward)
+    return run(*words, *unlike.get("words", []), stop_after=unlike.get("stop_after"))
+
+
+def _of_seed(make: Callable, own: int, *words: Any, seed: int, **more: Any) -> Any:
+    return make(*words, seed=own, **more)
+
+
+def _moved(real: Callable, losses: Any, encoder: Any, *words: Any, **more: Any) -> Any:
+    with torch.no_grad():
+        encoder.mask_vector[0] += 1e-7
+    return real(losses, encoder, *words, **more)
 
 
 def windows_of(batch: PackedBatch) -> list[str]:
