@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from smbfast import objective, reference
 from smbfast.batch import PackedBatch, Timeline, pack_segments
-from smbfast.data.loader import Step, make_batch, make_micro_batches, make_step
+from smbfast.data.loader import make_batch, make_micro_batches, make_step
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.run.optim import make_optimizer
 from smbfast.run.step import LossScales, Updater, forward_backward
 from smbfast.settings import ObjectiveSettings, OptimSettings
 from tests.strategies import UNITS, objectives, steps
-from tests.tiny import random_window, window_set
+from tests.tiny import random_window, step_of, window_set
 from tests.two_paths import (
     CASES,
     FP32,
@@ -147,7 +147,7 @@ def test_every_setting(place, unit, cuts, labels, horizon, norm):
     plans = []
     read = 3 + (wants["sft"] and labels == "all")  # the window without a cut has nothing else
     for tokens, count in ((ROOMY, 1), (1, read)):
-        step = Step.of(0, make_micro_batches(WINDOWS, form, 0, 0, tokens=tokens, **wants))
+        step = step_of(0, make_micro_batches(WINDOWS, form, 0, 0, tokens=tokens, **wants))
         assert len(step.micro_batches) == count and (step.num_masked > 0) == wants["jepa"]
         # every window but one has all its cuts
         branches = 3 * cuts * wants["jepa"]

@@ -11,7 +11,7 @@ from smbfast.data.loader import Step, make_batch
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.reference import branch_rows, jepa_sum, measure, online_hidden, sft_sum, trunk_rows
 from smbfast.settings import ObjectiveSettings
-from tests.tiny import DELIMITERS, random_window, tiny_encoder
+from tests.tiny import DELIMITERS, random_window, step_of, tiny_encoder
 from tests.two_paths import apart
 
 pytestmark = pytest.mark.numeric
@@ -280,7 +280,7 @@ def test_means_are_of_the_whole_step_however_it_is_cut(lora):
     target = perturbed_target(encoder)
     splits = [[WINDOWS], [WINDOWS[:1], WINDOWS[1:]], [[w] for w in WINDOWS]]
     found = [
-        gradients(encoder, target, Step.of(0, [batch_of(part) for part in split]))
+        gradients(encoder, target, step_of(0, [batch_of(part) for part in split]))
         for split in splits
     ]
     floor = 1e-3 * sum(float(g.square().sum()) for g in found[0].values()) ** 0.5

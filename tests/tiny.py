@@ -5,7 +5,8 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from smbfast.batch import Timeline
+from smbfast.batch import PackedBatch, Timeline
+from smbfast.data.loader import Step
 from smbfast.data.timelines import Preamble
 from smbfast.data.windows import WindowSet
 from smbfast.model.backbone import PatientEncoder, lora_config
@@ -50,6 +51,20 @@ def tiny_encoder(kind: str = "qwen3", *, lora: bool = False, seed: int = 0) -> P
 def window_set(timelines: list[Timeline], objective: ObjectiveSettings) -> WindowSet:
     """Their windows, each of which holds a whole timeline."""
     return WindowSet.of([timelines], 256, Preamble(), objective)
+
+
+def step_of(index: int, micro_batches: list[PackedBatch]) -> Step:
+    """A step of all its micro-batches, with counts of what they hold."""
+    by_horizon = [b.pairs.num_by_horizon for b in micro_batches if b.num_latent]
+    return Step(
+        index,
+        micro_batches,
+        num_labels=sum(b.num_labels for b in micro_batches),
+        num_masked=sum(b.num_masked + b.num_latent for b in micro_batches),
+        num_tokens=sum(b.num_trunk_tokens for b in micro_batches),
+        num_pairs=sum(b.num_pairs for b in micro_batches),
+        num_by_horizon=tuple(map(sum, zip(*by_horizon, strict=True))),
+    )
 
 
 def random_window(

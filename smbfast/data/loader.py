@@ -63,11 +63,6 @@ class Step:
     num_by_horizon: tuple[int, ...] = ()  # pairs that horizon JEPA predicts, by horizon
     digest: bytes = b""  # of the plan: which windows share a micro-batch, and the counts
 
-    @classmethod
-    def of(cls, index: int, micro_batches: list[PackedBatch]) -> "Step":
-        """Make a step of all its micro-batches, with counts over them."""
-        return cls(index, micro_batches, **_counts_of(micro_batches))
-
 
 @dataclass(frozen=True)
 class Wanted:
@@ -184,9 +179,7 @@ def make_step(
     chosen.sort(key=lambda w: (w.subject, w.start))
     wanted = Wanted(sft=sft, jepa=jepa, codes=codes, horizons=windows.horizons)
     plan = _planned(chosen, objective, seed, step, wanted, tokens, ratio, ranks)
-    mine = plan[rank::ranks]
-    micro_batches = [_packed(own, objective, seed, step, wanted) for own in mine]
-    assert _counts_of(micro_batches) == _counted(mine, objective, wanted)
+    micro_batches = [_packed(own, objective, seed, step, wanted) for own in plan[rank::ranks]]
     counts = _counted(plan, objective, wanted)
     names = [[(d.window.subject, d.window.start) for d in own] for own in plan]
     digest = blake2b(repr((step, tokens, counts, names)).encode(), digest_size=8).digest()
@@ -292,22 +285,10 @@ def _online_size(drawn: _Drawn, objective: ObjectiveSettings, wanted: Wanted) ->
     return trunk + sum(n for _, n in futures), pairs
 
 
-def _counts_of(micro_batches: list[PackedBatch]) -> dict[str, Any]:
-    """Return the counts of a step, from what was packed."""
-    by_horizon = [b.pairs.num_by_horizon for b in micro_batches if b.pairs and b.num_latent]
-    return {
-        "num_labels": sum(b.num_labels for b in micro_batches),
-        "num_masked": sum(b.num_masked + b.num_latent for b in micro_batches),
-        "num_tokens": sum(b.num_trunk_tokens for b in micro_batches),
-        "num_pairs": sum(b.num_pairs for b in micro_batches),
-        "num_by_horizon": tuple(map(sum, zip(*by_horizon, strict=True))),
-    }
-
-
 def _counted(
     plan: list[list[_Drawn]], objective: ObjectiveSettings, wanted: Wanted
 ) -> dict[str, Any]:
-    """Return `_counts_of` of micro-batches that are not packed; no token of them is read."""
+    """Return the counts of a `Step` of micro-batches that are not packed: no token is read."""
     labels = masked = 0
     by_horizon = np.zeros(_num_horizons(objective, wanted), np.int64)
     drawn = [own for planned in plan for own in planned]

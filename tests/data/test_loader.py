@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from smbfast.batch import PackedBatch, Timeline
 from smbfast.data.loader import (
+    Step,
     in_turn,
     make_batch,
     make_step,
@@ -31,6 +32,7 @@ from smbfast.data.timelines import Preamble
 from smbfast.data.windows import WindowSet
 from smbfast.settings import ObjectiveSettings
 from tests.refusal import refused
+from tests.tiny import step_of
 
 BEGIN = 7
 DEMOGRAPHICS = SECTIONS.index("demographics")
@@ -196,6 +198,37 @@ def test_only_windows_with_a_cut_take_part_where_cuts_are_needed(windows: Window
         for jepa in (True, False):
             made = make_step(windows, future, step, batch=4, tokens=99, seed=0, jepa=jepa)
             assert made.num_labels > 0 and (made.num_masked > 0) == jepa
+
+
+@pytest.mark.parametrize("labels", ["all", "future"])
+@pytest.mark.parametrize("jepa", [True, False])
+def test_ranks_share_the_batches_of_a_step_and_count_all_of_it(
+    windows: WindowSet, labels: str, jepa: bool
+) -> None:
+    chosen = objective(sft_labels=labels, cuts=2)
+
+    def of_rank(rank: int, ranks: int, tokens: int) -> Step:
+        options = {"batch": 8, "tokens": tokens, "seed": 1, "jepa": jepa}
+        return make_step(windows, chosen, 5, rank=rank, ranks=ranks, **options)
+
+    whole = of_rank(0, 1, 100_000)
+    for ranks, tokens in ((1, 1000), (2, 1000), (3, 1000), (2, 1), (20, 1000)):
+        steps = [of_rank(rank, ranks, tokens) for rank in range(ranks)]
+        batches = [b for step in steps for b in step.micro_batches]
+        trunks = {k: v for b in batches for k, v in trunks_of(b).items()}
+        assert trunks == {k: v for b in whole.micro_batches for k, v in trunks_of(b).items()}
+        counted = [counts_of(step) for step in (whole, step_of(5, batches), *steps)]
+        assert counted == counted[:1] * len(counted)
+        assert len({step.digest for step in steps}) == 1
+        sizes = [len(step.micro_batches) for step in steps]
+        assert max(sizes) - min(sizes) <= 1
+    assert of_rank(0, 2, 1000).digest != of_rank(0, 2, 1001).digest  # unlike micro-batches
+
+
+def counts_of(step: Step) -> tuple:
+    """The counts of a step."""
+    counts = (step.num_labels, step.num_masked, step.num_tokens, step.num_pairs)
+    return *counts, step.num_by_horizon
 
 
 def test_fewer_windows_with_a_cut_than_the_batch_are_each_taken_once(windows: WindowSet) -> None:

@@ -10,12 +10,14 @@ from smbfast.data import window_index
 from smbfast.data.code_classes import CodeClasses
 from smbfast.data.horizon_counts import counted_pairs
 from smbfast.data.horizons import Horizons
+from smbfast.data.loader import make_step
 from smbfast.data.sections import SECTIONS
 from smbfast.data.shards import Shard, ShardWriter
 from smbfast.data.timelines import Preamble
 from smbfast.data.window_index import stored_pairs, stored_windows
 from smbfast.data.windows import WindowSet
 from smbfast.settings import ObjectiveSettings
+from tests.tiny import step_of
 
 HOUR = 3_600_000_000
 DEATH = SECTIONS.index("death")
@@ -117,6 +119,33 @@ def test_without_classes_there_are_no_lines() -> None:
         [COHORT], 16, Preamble(), ObjectiveSettings(), horizons=horizons_of(0, "drop")
     )
     assert not len(made[0].ahead.time_L) and made[0].ahead.last == COHORT[0].last
+
+
+@pytest.mark.parametrize(("jepa", "codes"), [(True, True), (True, False), (False, True)])
+def test_a_step_counts_the_pairs_of_all_ranks(jepa: bool, codes: bool) -> None:
+    form, horizons = ObjectiveSettings(jepa="horizon"), horizons_of(0, "drop")
+    cut = 16, Preamble(7), form
+    table = WindowSet.of([COHORT], *cut, horizons=horizons, classes=CLASSES)
+    steps = [
+        make_step(
+            table,
+            form,
+            3,
+            batch=12,
+            tokens=40,
+            seed=1,
+            jepa=jepa,
+            codes=codes,
+            rank=rank,
+            ranks=3,
+        )
+        for rank in range(3)
+    ]
+    whole = step_of(3, [b for step in steps for b in step.micro_batches])
+    assert whole.num_pairs > 0 and whole.num_labels > 0 and (whole.num_masked > 0) == jepa
+    for step in steps:
+        for name in ("num_labels", "num_masked", "num_pairs", "num_tokens", "num_by_horizon"):
+            assert getattr(step, name) == getattr(whole, name), name
 
 
 def test_a_table_without_a_pair_is_refused() -> None:
