@@ -1,21 +1,20 @@
 """The table of windows on disk: made once for each way to cut timelines into windows, then mapped.
 
-Making it takes memory for a block of timelines, whatever their number. Processes that need the same
-table at the same time do not wait for each other: one of them writes it, the others have their own.
+Making it takes memory for a block of timelines, whatever their number. Of the processes that need
+the same table at the same time one writes it, the others wait for it.
 
 Legend: W windows, C windows with a cut, N lengths.
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from smbfast.base.dividing import in_turn
 from smbfast.base.files import committed_file, digest_of, read_json
 from smbfast.base.progress import Progress
 from smbfast.data.array_file import ArrayFile, ArrayWriter, make_private
@@ -69,7 +68,7 @@ def stored_windows(
             return mapped(file)
     for folder in folders:
         try:
-            with _alone((folder / name).parent):
+            with in_turn(folder, name, "smbfast"):
                 if file := _finished(folder, name):  # another process has just written it
                     return mapped(file)
                 _write(folder / name, shards, *cut, horizons)
@@ -115,22 +114,6 @@ def _finished(folder: Path, name: str) -> ArrayFile | None:
     except ValueError:
         return None
     return file
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which the system gives back however the process ends.
-
-    Raises:
-        OSError: another process holds it, or the folder cannot be written.
-    """
-    make_private(folder)
-    handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _write(

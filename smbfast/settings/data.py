@@ -142,8 +142,8 @@ class DataSettings(Settings):
         ge=0,
         description="Number of processes that turn MEDS files into token shards before training, "
         "one file per process at a time; 0 means one for each CPU core that the command may use, "
-        "and never more than there are files. Set it where a job may use only part of the cores, or if "
-        "memory runs out. Datasets of up to two million events are always prepared in one "
+        "and never more than there are files. Set it where a job may use only part of the cores, "
+        "or if memory runs out. Datasets of up to two million events are always prepared in one "
         "process. The result does not depend on it, and loading during training has nothing to do "
         "with it.",
     )

@@ -124,15 +124,15 @@ def test_a_table_of_windows_that_another_has_just_written_is_taken(
     """To replace it would end the other's start, which has read its header but not mapped it."""
     prepared = made(write_meds(tmp_path / "meds"), tmp_path / "out")
     objective = ObjectiveSettings(min_future=4)
-    alone, files = window_index._alone, []
+    in_turn, files = window_index.in_turn, []
 
-    def after_another(folder: Path) -> Any:
-        monkeypatch.setattr(window_index, "_alone", alone)
+    def after_another(folder: Path, *named: str) -> Any:
+        monkeypatch.setattr(window_index, "in_turn", in_turn)
         prepared.windows("train", 256, objective)
-        files.extend((table, table.stat().st_ino) for table in folder.glob("*.windows"))
-        return alone(folder)
+        files.extend((table, table.stat().st_ino) for table in folder.rglob("*.windows"))
+        return in_turn(folder, *named)
 
-    monkeypatch.setattr(window_index, "_alone", after_another)
+    monkeypatch.setattr(window_index, "in_turn", after_another)
     prepared.windows("train", 256, objective)
     ((table, number),) = files
     assert table.stat().st_ino == number

@@ -247,7 +247,7 @@ def test_files_are_private(timelines: list[Timeline], tmp_path: Path) -> None:
     made = prepared(write_meds(tmp_path / "meds"), tmp_path / "out")
     made.windows("train", 128, ObjectiveSettings())
     for entry in made.folder.rglob("*"):
-        if entry.suffix in (".shard", ".windows") or entry.name in ("lock", "verified.json"):
+        if entry.suffix in (".shard", ".windows") or entry.name == "verified.json":
             assert stat.S_IMODE(entry.stat().st_mode) == 0o600, entry
             parents = {p for p in entry.parents if p.is_relative_to(made.folder)}
             assert {stat.S_IMODE(p.stat().st_mode) for p in parents} <= {0o700}
