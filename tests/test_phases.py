@@ -25,7 +25,7 @@ from smbfast.model.codes_head import CodesHead
 from smbfast.model.flops import ModelShape, flops_in_phase, step_flops
 from smbfast.run import console, loop
 from smbfast.run.optim import make_optimizer
-from smbfast.run.startup import _heaviest, _Kind
+from smbfast.run.startup import Kind, heaviest
 from smbfast.run.step import LossScales, Updater, forward_backward
 from smbfast.settings import ObjectiveSettings, OptimSettings, PhaseSettings, load
 from smbfast.simulation.dataset import simulate
@@ -134,12 +134,12 @@ def test_a_phase_is_metered_with_its_own_losses_and_what_it_freezes():
 
 
 def test_memory_is_that_of_the_heaviest_phases():
-    sft, jepa = _Kind(True, False, False, "none"), _Kind(False, True, False, "none")
-    both, warm = _Kind(True, True, False, "none"), _Kind(False, True, True, "decoder")
-    assert _heaviest([sft, both, both, jepa]) == [both]
-    assert _heaviest([sft, jepa]) == [sft, jepa]  # no step has both
-    assert _heaviest([warm, both]) == [warm, both]  # codes to come are in one alone
-    assert _heaviest([warm, warm._replace(freeze="none")]) == [warm._replace(freeze="none")]
+    sft, jepa = Kind(True, False, False, "none"), Kind(False, True, False, "none")
+    both, warm = Kind(True, True, False, "none"), Kind(False, True, True, "decoder")
+    assert heaviest([sft, both, both, jepa]) == [both]
+    assert heaviest([sft, jepa]) == [sft, jepa]  # no step has both
+    assert heaviest([warm, both]) == [warm, both]  # codes to come are in one alone
+    assert heaviest([warm, warm._replace(freeze="none")]) == [warm._replace(freeze="none")]
 
 
 def test_clin_jepa_is_a_preset_of_five_phases():

@@ -220,5 +220,5 @@ def predicted_peak(variant: Variant, batches: list[PackedBatch], mode: Any) -> f
     form = TargetForm(variant.target.form)
     # the encoder has no memory already, and both traces must be of one mode
     with mock.patch.object(memory, "FakeTensorMode", lambda **_: mode):
-        with mock.patch.object(memory, "_faked", lambda encoder, _mode: encoder):
+        with mock.patch.object(memory, "_faked", lambda encoder, *_: encoder):
             return memory.predict_peak(variant.encoder, heaviest, run, target=form).total

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -417,9 +418,15 @@ def compute_dtype(chosen: str, width: int, device: torch.device) -> torch.dtype 
 
 
 def _from_scratch(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return lm_of(scratch_config(settings, len(tokenizer), **ids))
+
+
+def scratch_config(settings: TrainSettings, vocabulary: int, **ids: int | None) -> Qwen3Config:
+    """Return the configuration of a model made from scratch."""
     model = settings.model
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
+    return Qwen3Config(
+        vocab_size=vocabulary,
         hidden_size=model.hidden,
         num_hidden_layers=model.layers,
         num_attention_heads=model.heads,
@@ -428,11 +435,14 @@ def _from_scratch(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
         intermediate_size=model.ffn,
         max_position_embeddings=max(4096, settings.data.window),
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
+        **ids,
     )
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+def lm_of(config: HfModule, **options: Any) -> PreTrainedModel:
+    """Return a causal LM of a configuration, with new weights."""
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", **options)
 
 
 def _with_adapter(lm: PreTrainedModel, settings: TrainSettings, new_tokens: list[int]) -> PeftModel:

@@ -72,17 +72,20 @@ def predict_peak(
     *,
     target: TargetForm | None = None,
     accumulates: bool = True,
+    device: torch.device | None = None,
 ) -> Memory:
     """Predict the peak of a step whose heaviest micro-batch is `batch`, moments included.
 
     Args:
+        encoder: its weights, of which shapes and dtypes are read; they may be on `meta`.
         run: (encoder, target, batch) -> losses, each None where there is nothing to predict.
         target: the form of the target encoder; None if there is none.
         accumulates: whether gradients of an earlier micro-batch exist (gradient accumulation).
+        device: that the step is traced on; None is that of the encoder.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # segment tables stay real, on the CPU
-    device = encoder.mask_vector.device
-    encoder = _faked(encoder, mode)
+    device = device or encoder.mask_vector.device
+    encoder = _faked(encoder, mode, device)
     trained = [p for p in encoder.parameters() if p.requires_grad]
     with mode:
         held = None
@@ -268,12 +271,22 @@ class _LiveBytes(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
-def _faked(encoder: PatientEncoder, mode: FakeTensorMode) -> PatientEncoder:
+def _faked(encoder: PatientEncoder, mode: FakeTensorMode, device: torch.device) -> PatientEncoder:
     """Copy an encoder without its storage; tensors that are shared stay shared."""
     memo: dict[int, Any] = {id(encoder._packed_decoder): None, id(encoder._tokens): {}}
     for tensor in (*encoder.parameters(), *encoder.buffers()):
-        memo[id(tensor)] = mode.from_tensor(tensor)
+        memo[id(tensor)] = _moved(tensor, mode, device)
     return copy.deepcopy(encoder, memo)
+
+
+def _moved(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
+    """Return a tensor without storage on a device."""
+    if tensor.device == device:
+        return mode.from_tensor(tensor)
+    with mode:
+        moved = torch.empty_like(tensor, device=device)
+    is_parameter = isinstance(tensor, torch.nn.Parameter)
+    return torch.nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
 
 
 def _logits(hidden_ND: Tensor, weight_VD: Tensor, *, copied: bool) -> int:

@@ -19,6 +19,7 @@ from smbfast.data.windows import WindowSet
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.memory import (
     MOST,
+    Memory,
     choose_micro_tokens,
     free_memory,
     full_batch,
@@ -80,17 +81,14 @@ def micro_tokens(
         return (MOST_ON_CPU if chosen == "auto" else chosen), 0
     device = encoder.mask_vector.device
     held = sum(t.numel() * t.element_size() for t in encoder.parameters())
-    form, kinds = settings.objective, _heaviest([_Kind.of(phase) for phase in settings.phases])
+    kinds = heaviest([Kind.of(phase) for phase in settings.phases])
 
     @cache
     def needs(tokens: int) -> int:
-        peaks = (_peak(settings, encoder, kind, tokens, num_horizons) for kind in kinds)
-        return max(peaks) - held
+        peaks = (peak_memory(settings, encoder, kind, tokens, num_horizons) for kind in kinds)
+        return max(peak.total for peak in peaks) - held
 
-    window = settings.data.window
-    future = min(round((1 - form.context[0]) * window), form.horizon or window)
-    branches = form.jepa == "mask" and any(kind.jepa for kind in kinds)
-    largest = window + branches * form.cuts * future  # forms a micro-batch alone if it must
+    largest = largest_window(settings)  # forms a micro-batch alone if it must
     if chosen != "auto":
         return chosen, needs(max(chosen, largest)) + held
     most = MOST_ON_CPU if device.type == "cpu" else MOST
@@ -98,7 +96,15 @@ def micro_tokens(
     return chosen, needs(chosen) + held
 
 
-class _Kind(NamedTuple):
+def largest_window(settings: TrainSettings) -> int:
+    """Return the online tokens of the largest window with its branches."""
+    form, window = settings.objective, settings.data.window
+    future = min(round((1 - form.context[0]) * window), form.horizon or window)
+    branches = form.jepa == "mask" and any(phase.w_jepa > 0 for phase in settings.phases)
+    return window + branches * form.cuts * future
+
+
+class Kind(NamedTuple):
     """What decides the memory of a phase's steps."""
 
     sft: bool
@@ -107,19 +113,28 @@ class _Kind(NamedTuple):
     freeze: Freeze
 
     @classmethod
-    def of(cls, phase: PhaseSettings) -> "_Kind":
+    def of(cls, phase: PhaseSettings) -> "Kind":
         return cls(phase.w_sft > 0, phase.w_jepa > 0, phase.w_codes > 0, phase.freeze)
 
-    def within(self, other: "_Kind") -> bool:
+    def within(self, other: "Kind") -> bool:
         """Whether `other` has all of these losses, and as many gradients."""
         has_all = all(o or not s for s, o in zip(self[:3], other[:3], strict=True))
         return has_all and other.freeze in ("none", self.freeze)
 
 
-def _peak(
-    settings: TrainSettings, encoder: PatientEncoder, kind: _Kind, tokens: int, num_horizons: int
-) -> int:
-    """Return the bytes at the peak of a step of such a phase."""
+def peak_memory(
+    settings: TrainSettings,
+    encoder: PatientEncoder,
+    kind: Kind,
+    tokens: int,
+    num_horizons: int,
+    device: torch.device | None = None,
+) -> Memory:
+    """Return the memory at the peak of a step of such a phase.
+
+    Args:
+        device: that the step is traced on; None is that of the encoder.
+    """
     form = settings.objective
     ahead = kind.codes or (kind.jepa and form.jepa == "horizon")
     batch = full_batch(
@@ -138,10 +153,10 @@ def _peak(
         freeze=kind.freeze,
     )
     target = TargetForm.of(form) if kind.jepa else None
-    return predict_peak(encoder, batch, run, target=target).total
+    return predict_peak(encoder, batch, run, target=target, device=device)
 
 
-def _heaviest(kinds: list[_Kind]) -> list[_Kind]:
+def heaviest(kinds: list[Kind]) -> list[Kind]:
     """Return the kinds that are within no other, each once; a prediction takes a second."""
     kinds = list(dict.fromkeys(kinds))
     return [k for k in kinds if not any(k.within(o) for o in kinds if o != k)]
