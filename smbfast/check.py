@@ -6,13 +6,27 @@ import sys
 from smbfast.base.entry import entry
 from smbfast.base.locks import locked
 from smbfast.base.ours import require_run_folder
-from smbfast.settings import decided_data, kernel_choice, load, presets, run_arguments, run_help
+from smbfast.base.config import build
+from smbfast.base.help_page import help_text
+from smbfast.settings import (
+    PlanSettings,
+    decided_data,
+    kernel_choice,
+    load,
+    plan_arguments,
+    presets,
+    run_arguments,
+    run_help,
+)
 
 EPILOG = f"""This command takes the arguments of python -m smbfast.train and tries, in about a
 minute, what that training run would do. PRESET is one of
 {", ".join(presets())}, or a .toml file of your own.
 The exit code is 0 if the run may start; otherwise it is 1, and one line says what to change. It is
 called ready if nothing was warned of.
+
+With --gpus, --gpu, --events or another key of a plan, which stand at the end of this page, it plans
+instead: what the run would take on GPUs that need not be here.
 
 The stages
   data        Read the MEDS folder and its labels; prepare the token shards if there are none;
@@ -41,11 +55,20 @@ def main(argv: list[str] | None = None) -> None:
     """The command: the arguments of a run, then one call of `smbfast.run.preflight`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with entry("smbfast.check", stopped="nothing of a run was changed"):
+        own, rest = plan_arguments(argv)
         if {"-h", "--help"} & set(argv):
-            print(run_help(argv, "python -m smbfast.check", EPILOG))
+            print(run_help(rest, "python -m smbfast.check", EPILOG))
+            print(f"\n{help_text(PlanSettings, 'python -m smbfast.check [PRESET] --gpus=N')}")
             return
-        settings = load(*run_arguments(argv))
+        settings = load(*run_arguments(rest))
         decided_data(settings)  # refused at once, before the imports that take seconds
+        command = shlex.join(["python", "-m", "smbfast.train", *rest])
+        if own:
+            plan = build(PlanSettings, {}, own)
+            from smbfast.run.plan_table import show
+
+            show(settings, plan, command)
+            return
         require_run_folder(settings.folder)
         with locked(settings.folder, "smbfast.check"):  # a run under way is left alone
             from smbkernels import use
@@ -54,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
             everywhere, by_op = kernel_choice(settings.kernels)
             with use(everywhere, **by_op):
-                check(settings, shlex.join(["python", "-m", "smbfast.train", *argv]))
+                check(settings, command)
 
 
 if __name__ == "__main__":

@@ -422,7 +422,7 @@ def _from_scratch(settings: TrainSettings, tokenizer: PreTrainedTokenizerBase) -
     return lm_of(scratch_config(settings, len(tokenizer), **ids))
 
 
-def scratch_config(settings: TrainSettings, vocabulary: int, **ids: int | None) -> Qwen3Config:
+def scratch_config(settings: TrainSettings, vocabulary: int, **ids: Any) -> Qwen3Config:
     """Return the configuration of a model made from scratch."""
     model = settings.model
     return Qwen3Config(

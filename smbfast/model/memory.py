@@ -135,7 +135,7 @@ def full_batch(
         future = min(int(share * length), objective.horizon or length, length - 1)
         num_cuts = objective.cuts if branches and future else 0
         if num_horizons:
-            pairs.append(_full_pairs(length, min(objective.positions, length), num_horizons))
+            pairs.append(full_pairs(length, min(objective.positions, length), num_horizons))
         # the mask is at the end, so that the target encoder reads whole trunks
         mask = np.arange(future - max(1, round(objective.mask_ratio * future)), future)
         trunks.append(np.zeros(length, np.int64))
@@ -155,7 +155,7 @@ def full_batch(
     )
 
 
-def _full_pairs(length: int, positions: int, num_horizons: int) -> WindowPairs:
+def full_pairs(length: int, positions: int, num_horizons: int) -> WindowPairs:
     """Pair evenly spread positions of a window with all horizons; each has a few codes to come."""
     token_N = np.linspace(0, length - 1, positions).astype(np.int64)
     pairs = np.arange(positions * num_horizons)

@@ -14,6 +14,7 @@ from smbfast.settings.experiments import (
     FoldsSettings,
 )
 from smbfast.settings.model import LoraSettings, ModelSettings, ObjectiveSettings
+from smbfast.settings.plan import PlanSettings, plan_arguments
 from smbfast.settings.pools import POOLS, Pool, RunPool
 from smbfast.settings.presets import load, presets, run_arguments, run_help
 from smbfast.settings.tasks import TasksSettings
@@ -43,6 +44,7 @@ __all__ = [
     "ObjectiveSettings",
     "OptimSettings",
     "PhaseSettings",
+    "PlanSettings",
     "Pool",
     "PrepareSettings",
     "ProbeCommandSettings",
@@ -57,6 +59,7 @@ __all__ = [
     "decided_data",
     "kernel_choice",
     "load",
+    "plan_arguments",
     "presets",
     "require_meds_folder",
     "run_arguments",
