@@ -30,6 +30,9 @@ def main(argv: list[str] | None = None) -> None:
             path=settings.path,
             tokens=settings.tokens,
         )
+    if counts is None:
+        print(f"{settings.out} holds these embeddings; another process has written it")
+        return
     print(f"embedded {few(counts['embedded'])} nodes: {settings.out}")
     print(", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in counts.items()))
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 import numpy as np
@@ -22,15 +23,18 @@ import pyarrow.parquet as pq
 import torch
 from transformers import AutoTokenizer
 
-from smbfast.base.files import standing
+from smbfast.base.files import digest_of, standing
+from smbfast.base.progress import Progress
 from smbfast.base.runtime import choose_device
 from smbfast.data.formats import PatientSerializer, read_encoding, serializer_of
 from smbfast.data.labels import find_tasks, read_labels, with_splits
 from smbfast.data.meds import MedsDataset
 from smbfast.data.moments import as_table, nodes_at, read_moments
+from smbfast.data.node_parts import NodeSource
 from smbfast.data.nodes import Nodes, NodeText, distinct_nodes, node_texts
-from smbfast.probing.embedding import Model, embed_into, embed_nodes, packed_of
+from smbfast.probing.embedding import Model, Task, embed_tasks, packed_of
 from smbfast.probing.embedding_file import EmbeddingTable
+from smbfast.probing.embedding_parts import embed_nodes
 from smbfast.run.checkpoint import restore_final
 from smbfast.run.matmul import recorded
 from smbfast.run.origin import origin_of
@@ -145,11 +149,19 @@ class Embedder:
                 raise ValueError(f"pools must be of {', '.join(POOLS)}, got {pool!r}")
         model = Model(packed_of(self._encoder, self._target, encoder, path))
         moments, dataset = read_moments(at), _dataset(data, codes)
-        nodes, counts = nodes_at(dataset, moments), dict[str, int]()
+        source = self._source(dataset, nodes_at(dataset, moments))
+        nodes = source.nodes
         sinks = {pool: EmbeddingTable(nodes) for pool in pools}
-        texts = self._texts(dataset, nodes, counts)
+        lost: list[dict[str, int]] = [{} for _ in source.parts]
+        # part by part as the command, so that no forward is another
+        tasks = (
+            Task([(sinks, model)], source.texts(part, own))
+            for part, own in zip(source.parts, lost, strict=True)
+        )
+        progress = Progress("smbfast.embed", len(nodes.subject_K), "embeddings")
         with self._products():
-            embed_into([(sinks, model)], len(nodes.subject_K), texts, self.device, tokens=tokens)
+            embed_tasks(tasks, self.device, tokens=tokens, stopped=Event(), progress=progress.add)
+        counts = source.counted(lost)
         return {
             pool: Embeddings(sink.table(origin_of(self.folder, encoder, pool)), counts)
             for pool, sink in sinks.items()
@@ -203,8 +215,11 @@ class Embedder:
         pool: Pool | None = None,
         path: Forward = "shared",
         tokens: int = 16384,
-    ) -> dict[str, int]:
+    ) -> dict[str, int] | None:
         """Write the embeddings as parquet, whatever their number, and return the counts.
+
+        Any number of processes that do the same at the same time share the work, and what a kill
+        leaves is gone on with.
 
         Args:
             out: the file; a folder, or a name that does not end in .parquet, is refused at once.
@@ -213,25 +228,34 @@ class Embedder:
                 None then.
             at, encoder, pool, path, tokens: see `embed`.
 
+        Returns:
+            The counts; None where the file was there, or another process has written it.
+
         Raises:
-            ValueError: see `embed`.
+            ValueError: see `embed`; or another process embeds something else to the same file.
             OSError: the file cannot be written.
         """
         pool = pool or self.record["pool"]
         origin = origin_of(self.folder, encoder, pool)
-        model = Model(packed_of(self._encoder, self._target, encoder, path), origin=origin)
+        model = Model(packed_of(self._encoder, self._target, encoder, path))
         moments = read_moments(at) if at is not None else None
-        dataset, counts = _dataset(data, None), dict[str, int]()
+        dataset = _dataset(data, None)
         if moments is None:
             folders = find_tasks(labels or [], dataset.path)
             tasks = [read_labels(folder, values=False) for folder in folders]
             nodes = distinct_nodes([with_splits(task, dataset) for task in tasks])
         else:
             nodes = nodes_at(dataset, moments)
-        texts = self._texts(dataset, nodes, counts)
+        key = digest_of(origin, path, tokens, self.device.type, torch.__version__, nodes.digest())
         with self._products():
-            embed_nodes({out: model}, nodes, texts, self.device, tokens=tokens, pool=pool)
-        return counts
+            source = self._source(dataset, nodes)
+            return embed_nodes(
+                out, model, source, self.device, tokens=tokens, pool=pool, key=key, origin=origin
+            )
+
+    def _source(self, dataset: MedsDataset, nodes: Nodes) -> NodeSource:
+        serializer: PatientSerializer = serializer_of(dataset, self._encoding, self.record)
+        return NodeSource(dataset, serializer, nodes, self.record["window"])
 
     def _texts(
         self, dataset: MedsDataset, nodes: Nodes, counts: dict[str, int]

@@ -73,6 +73,7 @@ def command(home: Path, tmp_path: Path) -> Callable[..., pa.Table]:
 
     def run(*more: str, data: Path = home / "new", final: Path = home / "run" / "final"):
         argv = [f"--model={final}", f"--data={data}", "--device=cpu", *more]
+        (tmp_path / "e.parquet").unlink(missing_ok=True)
         embed.main([*argv, f"--out={tmp_path / 'e.parquet'}"])
         return pq.read_table(tmp_path / "e.parquet")
 
@@ -151,7 +152,7 @@ def test_the_same_table_in_memory_gives_the_same_bits(command: Any, model: Any, 
     expected = command("--at=last")
     result = model.embed(EVENTS, at="last", codes=codes(home))
     assert result.table.equals(expected)
-    assert result.table.schema.metadata == expected.schema.metadata
+    assert result.table.schema.metadata[METADATA] == expected.schema.metadata[METADATA]
     np.testing.assert_array_equal(result.vector_KD, vectors(expected))
     assert result.subject_K.tolist() == [17, 18, 19, 20] and set(result.time_K) == {LAST}
     assert model.embed(home / "new", at="last").table.equals(expected)

@@ -8,6 +8,7 @@ Legend: K nodes, N events, T tokens.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import groupby
 
 import numpy as np
@@ -31,6 +32,17 @@ class Nodes:
     subject_K: np.ndarray  # int64
     time_K: np.ndarray  # int64 microseconds since 1970
     split_K: np.ndarray  # int8 index into `SPLIT_NAMES`
+
+    def __getitem__(self, index_M: np.ndarray) -> "Nodes":
+        """Return the nodes `index_M`, which must be in order."""
+        return Nodes(self.subject_K[index_M], self.time_K[index_M], self.split_K[index_M])
+
+    def digest(self) -> str:
+        """Return a digest of all nodes."""
+        content = sha256()
+        for array_K in (self.subject_K, self.time_K, self.split_K):
+            content.update(np.ascontiguousarray(array_K).data)
+        return content.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -114,19 +126,44 @@ def node_texts(
     subject_S = np.unique(nodes.subject_K)
     for split in dataset.splits:
         for batch in dataset.batches(split, subject_S, text_chars=serializer.text_chars):
-            timelines = serializer.timelines(batch)
-            births = np.array([c == BIRTH for c in batch.codes])[batch.code_N]
-            timed_N = (batch.time_N != STATIC) & ~births
-            for s, timeline in enumerate(timelines):
-                rows = slice(int(batch.offset_S1[s]), int(batch.offset_S1[s + 1]))
-                # nodes are sorted by subject: no pass over all of them for every subject
-                subject = timeline.subject
-                at = slice(*np.searchsorted(nodes.subject_K, [subject, subject + 1]).tolist())
+            for at, texts in _by_subject(batch, serializer, nodes, window, counts):
                 known += at.stop - at.start
-                yield from _subject_texts(
-                    batch, rows, timed_N, timeline, serializer, nodes, at, window, counts
-                )
+                yield from texts
     counts["unknown_subjects"] = len(nodes.subject_K) - known
+
+
+def batch_texts(
+    batch: EventBatch,
+    serializer: Serializer | CodeSerializer,
+    nodes: Nodes,
+    window: int,
+    counts: dict[str, int],
+) -> Iterator[NodeText]:
+    """Yield the windows of the nodes of the subjects of a batch, and count as `node_texts` does."""
+    for _, texts in _by_subject(batch, serializer, nodes, window, counts):
+        yield from texts
+
+
+def _by_subject(
+    batch: EventBatch,
+    serializer: Serializer | CodeSerializer,
+    nodes: Nodes,
+    window: int,
+    counts: dict[str, int],
+) -> Iterator[tuple[slice, Iterator[NodeText]]]:
+    """Yield for each subject of a batch where its nodes are in `nodes`, and their windows."""
+    timelines = serializer.timelines(batch)
+    births = np.array([c == BIRTH for c in batch.codes])[batch.code_N]
+    timed_N = (batch.time_N != STATIC) & ~births
+    for s, timeline in enumerate(timelines):
+        rows = slice(int(batch.offset_S1[s]), int(batch.offset_S1[s + 1]))
+        # nodes are sorted by subject: no pass over all of them for every subject
+        subject = timeline.subject
+        at = slice(*np.searchsorted(nodes.subject_K, [subject, subject + 1]).tolist())
+        yield (
+            at,
+            _subject_texts(batch, rows, timed_N, timeline, serializer, nodes, at, window, counts),
+        )
 
 
 def _subject_texts(

@@ -1,4 +1,4 @@
-"""Embeds decision nodes of MEDS labels with one model or several.
+"""Embeds decision nodes with one model or several.
 
 All nodes of a window are embedded by one forward: the complete buckets are the trunk, and what a
 node does not share with the others is a branch (`smbfast.data.nodes`). A thread makes the texts and
@@ -10,12 +10,11 @@ Legend: K nodes, M nodes of a call, W windows, B padded sequences, T tokens, D w
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import groupby, takewhile
-from pathlib import Path
 from threading import Event
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -23,17 +22,17 @@ from smbkernels.attention import Segments
 from torch import Tensor
 
 from smbfast.base.progress import Progress
-from smbfast.data.nodes import Nodes, NodeText, SharedWindow, shared_windows
+from smbfast.data.nodes import NodeText, SharedWindow, shared_windows
 from smbfast.data.packing import plan_micro_batches
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.decoder import Each, HfModule
 from smbfast.model.target import TargetEncoder
-from smbfast.probing.embedding_file import embedding_file
 from smbfast.probing.pooling import Packed, Row, pooled_by
 from smbfast.settings import Pool
 
 _PLANNED = 32  # forwards planned together: what fills them well, and fits in memory
 _MOST_ON_CPU = 1024  # tokens of a forward of several windows: more of them leave the cache
+Item = TypeVar("Item")
 
 
 class Sink(Protocol):
@@ -44,41 +43,26 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Model:
-    """A packed forward, the context that it runs in, and what its file says of its origin."""
+    """A packed forward and the context that it runs in."""
 
     packed: Packed
     scope: Callable[[], AbstractContextManager] = nullcontext
-    origin: dict | None = None
 
 
-def embed_nodes(
-    models: dict[Path, Model],
-    nodes: Nodes,
-    texts: Iterator[NodeText],
-    device: torch.device,
-    *,
-    tokens: int,
-    pool: Pool,
-) -> None:
-    """Write the embeddings of `nodes` by each model, with rows in the order of (subject, time).
+@dataclass(frozen=True)
+class Task:
+    """Nodes to embed.
 
-    Args:
-        models: by the parquet file that each writes.
-        texts, tokens: see `embed_into`.
-
-    Raises:
-        ValueError: there is no node, or a model gives states that are not finite. Then nothing is
-            written.
+    sinks: for each model those of its pools, for which it has one forward together.
+    texts: those of the nodes that can be embedded, in any order.
+    done: called when all of them are embedded.
     """
-    with ExitStack() as stack:
-        files = [stack.enter_context(embedding_file(path, nodes)) for path in models]
-        sinks = [({pool: f}, model) for f, model in zip(files, models.values(), strict=True)]
-        embed_into(sinks, len(nodes.subject_K), texts, device, tokens=tokens)
-        for file, model in zip(files, models.values(), strict=True):
-            file.write(model.origin)
+
+    sinks: Sequence[tuple[Mapping[Pool, Sink], Model]]
+    texts: Iterator[NodeText]
+    done: Callable[[], None] = lambda: None
 
 
-@torch.inference_mode()
 def embed_into(
     sinks: Sequence[tuple[Mapping[Pool, Sink], Model]],
     num_nodes: int,
@@ -89,29 +73,62 @@ def embed_into(
 ) -> None:
     """Give each sink the embeddings of its model by its pool, in any order.
 
+    Args:
+        sinks, texts: see `Task`.
+        num_nodes: how many there are, for the line that says how far it is.
+        tokens: see `embed_tasks`.
+    """
+    progress = Progress("smbfast.embed", len(sinks) * num_nodes, "embeddings")
+    embed_tasks(
+        iter([Task(sinks, texts)]), device, tokens=tokens, stopped=Event(), progress=progress.add
+    )
+
+
+@torch.inference_mode()
+def embed_tasks(
+    tasks: Iterator[Task],
+    device: torch.device,
+    *,
+    tokens: int,
+    stopped: Event,
+    progress: Callable[[int], None],
+) -> None:
+    """Embed task after task; no forward has nodes of two.
+
     Nodes of one window share its trunk. Windows of many patients share a forward of at most
     `tokens` tokens, on a CPU of at most 1,024; a longer window has a forward of its own.
 
     Args:
-        sinks: for each model those of its pools, for which it has one forward together.
-        num_nodes: how many there are, for the line that says how far it is.
-        texts: those of the nodes that can be embedded, in any order.
+        tasks: asked for by a thread, which is ahead of the device also between two tasks.
+        stopped: set after an error or an interrupt: no further text is made.
+        progress: called with the number of embeddings that a forward has given.
     """
-    progress = Progress("smbfast.embed", len(sinks) * num_nodes, "embeddings")
     most = min(tokens, _MOST_ON_CPU) if device.type == "cpu" else tokens
-    stopped = Event()  # after an error or an interrupt no further text is made
-    texts = takewhile(lambda _: not stopped.is_set(), texts)
-    groups = _groups(shared_windows(texts, tokens), most)
-    with closing(_ahead(groups, stopped)) as ahead:
-        for group in ahead:
-            for by_pool, model in sinks:
+    with closing(_ahead(_groups_of(tasks, tokens, most, stopped), stopped)) as ahead:
+        for task, group in ahead:
+            if group is None:
+                task.done()
+                continue
+            for by_pool, model in task.sinks:
                 with model.scope():
                     for row in group:
                         index_M = [node.index for node in row.nodes]
                         values = pooled_by(model.packed, row, list(by_pool), device)
                         for pool, sink in by_pool.items():
                             sink.put(index_M, values[pool])
-                        progress.add(len(index_M))
+                        progress(len(index_M))
+
+
+def _groups_of(
+    tasks: Iterator[Task], tokens: int, most: int, stopped: Event
+) -> Iterator[tuple[Task, list[Row] | None]]:
+    """Yield each task with its packed forwards, and at last with None."""
+    for task in tasks:
+        texts = takewhile(lambda _: not stopped.is_set(), task.texts)
+        for group in _groups(shared_windows(texts, tokens), most):
+            yield task, group
+        if not stopped.is_set():
+            yield task, None
 
 
 def _groups(windows: Iterator[SharedWindow], tokens: int) -> Iterator[list[Row]]:
@@ -127,7 +144,7 @@ def _groups(windows: Iterator[SharedWindow], tokens: int) -> Iterator[list[Row]]
             yield [Row.of([group[w] for w in row]) for row in plan]
 
 
-def _ahead(groups: Iterator[list[Row]], stopped: Event) -> Generator[list[Row], None, None]:
+def _ahead(groups: Iterator[Item], stopped: Event) -> Generator[Item, None, None]:
     """Yield groups, each made by a thread while the one before it is embedded."""
     with ThreadPoolExecutor(1) as thread:
         try:

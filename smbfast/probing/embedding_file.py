@@ -26,6 +26,7 @@ from smbfast.data.nodes import SPLIT_NAMES, Nodes
 from smbfast.probing.features import Features, Rows, join
 
 METADATA = b"smbfast"  # the key of the file's metadata under which its origin stands, as JSON
+REQUEST = b"smbfast_request"  # and that under which stands what it was asked for by
 _PART = 1 << 24  # bytes of embeddings that are copied at once: a row group
 
 
@@ -35,25 +36,47 @@ def read_origin(path: Path) -> dict[str, Any] | None:
     return None if written is None else json.loads(written)
 
 
-class EmbeddingTable:
-    """Embeddings in memory, for as many nodes as fit there."""
+def read_request(path: Path) -> dict[str, str] | None:
+    """Return by which request a file was written, or None where there is none that says so."""
+    if not Path(path).is_file():
+        return None
+    written = (pq.read_schema(path).metadata or {}).get(REQUEST)
+    return None if written is None else json.loads(written)
 
-    def __init__(self, nodes: Nodes) -> None:
-        self._nodes = nodes
-        self._written_K = np.zeros(len(nodes.subject_K), bool)
-        self._value_KD = np.empty((0, 0), np.float32)
+
+class EmbeddingRows:
+    """Embeddings of the nodes `index_M`, int64 ascending, in memory."""
+
+    def __init__(self, index_M: np.ndarray) -> None:
+        self._index_M = index_M
+        self._written_M = np.zeros(len(index_M), bool)
+        self._value_MD = np.empty((0, 0), np.float32)
 
     def put(self, index_M: list[int], values_MD: np.ndarray) -> None:
-        """Store the embeddings of the nodes `index_M`.
+        """Store the embeddings of the nodes `index_M`, which are among these.
 
         Raises:
             ValueError: if one is not finite.
         """
         rows_MD = _checked(values_MD)
-        if not self._value_KD.size:
-            self._value_KD = np.empty((len(self._written_K), rows_MD.shape[1]), np.float32)
-        self._value_KD[index_M] = rows_MD
-        self._written_K[index_M] = True
+        if not self._value_MD.size:
+            self._value_MD = np.empty((len(self._written_M), rows_MD.shape[1]), np.float32)
+        at_M = np.searchsorted(self._index_M, index_M)
+        self._value_MD[at_M] = rows_MD
+        self._written_M[at_M] = True
+
+    def written(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the nodes that have an embedding, int64 [M], and those, float32 [M, D]."""
+        at_M = np.flatnonzero(self._written_M)
+        return self._index_M[at_M], self._value_MD[at_M] if len(at_M) else self._value_MD
+
+
+class EmbeddingTable(EmbeddingRows):
+    """Embeddings in memory, for as many nodes as fit there."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        super().__init__(np.arange(len(nodes.subject_K)))
+        self._nodes = nodes
 
     def table(self, origin: dict | None = None) -> pa.Table:
         """Return what a file of the same embeddings would hold.
@@ -61,10 +84,10 @@ class EmbeddingTable:
         Raises:
             ValueError: if no node has an embedding.
         """
-        _require_one(self._written_K)
-        index_M = np.flatnonzero(self._written_K)
-        columns = _columns(self._nodes, index_M, self._value_KD[index_M])
-        return pa.table(columns, _schema(self._value_KD.shape[1], origin))
+        index_M, value_MD = self.written()
+        _require_one(index_M)
+        columns = _columns(self._nodes, index_M, value_MD)
+        return pa.table(columns, _schema(value_MD.shape[1], origin))
 
 
 class EmbeddingFile:
@@ -89,18 +112,19 @@ class EmbeddingFile:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._written_K[index_M] = True
 
-    def write(self, origin: dict | None = None) -> None:
+    def write(self, origin: dict | None = None, request: dict[str, str] | None = None) -> None:
         """Write all nodes that have an embedding, with page checksums and private to the user.
 
         Args:
             origin: what the embeddings come from, as JSON values: it becomes metadata of the file.
+            request: what tells the same request again, see `read_request`.
 
         Raises:
             ValueError: if no node has one.
         """
-        _require_one(self._written_K)
+        _require_one(np.flatnonzero(self._written_K))
         with committed_file(self.path, private=True) as staging:
-            schema = _schema(self._width, origin)
+            schema = _schema(self._width, origin, request)
             with pq.ParquetWriter(staging, schema, write_page_checksum=True) as writer:
                 for columns_M in self._parts():
                     writer.write_table(pa.table(columns_M, schema))
@@ -113,7 +137,7 @@ class EmbeddingFile:
         Raises:
             ValueError: if no node has one.
         """
-        _require_one(self._written_K)
+        _require_one(np.flatnonzero(self._written_K))
         nodes = self._nodes
         node_N = join(subject_N, time_N, nodes.subject_K, nodes.time_K)
         has_N = (node_N >= 0) & self._written_K[node_N]
@@ -141,19 +165,21 @@ def _checked(values_MD: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values_MD, np.float32)
 
 
-def _require_one(written_K: np.ndarray) -> None:
-    if not written_K.any():
+def _require_one(index_M: np.ndarray) -> None:
+    if not len(index_M):
         raise ValueError(
             "no decision node can be embedded: none is asked for, or its subject is not in the "
             "data or has no event by its time"
         )
 
 
-def _schema(width: int, origin: dict | None) -> pa.Schema:
+def _schema(width: int, origin: dict | None, request: dict[str, str] | None = None) -> pa.Schema:
     columns = {"subject_id": pa.int64(), "prediction_time": pa.timestamp("us")}
     vector = pa.list_(pa.float32(), width)
     schema = pa.schema({**columns, "split": pa.string(), "embedding": vector})
-    return schema if origin is None else schema.with_metadata({METADATA: json.dumps(origin)})
+    said = {METADATA: origin, REQUEST: request}
+    metadata = {key: json.dumps(value) for key, value in said.items() if value is not None}
+    return schema.with_metadata(metadata) if metadata else schema
 
 
 def _columns(nodes: Nodes, index_M: np.ndarray, values_MD: np.ndarray) -> list[pa.Array]:

@@ -7,27 +7,32 @@ own: so figures of tuning do not depend on whether the run is judged on held_out
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from smbfast.base.files import digest_of, read_json, write_text
+import smbfast
+from smbfast.base.files import MANIFEST, digest_of, read_json, write_text
 from smbfast.base.helpers import helper
 from smbfast.base.runtime import few
 from smbfast.data.labels import Labels, without_held_out
 from smbfast.data.meds import MedsDataset
-from smbfast.data.nodes import HELD_OUT, Nodes, NodeText, distinct_nodes, node_texts
+from smbfast.data.node_parts import NodeSource
+from smbfast.data.nodes import HELD_OUT, Nodes, distinct_nodes
 from smbfast.data.source_index import FOLDER
 from smbfast.model.backbone import make_encoder
 from smbfast.model.target import TargetEncoder
-from smbfast.probing.embedding import Model, embed_into, packed_of, untrained
+from smbfast.probing.embedding import Model, packed_of, untrained
 from smbfast.probing.embedding_file import EmbeddingFile, embedding_file
+from smbfast.probing.embedding_parts import PartFolder, embed_parts, part_folder
 from smbfast.probing.read_out import Choice, candidates, choose_pool
 from smbfast.probing.run_probe import run_probe
 from smbfast.reporting.sample import sample_of
 from smbfast.run.checkpoint import amend_final
+from smbfast.run.folder import compared_settings
 from smbfast.run.model_card import model_card
 from smbfast.run.open_run import OpenRun
 from smbfast.run.origin import origin_of
@@ -98,15 +103,17 @@ def _embedded(
     embedding = _Embedding(run, dataset, distinct_nodes(tasks), models)
     pools, left_out = _pools(run)
     free, wide = _free_pools(run)
+    asked = {name: pools if name == probe.encoder else free for name in models}
     with ExitStack() as stack:
         files = {
             name: {
                 pool: stack.enter_context(embedding_file(path, embedding.nodes))
-                for pool in (pools if name == probe.encoder else free)
+                for pool in asked[name]
             }
             for name, path in paths.items()
         }
-        embedding.fill(files, held_out=False)
+        first = stack.enter_context(embedding.stage(asked, held_out=False))
+        first.fill(files)
         chosen = {}
         for name, path in paths.items():
             own, out = files[name], left_out if name == probe.encoder else wide
@@ -117,11 +124,15 @@ def _embedded(
             if name == probe.encoder:
                 _settle(run, target, pool, choice)
             chosen[name] = {pool: own[pool]}
-        embedding.fill(chosen, held_out=True)
+        pools_of = {name: list(own) for name, own in chosen.items()}
+        last = stack.enter_context(embedding.stage(pools_of, held_out=True))
+        last.fill(chosen)
         for name, path in paths.items():
             for pool, file in chosen[name].items():
                 file.write(origin_of(run.folder / "final", name, pool))
             print(f"embeddings/{path.name}: {embedding.counted()}")
+        first.folder.remove()
+        last.folder.remove()
     return paths
 
 
@@ -156,6 +167,19 @@ def _settle(run: OpenRun, target: TargetEncoder | None, pool: Pool, choice: Choi
     )
 
 
+@dataclass(frozen=True)
+class _Stage:
+    """Embeddings of a part of the nodes: `place_M` in all of them."""
+
+    folder: PartFolder
+    place_M: np.ndarray
+
+    def fill(self, files: dict[str, dict[Pool, EmbeddingFile]]) -> None:
+        """Put them into files, by name of the model and by pool."""
+        by_both = {(name, pool): f for name, own in files.items() for pool, f in own.items()}
+        self.folder.fill(by_both, self.place_M)
+
+
 @dataclass
 class _Embedding:
     """Decision nodes on their way into files, a part of their splits at a time."""
@@ -168,32 +192,44 @@ class _Embedding:
     def __post_init__(self) -> None:
         self._counts: dict[str, int] = {}
 
-    def fill(self, files: dict[str, dict[Pool, EmbeddingFile]], *, held_out: bool) -> None:
-        """Embed the nodes of held_out, or all others, into `files`: by name of the model, by pool.
+    @contextmanager
+    def stage(self, pools: dict[str, list[Pool]], *, held_out: bool) -> Iterator["_Stage"]:
+        """Embed the nodes of held_out, or all others, by the pools of each model by name.
 
-        Nodes of one part are read in the order in which all nodes are, so that the command embeds
-        to the same bits.
+        Any number of processes do that together, and parts that are there after a kill stand. Nodes
+        are divided and read as the command does it, so that it embeds to the same bits.
         """
+        run, probe = self.run, self.run.settings.probe
         place_M = np.flatnonzero((self.nodes.split_K == HELD_OUT) == held_out)
-        if not len(place_M):
-            return
-        sinks = [(files[name], model) for name, model in self.models.items()]
-        texts = self._texts(place_M)
-        tokens = self.run.settings.probe.tokens
-        embed_into(sinks, len(place_M), texts, self.run.device, tokens=tokens)
-
-    def _texts(self, place_M: np.ndarray) -> Iterator[NodeText]:
-        nodes, run = self.nodes, self.run
-        part = Nodes(nodes.subject_K[place_M], nodes.time_K[place_M], nodes.split_K[place_M])
-        serializer, counts = run.prepared.serializer(self.dataset), dict[str, int]()
-        for text in node_texts(self.dataset, serializer, part, run.data.window, counts):
-            yield replace(text, index=int(place_M[text.index]))
-        for key, count in counts.items():
-            self._counts[key] = self._counts.get(key, 0) + count
+        serializer = run.prepared.serializer(self.dataset)
+        nodes = self.nodes[place_M]
+        source = NodeSource(self.dataset, serializer, nodes, run.data.window)
+        request = {"key": _key(run, pools, nodes), "data": source.state()}
+        name = "held_out.parts" if held_out else "parts"
+        path = run.folder / "embeddings" / name
+        with part_folder(path, request, len(source.parts)) as folder:
+            models = {name: (model, pools[name]) for name, model in self.models.items()}
+            embed_parts(folder, source, models, run.device, tokens=probe.tokens)
+            for key, count in source.counted(folder.counts()).items():
+                self._counts[key] = self._counts.get(key, 0) + count
+            yield _Stage(folder, place_M)
 
     def counted(self) -> str:
         """Return in words how many nodes there were, and what was lost."""
         return ", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in self._counts.items())
+
+
+def _key(run: OpenRun, pools: dict[str, list[Pool]], nodes: Nodes) -> str:
+    """Return a digest of all that the embeddings of the nodes depend on but the data.
+
+    The record of `final` is left out: it will name the pool that these embeddings are to choose.
+    """
+    settings, final = run.settings, run.folder / "final"
+    files = read_json(final / MANIFEST)["files"]
+    weights = {name: entry for name, entry in files.items() if name != "smbfast.json"}
+    made = compared_settings(settings), settings.run.seed, settings.probe.untrained
+    by = pools, settings.probe.tokens, run.device.type, torch.__version__
+    return digest_of(smbfast.__version__, weights, made, by, nodes.digest())
 
 
 def _untrained(run: OpenRun) -> dict[str, Model]:
