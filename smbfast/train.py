@@ -105,6 +105,7 @@ def _run(settings: TrainSettings, command: str, start: float, ranks: "Ranks") ->
         with use(everywhere, **by_op):
             outcome = loop.train(settings, command, ranks)
         if outcome == "preempted":
+            ranks.tell(None)  # the main rank has saved: torchrun ends all once one has ended
             raise SystemExit(PREEMPTED)
     print(f"total {duration(time.monotonic() - start)}")
 

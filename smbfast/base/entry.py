@@ -58,9 +58,11 @@ def entry(
         except SystemExit:
             raise
         except (ValueError, RunFailed) as error:
+            signals.ignore()
             on_end("failed")
             raise SystemExit(f"{prog}: {error}") from None
         except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
+            signals.ignore()
             on_end("failed")
             os.dup2(
                 os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
@@ -72,6 +74,7 @@ def entry(
             print(f"\n{prog}: stopped; {stopped}", file=sys.stderr)  # the terminal has printed ^C
             raise SystemExit(status) from None
         except BaseException as error:
+            signals.ignore()
             on_end("failed")
             words = _in_words(error)
             if words is None:
@@ -109,7 +112,7 @@ class _Signals:
             raise KeyboardInterrupt
 
     def ignore(self) -> None:
-        """Let the way out be interrupted no more."""
+        """Let the way out be interrupted no more: torchrun ends a rank when another has failed."""
         self._ignored = True
 
 
@@ -124,13 +127,13 @@ def _signals(prog: str, status: int) -> Iterator[_Signals]:
     ends = False
     try:
         yield signals
-    except SystemExit as stop:
-        ends = stop.code == status
+    except SystemExit:
+        ends = True
         raise
     finally:
         spec = getattr(sys.modules["__main__"], "__spec__", None)
         if ends and spec is not None and spec.name == prog:
-            signals.ignore()  # until the process has ended, its exit status stays what it is
+            signals.ignore()  # until the process has ended, its status and words stay what they are
         else:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
