@@ -224,9 +224,10 @@ def _send(message: Callable[[], object]) -> None:
     try:
         message()
     except RuntimeError as error:
-        words = str(error).strip().splitlines()
+        words = (str(error).strip().splitlines() or ["no reason"])[-1].partition(". ")[0]
         raise RunFailed(
-            f"another rank has ended or cannot be reached ({words[-1] if words else 'no reason'})"
+            f"another rank has ended or cannot be reached ({words}); torchrun says below which, "
+            "and the same command goes on from the last checkpoint"
         ) from None
 
 
