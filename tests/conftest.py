@@ -2,7 +2,9 @@
 
 import gc
 import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test never waits for a network
 # before torch is imported, which reads them then. Two workers share two cores, and most shapes are
@@ -33,12 +35,27 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(NUM_THREADS)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _what_was_there_stays() -> None:
+    """What a file finds, imports above all, is not looked through at each collection in it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="module")
 def no_report() -> Iterator[None]:
     """Runs draw no report, which would take half of the time of a tiny one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("smbfast.run.loop.write_report", lambda *_run, **_more: None)
         yield
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where one mark is asked for (`-m numeric`), files that do not name it are not imported."""
+    mark = config.option.markexpr
+    if collection_path.suffix != ".py" or not re.fullmatch(r"\w+", mark):
+        return None
+    return None if f"mark.{mark}" in collection_path.read_text(encoding="utf-8") else True
 
 
 @pytest.hookimpl(trylast=True)
