@@ -16,9 +16,9 @@ def ready(name: str) -> list[str]:
 @pytest.mark.parametrize("backend", ready("masked_jepa_mse"))
 @pytest.mark.parametrize("width", [40, 4096])
 def test_a_loss_may_be_differentiated_again_whatever_became_of_its_gradient(backend, width):
-    prediction_MD = torch.randn(300, width, requires_grad=True)
-    row_M = torch.arange(300)
-    loss = masked_jepa_mse.on(backend)(prediction_MD, torch.randn(300, width), row_M)
+    M = 300 if backend != "triton" else 60  # interpreted, a row is slow
+    prediction_MD = torch.randn(M, width, requires_grad=True)
+    loss = masked_jepa_mse.on(backend)(prediction_MD, torch.randn(M, width), torch.arange(M))
     (once,) = torch.autograd.grad(loss, prediction_MD, retain_graph=True)
     once = once.clone()
     loss.backward(retain_graph=True)
