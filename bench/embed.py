@@ -30,7 +30,8 @@ from smbfast.data.meds import MedsDataset
 from smbfast.data.nodes import SPLIT_NAMES, Nodes, NodeText, distinct_nodes, node_texts
 from smbfast.data.preparing import prepare
 from smbfast.model.backbone import PatientEncoder, make_encoder
-from smbfast.probing.embedding import Model, embed_nodes, packed_of
+from smbfast.probing.embedding import Model, embed_into, packed_of
+from smbfast.probing.embedding_file import embedding_file
 from smbfast.settings import load
 from smbfast.simulation.dataset import simulate
 
@@ -145,9 +146,12 @@ def eight_nodes(size: dict[str, int], window: int, windows: int, work: Path) -> 
 
 
 def ours(case: Case, part: Nodes, out: Path) -> None:
-    """Embed as `python -m smbfast.embed` does."""
+    """Embed as `python -m smbfast.embed` does with a part of its nodes."""
     model = Model(packed_of(case.encoder, None, "online", "shared"))
-    embed_nodes({out: model}, part, case.texts(part), CPU, tokens=16384, pool="last")
+    with embedding_file(out, part) as file:
+        sinks = [({"last": file}, model)]
+        embed_into(sinks, len(part.subject_K), case.texts(part), CPU, tokens=16384)
+        file.write()
 
 
 @torch.inference_mode()

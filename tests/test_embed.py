@@ -42,13 +42,15 @@ from smbfast.model.backbone import PatientEncoder, lora_config
 from smbfast.model.target import TargetEncoder
 from smbfast.probing import embedding, embedding_file, pooling
 from smbfast.probing.embedding import Model
-from smbfast.probing.embedding_file import EmbeddingFile
+from smbfast.probing.embedding_file import EmbeddingFile, EmbeddingTable
+from smbfast.probing.embedding_parts import embed_nodes
 from smbfast.probing.pooling import Packed, Row
 from smbfast.run import probes
 from smbfast.run.checkpoint import restore_final, verified_final
 from smbfast.run.open_run import OpenRun
 from smbfast.settings import POOLS, LoraSettings, Pool, TrainSettings
 from smbfast.simulation.dataset import simulate
+from tests.listed import Listed
 from tests.ops.tolerance import rounding
 from tests.test_shared_step import batch_of
 from tests.tiny import DELIMITERS, random_window, tiny_lm
@@ -72,18 +74,11 @@ def listed(texts: list[NodeText]) -> tuple[Nodes, list[NodeText]]:
     return Nodes(subject_K, time_K, np.ones(len(keys), np.int8)), texts
 
 
-def tables(
-    folder: Path, packs: dict[str, Packed | Model], texts: list[NodeText], **more
-) -> dict[str, pa.Table]:
-    """What `embed_nodes` writes for each packed forward."""
-    nodes, texts = listed(texts)
-    models = {
-        folder / f"{name}.parquet": pack if isinstance(pack, Model) else Model(pack)
-        for name, pack in packs.items()
-    }
-    more = {"tokens": MANY, "pool": "last", **more}
-    embedding.embed_nodes(models, nodes, iter(texts), CPU, **more)
-    return {file.stem: pq.read_table(file) for file in models}
+def table_of(folder: Path, packed: Packed, texts: list[NodeText], **more) -> pa.Table:
+    """What `embed_nodes` writes for a packed forward."""
+    more = {"tokens": MANY, "pool": "last", "key": "a key", **more}
+    embed_nodes(folder / "a.parquet", Model(packed), Listed(*listed(texts)), CPU, **more)
+    return pq.read_table(folder / "a.parquet")
 
 
 def pooled(packed: Packed, windows: list[SharedWindow], pool: Pool) -> np.ndarray:
@@ -168,7 +163,7 @@ def test_a_window_is_read_once(tmp_path):
         read.append(len(ids_T))
         return states(ids_T, *more, **rows)
 
-    table = tables(tmp_path, {"a": packed}, texts)["a"]
+    table = table_of(tmp_path, packed, texts)
     assert read == [len(texts[-1].ids_T) + 3 + 2 + 5]
     assert [row[0] for row in table["embedding"].to_pylist()] == [len(t.ids_T) - 1 for t in texts]
 
@@ -195,7 +190,7 @@ def test_an_encoder_that_has_embedded_can_be_trained(tmp_path):
     """What it caches while it embeds takes part in a backward later."""
     encoder, batch = make_encoder(), batch_of()
     expected = train_once("shared", twin(encoder), None, [batch], jepa=0.0)
-    tables(tmp_path, {"a": encoder.packed}, nodes_of(random_window(1), [(2, 3)]))
+    table_of(tmp_path, encoder.packed, nodes_of(random_window(1), [(2, 3)]))
     losses, gradients = train_once("shared", encoder, None, [batch], jepa=0.0)
     assert losses == expected[0]
     assert all(torch.equal(gradients[n], g) for n, g in expected[1].items())
@@ -222,10 +217,7 @@ def test_windows_share_forwards_of_bounded_length(tmp_path):
         return encoder.packed(ids_T, *more, **rows)
 
     texts = texts[60:] + texts[:60]  # the order of the data is not that of the nodes
-    both = [
-        tables(tmp_path, {"a": packed}, texts, tokens=tokens, pool="mean")["a"]
-        for tokens in (256, 64)
-    ]
+    both = [table_of(tmp_path, packed, texts, tokens=tokens, pool="mean") for tokens in (256, 64)]
     assert max(read) <= 256 and max(read) > 64 and min(read) <= 64
     keys = sorted((t.subject, t.time) for t in texts)
     for table in both:
@@ -246,7 +238,7 @@ def test_held_out_patients_have_forwards_of_their_own(tmp_path):
 
     for asked in (texts, [t for t in texts if not t.held_out], [t for t in texts if t.held_out]):
         forwards.append([])
-        tables(tmp_path, {"a": packed}, asked, tokens=256)
+        table_of(tmp_path, packed, asked, tokens=256)
     both, others, held_out = forwards
     assert both == others + held_out and len(held_out) > 2
 
@@ -278,9 +270,9 @@ def test_states_that_are_not_finite_and_no_nodes_are_refused(tmp_path):
         return torch.full((len(rows), 4), torch.nan)
 
     with pytest.raises(ValueError, match="finite"):
-        tables(tmp_path, {"a": broken}, texts)
+        table_of(tmp_path, broken, texts)
     with pytest.raises(ValueError, match="no decision node"):
-        tables(tmp_path, {"a": broken}, [])
+        table_of(tmp_path, broken, [])
     assert not list(tmp_path.iterdir())
 
 
@@ -288,7 +280,7 @@ def states(ids_T: Tensor, position_T: Tensor, segments: Segments, *, rows: Tenso
     return position_T[rows, None].double()
 
 
-def test_texts_are_made_once_for_all_models_by_a_thread_ahead_of_them(tmp_path):
+def test_texts_are_made_once_for_all_models_by_a_thread_ahead_of_them():
     """The last text waits for the first forward, and that one for the last text."""
     texts = [t for s in range(60) for t in nodes_of(random_window(s), [(1, 0), (4, 2)])]
     nodes, texts = listed(texts)
@@ -309,18 +301,19 @@ def test_texts_are_made_once_for_all_models_by_a_thread_ahead_of_them(tmp_path):
         assert all_made.wait(20)
         return states(*inputs, **rows)
 
-    models = {tmp_path / "a": Model(waiting), tmp_path / "b": Model(states)}
+    one, other = EmbeddingTable(nodes), EmbeddingTable(nodes)
+    sinks = [({"last": one}, Model(waiting)), ({"last": other}, Model(states))]
     with patch.object(embedding, "_PLANNED", 12):  # two groups, of 1,536 tokens at most
-        embedding.embed_nodes(models, nodes, lazily(), CPU, tokens=128, pool="last")
+        embedding.embed_into(sinks, len(texts), lazily(), CPU, tokens=128)
     assert num_made == len(texts) and len(makers) == 1 and threading.get_ident() not in makers
-    assert pq.read_table(tmp_path / "a").equals(pq.read_table(tmp_path / "b"))
+    assert one.table().equals(other.table())
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["text", "model", "end"])
 def test_an_error_or_interrupt_leaves_the_older_file_and_nothing_else(tmp_path, error, where):
     texts = [t for s in range(8) for t in nodes_of(random_window(s), [(1, 0)])]
-    before = tables(tmp_path, {"a": states}, texts)["a"]
+    before = table_of(tmp_path, states, texts)
     nodes, texts = listed(texts)
 
     def broken(*inputs, **rows) -> Tensor:
@@ -333,17 +326,25 @@ def test_an_error_or_interrupt_leaves_the_older_file_and_nothing_else(tmp_path, 
     def failing(file: EmbeddingFile) -> Iterator:
         raise error("while writing")
 
-    read = cut() if where == "text" else iter(texts)
-    model = Model(
-        broken if where == "model" else lambda *inputs, **rows: 2 * states(*inputs, **rows)
-    )
+    def twice(*inputs, **rows) -> Tensor:
+        return 2 * states(*inputs, **rows)
+
+    source = Listed(nodes, cut() if where == "text" else texts, state="the data")
+    model = Model(broken if where == "model" else twice)
     parts = failing if where == "end" else EmbeddingFile._parts
+    out, more = tmp_path / "a.parquet", {"tokens": 64, "pool": "last", "key": "another"}
     with patch.object(EmbeddingFile, "_parts", parts), pytest.raises(error):
-        embedding.embed_nodes(
-            {tmp_path / "a.parquet": model}, nodes, read, CPU, tokens=64, pool="last"
-        )
+        embed_nodes(out, model, source, CPU, **more)
+    # what was committed before the end is for the next command, if that is an interrupt
+    went_on = where == "end" and error is KeyboardInterrupt
+    assert {p.name for p in tmp_path.iterdir()} == {"a.parquet"} | (
+        {"a.parquet.parts"} if went_on else set()
+    )
+    assert pq.read_table(out).equals(before)
+    again = Listed(nodes, texts, state="the data")
+    embed_nodes(out, Model(broken if went_on else twice), again, CPU, **more)
     assert [p.name for p in tmp_path.iterdir()] == ["a.parquet"]
-    assert pq.read_table(tmp_path / "a.parquet").equals(before)
+    np.testing.assert_array_equal(matrix(pq.read_table(out)), 2 * matrix(before))
 
 
 def test_memory_does_not_grow_with_the_number_of_nodes(tmp_path):
@@ -356,9 +357,9 @@ def test_memory_does_not_grow_with_the_number_of_nodes(tmp_path):
     def peak(count: int) -> int:
         nodes = Nodes(np.arange(count), np.zeros(count, np.int64), np.ones(count, np.int8))
         texts = (NodeText(k, k, 0, 0, ids) for k in range(count))
+        source, more = Listed(nodes, texts, size=64), {"pool": "last", "key": str(count)}
         tracemalloc.start()
-        one = {tmp_path / "a": Model(wide)}
-        embedding.embed_nodes(one, nodes, texts, CPU, tokens=64, pool="last")
+        embed_nodes(tmp_path / "a", Model(wide), source, CPU, tokens=64, **more)
         held = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert pq.read_metadata(tmp_path / "a").num_rows == count
@@ -404,9 +405,8 @@ def test_a_folder_in_the_place_of_the_file_is_refused_at_once(tmp_path):
 def test_nodes_without_a_text_have_no_row_in_any_part(tmp_path):
     nodes, texts = listed([t for s in range(9) for t in nodes_of(random_window(s), [(1, 0)])])
     with patch.object(embedding_file, "_PART", 8):  # two rows of one number
-        embedding.embed_nodes(
-            {tmp_path / "a": Model(states)}, nodes, iter(texts[5:7]), CPU, tokens=64, pool="last"
-        )
+        source, more = Listed(nodes, texts[5:7], size=3), {"pool": "last", "key": "a key"}
+        embed_nodes(tmp_path / "a", Model(states), source, CPU, tokens=64, **more)
     assert pq.read_table(tmp_path / "a")["subject_id"].to_pylist() == [5, 6]
 
 

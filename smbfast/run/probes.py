@@ -222,12 +222,13 @@ class _Embedding:
 def _key(run: OpenRun, pools: dict[str, list[Pool]], nodes: Nodes) -> str:
     """Return a digest of all that the embeddings of the nodes depend on but the data.
 
-    The record of `final` is left out: it will name the pool that these embeddings are to choose.
+    The pool in the record of `final` is left out: it is chosen by these embeddings.
     """
     settings, final = run.settings, run.folder / "final"
-    files = read_json(final / MANIFEST)["files"]
-    weights = {name: entry for name, entry in files.items() if name != "smbfast.json"}
-    made = compared_settings(settings), settings.run.seed, settings.probe.untrained
+    files, record = (read_json(final / name) for name in (MANIFEST, "smbfast.json"))
+    weights = {name: entry for name, entry in files["files"].items() if name != "smbfast.json"}
+    record = {key: value for key, value in record.items() if key not in ("pool", "pool_choice")}
+    made = record, compared_settings(settings), settings.run.seed, settings.probe.untrained
     by = pools, settings.probe.tokens, run.device.type, torch.__version__
     return digest_of(smbfast.__version__, weights, made, by, nodes.digest())
 
