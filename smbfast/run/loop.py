@@ -110,13 +110,15 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
                     f"{why}: stopped, step {run.progress.step} is saved; the same command goes on"
                 )
                 return "preempted"
-    run.save_model(run.folder / "final", target, total)
-    if not ranks.is_main:
-        return "done"
+    with ranks.main_first():  # the others embed by what it has written
+        run.save_model(run.folder / "final", target, total)
     seconds = run.seconds()
-    export(settings, run.device)
+    if ranks.is_main:
+        export(settings, run.device)
     with run.matmul.used():
         probe_run(run, target, final=settings.probe.final, command=command)
+    if not ranks.is_main:
+        return "done"
     log.write("end", step=total, seconds=seconds, best=run.progress.best)
     log.close()
     with helper("the report"):

@@ -48,6 +48,7 @@ def probe_run(
 ) -> None:
     """Embed decision nodes with the trained and the untrained encoder, and probe both.
 
+    All ranks of a run call this, and embed; the main one alone chooses pools, writes and probes.
     The folder `final` of the run must be there; the pool by which it was probed goes into its
     record. A finished run may be probed again, opened at its last checkpoint: a pool that it has
     chosen then stays chosen.
@@ -58,7 +59,7 @@ def probe_run(
         command: what is recorded beside the run if it is final.
     """
     settings, probe, prepared = run.settings, run.settings.probe, run.prepared
-    if settings.data.path is None:
+    if settings.data.path is None and run.ranks.is_main:
         with helper("the report's sample"):
             sample = sample_of(prepared, settings)
             write_text(run.folder / "sample.json", json.dumps(sample))
@@ -68,6 +69,8 @@ def probe_run(
     dataset = MedsDataset.open(run.data.folder, index=index, split=run.data.split)
     asked = [labels if final else without_held_out(labels) for _, labels in run.tasks]
     files = _embedded(run, target, dataset, asked)
+    if not run.ranks.is_main:
+        return
     run_probe(
         ProbeCommandSettings(
             embeddings=files[probe.encoder],
@@ -101,7 +104,7 @@ def _embedded(
     models = {probe.encoder: Model(probed)} | _untrained(run)
     paths = {name: run.folder / "embeddings" / f"{name}.parquet" for name in models}
     embedding = _Embedding(run, dataset, distinct_nodes(tasks), models)
-    pools, left_out = _pools(run)
+    pools, left_out = run.ranks.decide(lambda: _pools(run))
     free, wide = _free_pools(run)
     asked = {name: pools if name == probe.encoder else free for name in models}
     with ExitStack() as stack:
@@ -111,28 +114,33 @@ def _embedded(
                 for pool in asked[name]
             }
             for name, path in paths.items()
+            if run.ranks.is_main
         }
         first = stack.enter_context(embedding.stage(asked, held_out=False))
-        first.fill(files)
-        chosen = {}
-        for name, path in paths.items():
-            own, out = files[name], left_out if name == probe.encoder else wide
-            choice = choose_pool(tasks, own, out) if len(own) > 1 else None
-            pool = choice.pool if choice else next(iter(own))
-            if choice:
-                print(f"embeddings/{path.name}: {choice.text()}")
-            if name == probe.encoder:
-                _settle(run, target, pool, choice)
-            chosen[name] = {pool: own[pool]}
-        pools_of = {name: list(own) for name, own in chosen.items()}
-        last = stack.enter_context(embedding.stage(pools_of, held_out=True))
-        last.fill(chosen)
-        for name, path in paths.items():
-            for pool, file in chosen[name].items():
-                file.write(origin_of(run.folder / "final", name, pool))
-            print(f"embeddings/{path.name}: {embedding.counted()}")
-        first.folder.remove()
-        last.folder.remove()
+
+        def chosen_pools() -> dict[str, list[Pool]]:
+            first.fill(files)
+            for name, path in paths.items():
+                own, out = files[name], left_out if name == probe.encoder else wide
+                choice = choose_pool(tasks, own, out) if len(own) > 1 else None
+                pool = choice.pool if choice else next(iter(own))
+                if choice:
+                    print(f"embeddings/{path.name}: {choice.text()}")
+                if name == probe.encoder:
+                    _settle(run, target, pool, choice)
+                files[name] = {pool: own[pool]}
+            return {name: list(own) for name, own in files.items()}
+
+        chosen = run.ranks.decide(chosen_pools)
+        last = stack.enter_context(embedding.stage(chosen, held_out=True))
+        if run.ranks.is_main:
+            last.fill(files)
+            for name, path in paths.items():
+                for pool, file in files[name].items():
+                    file.write(origin_of(run.folder / "final", name, pool))
+                print(f"embeddings/{path.name}: {embedding.counted()}")
+            first.folder.remove()
+            last.folder.remove()
     return paths
 
 
