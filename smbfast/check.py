@@ -3,11 +3,11 @@
 import shlex
 import sys
 
+from smbfast.base.config import build
 from smbfast.base.entry import entry
+from smbfast.base.help_page import help_text
 from smbfast.base.locks import locked
 from smbfast.base.ours import require_run_folder
-from smbfast.base.config import build
-from smbfast.base.help_page import help_text
 from smbfast.settings import (
     PlanSettings,
     decided_data,

@@ -72,7 +72,9 @@ class DataFacts:
         )
         events = prepared.record["counts"]["train"]["events"]
         subjects = sum(s["timelines"] for s in prepared.record["shards"]["train"])
-        size = sum((prepared.folder / s["file"]).stat().st_size for s in prepared.record["shards"]["train"])
+        size = sum(
+            (prepared.folder / s["file"]).stat().st_size for s in prepared.record["shards"]["train"]
+        )
         source = f"measured: {events:,} events of {prepared.folder}"
         share = windows.num_tokens_with_cut / max(windows.num_tokens, 1)
         own = windows.num_tokens / events

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from smbfast.run import planner
 from smbfast.run.plan_data import PREPARED
 from smbfast.run.planner import Planned
-from smbfast.settings import TrainSettings, PlanSettings
+from smbfast.settings import PlanSettings, TrainSettings
 
 # seconds of one core for each window of the table, which is made once: 10,000,000 windows
 TABLE, TABLE_SOURCE = 5.8e-6, "measured: bench/results/start_windows.jsonl, AMD EPYC"
@@ -151,11 +151,17 @@ def _step_rows(run: Planned) -> list[Row]:
         ["tokens read a second, one GPU", *(f"{s / gpus:,.0f}" for s in speeds)],
         ["tokens read a second, all", *(f"{s:,.0f}" for s in speeds)],
         ["PFLOP of a step, all", *(f"{p.flops.total / 1e15:,.2f}" for p in phases)],
-        ["share of nominal FLOP/s", *(f"{p.flops.total / p.total / gpus / nominal:.1%}" for p in phases)],
+        [
+            "share of nominal FLOP/s",
+            *(f"{p.flops.total / p.total / gpus / nominal:.1%}" for p in phases),
+        ],
         ["micro-batches of a GPU", *(f"{p.micro_batches:.1f}" for p in phases)],
         ["slowest GPU over the mean", *(f"{p.balance:.3f}" for p in phases)],
         ["gradients exchanged, MB", *(f"{sum(p.exchanged.values()) / 1e6:,.1f}" for p in phases)],
-        ["all-reduce, share of a step", *(f"{p.seconds['all-reduce'] / p.total:.2%}" for p in phases)],
+        [
+            "all-reduce, share of a step",
+            *(f"{p.seconds['all-reduce'] / p.total:.2%}" for p in phases),
+        ],
     ]
 
 
@@ -174,23 +180,73 @@ def _known_rows(run: Planned) -> list[Row]:
     nominal = f"{gpu.flops / 1e12:,.0f} TFLOP/s, {gpu.bandwidth / 1e9:,.0f} GB/s"
     rows = [
         ["what this rests on", "figure", "source", "key"],
-        ["tokens an event", f"{facts.tokens_an_event:.3f}", facts.tokens_source, "--tokens_an_event"],
+        [
+            "tokens an event",
+            f"{facts.tokens_an_event:.3f}",
+            facts.tokens_source,
+            "--tokens_an_event",
+        ],
         ["bytes of shards an event", f"{facts.bytes_an_event:.1f}", facts.bytes_source, ""],
-        ["mean window", f"{facts.window:,.0f} tokens", _from_data(run), "--data.window, --subjects"],
+        [
+            "mean window",
+            f"{facts.window:,.0f} tokens",
+            _from_data(run),
+            "--data.window, --subjects",
+        ],
         ["tokens in windows with a cut", f"{facts.with_cut:.1%}", _from_data(run), ""],
         ["phases", phases, "steps of the settings", "--phases.0.steps"],
         ["nominal, bf16", nominal, "data sheet", "--gpu"],
-        ["products", f"{plan.products or planner.PRODUCTS:.0%} of nominal", source(plan.products, NO_GPU), "--products"],
-        ["attention", f"{forward:.0%}, {backward:.0%} of nominal", source(plan.attention, NO_GPU), "--attention"],
-        ["norms, activations", f"{share:.0%} of bandwidth", source(plan.bandwidth, NO_GPU), "--bandwidth"],
-        ["products of rank r", f"{narrow:.0%} of bandwidth", source(plan.bandwidth, NO_GPU), "--bandwidth"],
+        [
+            "products",
+            f"{plan.products or planner.PRODUCTS:.0%} of nominal",
+            source(plan.products, NO_GPU),
+            "--products",
+        ],
+        [
+            "attention",
+            f"{forward:.0%}, {backward:.0%} of nominal",
+            source(plan.attention, NO_GPU),
+            "--attention",
+        ],
+        [
+            "norms, activations",
+            f"{share:.0%} of bandwidth",
+            source(plan.bandwidth, NO_GPU),
+            "--bandwidth",
+        ],
+        [
+            "products of rank r",
+            f"{narrow:.0%} of bandwidth",
+            source(plan.bandwidth, NO_GPU),
+            "--bandwidth",
+        ],
         ["Python", f"{1e3 * planner.HOST:g} ms a layer and micro-batch", "assumed", ""],
-        ["kernels", f"{planner.KERNELS} a layer, {1e6 * planner.GAP:g} us between", "counted; assumed", ""],
-        ["an evaluation", f"{planner.EVALUATED:g} of training its windows", "assumed", "--eval.windows"],
-        ["network of a GPU", f"{plan.network:g} GB/s, {1e3 * planner.MESSAGE:g} ms a message", "assumed", "--network"],
+        [
+            "kernels",
+            f"{planner.KERNELS} a layer, {1e6 * planner.GAP:g} us between",
+            "counted; assumed",
+            "",
+        ],
+        [
+            "an evaluation",
+            f"{planner.EVALUATED:g} of training its windows",
+            "assumed",
+            "--eval.windows",
+        ],
+        [
+            "network of a GPU",
+            f"{plan.network:g} GB/s, {1e3 * planner.MESSAGE:g} ms a message",
+            "assumed",
+            "--network",
+        ],
         ["storage", f"{plan.storage:g} GB/s", "assumed", "--storage"],
         ["CUDA, workspaces", size(planner.CONTEXT), "assumed", ""],
-        ["preparing", f"{rate:,.0f} events/s a core", source(plan.prepared_events, "measured: eICU demo, bench/results/prepare.jsonl"), "--prepared_events"],
+        [
+            "preparing",
+            f"{rate:,.0f} events/s a core",
+            source(plan.prepared_events, "measured: eICU demo, bench/results/prepare.jsonl"),
+            "--prepared_events",
+        ],
         ["table of windows", f"{1e6 * TABLE:g} us a window", TABLE_SOURCE, ""],
         ["planning a step", f"{1e3 * PLANNING:g} ms a window, each rank", PLANNING_SOURCE, ""],
     ]
@@ -274,7 +330,11 @@ def count(value: float) -> str:
     """Return a count with three digits: 20.0e9, 4.88e6, 512."""
     for power in (9, 6):
         if value >= 10**power:
-            return f"{value / 10**power:,.3g}e{power}" if value < 10 ** (power + 3) else f"{value / 10**power:,.0f}e{power}"
+            return (
+                f"{value / 10**power:,.3g}e{power}"
+                if value < 10 ** (power + 3)
+                else f"{value / 10**power:,.0f}e{power}"
+            )
     return f"{value:,.0f}"
 
 

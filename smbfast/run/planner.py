@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from smbkernels.attention import attention_flops
 
-from smbfast.batch import PackedBatch
 from smbfast.data.packing import online_cost, plan_micro_batches
 from smbfast.model.backbone import HfModule, PatientEncoder
 from smbfast.model.flops import Flops, ModelShape, online_flops, step_flops
@@ -208,7 +207,10 @@ def phase_plan(run: Planned, phase: PhaseSettings) -> PhasePlan:
     moving = phase.freeze != "decoder"
     traffic = run.traffic(phase)
     rates = Rates.of(run.gpu, run.plan, run.encoder.dtype)
-    own = [step_flops(run.shape, b, codes=phase.w_codes > 0, freeze=phase.freeze) for b in sample.batches]
+    own = [
+        step_flops(run.shape, b, codes=phase.w_codes > 0, freeze=phase.freeze)
+        for b in sample.batches
+    ]
     flops = sum(own, Flops())
     seconds = _computing(run, sample, flops, rates, moving=moving)
     elements = sum(traffic.elements(b, backward=moving, again=again) for b in sample.batches)
