@@ -78,7 +78,6 @@ def test_the_larger_head_dim(given, pack):
 
 
 # more queries than keys in a block, fewer, and more of both than any segment has
-@pytest.mark.numeric
 @pytest.mark.parametrize(("m", "n"), [(64, 16), (16, 64), (128, 128)])
 def test_blocks(given, pack, monkeypatch, m, n):
     if CUDA and m * n > 1024:
@@ -118,7 +117,6 @@ def as_shipped(monkeypatch):
 
 
 # no multiple of a block
-@pytest.mark.numeric
 def test_a_thousand_tokens(given, pack, monkeypatch):
     as_shipped(monkeypatch)
     packed = pack([(1000, [(1000, 65), (1, 63)])])
@@ -128,10 +126,11 @@ def test_a_thousand_tokens(given, pack, monkeypatch):
 @pytest.mark.slow
 def test_a_long_trunk(given, pack, monkeypatch):
     as_shipped(monkeypatch)
-    packed = pack([(4097, [(4097, 65)])])
     if CUDA:
+        packed = pack([(4097, [(4097, 65)])])
         assert_as_good(on_triton, given(packed.tokens, 1, 1), packed)
         return
+    packed = pack([(2049, [(2049, 65)])])
     # interpreted, loads take most of the time: narrow heads, and no gradients
     tensors = given(packed.tokens, 1, 1, 16)[:3]
     exact = timeline_attention.reference(*(x.double() for x in tensors), packed)
@@ -156,7 +155,7 @@ def test_bf16(given, pack, name, C):
 
 @pytest.mark.parametrize(("C", "dtype"), [(64, torch.float32), (128, torch.bfloat16)])
 def test_the_same_bits_twice(given, pack, C, dtype):
-    packed = pack(NESTED if CUDA else [(40, [(40, 33), (7, 5)])])
+    packed = pack(NESTED if CUDA else [(33, [(33, 5), (7, 1)])])
     tensors = given(packed.tokens, 2, 1, C, dtype)
     first, second = (outcome(on_triton, tensors, packed) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
