@@ -123,6 +123,7 @@ def _prepare(
         source = _source(data, dataset, tokenizer, splits)
         before = _checked(out, source)
         if (out / "prepare.json").is_file():
+            clear_claims(out)  # of processes that were killed
             return Prepared.open(out, verify)
         unread = {"subjects": dataset.without_split(), "files": dataset.num_unread}
         _say_unread(unread)
@@ -170,7 +171,7 @@ def _finish(
     max_codes: int,
     more: dict,
 ) -> None:
-    """Write what shards say together, and prepare.json last; then clear what is of no more use.
+    """Write what shards say together, and prepare.json last.
 
     Args:
         source: what the shards were made of.
@@ -189,9 +190,8 @@ def _finish(
         "unmapped": unmapped.shown(),
         **more,
     }
+    shutil.rmtree(out / COUNTS, ignore_errors=True)  # the tokenizer is there
     write_text(out / "prepare.json", json.dumps(record, indent=1))
-    shutil.rmtree(out / COUNTS, ignore_errors=True)
-    clear_claims(out)
 
 
 def _say_unread(unread: dict[str, int]) -> None:

@@ -1,12 +1,15 @@
 """The table of windows on disk is the one in memory, is made once, and never stands in the way."""
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from smbfast import prepare
+from smbfast.base.claims import claimed
 from smbfast.batch import Timeline
 from smbfast.data import window_index
 from smbfast.data.prepared import Prepared
@@ -89,7 +92,7 @@ def test_nothing_of_a_stopped_writer_is_used(
     monkeypatch.setattr(window_index, "window_columns", stopped)
     with pytest.raises(KeyboardInterrupt):
         stored([tmp_path / "a"], shards)
-    assert [f.name for f in (tmp_path / "a").rglob("*") if f.is_file()] == ["lock"]
+    assert [f.name for f in (tmp_path / "a").rglob("*") if f.is_file()] == []
     monkeypatch.undo()
     assert_same_windows(stored([tmp_path / "a"], shards), expected)
 
@@ -118,17 +121,21 @@ def test_where_a_folder_cannot_be_written_another_is(
     assert_same_windows(stored(closed, shards), expected)  # in memory
 
 
-def test_two_processes_at_once_do_not_wait_for_each_other(
-    shards: list[Shard], expected: WindowSet, tmp_path: Path
+def test_of_two_processes_at_once_one_makes_the_table(
+    shards: list[Shard], expected: WindowSet, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """A lock is of an open file, so one that this process holds elsewhere is as another's."""
-    first, second = tmp_path / "a", tmp_path / "b"
-    with window_index._alone((first / NAME).parent):
-        assert_same_windows(stored([first], shards), expected)  # in memory
-        assert_same_windows(stored([first, second], shards), expected)
-        assert (second / NAME).is_file() and not (first / NAME).exists()
-    assert_same_windows(stored([first], shards), expected)
-    assert (first / NAME).is_file()
+    folder = tmp_path / "a"
+    with ThreadPoolExecutor() as pool:
+        with claimed(folder, NAME):
+            waiting = pool.submit(stored, [folder], shards)
+            while "waiting for another process" not in capsys.readouterr().err:
+                time.sleep(0.01)
+            assert not waiting.done()
+            window_index._write(folder / NAME, shards, 40, Preamble(7), OBJECTIVE, None, None)
+            made = (folder / NAME).stat().st_ino
+        assert_same_windows(waiting.result(20), expected)
+    assert (folder / NAME).stat().st_ino == made
 
 
 def test_no_windows(tmp_path: Path) -> None:
