@@ -92,8 +92,9 @@ def prepare(
         try:
             return _prepare(data.decided(tokenizer), out, tokenizer, splits, verify, group, on)
         except ValueError:
-            # once the data is mended its digest is another: nothing of this could be gone on with
-            if group.all_failed() and group.noted is not None:
+            # once the data is mended its digest is another: nothing of this could be gone on with;
+            # but workers of a cluster may still be writing
+            if group.all_failed() and group.noted is not None and on is None:
                 _remove_prepared(out, group.noted)
             raise
 
