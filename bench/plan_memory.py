@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -156,8 +157,6 @@ def child(folder: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command: measure, judge and save."""
-    import tempfile
-
     settings = command_line(PlanMemoryBench, argv, prog=PROG)
     stamp, rows, worst = records.stamp("plan_memory", "cpu"), [], 0.0
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""python -m bench.scale_start: ten million tiny rows through index, plan of the data and first step.
+"""python -m bench.scale_start: ten million tiny rows through index, plan and first step.
 
 A cohort is generated in many small files, as large ones come. Each stage is a process of its own:
 `index` opens the dataset and digests it, `prepare` fits a vocabulary and writes a shard for each

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.rank_server import Outcome, ranks_give, run_ranks
+from tests.rank_server import ranks_give
 from tests.ranks_case import Case, words_of
 
 pytestmark = pytest.mark.slow

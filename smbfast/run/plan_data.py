@@ -71,10 +71,9 @@ class DataFacts:
             "train", data.window, settings.objective, data.stride, horizons, classes
         )
         events = prepared.record["counts"]["train"]["events"]
-        subjects = sum(s["timelines"] for s in prepared.record["shards"]["train"])
-        size = sum(
-            (prepared.folder / s["file"]).stat().st_size for s in prepared.record["shards"]["train"]
-        )
+        shards = prepared.record["shards"]["train"]
+        subjects = sum(shard["timelines"] for shard in shards)
+        size = sum((prepared.folder / shard["file"]).stat().st_size for shard in shards)
         source = f"measured: {events:,} events of {prepared.folder}"
         share = windows.num_tokens_with_cut / max(windows.num_tokens, 1)
         own = windows.num_tokens / events

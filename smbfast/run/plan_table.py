@@ -1,12 +1,14 @@
 """The plan as text: one table over multiples of the events, one of memory, one of a step, and what
 all of them rest on."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from smbfast.run import planner
-from smbfast.run.plan_data import PREPARED
+from smbfast.run.plan_data import DEMOS, PREPARED, TOKENS
 from smbfast.run.planner import Planned
 from smbfast.settings import PlanSettings, TrainSettings
+from smbfast.settings.plan import GPUS
 
 # seconds of one core for each window of the table, which is made once: 10,000,000 windows
 TABLE, TABLE_SOURCE = 5.8e-6, "measured: bench/results/start_windows.jsonl, AMD EPYC"
@@ -14,6 +16,7 @@ PLANNING = 0.25e-3  # seconds of a thread for each window of a step, on each ran
 PLANNING_SOURCE = "measured: 0.11 to 0.27 ms, AMD EPYC, loaded"
 IMPORTS = 15.0  # seconds before a run reads anything: assumed
 DAY, HOUR = 86400.0, 3600.0
+PREPARED_SOURCE = "measured: eICU demo, AMD EPYC, bench/results/prepare.jsonl"
 NO_GPU = "assumed, bench/rates.toml; nothing was measured on a GPU"
 Row = list[str]
 
@@ -78,15 +81,15 @@ def _blocks(run: Planned, command: str) -> list[str]:
     name = run.settings.model.path or "a model made from scratch"
     trained = "LoRA on " if run.encoder.is_lora else "all weights of "
     head = (
-        f"{run.settings.preset}: {trained}{name}, format {run.facts.format}, on {run.plan.gpus:,} x "
-        f"{run.gpu.name}\npredicted from counted FLOPs and bytes at assumed rates; nothing was "
-        "measured on a GPU"
+        f"{run.settings.preset}: {trained}{name}, format {run.facts.format}, on "
+        f"{run.plan.gpus:,} x {run.gpu.name}\npredicted from counted FLOPs and bytes at assumed "
+        "rates; nothing was measured on a GPU"
     )
     sizes = [Column.of(run, times) for times in run.plan.times]
     blocks = [head, columns(_run_rows(run, sizes)), columns(_memory_rows(run))]
     blocks += [columns(_step_rows(run)), columns(_known_rows(run))]
     notes = list(_notes(run, sizes[0]))
-    return [*blocks, "\n".join(notes)] + [f"command: {command}"]
+    return [*blocks, "\n".join(notes), f"command: {command}"]
 
 
 def _run_rows(run: Planned, sizes: list[Column]) -> list[Row]:
@@ -167,90 +170,64 @@ def _step_rows(run: Planned) -> list[Row]:
 
 def _known_rows(run: Planned) -> list[Row]:
     """What the plan rests on: the figure, its source, and the key that changes it."""
-    plan, facts, gpu = run.plan, run.facts, run.gpu
+    facts, cut = run.facts, _from_data(run)
+    phases = ", ".join(f"{p.phase.steps / run.steps:.0%} {p.phase.name}" for p in run.phases)
+    tokens, own = f"{facts.tokens_an_event:.3f}", facts.tokens_source
+    return [
+        ["what this rests on", "figure", "source", "key"],
+        ["tokens an event", tokens, own, "--tokens_an_event"],
+        ["bytes of shards an event", f"{facts.bytes_an_event:.1f}", facts.bytes_source, ""],
+        ["mean window", f"{facts.window:,.0f} tokens", cut, "--data.window, --subjects"],
+        ["tokens in windows with a cut", f"{facts.with_cut:.1%}", cut, ""],
+        ["phases", phases, "steps of the settings", "--phases.0.steps"],
+        *_rates_known(run),
+        *_machine_known(run),
+    ]
 
-    def source(given: object, otherwise: str) -> str:
-        return "given" if given is not None else otherwise
 
+def _rates_known(run: Planned) -> list[Row]:
+    """Of the GPU."""
+    plan, gpu = run.plan, run.gpu
     forward, backward = plan.attention or planner.ATTENTION
     share = plan.bandwidth or planner.ELEMENTS
     narrow = share * planner.NARROW / planner.ELEMENTS
-    rate = plan.prepared_events or PREPARED[facts.format]
-    phases = ", ".join(f"{p.phase.steps / run.steps:.0%} {p.phase.name}" for p in run.phases)
     nominal = f"{gpu.flops / 1e12:,.0f} TFLOP/s, {gpu.bandwidth / 1e9:,.0f} GB/s"
-    rows = [
-        ["what this rests on", "figure", "source", "key"],
-        [
-            "tokens an event",
-            f"{facts.tokens_an_event:.3f}",
-            facts.tokens_source,
-            "--tokens_an_event",
-        ],
-        ["bytes of shards an event", f"{facts.bytes_an_event:.1f}", facts.bytes_source, ""],
-        [
-            "mean window",
-            f"{facts.window:,.0f} tokens",
-            _from_data(run),
-            "--data.window, --subjects",
-        ],
-        ["tokens in windows with a cut", f"{facts.with_cut:.1%}", _from_data(run), ""],
-        ["phases", phases, "steps of the settings", "--phases.0.steps"],
-        ["nominal, bf16", nominal, "data sheet", "--gpu"],
-        [
-            "products",
-            f"{plan.products or planner.PRODUCTS:.0%} of nominal",
-            source(plan.products, NO_GPU),
-            "--products",
-        ],
-        [
-            "attention",
-            f"{forward:.0%}, {backward:.0%} of nominal",
-            source(plan.attention, NO_GPU),
-            "--attention",
-        ],
-        [
-            "norms, activations",
-            f"{share:.0%} of bandwidth",
-            source(plan.bandwidth, NO_GPU),
-            "--bandwidth",
-        ],
-        [
-            "products of rank r",
-            f"{narrow:.0%} of bandwidth",
-            source(plan.bandwidth, NO_GPU),
-            "--bandwidth",
-        ],
+    rates = [
+        ("products", f"{plan.products or planner.PRODUCTS:.0%} of nominal", "products"),
+        ("attention", f"{forward:.0%}, {backward:.0%} of nominal", "attention"),
+        ("norms, activations", f"{share:.0%} of bandwidth", "bandwidth"),
+        ("products of rank r", f"{narrow:.0%} of bandwidth", "bandwidth"),
+    ]
+    gaps = f"{planner.KERNELS} a layer, {1e6 * planner.GAP:g} us between"
+    return [
+        ["nominal, bf16", nominal, "data sheet" if gpu.name in GPUS else "given", "--gpu"],
+        *([name, text, _source(plan, key, NO_GPU), f"--{key}"] for name, text, key in rates),
         ["Python", f"{1e3 * planner.HOST:g} ms a layer and micro-batch", "assumed", ""],
-        [
-            "kernels",
-            f"{planner.KERNELS} a layer, {1e6 * planner.GAP:g} us between",
-            "counted; assumed",
-            "",
-        ],
-        [
-            "an evaluation",
-            f"{planner.EVALUATED:g} of training its windows",
-            "assumed",
-            "--eval.windows",
-        ],
-        [
-            "network of a GPU",
-            f"{plan.network:g} GB/s, {1e3 * planner.MESSAGE:g} ms a message",
-            "assumed",
-            "--network",
-        ],
-        ["storage", f"{plan.storage:g} GB/s", "assumed", "--storage"],
+        ["kernels", gaps, "counted; assumed", ""],
         ["CUDA, workspaces", size(planner.CONTEXT), "assumed", ""],
-        [
-            "preparing",
-            f"{rate:,.0f} events/s a core",
-            source(plan.prepared_events, "measured: eICU demo, bench/results/prepare.jsonl"),
-            "--prepared_events",
-        ],
+    ]
+
+
+def _machine_known(run: Planned) -> list[Row]:
+    """Of the machines around it."""
+    plan, rate = run.plan, run.plan.prepared_events or PREPARED[run.facts.format]
+    network = f"{plan.network:g} GB/s, {1e3 * planner.MESSAGE:g} ms a message"
+    evaluation = f"{planner.EVALUATED:g} of training its windows"
+    prepared = _source(plan, "prepared_events", PREPARED_SOURCE)
+    return [
+        ["an evaluation", evaluation, "assumed", "--eval.windows"],
+        ["network of a GPU", network, _source(plan, "network", "assumed"), "--network"],
+        ["storage", f"{plan.storage:g} GB/s", _source(plan, "storage", "assumed"), "--storage"],
+        ["preparing", f"{rate:,.0f} events/s a core", prepared, "--prepared_events"],
         ["table of windows", f"{1e6 * TABLE:g} us a window", TABLE_SOURCE, ""],
         ["planning a step", f"{1e3 * PLANNING:g} ms a window, each rank", PLANNING_SOURCE, ""],
+        ["imports", f"{IMPORTS:g} s", "assumed", ""],
     ]
-    return rows
+
+
+def _source(plan: PlanSettings, key: str, otherwise: str) -> str:
+    """Return where a figure comes from that a key of the plan can give."""
+    return "given" if key in plan.model_fields_set else otherwise
 
 
 def _from_data(run: Planned) -> str:
@@ -259,7 +236,7 @@ def _from_data(run: Planned) -> str:
     return "assumed: records of equal length"
 
 
-def _notes(run: Planned, first: Column):
+def _notes(run: Planned, first: Column) -> Iterator[str]:
     """Yield what a reader should do or know, a line each."""
     yield from _memory_notes(run)
     phases, plan, optim = run.phases, run.plan, run.settings.optim
@@ -282,7 +259,7 @@ def _notes(run: Planned, first: Column):
         yield f"planning a step takes {planning:.2f} s on each rank, longer than a step"
     yield _other_format(run, first)
     if run.facts.prepared is None:
-        yield "no prepared data: python -m smbfast.prepare on a part of them measures tokens an event"
+        yield "tokens an event are measured if data.prepared names a prepared folder, of a part too"
     stride = run.settings.data.stride
     yield (
         "windows do not overlap, an epoch reads each token once"
@@ -292,23 +269,21 @@ def _notes(run: Planned, first: Column):
 
 
 def _other_format(run: Planned, first: Column) -> str:
-    from smbfast.run.plan_data import DEMOS, TOKENS
-
     other = "text" if run.facts.format == "codes" else "codes"
     ratio = TOKENS[other] / run.facts.tokens_an_event
     return (
-        f"in the format {other} an event has {TOKENS[other]:g} tokens ({DEMOS}): the same events in "
-        f"about {first.total / DAY * ratio:,.2f} days"
+        f"in the format {other} an event has {TOKENS[other]:g} tokens ({DEMOS}): the same events "
+        f"in about {first.total / DAY * ratio:,.2f} days"
     )
 
 
-def _memory_notes(run: Planned):
+def _memory_notes(run: Planned) -> Iterator[str]:
     memory, gpus = run.memory, run.plan.gpus
     held = sum(memory.parts[n] for n in ("frozen weights", "trained weights", "moments", "target"))
     if memory.sharded and memory.fits:
         yield (
             f"one {run.gpu.name} does not hold the backbone with a step: model.fsdp=true divides "
-            f"its layers among {gpus:,} GPUs, each of which then needs {memory.total / 1e9:,.1f} GB "
+            f"its layers among {gpus:,} GPUs; each then needs {memory.total / 1e9:,.1f} GB "
             f"({held / 1e9:,.1f} without a step)"
         )
     elif not memory.fits:
@@ -327,14 +302,11 @@ def _memory_notes(run: Planned):
 
 
 def count(value: float) -> str:
-    """Return a count with three digits: 20.0e9, 4.88e6, 512."""
+    """Return a count with three digits: 20e9, 4.88e6, 512."""
     for power in (9, 6):
         if value >= 10**power:
-            return (
-                f"{value / 10**power:,.3g}e{power}"
-                if value < 10 ** (power + 3)
-                else f"{value / 10**power:,.0f}e{power}"
-            )
+            number = value / 10**power
+            return f"{number:,.0f}e{power}" if number >= 1000 else f"{number:.3g}e{power}"
     return f"{value:,.0f}"
 
 

@@ -1,7 +1,7 @@
 """The plan of a run on GPUs that need not be here: FLOPs and bytes counted, rates assumed.
 
-A sample of windows stands for all: each is packed as a step packs it, and its FLOPs and bytes follow
-in closed form (`smbfast.model.flops`, `smbfast.model.traffic`). Memory is traced as a run traces it
+A sample of windows stands for all: each is packed as a step packs it; its FLOPs and bytes follow in
+closed form (`smbfast.model.flops`, `smbfast.model.traffic`). Memory is traced as a run traces it
 (`smbfast.model.memory`), on two models of few layers, because it is a line in their number. Nothing
 is prepared, loaded or trained.
 """
@@ -18,7 +18,7 @@ from smbfast.data.packing import online_cost, plan_micro_batches
 from smbfast.model.backbone import HfModule, PatientEncoder
 from smbfast.model.flops import Flops, ModelShape, online_flops, step_flops
 from smbfast.model.memory import MOST, Memory, choose_micro_tokens
-from smbfast.model.shapes import backbone_config, encoder_on_meta
+from smbfast.model.shapes import ON_GPU, backbone_config, encoder_on_meta
 from smbfast.model.target import TargetForm
 from smbfast.model.traffic import Traffic
 from smbfast.run.plan_data import DataFacts, Sample, sampled
@@ -117,9 +117,7 @@ class Planned:
         """The encoder, on meta."""
         return self.encoder_of(None)
 
-    def encoder_of(
-        self, layers: int | None, device: torch.device = torch.device("cuda")
-    ) -> PatientEncoder:
+    def encoder_of(self, layers: int | None, device: torch.device = ON_GPU) -> PatientEncoder:
         """Return the encoder with some number of layers, as it would be on a device."""
         facts = self.facts
         return encoder_on_meta(
@@ -204,13 +202,10 @@ def phase_plan(run: Planned, phase: PhaseSettings) -> PhasePlan:
     sample = sampled(run.settings, phase, run.facts)
     windows = run.batch / len(sample.batches)  # times that the sample is in a step
     again = 1 if run.settings.model.recompute == "full" else 0
-    moving = phase.freeze != "decoder"
+    moving, codes = phase.freeze != "decoder", phase.w_codes > 0
     traffic = run.traffic(phase)
     rates = Rates.of(run.gpu, run.plan, run.encoder.dtype)
-    own = [
-        step_flops(run.shape, b, codes=phase.w_codes > 0, freeze=phase.freeze)
-        for b in sample.batches
-    ]
+    own = [step_flops(run.shape, b, codes=codes, freeze=phase.freeze) for b in sample.batches]
     flops = sum(own, Flops())
     seconds = _computing(run, sample, flops, rates, moving=moving)
     elements = sum(traffic.elements(b, backward=moving, again=again) for b in sample.batches)
@@ -283,7 +278,6 @@ def _dealt(run: Planned, sample: Sample) -> tuple[float, float]:
 
 def _exchanged(encoder: PatientEncoder, phase: PhaseSettings) -> dict[str, int]:
     """Return the bytes of the gradients of a phase, which are exchanged in fp32."""
-    rows = encoder.trained_rows()
     own = {name: p.numel() for name, p in encoder.named_parameters() if p.requires_grad}
     named = {
         "token rows": sum(n for name, n in own.items() if "trainable_tokens" in name),
@@ -299,7 +293,6 @@ def _exchanged(encoder: PatientEncoder, phase: PhaseSettings) -> dict[str, int]:
         named["head of codes"] = 0
     if phase.freeze == "decoder":
         named = {n: v for n, v in named.items() if n in ("predictor", "head of codes")}
-    assert rows is None or named.get("token rows", 1)
     return {name: 4 * n for name, n in named.items() if n}
 
 
@@ -310,7 +303,7 @@ def peaks_of(run: Planned, device: torch.device | None = None) -> Callable[[int]
         device: a CPU, where the run trains on one; None for the GPU of the plan.
     """
     layers = run.config.num_hidden_layers
-    made_for, traced_on = device or torch.device("cuda"), torch.device("cpu")
+    made_for, traced_on = device or ON_GPU, torch.device("cpu")
     numbers = FEW if layers > FEW[1] else (layers,)
     encoders = [run.encoder_of(n, made_for) for n in numbers]
     kinds = heaviest([Kind.of(phase) for phase in run.settings.phases])

@@ -1,4 +1,4 @@
-"""Settings of a plan: which GPUs, how much data, and figures that take the place of assumed ones."""
+"""Settings of a plan: which GPUs, how much data, figures that take the place of assumed ones."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -115,8 +115,8 @@ class PlanSettings(Settings):
     network: float = Field(
         50.0,
         gt=0,
-        description="GB/s of one GPU in a ring of all of them, for the all-reduce of gradients and, "
-        "with model.fsdp, for the weights of layers: 50 is one 400 Gbit/s card for each GPU.",
+        description="GB/s of one GPU in a ring of all of them, for the all-reduce of gradients "
+        "and, with model.fsdp, for the weights of layers: 50 is one 400 Gbit/s card for each GPU.",
     )
     storage: float = Field(
         1.0,
