@@ -5,6 +5,8 @@ Functions of this module run in processes that `tests.rank_server` forks.
 
 import hashlib
 import os
+import signal
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
@@ -14,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import smbfast.train as entry
@@ -42,7 +45,7 @@ COMMON = [
     "--objective.tracked_every=3",
     "--objective.tracked_rank=1",
 ]
-PHASE = '[[phases]]\nname = "{}"\nsteps = {}\nw_sft = {}\nw_jepa = {}\nlr = 3e-3\n{}\n'
+PHASE = '[[phases]]\nname = "{}"\nsteps = {}\nw_sft = {}\nw_jepa = {}\nlr = 1e-4\n{}\n'
 AHEAD = '[objective]\njepa = "horizon"\nhorizons = ["30d", "365d"]\npositions = 8\n'
 
 
@@ -66,6 +69,8 @@ OBJECTIVES = {
     ),
     "codes": _phases((6, 1, 0), (14, 0.5, 0, "w_codes = 1.0"), head=AHEAD),
     "curriculum": _phases((8, 1, 0), (12, 0, 1), head="[objective]\ncuts = 2\n"),
+    "sparse": _phases((6, 0, 1), head=AHEAD.replace("30d", "3d").replace("365d", "9d")),
+    "first": _phases((2, 1, 0)),
 }
 
 
@@ -90,7 +95,6 @@ def make_data(folder: str) -> None:
     simulate(root / "cohort", 60, 0)
     for name, text in OBJECTIVES.items():
         (root / f"{name}.toml").write_text(text)
-    (root / "first.toml").write_text(_phases((1, 1, 0)))
     data = [f"--data.path={root / 'cohort'}", *COMMON]
     for form in FORMATS:
         # a backbone that does not know the section tags: LoRA trains rows for them
@@ -163,7 +167,7 @@ def trained(
     Args:
         on: the rank that is unlike the others.
         micro_tokens: what fits on each rank.
-        unlike: on that rank: `words` that come behind the others, `stop_after` steps, the `seed`
+        unlike: on that rank: words `more` that come behind the others, `stop_after` steps, the `seed`
             of its plan, or whether its weights are `moved` behind the first step.
     """
     rank = int(os.environ.get("RANK", "0"))
@@ -174,7 +178,7 @@ def trained(
         vars(open_run)["make_step"] = partial(_of_seed, open_run.make_step, unlike["seed"])
     if unlike.get("moved"):
         vars(loop)["forward_backward"] = partial(_moved, loop.forward_backward)
-    return run(*words, *unlike.get("words", []), stop_after=unlike.get("stop_after"))
+    return run(*words, *unlike.get("more", []), stop_after=unlike.get("stop_after"))
 
 
 def _of_seed(make: Callable, own: int, *words: Any, seed: int, **more: Any) -> Any:
@@ -185,6 +189,16 @@ def _moved(real: Callable, losses: Any, encoder: Any, *words: Any, **more: Any) 
     with torch.no_grad():
         encoder.mask_vector[0] += 1e-7
     return real(losses, encoder, *words, **more)
+
+
+def waits(on: int, killed: bool = False) -> None:
+    """Wait for a rank that never comes, or is killed."""
+    dist.init_process_group("gloo")
+    if dist.get_rank() == on:
+        while not killed:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
 
 
 def windows_of(batch: PackedBatch) -> list[str]:

@@ -6,12 +6,13 @@ Cases run in processes that one server forks, by the command of training itself.
 import json
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.rank_server import ranks_give
+from tests.rank_server import ranks_give, run_ranks
 from tests.ranks_case import Case, words_of
 
 pytestmark = pytest.mark.slow
@@ -78,12 +79,13 @@ def assert_same_run(run: Path, alone: Path, tol: float = 1e-6) -> None:
     last = sorted(path.name for path in (alone / "checkpoints").iterdir())[-1]
     one, other = (r / "checkpoints" / last for r in (run, alone))
     records = [json.loads((folder / "record.json").read_text()) for folder in (one, other)]
-    for name in ("step", "optimizer_steps", "target_updates", "best"):
-        assert name == "best" or records[0][name] == records[1][name]
+    for name in ("step", "optimizer_steps", "target_updates"):
+        assert records[0][name] == records[1][name]
     tensors, true_tensors = (load_file(folder / "state.safetensors") for folder in (one, other))
     assert tensors.keys() == true_tensors.keys()
     for name, tensor in true_tensors.items():
-        if name.startswith(("model.", "target.")):
+        # moments are squares of gradients; what truncation lost is a sum of squares near rounding
+        if name.startswith(("model.", "target.")) and not name.endswith((".lost", ".discarded")):
             far = torch.linalg.vector_norm((tensors[name] - tensor).double())
             assert far <= 1e-4 * torch.linalg.vector_norm(tensor.double()), (name, float(far))
 
@@ -107,3 +109,76 @@ def test_ranks_train_as_one_process(case, data, tmp_path):
     together = [[micro for own in step for micro in own] for step in zip(*ranks, strict=True)]
     assert len(alone) == STEPS and flat(together) == flat(alone)
     assert_same_run(tmp_path / "ranks", tmp_path / "alone")
+
+
+def test_ranks_without_a_window_take_part(data, tmp_path):
+    """Of four windows, those alone are trained on that have tokens in a horizon."""
+    more = ["--optim.batch=4", "--optim.micro_tokens=4096"]
+    words = [*words_of(data, "sparse", "text", "whole"), *more]
+    alone = ranks_give(0, TRAINED, words=[*words, f"--run.dir={tmp_path / 'alone'}"])[0]
+    ranks = ranks_give(4, TRAINED, words=[*words, f"--run.dir={tmp_path / 'ranks'}"])
+    assert min(len(step) for step in ranks[3]) == 0 < max(len(step) for step in ranks[0])
+    assert any(not step for step in alone)  # all ranks are idle then
+    assert_same_run(tmp_path / "ranks", tmp_path / "alone")
+
+
+def test_checkpoints_go_on_with_any_number_of_ranks(data, tmp_path):
+    """Four ranks, one, two; each time one rank alone is asked to stop, and all of them do."""
+    case, seen = Case(4, 400, "horizon", "codes", "tracked", "none"), []
+    alone = ranks_give(0, TRAINED, words=words_for(data, case, tmp_path / "alone"))[0]
+    words = words_for(data, case, tmp_path / "ranks")
+    for world, stop in ((4, {"on": 2, "stop_after": 7}), (0, {"on": 0, "stop_after": 6}), (2, {})):
+        ranks = ranks_give(world, TRAINED, words=words, **stop)
+        seen += [[micro for own in step for micro in own] for step in zip(*ranks, strict=True)]
+        status = json.loads((tmp_path / "ranks" / "status.json").read_text())
+        assert status["step"] == len(seen)
+        assert status["state"] == ("preempted" if stop else "done")
+    assert flat(seen) == flat(alone)
+    assert_same_run(tmp_path / "ranks", tmp_path / "alone")
+
+
+def test_all_ranks_plan_with_the_least_that_fits(data, tmp_path):
+    words = words_of(data, "first", "text", "whole")
+    words += [f"--run.dir={tmp_path / 'ranks'}", "--optim.micro_tokens=auto"]
+    ranks = ranks_give(2, TRAINED, words=words, micro_tokens=[4096, 200])
+    assert [len(own[0]) for own in ranks] == [3, 3]
+    record = json.loads((tmp_path / "ranks/checkpoints/step-000002/record.json").read_text())
+    assert record["micro_tokens"] == 200
+
+
+UNLIKE: dict[str, tuple[dict[str, Any], str]] = {
+    "shards": ({"more": ["--data.prepared={data}/shards-text-lora"]}, "the same token shards"),
+    "settings": ({"more": ["--optim.clip=2"]}, "the same settings"),
+    "plan": ({"seed": 1}, "planned a step otherwise"),
+    "weights": ({"moved": True}, "no longer those of rank 0"),
+}
+
+
+@pytest.mark.parametrize("what", UNLIKE)
+def test_what_ranks_have_otherwise_is_named(what, data, tmp_path):
+    unlike, message = UNLIKE[what]
+    if "more" in unlike:
+        unlike = {"more": [word.format(data=data) for word in unlike["more"]]}
+    words = [*words_of(data, "first", "text", "whole"), f"--run.dir={tmp_path}"]
+    outcomes = run_ranks(2, TRAINED, words=words, on=1, **unlike)
+    assert all(message in (outcome.error or "") for outcome in outcomes), outcomes
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_fewer_windows_than_ranks_and_data_not_prepared_are_refused(data, tmp_path):
+    words = [*words_of(data, "first", "text", "whole"), f"--run.dir={tmp_path / 'run'}"]
+    for more, message in (
+        ("--optim.batch=1", "optim.batch must be at least 2"),
+        (f"--data.prepared={tmp_path / 'none'}", "python -m smbfast.prepare --path="),
+    ):
+        outcomes = run_ranks(2, TRAINED, words=[*words, more])
+        assert message in (outcomes[0].error or "") and outcomes[1].error, outcomes
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_rank_that_hangs_or_dies_is_named():
+    """As otherwise a test of ranks could wait for ever, or pass without one."""
+    hung = run_ranks(2, "tests.ranks_case:waits", timeout=1.0, on=1)
+    assert [o.error for o in hung] == ["no answer within 1 s"] * 2 and "in waits" in hung[0].printed
+    died = run_ranks(2, "tests.ranks_case:waits", on=1, killed=True)
+    assert died[1].error == "killed by signal 9" and "Connection" in (died[0].error or "")
