@@ -89,13 +89,17 @@ def composed(
     skipped = counts["before_first_event"] + counts["unknown_subjects"]
     assert counts["embedded"] + skipped == counts["nodes"] == len(nodes.time_K)
     found = {(t.subject, t.time): (r, t) for r, t in zip(records, texts, strict=True)}
+    begins = {}  # of the last bucket of each node's window
+    for key, (record, _) in found.items():
+        cut, _ = node_window(record, window, preamble)
+        begins[key] = cut.bucket_start(len(cut.bucket_end_B) - 1)
     for tokens in (1, 2 * window, 1 << 40):
-        check_shared(found, tokens, window, preamble, tails=isinstance(serializer, Serializer))
+        check_shared(found, tokens, begins, tails=isinstance(serializer, Serializer))
     return found
 
 
 def check_shared(
-    found: Composed, tokens: int, window: int, preamble: Preamble, *, tails: bool
+    found: Composed, tokens: int, begins: dict[tuple[int, int], int], *, tails: bool
 ) -> None:
     """Trunk prefix and branch of every node are its window; no complete bucket is in a branch."""
     seen = []
@@ -109,8 +113,7 @@ def check_shared(
             assert seen_of_trunk == prefix > 0
             ids_T = np.concatenate([shared.trunk_T[:prefix], own_T])
             assert np.array_equal(ids_T, node.ids_T)
-            cut, _ = node_window(found[seen[-1]][0], window, preamble)
-            assert prefix >= cut.bucket_start(len(cut.bucket_end_B) - 1)
+            assert prefix >= begins[seen[-1]]
     assert seen == list(found)
 
 
