@@ -45,7 +45,7 @@ print(OPS["masked_jepa_mse"].status("cpu")["cpp"])
 
 # each process is a fork of one that has imported torch, as `CALL` would
 FORKS = """
-import os, sys, torch
+import os, sys, torch, triton
 code, children = sys.stdin.read(), []
 for number in range(int(sys.argv[1])):
     children.append(os.fork())
