@@ -114,7 +114,7 @@ def test_a_peer_must_be_there_and_prepare_everything(tmp_path):
 def test_a_run_beside_a_peer_is_recorded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     python = a_peer(tmp_path / "bin")
-    prepare.main(["--patients=300", "--copies=2", f"--peer={python}", "--save"])
+    prepare.main(["--patients=1000", "--copies=2", f"--peer={python}", "--save"])
     lines = [json.loads(x) for x in (tmp_path / "prepare.jsonl").read_text().splitlines()]
     assert [x["tool"] for x in lines] == [prepare.OURS, prepare.PEER]
     for line in lines:
