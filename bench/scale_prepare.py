@@ -2,10 +2,11 @@
 
 `kills` starts two processes on one folder again and again, kills one or both at a random moment,
 lets the other or the next one finish, and compares every byte with what one process makes alone.
-`pairs` measures whole commands, start-up included: one process against two on a cohort that is
-repeated with other subject ids and jittered values. `cohort` measures two processes on simulated
-patients, and meds-torch-data on the same folder in the same rounds where there is one. Each process
-of ours works on one file at a time (`--workers=1`); what is compared has both cores.
+`cluster` does so with the workers of a Dask or Ray cluster, and kills the command once. `pairs`
+measures whole commands, start-up included: one process against two on a cohort that is repeated
+with other subject ids and jittered values. `cohort` measures two processes on simulated patients,
+and meds-torch-data on the same folder in the same rounds where there is one. Each process of ours
+works on one file at a time (`--workers=1`); what is compared has both cores.
 """
 
 import contextlib
@@ -19,6 +20,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, Literal
@@ -52,9 +55,12 @@ class ScalePrepareBench(Settings):
 
   One process against two, and a peer in an environment of its own:
     python -m venv peer && peer/bin/pip install meds-torch-data==0.9.0
-    python -m bench.scale_prepare --parts=pairs,cohort --peer=peer/bin/python --save"""
+    python -m bench.scale_prepare --parts=pairs,cohort --peer=peer/bin/python --save
 
-    parts: list[Literal["kills", "pairs", "cohort"]] = Field(
+  A Dask cluster of two workers on this machine:
+    python -m bench.scale_prepare --parts=cluster --on=dask://local?workers=2"""
+
+    parts: list[Literal["kills", "pairs", "cohort", "cluster"]] = Field(
         ["kills", "pairs", "cohort"], min_length=1, description="What is measured."
     )
     data: Path | None = Field(
@@ -72,7 +78,9 @@ class ScalePrepareBench(Settings):
     kills: int = Field(50, ge=1, description="Number of processes to kill.")
     seed: int = Field(0, ge=0, description="Random seed of the moments.")
     on: str | None = Field(
-        None, description="Cluster whose workers do the work too, once, in the part `kills`."
+        None,
+        description="Address of a running cluster for the part `cluster`, as prepare takes it; its "
+        "workers need smbfast, and the folder of temporary files.",
     )
     peer: Path | None = Field(
         None,
@@ -193,6 +201,45 @@ def killed_processes(settings: ScalePrepareBench, work: Path) -> Iterator[dict[s
         }
 
 
+def on_cluster(settings: ScalePrepareBench, work: Path) -> Iterator[dict[str, Any]]:
+    """The bytes of a cluster against those of one process.
+
+    Raises:
+        ValueError: no cluster is named.
+    """
+    if settings.on is None:
+        raise ValueError("the part `cluster` needs --on=dask://HOST:PORT or ray://HOST:PORT")
+    data = work / "cluster"
+    simulate(data, 4096, 3, patients_per_file=256)
+    for form in ("codes", "text"):
+        more, one, out = (f"--format={form}",), work / f"{form}-1", work / f"{form}-cluster"
+        cost = together(ours(data, one, *more), 1)
+        words = ours(data, out, *more, f"--on={settings.on}")
+        there = together(words, 1)
+        whole = content(out) == content(one)
+        shutil.rmtree(out)
+        pid = os.posix_spawn(words[0], words, os.environ)
+        while not list(out.glob("train/*.shard")):
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        left = len(list(out.glob("*/*.shard")))
+        together(words, 1)
+        yield {
+            "part": "cluster",
+            "engine": settings.on.partition(":")[0],
+            "engine_versions": {n: version(n) for n in ("distributed", "ray") if find_spec(n)},
+            "format": form,
+            "shards": len(list(out.glob("*/*.shard"))),
+            "shards_when_killed": left,
+            "wall_s": there.wall_s,
+            "wall_s_of_one": cost.wall_s,
+            "same_bytes": whole,
+            "same_bytes_after_a_kill": content(out) == content(one),
+            "met": whole and content(out) == content(one),
+        }
+
+
 def _status(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -279,6 +326,8 @@ def main(argv: list[str] | None = None) -> None:
         try:
             if "kills" in settings.parts:
                 rows += killed_processes(settings, work)
+            if "cluster" in settings.parts:
+                rows += on_cluster(settings, work)
             if {"pairs", "cohort"} & set(settings.parts):
                 data = settings.data or work / "cohort"
                 if not settings.data:
