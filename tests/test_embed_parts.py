@@ -13,11 +13,23 @@ from smbkernels.attention import Segments
 from torch import Tensor
 
 from smbfast.data import node_parts
-from smbfast.data.nodes import HELD_OUT, Nodes, NodeText
+from smbfast.data.labels import read_labels, with_splits
+from smbfast.data.meds import MedsDataset
+from smbfast.data.node_parts import NodeSource
+from smbfast.data.nodes import (
+    HELD_OUT,
+    Nodes,
+    NodeText,
+    distinct_nodes,
+    node_texts,
+    sorted_nodes,
+)
 from smbfast.probing import embedding_parts
 from smbfast.probing.embedding import Model
 from smbfast.probing.embedding_parts import PartFolder, embed_nodes, part_folder, parts_of
 from smbfast.probing.features import read_embeddings
+from tests.data.event_tables import our_bpe, serializer_of
+from tests.factory import write_labels, write_meds
 from tests.listed import Listed
 
 CPU = torch.device("cpu")
@@ -186,7 +198,9 @@ def dataset(files: dict[str, list[list[int]]]) -> SimpleNamespace:
     """Subjects of the files of each split."""
     splits = {s: [Path(f"{s}/{n}") for n in range(len(own))] for s, own in files.items()}
     known = {
-        (s, p): np.array(i) for s, own in files.items() for p, i in zip(splits[s], own, strict=True)
+        (split, path): np.array(ids)
+        for split, own in files.items()
+        for path, ids in zip(splits[split], own, strict=True)
     }
     return SimpleNamespace(splits=splits, subjects=lambda split, own: known[split, own[0]])
 
@@ -216,3 +230,40 @@ def test_parts_depend_on_the_data_and_the_nodes_alone():
     others = node_parts.node_parts(data, fewer, size=20)
     for one, other in zip(others, parts[: len(others)], strict=True):
         np.testing.assert_array_equal(fewer.time_K[one.index_M], nodes.time_K[other.index_M])
+
+
+def test_parts_are_read_in_any_order_and_in_order_by_one_pass_over_a_file(tmp_path, monkeypatch):
+    write_meds(tmp_path)
+    data, serializer = MedsDataset.open(tmp_path), serializer_of(our_bpe())
+    nodes = distinct_nodes([with_splits(read_labels(write_labels(tmp_path)), data)])
+    day = 86_400_000_000
+    nodes = sorted_nodes(  # half of them four days earlier: two of these before the first event
+        np.repeat(nodes.subject_K, 2),
+        np.stack([nodes.time_K, nodes.time_K - 4 * day], 1).ravel(),
+        np.repeat(nodes.split_K, 2),
+    )
+    lost: dict[str, int] = {}
+    ids = {t.index: t.ids_T.tolist() for t in node_texts(data, serializer, nodes, 60, lost)}
+    assert lost["before_first_event"] and lost["tokens_lost"]
+    passes, real = [], MedsDataset.file_batches
+
+    def counted(dataset: MedsDataset, file: Path, *inputs, **more):
+        passes.append(file)
+        return real(dataset, file, *inputs, **more)
+
+    monkeypatch.setattr(MedsDataset, "file_batches", counted)
+    source = NodeSource(data, serializer, nodes, 60, size=5)
+    assert len(source.parts) > 6
+    for order in (source.parts, source.parts[::-1], source.parts[::2] + source.parts[1::2]):
+        passes.clear()
+        counts: list[dict[str, int]] = [{} for _ in order]
+        own = [list(source.texts(p, c)) for p, c in zip(order, counts, strict=True)]
+        assert {t.index: t.ids_T.tolist() for texts in own for t in texts} == ids
+        assert source.counted(counts) == lost
+        if order is source.parts:
+            assert sorted(passes) == sorted(f for own in data.splits.values() for f in own)
+    os.utime(data.splits["train"][0], ns=(1, 1))
+    with pytest.raises(ValueError, match="must not change while it is read"):
+        list(source.texts(source.parts[0], {}))
+    again = NodeSource(MedsDataset.open(tmp_path), serializer, nodes, 60)
+    assert again.state() != source.state()

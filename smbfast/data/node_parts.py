@@ -44,7 +44,7 @@ class NodePart:
     pieces: list[Piece]
 
 
-def node_parts(dataset: MedsDataset, nodes: Nodes, size: int = NODES) -> list[NodePart]:
+def node_parts(dataset: MedsDataset, nodes: Nodes, size: int) -> list[NodePart]:
     """Divide the nodes of known subjects into parts of `size` nodes, in the order of the data.
 
     A part ends with the subject that fills it; at the end of a file half of that is enough, so that
@@ -119,13 +119,15 @@ class NodeSource:
         serializer: Serializer | CodeSerializer,
         nodes: Nodes,
         window: int,
+        size: int = NODES,
     ) -> None:
         """Take the nodes in parts.
 
         Args:
             window: the most tokens of a node.
+            size: see `node_parts`.
         """
-        self.nodes, self.parts = nodes, node_parts(dataset, nodes)
+        self.nodes, self.parts = nodes, node_parts(dataset, nodes, size)
         self._dataset, self._serializer, self._window = dataset, serializer, window
         self._pass: _Pass | None = None
 
