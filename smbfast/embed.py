@@ -10,7 +10,7 @@ from smbfast.settings import EmbedSettings, require_meds_folder
 def main(argv: list[str] | None = None) -> None:
     """The command: arguments, a model, one call of `smbfast.serving`, what it counted."""
     settings = command_line(EmbedSettings, argv, prog="python -m smbfast.embed")
-    with entry("smbfast.embed"):
+    with entry("smbfast.embed", stopped="the same command goes on with the parts that are done"):
         if Path(settings.out).is_dir():
             raise ValueError(f"`out` must be a parquet file to write; {settings.out} is a folder")
         require_meds_folder(Path(settings.data))  # refused before the imports that take seconds

@@ -32,6 +32,10 @@ class EmbedSettings(Settings):
     python -m smbfast.embed --model=runs/default/final --data=MEDS_FOLDER \\
         --labels=mortality_1y,readmission_30d --out=embeddings.parquet
 
+  Embed by eight GPUs of this machine; a job array on Slurm is docs/slurm/embed.sbatch:
+    torchrun --nproc-per-node=8 -m smbfast.embed --model=runs/default/final \
+        --data=MEDS_FOLDER --at=last --out=now.parquet
+
   Embed with an adapter whose backbone is in another folder than during training:
     python -m smbfast.embed --model=final --model.path=Qwen3-8B --data=MEDS_FOLDER --at=last \\
         --out=now.parquet"""
@@ -67,8 +71,11 @@ class EmbedSettings(Settings):
     )
     out: str = Field(
         description="Parquet file to write. It is readable by you alone and appears only when it "
-        "is complete; an older file of this name is replaced. Until then its folder needs room for "
-        "the embeddings twice, because memory does not hold them."
+        "is complete; an older file of this name is replaced. Until then its embeddings lie in "
+        "parts in the folder OUT.parts: the same command started again goes on with them, and "
+        "started several times, on any number of machines that share the folder, it divides them. "
+        "At the end there must be room for the embeddings three times, because memory does not "
+        "hold them."
     )
     encoder: Literal["online", "target"] = Field(
         "online",
