@@ -103,7 +103,7 @@ class Traffic:
 def _passes(encoder: PatientEncoder) -> Iterator[int]:
     """Yield K + N of each set of adapted linears that read the same input."""
     sizes = {
-        name: (layer.in_features, layer.out_features)
+        name: (int(layer.get_base_layer().in_features), int(layer.get_base_layer().out_features))
         for name, layer in encoder.lora_layers().items()
     }
     for names in SHARING:
