@@ -24,7 +24,7 @@ from bench import records
 from smbfast.base.config import Settings, build, command_line
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.memory import full_batch
-from smbfast.model.target import TargetEncoder
+from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.run.planner import Planned, peaks_of, planned
 from smbfast.run.startup import Kind, heaviest, losses_of
 from smbfast.run.step import backward
@@ -42,7 +42,7 @@ AHEAD = ["objective.jepa=horizon", "objective.horizons=[1d,30d]", "phases.1.w_co
 CASES: dict[str, tuple[list[str], int]] = {
     "LoRA, both losses": (LORA, 1024),
     "LoRA, both losses, 2,048 tokens": (LORA, 2048),
-    "LoRA, merged target": ([*LORA, "objective.target_form=merged"], 1024),
+    "LoRA, tracked target": ([*LORA, "objective.target_form=tracked"], 1024),
     "LoRA, recompute mlp": ([*LORA, "model.recompute=mlp"], 2048),
     "LoRA, recompute full": ([*LORA, "model.recompute=full"], 2048),
     "LoRA, SFT alone": ([*LORA, "phases.1.w_jepa=0"], 2048),
@@ -105,7 +105,7 @@ def trained(encoder: PatientEncoder, run: Planned, tokens: int) -> None:
     losses = partial(losses_of(settings), **scales)
     parameters = [p for p in encoder.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, fused=True)
-    target = TargetEncoder(encoder, run.form) if kind.jepa else None
+    target = TargetEncoder(encoder, TargetForm.of(settings.objective)) if kind.jepa else None
     for micro in (1, 2):
         for _ in range(micro):
             backward(losses(encoder, target, batch))

@@ -18,10 +18,10 @@ CUTS = 8  # contexts of the windows that stand for all where no data are prepare
 EVENTS = 4000  # of a patient: assumed, as in 20e9 events of 5e6 patients
 NEW_ROWS = 32  # of section tags, where no data are prepared: assumed
 HORIZONS, CLASSES = 4, 2000  # where no data are prepared: assumed
-DEMOS = "assumed: the MIMIC-IV and eICU demos, docs/results.md"
+DEMOS = "assumed: the MIMIC-IV and eICU demos, docs/results.md (text by day; by hour 7)"
 # of training windows over events; a shard's bytes over events
 TOKENS = {"codes": 1.15, "text": 3.9, "text-paper": 6.3}
-BYTES = {"codes": 32.0, "text": 29.0, "text-paper": 39.0}
+BYTES = {"codes": 28.5, "text": 24.0, "text-paper": 35.0}
 # events a core prepares in a second: the eICU demo in bench/results/prepare.jsonl
 PREPARED = {"codes": 1.0e6, "text": 250e3, "text-paper": 250e3}
 
