@@ -15,6 +15,7 @@ from smbfast.settings import (
     CompareSettings,
     EmbedSettings,
     ExperimentSettings,
+    PlanSettings,
     PrepareSettings,
     ProbeCommandSettings,
     ReportSettings,
@@ -36,6 +37,7 @@ MODELS = [
     TasksSettings,
     CompareSettings,
     ExperimentSettings,
+    PlanSettings,
 ]
 HEAVY = ["torch", "peft", "sklearn", "pyarrow", "transformers", "numpy", "scipy", "triton"]
 COMMANDS = [
