@@ -69,7 +69,9 @@ OBJECTIVES = {
     ),
     "codes": _phases((6, 1, 0), (14, 0.5, 0, "w_codes = 1.0"), head=AHEAD),
     "curriculum": _phases((8, 1, 0), (12, 0, 1), head="[objective]\ncuts = 2\n"),
-    "sparse": _phases((6, 0, 1), head=AHEAD.replace("30d", "3d").replace("365d", "9d")),
+    "sparse": _phases(
+        (2, 1, 0), (4, 0, 1), head="[objective]\nmin_future = 109\ncontext = [0.01, 0.9]\n"
+    ),
     "first": _phases((2, 1, 0)),
 }
 
@@ -167,8 +169,8 @@ def trained(
     Args:
         on: the rank that is unlike the others.
         micro_tokens: what fits on each rank.
-        unlike: on that rank: words `more` that come behind the others, `stop_after` steps, the `seed`
-            of its plan, or whether its weights are `moved` behind the first step.
+        unlike: on that rank: words `more` that come behind the others, `stop_after` steps, the
+            `seed` of its plan, or whether its weights are `moved` behind the first step.
     """
     rank = int(os.environ.get("RANK", "0"))
     unlike = unlike if rank == on else {}

@@ -112,13 +112,15 @@ def test_ranks_train_as_one_process(case, data, tmp_path):
 
 
 def test_ranks_without_a_window_take_part(data, tmp_path):
-    """Of four windows, those alone are trained on that have tokens in a horizon."""
-    more = ["--optim.batch=4", "--optim.micro_tokens=4096"]
-    words = [*words_of(data, "sparse", "text", "whole"), *more]
+    """Of the few windows with a cut, each step has all, and they are fewer than ranks."""
+    words = [*words_of(data, "sparse", "text", "whole"), "--optim.micro_tokens=4096"]
     alone = ranks_give(0, TRAINED, words=[*words, f"--run.dir={tmp_path / 'alone'}"])[0]
     ranks = ranks_give(4, TRAINED, words=[*words, f"--run.dir={tmp_path / 'ranks'}"])
-    assert min(len(step) for step in ranks[3]) == 0 < max(len(step) for step in ranks[0])
-    assert any(not step for step in alone)  # all ranks are idle then
+    assert 0 < len(alone[-1][0]) < 4
+    assert [len(own[0]) for own in ranks] == [1] * 4
+    assert [len(own[-1]) for own in ranks] == [1] * len(alone[-1][0]) + [0] * (
+        4 - len(alone[-1][0])
+    )
     assert_same_run(tmp_path / "ranks", tmp_path / "alone")
 
 
