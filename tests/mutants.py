@@ -1010,6 +1010,86 @@ ON_A_GPU = [
     ),
 ]
 
+TOGETHER = "tests/test_ranks.py::test_ranks_train_as_one_process[2-400-mask-text-merged-full]"
+AHEAD_TOGETHER = (
+    "tests/test_ranks.py::test_ranks_train_as_one_process[2-4096-horizon-text-tracked-full]"
+)
+UNLIKE = "tests/test_ranks.py::test_what_ranks_have_otherwise_is_named"
+RANKS = [
+    mutant(
+        "counts-of-a-rank",
+        "each rank divides its losses by what it has itself to predict",
+        "smbfast/data/loader.py",
+        "counts = _counted(plan, objective, wanted)",
+        "counts = _counted(mine, objective, wanted)",
+        TOGETHER,
+    ),
+    mutant(
+        "zeros-for-no-gradient",
+        "a predictor without gradients decays where ranks train together",
+        "smbfast/run/ranks.py",
+        "zip(parameters, any_has, strict=True) if is_live]",
+        "zip(parameters, any_has, strict=True)]",
+        TOGETHER,
+    ),
+    mutant(
+        "scale-of-a-rank",
+        "the scale of each rank moves by its own pairs",
+        "smbfast/run/step.py",
+        '        ranks.add(options["sums"].tensors)\n',
+        "",
+        AHEAD_TOGETHER,
+    ),
+    mutant(
+        "first-scale-of-a-rank",
+        "the first step of a horizon compares on a scale of each rank's own pairs",
+        "smbfast/run/step.py",
+        "        ranks.add(sums.tensors)\n",
+        "",
+        AHEAD_TOGETHER,
+    ),
+    mutant(
+        "micro-tokens-of-a-rank",
+        "each rank plans with the tokens that fit on its own device",
+        "smbfast/run/open_run.py",
+        "tokens = ranks.least(tokens)",
+        "ranks.least(tokens)",
+        "tests/test_ranks.py::test_all_ranks_plan_with_the_least_that_fits",
+    ),
+    mutant(
+        "shards-not-compared",
+        "ranks train together on other shards",
+        "smbfast/run/open_run.py",
+        '            "token shards": shards_digest(prepared),\n',
+        "",
+        f"{UNLIKE}[shards]",
+    ),
+    mutant(
+        "plan-not-compared",
+        "ranks that have planned a step otherwise train some windows twice",
+        "smbfast/run/ranks.py",
+        "if not greatest.equal(255 - least):",
+        "if len(greatest) != len(least):",
+        f"{UNLIKE}[plan]",
+    ),
+    mutant(
+        "weights-not-compared",
+        "ranks go on with weights that differ",
+        "smbfast/run/evaluation.py",
+        "run.ranks.require_same_weights(run.encoder)",
+        "pass",
+        f"{UNLIKE}[weights]",
+    ),
+    mutant(
+        "signal-of-another-rank-is-missed",
+        "a rank stops and the others wait for it",
+        "smbfast/run/ranks.py",
+        "bool(any_stop)",
+        "stop",
+        "tests/test_ranks.py::test_checkpoints_go_on_with_any_number_of_ranks",
+    ),
+]
+
 GPU_BENCH = [
     mutant(
         "cut-line-takes-the-next",
@@ -1047,6 +1127,7 @@ MUTANTS = [
     *RESUMING,
     *KERNELS,
     *ON_A_GPU,
+    *RANKS,
     *GPU_BENCH,
 ]
 

@@ -23,6 +23,8 @@ import smbfast.train as entry
 from smbfast.base.runtime import MatmulRate
 from smbfast.batch import FuturePairs, PackedBatch
 from smbfast.run import loop, open_run, startup
+from smbfast.run.folder import data_of, prepared_data
+from smbfast.settings import load
 from smbfast.simulation.dataset import simulate
 
 BATCH, WINDOW, IDS = 8, 128, 400  # windows of a step, their tokens at most, the vocabulary
@@ -103,8 +105,9 @@ def make_data(folder: str) -> None:
         words = [f"--data.format={form}", "--data.delimiters=text", f"--data.vocab_size={IDS}"]
         run(str(root / "first.toml"), *data, *words, f"--run.dir={root / f'backbone-{form}'}")
         for kind in ("whole", "merged"):
-            words = words_of(root, "first", form, kind)
-            run(*words, f"--run.dir={root / f'first-{form}-{kind}'}")
+            preset, *words = words_of(root, "first", form, kind)
+            settings = load(preset, words)
+            prepared_data(settings, data_of(settings, root), root)
 
 
 def words_of(root: Path, objective: str, form: str, kind: str) -> list[str]:
