@@ -34,7 +34,7 @@ RUN = [
     "--run.log_every=1",
     "--run.save_every=20",
     "--eval.every=50",
-    '--probe.labels=["death_1y"]',
+    "--probe.labels=[]",
 ]
 MEASURES = ("sft", "jepa", "codes", "grad_norm", "lr", "loss", "online_rank")
 
@@ -70,8 +70,9 @@ def measured(run: Path) -> list[dict[str, Any]]:
 
 
 def digests(run: Path) -> dict[str, str]:
-    """Return the SHA-256 of every tensor file of the final model and of the embeddings."""
-    files = sorted([*run.glob("final/*.safetensors"), *run.glob("embeddings/**/*.parquet")])
+    """Return the SHA-256 of every tensor file of the final model and of the last checkpoint."""
+    last = sorted(run.glob("checkpoints/step-*"))[-1]
+    files = [*sorted(run.glob("final/*.safetensors")), last / "state.safetensors"]
     return {str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
