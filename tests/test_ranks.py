@@ -4,6 +4,9 @@ Cases run in processes that one server forks, by the command of training itself.
 """
 
 import json
+import os
+import subprocess
+import sys
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.rank_server import ranks_give, run_ranks
+from tests.rank_server import ROOT, ranks_give, run_ranks
 from tests.ranks_case import Case, words_of
 
 pytestmark = pytest.mark.slow
@@ -176,6 +179,26 @@ def test_fewer_windows_than_ranks_and_data_not_prepared_are_refused(data, tmp_pa
         outcomes = run_ranks(2, TRAINED, words=[*words, more])
         assert message in (outcomes[0].error or "") and outcomes[1].error, outcomes
     assert not (tmp_path / "none").exists()
+
+
+def test_torchrun_itself(data, tmp_path):
+    """The one real launch: one voice, one log, and a command that goes on as it began."""
+    words = [*words_of(data, "first", "text", "whole"), f"--run.dir={tmp_path}"]
+    launcher = ["--standalone", "--nproc-per-node=2", "-m", "smbfast.train"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *launcher, *words],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [done.stdout.count(f"step {n}/2") for n in (1, 2)] == [1, 1]
+    assert [line["step"] for line in steps_of(tmp_path)] == [1, 2]
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "done"
+    assert status["command"].startswith(f"torchrun {' '.join(launcher)} {words[0]} ")
 
 
 def test_a_rank_that_hangs_or_dies_is_named():
