@@ -118,15 +118,25 @@ def embed_nodes(
 
 
 def embed_parts(
-    folder: "PartFolder", source: Source, models: Models, device: torch.device, *, tokens: int
+    folder: "PartFolder",
+    source: Source,
+    models: Models,
+    device: torch.device,
+    *,
+    tokens: int,
+    numbers: Sequence[int] | None = None,
+    commits: bool = True,
 ) -> None:
     """Embed parts that nobody else embeds, and return when all are there.
 
     Args:
         models: by a name of their own, each with its pools.
         tokens: see `embed_tasks`.
+        numbers: the parts to embed, in this order and whoever else does it, of processes that hold
+            a model together and so must run the same forwards. None claims them.
+        commits: whether this process writes what it has embedded.
     """
-    work = _Work(folder, source, models)
+    work = _Work(folder, source, models, numbers, commits=commits)
     try:
         embed_tasks(
             work.tasks(), device, tokens=tokens, stopped=work.stopped, progress=work.progress
@@ -321,8 +331,17 @@ def _say(words: str) -> None:
 class _Work:
     """The parts that this process claims, one after the other."""
 
-    def __init__(self, folder: PartFolder, source: Source, models: Models) -> None:
+    def __init__(
+        self,
+        folder: PartFolder,
+        source: Source,
+        models: Models,
+        numbers: Sequence[int] | None,
+        *,
+        commits: bool,
+    ) -> None:
         self.stopped = Event()
+        self._given, self._commits = numbers, commits
         self._folder, self._source, self._models = folder, source, models
         self._claims: dict[int, ExitStack] = {}
         self._own: set[int] = set()
@@ -333,7 +352,7 @@ class _Work:
 
     def tasks(self) -> Iterator[Task]:
         """Yield the parts, each when it is claimed."""
-        for number in self._numbers():
+        for number in self._numbers() if self._given is None else self._given:
             part, counts = self._source.parts[number], dict[str, int]()
             rows = {
                 (name, pool): EmbeddingRows(part.index_M)
@@ -368,8 +387,10 @@ class _Work:
         rows: Mapping[tuple[str, Pool], EmbeddingRows],
         counts: dict[str, int],
     ) -> None:
-        self._folder.write(number, rows, counts)
-        self._claims.pop(number).close()
+        if self._commits:
+            self._folder.write(number, rows, counts)
+        if number in self._claims:
+            self._claims.pop(number).close()
 
     def _numbers(self) -> Iterator[int]:
         """Yield parts that are claimed, until all are there or claimed by this process.

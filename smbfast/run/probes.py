@@ -217,9 +217,22 @@ class _Embedding:
         path = run.folder / "embeddings" / name
         with part_folder(path, request, len(source.parts)) as folder:
             models = {name: (model, pools[name]) for name, model in self.models.items()}
-            embed_parts(folder, source, models, run.device, tokens=probe.tokens)
-            for key, count in source.counted(folder.counts()).items():
-                self._counts[key] = self._counts.get(key, 0) + count
+            numbers, commits = None, True
+            if getattr(run.settings.model, "fsdp", False):  # all ranks gather a layer together
+                left = sorted(set(range(folder.num_parts)) - folder.done())
+                numbers, commits = run.ranks.tell(left), run.ranks.is_main
+            embed_parts(
+                folder,
+                source,
+                models,
+                run.device,
+                tokens=probe.tokens,
+                numbers=numbers,
+                commits=commits,
+            )
+            if run.ranks.is_main:
+                for key, count in source.counted(folder.counts()).items():
+                    self._counts[key] = self._counts.get(key, 0) + count
             yield _Stage(folder, place_M)
 
     def counted(self) -> str:
