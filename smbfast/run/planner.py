@@ -118,7 +118,7 @@ class Planned:
         return self.encoder_of(None)
 
     def encoder_of(self, layers: int | None, device: torch.device = ON_GPU) -> PatientEncoder:
-        """Return the encoder with some number of layers, as it would be on a device."""
+        """Return the encoder with so many layers, as it would be on a device."""
         facts = self.facts
         return encoder_on_meta(
             self.settings,
@@ -321,11 +321,11 @@ def peaks_of(run: Planned, device: torch.device | None = None) -> Callable[[int]
     return peak
 
 
-def _extended(some: list[Memory], layers: int) -> Memory:
+def _extended(traced: list[Memory], layers: int) -> Memory:
     """Return the memory of a model of `layers`, from that of two of `FEW` layers."""
-    if len(some) == 1:
-        return some[0]
-    few, more = (vars(memory) for memory in some)
+    if len(traced) == 1:
+        return traced[0]
+    few, more = (vars(memory) for memory in traced)
     steps = (layers - FEW[0]) / (FEW[1] - FEW[0])
     line = {name: round(few[name] + steps * (more[name] - few[name])) for name in few}
     return Memory(**line | {"holes": more["holes"]})
