@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from smbfast.batch import PackedBatch
-from smbfast.model.backbone import PatientEncoder
+from smbfast.model.backbone import HfModule, PatientEncoder
 
 UPDATE = 44  # bytes for each trained number: clipping reads and scales, AdamW reads 4, writes 3
 MERGED = 12  # bytes for each averaged number: the average is read and written, the weight read
@@ -102,10 +102,7 @@ class Traffic:
 
 def _passes(encoder: PatientEncoder) -> Iterator[int]:
     """Yield K + N of each set of adapted linears that read the same input."""
-    sizes = {
-        name: (int(layer.get_base_layer().in_features), int(layer.get_base_layer().out_features))
-        for name, layer in encoder.lora_layers().items()
-    }
+    sizes = {name: _size(layer.get_base_layer()) for name, layer in encoder.lora_layers().items()}
     for names in SHARING:
         by_input: dict[str, list[tuple[int, int]]] = {}
         for name, size in sizes.items():
@@ -114,6 +111,10 @@ def _passes(encoder: PatientEncoder) -> Iterator[int]:
                 by_input.setdefault(parent, []).append(size)
         for own_sizes in by_input.values():
             yield own_sizes[0][0] + sum(n for _, n in own_sizes)
+
+
+def _size(linear: HfModule) -> tuple[int, int]:
+    return linear.in_features, linear.out_features
 
 
 def _weights(encoder: PatientEncoder) -> list[torch.Tensor]:
