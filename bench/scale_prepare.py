@@ -219,7 +219,7 @@ def on_cluster(settings: ScalePrepareBench, work: Path) -> Iterator[dict[str, An
         whole = content(out) == content(one)
         shutil.rmtree(out)
         pid = os.posix_spawn(words[0], words, os.environ)
-        while not list(out.glob("train/*.shard")):
+        while not list(out.glob("train/*.shard")) and not os.waitpid(pid, os.WNOHANG)[0]:
             time.sleep(0.01)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

@@ -136,5 +136,5 @@ def test_an_address():
 
 def test_a_package_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr(workers, "find_spec", lambda name: None)
-    with Workers(1, "ray://head:10001") as own, pytest.raises(ValueError, match=r"smbfast\[ray\]"):
-        own.pool()
+    with pytest.raises(ValueError, match=r"smbfast\[ray\]"), Workers(1, "ray://head:10001"):
+        pytest.fail("it was entered")

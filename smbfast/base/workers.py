@@ -29,7 +29,7 @@ class Pool(Protocol):
 
 
 class Workers:
-    """Processes that do work for this one, started when the first work is there."""
+    """Processes that do work for this one; those of this machine start with the first work."""
 
     def __init__(self, num: int, on: str | None = None) -> None:
         """Name up to `num` processes of this machine, or the cluster at the address `on`."""
@@ -59,6 +59,8 @@ class Workers:
         return self._pool
 
     def __enter__(self) -> "Workers":
+        if self.remote:
+            self.pool()  # a cluster that is not there is said before anything is made
         return self
 
     def __exit__(self, *error: Any) -> bool | None:

@@ -88,13 +88,14 @@ def prepare(
             return None
         return [entry.name for entry in prepared_entries(out)]
 
-    with together(out, there) as group:
+    with Workers(data.workers or num_cores(), on) as workers, together(out, there) as group:
         try:
-            return _prepare(data.decided(tokenizer), out, tokenizer, splits, verify, group, on)
+            made = data.decided(tokenizer)
+            return _prepare(made, out, tokenizer, splits, verify, group, workers)
         except ValueError:
             # once the data is mended its digest is another: nothing of this could be gone on with;
             # but workers of a cluster may still be writing
-            if group.all_failed() and group.noted is not None and on is None:
+            if group.all_failed() and group.noted is not None and not workers.remote:
                 _remove_prepared(out, group.noted)
             raise
 
@@ -116,7 +117,7 @@ def _prepare(
     splits: tuple[str, ...],
     verify: Literal["once", "all"],
     group: Together,
-    on: str | None,
+    workers: Workers,
 ) -> Prepared:
     begun = (out / "plan.json").is_file()  # by a process that has indexed and hashed the data
     with nullcontext() if begun else in_turn(out, "plan", PROG):
@@ -133,14 +134,13 @@ def _prepare(
         source |= {"options": options, "section_rules": sections.record()}
         if not before:
             write_text(out / "plan.json", json.dumps(source, indent=1))
-    with Workers(data.workers or num_cores(), on) as workers:
-        parts: list[Path] = []
-        if not (out / TOKENIZER).is_dir() and counts_codes(data, tokenizer):
-            parts = count_codes(data, dataset, out, workers)
-        with in_turn(out, "tokenizer", PROG):
-            fit = data, dataset, out / TOKENIZER, tokenizer, sections, options, parts
-            new_tokens = fit_encoding(*fit)
-        _make_shards(dataset, out, source, splits, workers, again=group.first)
+    parts: list[Path] = []
+    if not (out / TOKENIZER).is_dir() and counts_codes(data, tokenizer):
+        parts = count_codes(data, dataset, out, workers)
+    with in_turn(out, "tokenizer", PROG):
+        fit = data, dataset, out / TOKENIZER, tokenizer, sections, options, parts
+        new_tokens = fit_encoding(*fit)
+    _make_shards(dataset, out, source, splits, workers, again=group.first)
     with in_turn(out, "record", PROG):
         if not (out / "prepare.json").is_file():
             more = {"meds_version": dataset.version, "unread": unread}
