@@ -270,7 +270,7 @@ def _begin_or_resume(
         {
             "token shards": shards_digest(prepared),
             "settings": compared_settings(settings),
-            "versions": versions(),
+            "versions": {n: v for n, v in versions().items() if n != "gpu"},
         }
     )
     return Identity(**values), Checkpoint(Path(newest[0]), newest[1]) if newest else None

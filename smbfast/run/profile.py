@@ -61,7 +61,7 @@ class Span:
 def profiled(steps: Iterator[Step], run: OpenRun) -> Iterator[Step]:
     """Yield the steps, and write a profile of the steps of each phase that the settings ask for."""
     count = run.settings.run.profile
-    if not count:
+    if not (count and run.ranks.is_main):
         return steps
     return _profiled(steps, run, count)
 

@@ -9,7 +9,6 @@ of all gradients. For LoRA of an 8B backbone these are 0.3 GB, about 12 ms besid
 so gradients need no buckets and no overlap with the backward, nor a wrapper such as DDP.
 """
 
-import hashlib
 import json
 import os
 import shlex
@@ -25,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from smbfast.base.entry import RunFailed
+from smbfast.base.files import digest_of
 
 # a rank that ends is noticed at once; this is for the main one alone at work, on windows or probes
 PATIENCE = timedelta(hours=12)
@@ -81,13 +81,14 @@ class Ranks:
 
     def require_same(self, values: dict[str, object]) -> None:
         """Raise a ValueError that names the values which a rank has otherwise than rank 0."""
-        digests = [hashlib.sha256(repr(v).encode()).digest()[:7] for v in values.values()]
-        rows = self._gathered([int.from_bytes(digest) for digest in digests])
-        for rank, row in enumerate(rows):
-            unlike = [n for n, a, b in zip(values, rows[0], row, strict=True) if a != b]
-            if unlike:
+        own = {name: digest_of(value) for name, value in values.items()}
+        expected = self.tell(own)
+        bits = sum(1 << i for i, name in enumerate(expected) if own.get(name) != expected[name])
+        for rank, (unlike,) in enumerate(self._gathered([bits])):
+            names = [name for i, name in enumerate(expected) if unlike >> i & 1]
+            if names:
                 raise ValueError(
-                    f"all ranks must have the same {', '.join(unlike)}; rank {rank} has other than "
+                    f"all ranks must have the same {', '.join(names)}; rank {rank} has other than "
                     "rank 0. Give every machine the same command, version and prepared folder"
                 )
 
