@@ -3,7 +3,8 @@
 `docs/slurm/train.sbatch` runs under the fake Slurm of `tests/slurm`. Turns end at random moments:
 every second one as a time limit ends it (USR1 to the batch shell), the others as the death of a
 node does (KILL to every process). Both runs have the same ranks, so every logged loss and every
-byte of the final model must be the same; a difference ends with status 1.
+byte of the final model must be the same. A difference ends with status 1, and so does a run that no signal reached
+during training: then ask for more steps.
 """
 
 import hashlib
@@ -57,7 +58,9 @@ class RequeueBench(Settings):
     ranks: int = Field(2, ge=1, description="Number of ranks on each node.")
     nodes: int = Field(1, ge=1, description="Number of nodes, all on this machine.")
     steps: int = Field(200, ge=1, description="Number of steps of each of the two phases.")
-    longest: float = Field(60.0, gt=0, description="Longest turn that is ended, in seconds.")
+    longest: float = Field(
+        0.0, ge=0, description="Longest turn that is ended, in seconds. 0 is as long as one alone."
+    )
     seed: int = Field(0, ge=0, description="Seed of the moments at which turns end.")
     save: bool = Field(False, description="Append the result to bench/results/scale_requeue.jsonl.")
 
@@ -109,17 +112,19 @@ def queued(settings: RequeueBench, folder: Path, turns: list[str]) -> tuple[Path
 def main(argv: list[str] | None = None) -> None:
     settings = command_line(RequeueBench, argv, prog=PROG)
     stamp, draw = records.stamp("scale_requeue", "cpu"), random.Random(settings.seed)
-    turns = [
-        f"{('USR1', 'KILL')[i % 2]} {draw.uniform(1, settings.longest):.2f}"
-        for i in range(settings.turns)
-    ]
     with tempfile.TemporaryDirectory() as name:
         alone, _, seconds = queued(settings, Path(name) / "alone", [])
         print(f"alone: {seconds:.0f} s", flush=True)
+        longest = settings.longest or seconds
+        turns = [
+            f"{('USR1', 'KILL')[i % 2]} {draw.uniform(1, longest):.2f}"
+            for i in range(settings.turns)
+        ]
         ended, log, whole = queued(settings, Path(name) / "ended", turns)
         one, other = measured(alone), measured(ended)
         differing = sum(a != b for a, b in zip(one, other, strict=False))
         differing += abs(len(one) - len(other))
+        saved = len(re.findall(r"stopped, step \d+ is saved", log))
         bytes_differ = digests(alone) != digests(ended)
         left, ended_turns = (len(re.findall(p, log)) for p in ("processes left", "turn .* ended"))
         row = {
@@ -128,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
             "steps": 2 * settings.steps,
             "turns": turns,
             "turns_run": ended_turns,
-            "saved_on_request": len(re.findall(r"stopped, step \d+ is saved", log)),
+            "saved_on_request": saved,
             "lines_compared": len(one),
             "lines_differing": differing,
             "files_differ": bytes_differ,
@@ -139,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(row, indent=1))
     if settings.save:
         records.append("scale_requeue", [stamp | row])
-    if differing or bytes_differ or left or ended_turns <= settings.turns:
+    if differing or bytes_differ or left or not saved or ended_turns <= settings.turns:
         raise SystemExit(1)
 
 
