@@ -3,8 +3,8 @@
 `docs/slurm/train.sbatch` runs under the fake Slurm of `tests/slurm`. Turns end at random moments:
 every second one as a time limit ends it (USR1 to the batch shell), the others as the death of a
 node does (KILL to every process). Both runs have the same ranks, so every logged loss and every
-byte of the final model must be the same. A difference ends with status 1, and so does a run that no signal reached
-during training: then ask for more steps.
+byte of the final model must be the same. A difference ends with status 1, and so does a run that no
+signal reached during training: then ask for more steps.
 """
 
 import hashlib

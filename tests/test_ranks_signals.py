@@ -14,7 +14,7 @@ from torch import nn
 from smbfast.base.entry import RunFailed, entry
 from smbfast.run.folder import write_end, write_status
 from smbfast.run.ranks import joined
-from smbfast.settings import TrainSettings
+from smbfast.settings import load
 from tests.rank_server import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,7 +129,7 @@ def test_an_error_is_written_although_torchrun_ends_the_rank_meanwhile(
 
 def stepping(run: str, dies: int) -> str:
     """Sum gradients in this rank until rank `dies` is killed; return what the command says."""
-    settings, parameter = TrainSettings(run={"dir": run}), nn.Parameter(torch.zeros(3))
+    settings, parameter = load("tiny", [f"--run.dir={run}"]), nn.Parameter(torch.zeros(3))
     try:
         with entry("smbfast.name"), joined() as ranks:
             ranks.decide(lambda: write_status(Path(run), "running", 7, "the command"))
