@@ -16,6 +16,8 @@ from smbkernels.ema import join, split
 from smbkernels.tracked_ema import append_, truncate_
 from torch import Tensor
 
+from smbfast.model.sharding import gathered
+
 
 @dataclass(frozen=True)
 class Source:
@@ -173,7 +175,7 @@ class Tracked:
     def exact(self) -> Iterator[tuple[str, Tensor]]:
         """Yield names and W + s U V, in the dtype of the factors."""
         for source, u_NQ, v_QK in self._factors():
-            weight = source.weight.to(u_NQ.dtype)
+            weight = gathered(source.weight).to(u_NQ.dtype)
             yield source.name, torch.addmm(weight, u_NQ, v_QK, alpha=source.scale)
 
     def gap(self) -> Tensor:

@@ -18,6 +18,7 @@ O = H C, D width, F width of the MLP, K input width of a linear.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 import torch.nn.functional as F
@@ -100,29 +101,42 @@ class PackedDecoder:
                 norm, as `hidden_states` of transformers. What is returned has the same bits
                 without it.
         """
-        stream: Stream = (embedded_TD, None)
-        # transformers' own forward checks position ids to build a mask, and waits for the GPU there
-        cos_1TC, sin_1TC = self.decoder.rotary_emb(embedded_TD[None], position_T[None])
-        rotary = cos_1TC[0], sin_1TC[0]
-        layers = self.decoder.layers
-        for layer in layers:
-            wanted_R = rows_R if layer is layers[-1] else None
-            if each is not None:
-                each(_sum(stream))
-            if each is not None and wanted_R is not None:  # one attention for all and for some
-                inner = _attended(layer, stream, rotary, segments)
-                each(_norm(self.decoder.norm, _finished(layer, *inner))[1])
-                stream = _finished(layer, *inner, rows_R=wanted_R)
-            elif recompute == "full":
-                # added before, because the input of a layer is to be stored as one tensor
-                inputs = (layer, (_sum(stream), None), rotary, segments, "none", wanted_R)
-                stream = _recomputed(run_layer, *inputs)
-            else:
-                stream = run_layer(layer, stream, rotary, segments, recompute, wanted_R)
-        out_TD = _norm(self.decoder.norm, stream)[1] if norm else _sum(stream)
-        if each is not None and rows_R is None:
-            each(out_TD)
-        return out_TD
+        run = run_of(self.decoder, run_layers)
+        return run(embedded_TD, position_T, segments, norm, recompute, rows_R, each)
+
+
+def run_layers(
+    decoder: HfModule,
+    embedded_TD: Tensor,
+    position_T: Tensor,
+    segments: Segments,
+    norm: bool,
+    recompute: Recompute,
+    rows_R: Tensor | None,
+    each: Each | None,
+) -> Tensor:
+    """Run all layers; see `PackedDecoder`."""
+    stream: Stream = (embedded_TD, None)
+    # transformers' own forward checks position ids to build a mask, and waits for the GPU there
+    cos_1TC, sin_1TC = decoder.rotary_emb(embedded_TD[None], position_T[None])
+    rotary = cos_1TC[0], sin_1TC[0]
+    for layer in decoder.layers:
+        wanted_R = rows_R if layer is decoder.layers[-1] else None
+        if each is not None:
+            each(_sum(stream))
+        run = run_of(layer, run_layer)
+        if each is not None and wanted_R is not None:  # one attention for all and for some
+            whole = partial(_read, decoder.norm, each)
+            stream = run(stream, rotary, segments, "none", wanted_R, whole)
+        elif recompute == "full":
+            # added before, because the input of a layer is to be stored as one tensor
+            stream = _recomputed(run, (_sum(stream), None), rotary, segments, "none", wanted_R)
+        else:
+            stream = run(stream, rotary, segments, recompute, wanted_R)
+    out_TD = _norm(decoder.norm, stream)[1] if norm else _sum(stream)
+    if each is not None and rows_R is None:
+        each(out_TD)
+    return out_TD
 
 
 def run_layer(
@@ -132,6 +146,7 @@ def run_layer(
     segments: Segments,
     recompute: Recompute = "none",
     rows_R: Tensor | None = None,
+    whole: Callable[[Stream], None] | None = None,
 ) -> Stream:
     """Run one decoder layer of any of `FAMILIES`; its output is the sum of what it returns.
 
@@ -139,9 +154,21 @@ def run_layer(
         rotary: cosines and sines of the positions for RoPE, [T, C] each.
         recompute: "mlp" computes the MLP's inner activations again in the backward.
         rows_R: tokens whose states are wanted; what is returned is [R, D] of these.
+        whole: called with what would be returned for all tokens.
     """
     inner = _attended(layer, stream, rotary, segments)
+    if whole is not None:
+        whole(_finished(layer, *inner))
     return _finished(layer, *inner, recompute=recompute, rows_R=rows_R)
+
+
+def run_of(module: HfModule, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `run` with its first argument bound to `module`.
+
+    A sharded module has it as a method around which its weights are gathered
+    (`smbfast.model.sharding`): they are there for as long as it runs.
+    """
+    return getattr(module, run.__name__, None) or partial(run, module)
 
 
 def _attended(
@@ -169,6 +196,10 @@ def _finished(
     if recompute == "mlp":
         return hidden_TD, _recomputed(_mlp, layer.mlp, normed_TD)
     return hidden_TD, _mlp(layer.mlp, normed_TD)
+
+
+def _read(norm: HfModule, each: Each, stream: Stream) -> None:
+    each(_norm(norm, stream)[1])
 
 
 def _sum(stream: Stream) -> Tensor:
