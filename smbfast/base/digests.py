@@ -38,7 +38,7 @@ def weights_digest(path: str | Path, cache: Path | None = None) -> str:
             f"{path} must be the folder of a model, or a hub name whose files are on this machine; "
             "it is neither"
         )
-    files = _weight_files(folder)
+    files = weight_files(folder)
     if not any(file.suffix == ".safetensors" for file in files):
         raise ValueError(f"{folder} must hold weights as safetensors; it has none")
     digests = _cached_digests(files, cache)
@@ -91,7 +91,7 @@ def local_model(path: str | Path) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """Return the files that a model is loaded from, by name."""
     names = {name for name in _BESIDE if (folder / name).is_file()}
     if (folder / _WHOLE).is_file():

@@ -23,12 +23,19 @@ from safetensors.torch import load_file
 from smbkernels.attention import Segments
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+)
 from transformers.utils import logging as transformers_logging
 
 from smbfast.batch import NewToken
 from smbfast.model.codes_head import CodesHead
 from smbfast.model.decoder import Each, HfModule, PackedDecoder, Recompute
+from smbfast.model.sharding import is_shared_out, load_shared_out
 from smbfast.model.vocabulary import fit_vocabulary
 from smbfast.settings import LoraSettings, TrainSettings
 
@@ -108,6 +115,11 @@ class PatientEncoder(nn.Module):
     def is_lora(self) -> bool:
         """Whether the base is frozen and a LoRA adapter is trained."""
         return isinstance(self.lm, PeftModel)
+
+    @property
+    def is_shared_out(self) -> bool:
+        """Whether ranks share the base, so that all of them must run the same forwards."""
+        return is_shared_out(self.decoder)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -306,7 +318,8 @@ def make_encoder(
     compute = None
     if settings.trains == "lora":
         assert settings.model.path is not None
-        base = load_lm(settings.model.path, _dtype(settings, device))
+        dtype, shared = _dtype(settings, device), device if settings.model.fsdp else None
+        base = load_lm(settings.model.path, dtype, shared)
         fit_vocabulary(base, tokenizer, new_tokens)
         lm = _with_adapter(base, settings, [token.id for token in new_tokens])
     else:
@@ -345,8 +358,11 @@ def _check_embeddings_and_logits(lm: PreTrainedModel | PeftModel) -> None:
         raise ValueError(f"the backbone must have plain logits; this one has {', '.join(other)}")
 
 
-def load_lm(path: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_lm(path: str, dtype: torch.dtype, shared: torch.device | None = None) -> PreTrainedModel:
     """Load a causal LM from a folder or the hub, from safetensors only and without remote code.
+
+    Args:
+        shared: of a backbone that is shared out over ranks, the device of this rank.
 
     Raises:
         ValueError: if it cannot be read.
@@ -358,20 +374,20 @@ def load_lm(path: str, dtype: torch.dtype) -> PreTrainedModel:
         raise ValueError(f"`model.path` {path} must be a folder with a model; there is none")
     if local:
         require_layers(Path(path))
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=local,
-            attn_implementation="sdpa",
-        )
+        if shared is None:
+            options |= {"use_safetensors": True, "attn_implementation": "sdpa"}
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        config = AutoConfig.from_pretrained(path, **options)
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:  # transformers raises many types; the user can correct the path
         raise ValueError(
             f"`model.path` {path} must be a causal LM that transformers loads from safetensors; "
             f"loading failed with {type(error).__name__}"
         ) from None
+    return load_shared_out(lm, path, shared)
 
 
 def require_layers(folder: Path) -> None:

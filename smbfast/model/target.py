@@ -71,7 +71,11 @@ class TargetForm:
 
     def _merges(self, encoder: PatientEncoder) -> bool:
         adapted = [s for s in _sources(encoder) if s.b is not None]
-        if adapted and not all(s.weight.element_size() >= 4 for s in adapted):
+        if (
+            encoder.is_shared_out
+            or adapted
+            and not all(s.weight.element_size() >= 4 for s in adapted)
+        ):
             return False
         shapes = [(*s.weight.shape, s.factors[0].shape[1]) for s in adapted]
         added = sum(self.columns(n, k, r) * (n + k) for n, k, r in shapes)
@@ -109,9 +113,15 @@ class TargetEncoder:
             form: resolved for this encoder; None for `TargetForm()`.
 
         Raises:
-            ValueError: if the form is tracked and the encoder has no LoRA adapter.
+            ValueError: if the form is tracked and the encoder has no LoRA adapter, or merged and
+                ranks share the base.
         """
         form = (form or TargetForm()).resolved(encoder)
+        if form.name == "merged" and encoder.is_shared_out:
+            raise ValueError(
+                "a merged target would hold a second copy of every adapted weight, which "
+                "model.fsdp shares out; objective.target_form must be tracked with it"
+            )
         self.encoder = encoder
         self.form = form.name
         self.updates = 0

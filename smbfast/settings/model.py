@@ -53,6 +53,15 @@ class ModelSettings(Settings):
         "everything in a layer but its input, which needs the least memory and the most time. "
         "`mlp` and `full` need objective.path=shared; the results change by rounding at most.",
     )
+    fsdp: bool = Field(
+        False,
+        description="Whether the processes of torchrun share the frozen backbone (FSDP2), for one "
+        "that does not fit on a GPU: each holds an equal part of every layer, and a layer is "
+        "gathered just before it runs. Embeddings and head are whole on every GPU. Steps take "
+        "longer by what the connection between the GPUs costs; checkpoints and results are as "
+        "without it, but for rounding. It needs torchrun, LoRA, objective.path=shared and a "
+        "tracked target.",
+    )
     hidden: int = Field(
         128,
         ge=8,

@@ -439,6 +439,17 @@ class TrainSettings(Settings):
         """The run folder."""
         return Path(self.run.dir or f"runs/{self.preset}")
 
+    @property
+    def _not_shared_out(self) -> str | None:
+        """What must be otherwise for ranks to share the backbone."""
+        if self.trains == "all":
+            return "LoRA (model.path and model.train=lora)"
+        if self.objective.target_form == "merged":  # a second copy of every adapted weight
+            return "objective.target_form=tracked, as a merged target copies every weight"
+        if self.objective.path == "reference":
+            return "objective.path=shared, which runs as many forwards on every GPU"
+        return None
+
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSettings":
         if not self.phases:
@@ -460,6 +471,8 @@ class TrainSettings(Settings):
             raise ValueError("model.train=lora needs model.path, the backbone to adapt")
         if self.objective.target_form == "tracked" and self.trains == "all":
             raise ValueError("objective.target_form=tracked needs LoRA (model.train=lora)")
+        if self.model.fsdp and (way_out := self._not_shared_out):
+            raise ValueError(f"model.fsdp shares out a frozen backbone, so it needs {way_out}")
         if self.model.adapter and self.trains == "all":
             raise ValueError("model.adapter needs LoRA (model.train=lora)")
         if self.model.hidden % (2 * self.model.heads) or self.model.heads % self.model.kv_heads:
