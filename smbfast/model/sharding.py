@@ -10,6 +10,7 @@ the ranks receive their part. A weight is gathered by all ranks at once, so that
 same forwards and backwards, in the same order (`smbfast.objective`).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 
@@ -81,7 +82,8 @@ def share_out(decoder: HfModule, mesh: DeviceMesh) -> None:
         fully_shard(layer, mesh=mesh)
     whole = {p for p in decoder.parameters() if not isinstance(p, DTensor)}
     fully_shard(decoder, mesh=mesh, ignored_params=whole)
-    for module, run in [(decoder, run_layers), *((layer, run_layer) for layer in decoder.layers)]:
+    runs: list[tuple[nn.Module, Callable]] = [(decoder, run_layers)]
+    for module, run in [*runs, *((layer, run_layer) for layer in decoder.layers)]:
         setattr(module, run.__name__, MethodType(run, module))
         register_fsdp_forward_method(module, run.__name__)
 
@@ -142,7 +144,7 @@ class _Source:
         return None
 
     def read(self, name: str, like: Tensor, device: torch.device) -> Tensor:
-        """Return a tensor whole; on other ranks than 0 room for it, which nothing was written to."""
+        """Return a tensor whole; on other ranks than 0 room for it, with nothing in it."""
         if not self.is_main:
             return torch.empty(like.shape, dtype=like.dtype, device=device)
         file, own = self._place[name]

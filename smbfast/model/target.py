@@ -63,7 +63,8 @@ class TargetForm:
             )
         if self.name != "auto":
             return self
-        return replace(self, name="merged" if self._merges(encoder) else "tracked")
+        merges = not encoder.is_shared_out and self._merges(encoder)
+        return replace(self, name="merged" if merges else "tracked")
 
     def columns(self, n: int, k: int, r: int) -> int:
         """Return the number of columns that the average of an adapter [n, r] [r, k] has."""
