@@ -330,6 +330,15 @@ def pack_segments(
     )
 
 
+def idle_batch() -> PackedBatch:
+    """Return a batch of one token of which nothing is predicted, for a rank without a row."""
+    token = [np.zeros(1, np.int64)]
+    batch = pack_segments(token, [[]])
+    ids_U, position_U, segments = _concatenated(token, [[]])
+    target = {"target_ids_U": ids_U, "target_position_U": position_U, "target_segments": segments}
+    return replace(batch, num_trunk_tokens=0, **target)
+
+
 def _branch_rows(
     trunks: list[np.ndarray],
     branches: list[list[tuple[int, np.ndarray]]],

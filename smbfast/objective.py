@@ -28,7 +28,7 @@ from smbkernels import linear, linear_cross_entropy, masked_jepa_mse
 from torch import Tensor
 
 from smbfast.base.parts import is_part, part
-from smbfast.batch import PackedBatch
+from smbfast.batch import PackedBatch, idle_batch
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.codes_head import codes_sum
 from smbfast.model.decoder import Recompute
@@ -61,6 +61,9 @@ def losses(
     With scales of weight / (count in the whole step), gradients of micro-batches simply add up to
     the gradient of the step (gradient accumulation). Losses are fp32 (fp64 for fp64 models).
 
+    Where ranks share the base they gather its layers together. Then the scales alone, which all
+    ranks have of the step, decide which forwards run, also for a batch that predicts nothing.
+
     Args:
         target: may be None where `jepa_scale` is 0.
         normalize: whether the target's states are layer-normed at masked tokens.
@@ -76,15 +79,20 @@ def losses(
     has_masked = jepa_scale > 0 and batch.num_masked > 0
     has_latent = jepa_scale > 0 and batch.num_latent > 0
     has_codes = codes_scale > 0 and batch.num_pairs > 0
-    if not (has_sft or has_masked or has_latent or has_codes):
+    predicts = has_sft or has_masked or has_latent or has_codes
+    if not predicts and not encoder.is_shared_out:
         return Terms()
     sft, jepa, codes, frozen = None, None, None, freeze == "predictor"
     if has_masked:
         compared = _target(target, batch, norm=False)
     if has_latent:
         compared = latent_target(target, batch, sums)
+    if jepa_scale > 0 and not (has_masked or has_latent):
+        take_part(target)
     with torch.no_grad() if freeze == "decoder" else nullcontext():
         hidden_TD = _online(encoder, batch, recompute)
+    if not predicts and hidden_TD.requires_grad:
+        return Terms(hidden_TD.sum() * 0.0)  # in its backward this rank gathers layers too
     if has_sft:
         sft = _sft(encoder, hidden_TD, batch, sft_scale)
     if has_masked:
@@ -188,6 +196,12 @@ def latent_target(
     if sums is not None:
         sums.add(mean_QD, batch.pairs.horizon_Q)
     return _standardised(target, mean_QD, batch)
+
+
+def take_part(target: TargetEncoder | None) -> None:
+    """Run the target on one token where ranks share the base, as others run it on their rows."""
+    if target is not None and target.encoder.is_shared_out:
+        _target(target, idle_batch().to(target.encoder.mask_vector.device))
 
 
 def averaged(target_UD: Tensor, batch: PackedBatch) -> Tensor:

@@ -27,7 +27,7 @@ import numpy as np
 
 from smbfast.base.entry import RunFailed
 from smbfast.base.helpers import reason
-from smbfast.batch import PackedBatch, Timeline, WindowPairs, pack_segments
+from smbfast.batch import PackedBatch, Timeline, WindowPairs, idle_batch, pack_segments
 from smbfast.data.draws import FIXED as FIXED
 from smbfast.data.draws import permuted, word
 from smbfast.data.horizons import Horizons
@@ -157,6 +157,7 @@ def make_step(
     ratio: float = 0.0,
     rank: int = 0,
     ranks: int = 1,
+    even: bool = False,
 ) -> Step:
     """Draw the windows of a step and pack those of a rank into its micro-batches.
 
@@ -172,6 +173,7 @@ def make_step(
         ratio: the cost of a visible pair over that of a token (`smbfast.data.packing`).
         rank: the rank whose micro-batches are made.
         ranks: the number of processes that share the step.
+        even: whether all ranks get as many micro-batches; one that has fewer rows gets idle ones.
     """
     order = step_windows(windows, objective, batch, seed, step, jepa=jepa)
     chosen = [windows[i] for i in order.tolist()]
@@ -179,7 +181,10 @@ def make_step(
     chosen.sort(key=lambda w: (w.subject, w.start))
     wanted = Wanted(sft=sft, jepa=jepa, codes=codes, horizons=windows.horizons)
     plan = _planned(chosen, objective, seed, step, wanted, tokens, ratio, ranks)
-    micro_batches = [_packed(own, objective, seed, step, wanted) for own in plan[rank::ranks]]
+    mine = plan[rank::ranks]
+    micro_batches = [_packed(own, objective, seed, step, wanted) for own in mine]
+    if even:
+        micro_batches += [idle_batch()] * (-(-len(plan) // ranks) - len(mine))
     counts = _counted(plan, objective, wanted)
     names = [[(d.window.subject, d.window.start) for d in own] for own in plan]
     digest = blake2b(repr((step, tokens, counts, names)).encode(), digest_size=8).digest()

@@ -11,6 +11,7 @@ from smbfast.base.progress import duration
 from smbfast.base.runtime import GIB, git_state, versions
 from smbfast.model.backbone import parameter_counts
 from smbfast.model.decoder import HfModule
+from smbfast.model.sharding import held_bytes
 from smbfast.model.target import target_bytes
 from smbfast.reporting.runlog import Finding, number
 from smbfast.reporting.verdict import KINDS, alarms, learning
@@ -73,7 +74,7 @@ def show_data(card: DataCard) -> None:
 
 def _step_rows(run: OpenRun, trained: int) -> list[tuple[str, str]]:
     phases, peak = run.settings.phases, run.predicted_peak
-    weights = sum(p.numel() * p.element_size() for p in run.encoder.parameters())
+    weights = held_bytes(run.encoder)
     has_target = any(phase.w_jepa > 0 for phase in phases)
     average = target_bytes(run.encoder, run.target_form) if has_target else 0
     return [

@@ -31,6 +31,7 @@ FREE_KEYS = (
     "eval.nodes",
     "eval.stop_on_collapse",
     "kernels",
+    "model.fsdp",
     "model.recompute",
     "objective.path",
     "objective.self_check",

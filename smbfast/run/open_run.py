@@ -195,6 +195,7 @@ class OpenRun:
             ratio=self.shape.attention_ratio,
             rank=self.ranks.rank,
             ranks=self.ranks.world,
+            even=self.settings.model.fsdp,
         )
 
     def steps_to_do(self) -> Iterator[Callable[[], Step]]:
