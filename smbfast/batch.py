@@ -332,11 +332,14 @@ def pack_segments(
 
 def idle_batch() -> PackedBatch:
     """Return a batch of one token of which nothing is predicted, for a rank without a row."""
-    token = [np.zeros(1, np.int64)]
-    batch = pack_segments(token, [[]])
-    ids_U, position_U, segments = _concatenated(token, [[]])
-    target = {"target_ids_U": ids_U, "target_position_U": position_U, "target_segments": segments}
-    return replace(batch, num_trunk_tokens=0, **target)
+    batch = pack_segments([np.zeros(1, np.int64)], [[]])
+    return replace(
+        batch,
+        target_ids_U=batch.ids_T,
+        target_position_U=batch.position_T,
+        target_segments=batch.segments,
+        num_trunk_tokens=0,
+    )
 
 
 def _branch_rows(

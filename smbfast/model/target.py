@@ -72,11 +72,7 @@ class TargetForm:
 
     def _merges(self, encoder: PatientEncoder) -> bool:
         adapted = [s for s in _sources(encoder) if s.b is not None]
-        if (
-            encoder.is_shared_out
-            or adapted
-            and not all(s.weight.element_size() >= 4 for s in adapted)
-        ):
+        if adapted and not all(s.weight.element_size() >= 4 for s in adapted):
             return False
         shapes = [(*s.weight.shape, s.factors[0].shape[1]) for s in adapted]
         added = sum(self.columns(n, k, r) * (n + k) for n, k, r in shapes)
