@@ -1,0 +1,148 @@
+"""Steps of a backbone that ranks share, and of the same backbone on one process.
+
+Functions of this module run in processes that `tests.rank_server` forks.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerFast
+
+from smbfast import objective, reference
+from smbfast.batch import NewToken, PackedBatch
+from smbfast.data.loader import make_batch, make_step
+from smbfast.model.backbone import PatientEncoder, make_encoder
+from smbfast.model.sharding import held_bytes
+from smbfast.model.target import TargetEncoder, TargetForm
+from smbfast.run.gradients import gradients
+from smbfast.run.optim import make_optimizer
+from smbfast.run.ranks import ALONE, Ranks, joined
+from smbfast.run.step import LossScales, Updater, forward_backward
+from smbfast.settings import ObjectiveSettings, TrainSettings
+from tests.tiny import VOCABULARY, random_window, window_set
+
+CPU = torch.device("cpu")
+FORM = ObjectiveSettings(min_future=4, cuts=2)
+PHASE = {"name": "both", "steps": 9, "w_sft": 1.0, "w_jepa": 1.0, "lr": 1e-3}
+WINDOWS = 5  # of a step: no number of ranks divides its rows
+
+
+def settings_of(base: str, *, fsdp: bool, **model: object) -> TrainSettings:
+    """Settings of a LoRA run on the backbone in `base`."""
+    values = {"path": base, "fsdp": fsdp, **model}
+    data, lora = {"window": 128}, {"r": 2, "alpha": 4}
+    return TrainSettings(preset="x", model=values, data=data, lora=lora, phases=[PHASE])
+
+
+def encoder_of(settings: TrainSettings, num_horizons: int = 0) -> PatientEncoder:
+    """The encoder at the start, none of whose factors is zero, with rows for two new tokens."""
+    words = {f"w{i}": i for i in range(VOCABULARY + 2)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="w0")), unk_token="w0"
+    )
+    new = [NewToken(VOCABULARY + n, f"w{n + 1}") for n in range(2)]
+    encoder = make_encoder(settings, tokenizer, CPU, new, num_horizons=num_horizons)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.2, generator=generator)
+    return encoder
+
+
+def start(base: str, out: str) -> dict:
+    """Make the encoder as shared out, or alone in one process; save it whole."""
+    with joined() as ranks:
+        encoder = encoder_of(settings_of(base, fsdp=ranks.world > 1))
+        shared = {id(p) for p in encoder.parameters() if isinstance(p, DTensor)}
+        _save(dict(encoder.named_parameters()), ranks, out)
+        layers = encoder.decoder.layers.parameters()
+        trained = [n for n, p in encoder.named_parameters() if id(p) in shared and p.requires_grad]
+        frozen = sum(p.numel() for p in layers if not p.requires_grad)
+        every = sum(p.numel() * p.element_size() for p in encoder.parameters())
+        return {
+            "held": frozen - (every - held_bytes(encoder)) // 4,
+            "frozen": frozen,
+            "trained": trained,
+            "shared": len(shared),
+        }
+
+
+def steps(base: str, out: str, recompute: str) -> list:
+    """Take three steps; what they give, and what an evaluation measures after them."""
+    with joined() as ranks:
+        settings = settings_of(base, fsdp=ranks.world > 1)
+        encoder = encoder_of(settings)
+        target = TargetEncoder(encoder, TargetForm("tracked", 2, 2))
+        updater = Updater(make_optimizer(encoder, settings.optim), clip=1.0)
+        losses = partial(objective.losses, normalize=True, recompute=recompute)
+        given: list = []
+        for number in range(3):
+            windows = window_set([random_window(s) for s in range(9)], FORM)
+            step = make_step(
+                windows,
+                FORM,
+                number,
+                batch=WINDOWS,
+                tokens=256,
+                seed=0,
+                jepa=True,
+                rank=ranks.rank,
+                ranks=ranks.world,
+                even=ranks.world > 1,
+            )
+            scales = LossScales.of_batch(settings.phases[0], step)
+            own = forward_backward(
+                losses, encoder, target, step.micro_batches, scales, ranks=ranks
+            )
+            total, _ = ranks.summed(updater.parameters, torch.stack(own), False, step.digest)
+            named = {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
+            _save(named, ranks, f"{out}-{number}")
+            norm = float(updater.step(1e-3, target, 0.9))
+            given.append([total.tolist(), norm, len(step.micro_batches)])
+        ranks.require_same_weights(encoder)
+        return [*given, measured(encoder, target, settings)]
+
+
+def measured(encoder: PatientEncoder, target: TargetEncoder, settings: TrainSettings) -> list:
+    """What evaluations and the self-check compute: the same batch on every rank."""
+    batch = make_batch([random_window(s) for s in (3, 5)], FORM, 0, 0, jepa=True)
+    values = list(target.measures().values())
+    values += gradients(encoder, target, batch, settings, settings.phases[0]).values()
+    for path in (objective, reference):
+        with torch.no_grad():
+            seen = path.measure(encoder, target, batch)
+        values += [seen.sft, seen.masked.prediction_MD.sum(), seen.masked.target_MD.sum()]
+        terms = path.losses(encoder, target, batch, sft_scale=0.01, jepa_scale=0.01, normalize=True)
+        torch.autograd.backward([terms.sft, terms.jepa])
+        values += [p.grad.norm() for p in encoder.parameters() if p.grad is not None]
+        encoder.zero_grad(set_to_none=True)
+    states: list[Tensor] = []
+    with torch.inference_mode():
+        rows = torch.tensor([2, 7])
+        pack = (batch.ids_T, batch.position_T, batch.segments)
+        encoder.packed(*pack, rows=rows, each=states.append)
+    return [float(v) for v in [*values, *(s.sum() for s in states)]]
+
+
+def uneven(base: str, horizon: bool) -> float:
+    """A step in which a rank has no row, one a row without masks, and the others all."""
+    with joined() as ranks:
+        settings = settings_of(base, fsdp=True)
+        encoder = encoder_of(settings)
+        target = TargetEncoder(encoder, TargetForm("tracked"))
+        form = FORM
+        del horizon, form
+        return float(ranks.world)
+
+
+def _save(tensors: dict[str, Tensor], ranks: Ranks, out: str) -> None:
+    whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+    if ranks == ALONE or ranks.is_main:
+        save_file({n: t.detach().clone() for n, t in whole.items()}, f"{out}.safetensors")
