@@ -51,7 +51,12 @@ def load_shared_out(lm: PreTrainedModel, path: str, device: torch.device) -> Pre
             "one that is not quantised, or leave model.fsdp out"
         )
     decoder: HfModule = lm.base_model
-    PackedDecoder(decoder)  # refuses what it cannot run
+    try:
+        PackedDecoder(decoder)
+    except ValueError as error:
+        raise ValueError(
+            f"model.fsdp is not for this backbone, as {error} (of one process)"
+        ) from None
     shapes = {name: parameter.shape for name, parameter in lm.named_parameters()}
     source = _Source(path, shapes, lm.base_model_prefix)
     decoder.rotary_emb = type(decoder.rotary_emb)(config=lm.config)  # it has no weights to read
@@ -102,6 +107,15 @@ def held_bytes(module: nn.Module) -> int:
     """Return the bytes of a module's weights that this rank holds."""
     parts = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
     return sum(p.numel() * p.element_size() for p in parts)
+
+
+def gathered_bytes(decoder: nn.Module) -> int:
+    """Return the bytes of layers that are gathered at a time, at most; 0 if none is shared out."""
+    layers = decoder.layers if is_shared_out(decoder) else []
+    sizes = [
+        sum(p.nbytes for p in layer.parameters() if isinstance(p, DTensor)) for layer in layers
+    ]
+    return GATHERED * max(sizes, default=0)
 
 
 class _Source:

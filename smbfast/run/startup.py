@@ -25,6 +25,8 @@ from smbfast.model.memory import (
     full_batch,
     predict_peak,
 )
+from smbfast.model.shapes import encoder_on_meta
+from smbfast.model.sharding import gathered_bytes, held_bytes
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.objective import Losses
 from smbfast.run.step import LossScales, backward
@@ -80,13 +82,15 @@ def micro_tokens(
     if settings.objective.path == "reference":
         return (MOST_ON_CPU if chosen == "auto" else chosen), 0
     device = encoder.mask_vector.device
-    held = sum(t.numel() * t.element_size() for t in encoder.parameters())
+    held, whole = held_bytes(encoder), sum(t.nbytes for t in encoder.parameters())
     kinds = heaviest([Kind.of(phase) for phase in settings.phases])
+    traced = _traced(settings, encoder, num_horizons)
+    extra = gathered_bytes(encoder.decoder) - whole
 
     @cache
     def needs(tokens: int) -> int:
-        peaks = (peak_memory(settings, encoder, kind, tokens, num_horizons) for kind in kinds)
-        return max(peak.total for peak in peaks) - held
+        peaks = (peak_memory(settings, traced, k, tokens, num_horizons, device) for k in kinds)
+        return max(peak.total for peak in peaks) + extra
 
     largest = largest_window(settings)  # forms a micro-batch alone if it must
     if chosen != "auto":
@@ -94,6 +98,21 @@ def micro_tokens(
     most = MOST_ON_CPU if device.type == "cpu" else MOST
     chosen = choose_micro_tokens(needs, free_memory(device), least=largest, most=most)
     return chosen, needs(chosen) + held
+
+
+def _traced(settings: TrainSettings, encoder: PatientEncoder, num_horizons: int) -> PatientEncoder:
+    """Return an encoder to trace a step on: one that ranks share is a whole one, as shapes."""
+    if not encoder.is_shared_out:
+        return encoder
+    rows, head = encoder.trained_rows(), encoder.codes
+    return encoder_on_meta(
+        settings,
+        encoder.base.config,
+        new_rows=len(rows[0]) if rows else 0,
+        num_horizons=num_horizons,
+        num_classes=head.class_KE.shape[0] if head else 0,
+        device=encoder.mask_vector.device,
+    )
 
 
 def largest_window(settings: TrainSettings) -> int:

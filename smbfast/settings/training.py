@@ -448,6 +448,10 @@ class TrainSettings(Settings):
             return "objective.target_form=tracked, as a merged target copies every weight"
         if self.objective.path == "reference":
             return "objective.path=shared, which runs as many forwards on every GPU"
+        if self.probe.final:
+            return (
+                "probe.final=false: no rank could embed alone; smbfast.embed and probe do it after"
+            )
         return None
 
     @model_validator(mode="after")
