@@ -15,7 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 from smbfast import objective, reference
-from smbfast.batch import NewToken, PackedBatch
+from smbfast.batch import NewToken, idle_batch
+from smbfast.data.horizons import Horizons
 from smbfast.data.loader import make_batch, make_step
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.sharding import held_bytes
@@ -131,15 +132,32 @@ def measured(encoder: PatientEncoder, target: TargetEncoder, settings: TrainSett
     return [float(v) for v in [*values, *(s.sum() for s in states)]]
 
 
-def uneven(base: str, horizon: bool) -> float:
-    """A step in which a rank has no row, one a row without masks, and the others all."""
+def uneven(base: str, horizons: int) -> list:
+    """Two steps of which rank 0 has all rows, rank 1 one without masks and the others none."""
     with joined() as ranks:
-        settings = settings_of(base, fsdp=True)
-        encoder = encoder_of(settings)
+        encoder = encoder_of(settings_of(base, fsdp=ranks.world > 1), horizons)
         target = TargetEncoder(encoder, TargetForm("tracked"))
-        form = FORM
-        del horizon, form
-        return float(ranks.world)
+        jepa = {"jepa": "horizon", "horizons": ["1d", "2d"]} if horizons else {}
+        form = ObjectiveSettings(min_future=4, **jepa)
+        ahead = Horizons(tuple(form.horizons)) if horizons else None
+        make = partial(make_batch, objective=form, seed=0, step=0, horizons=ahead)
+        rows = [make([random_window(s)], jepa=j) for s, j in ((1, True), (2, True), (3, False))]
+        idle = idle_batch()
+        own = {ALONE.world: [rows]}.get(ranks.world, [rows[:2], [rows[2], idle], [idle] * 2])
+        mine = own[min(ranks.rank, len(own) - 1)]
+        counts = [sum(getattr(b, n) for b in rows) for n in ("num_labels", "num_masked")]
+        latent = [b.pairs.num_by_horizon for b in rows if b.pairs]
+        by_horizon = [sum(n) for n in zip(*latent, strict=True)]
+        scales = LossScales.of(1.0, 1.0, counts[0], counts[1] + sum(by_horizon))
+        losses = partial(objective.losses, normalize=True)
+        parameters = [p for p in encoder.parameters() if p.requires_grad]
+        for _ in range(2):
+            step = forward_backward(
+                losses, encoder, target, mine, scales, num_by_horizon=by_horizon, ranks=ranks
+            )
+            total, _ = ranks.summed(parameters, torch.stack(step), False, b"same")
+        norms = [None if p.grad is None else float(p.grad.norm()) for p in parameters]
+        return [total.tolist(), norms, [float(p.abs().sum()) for p in parameters]]
 
 
 def _save(tensors: dict[str, Tensor], ranks: Ranks, out: str) -> None:

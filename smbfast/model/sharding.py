@@ -54,9 +54,7 @@ def load_shared_out(lm: PreTrainedModel, path: str, device: torch.device) -> Pre
     try:
         PackedDecoder(decoder)
     except ValueError as error:
-        raise ValueError(
-            f"model.fsdp is not for this backbone, as {error} (of one process)"
-        ) from None
+        raise ValueError(f"without model.fsdp, this backbone may do: {error}") from None
     shapes = {name: parameter.shape for name, parameter in lm.named_parameters()}
     source = _Source(path, shapes, lm.base_model_prefix)
     decoder.rotary_emb = type(decoder.rotary_emb)(config=lm.config)  # it has no weights to read

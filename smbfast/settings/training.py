@@ -449,9 +449,7 @@ class TrainSettings(Settings):
         if self.objective.path == "reference":
             return "objective.path=shared, which runs as many forwards on every GPU"
         if self.probe.final:
-            return (
-                "probe.final=false: no rank could embed alone; smbfast.embed and probe do it after"
-            )
+            return "probe.final=false; smbfast.embed and smbfast.probe judge it on one process"
         return None
 
     @model_validator(mode="after")
