@@ -57,10 +57,10 @@ def encoder_of(settings: TrainSettings, num_horizons: int = 0) -> PatientEncoder
     return encoder
 
 
-def start(base: str, out: str) -> dict:
+def start(base: str, out: str, fsdp: bool | None = None) -> dict:
     """Make the encoder as shared out, or alone in one process; save it whole."""
     with joined() as ranks:
-        encoder = encoder_of(settings_of(base, fsdp=ranks.world > 1))
+        encoder = encoder_of(settings_of(base, fsdp=ranks.world > 1 if fsdp is None else fsdp))
         shared = {id(p) for p in encoder.parameters() if isinstance(p, DTensor)}
         _save(dict(encoder.named_parameters()), ranks, out)
         layers = encoder.decoder.layers.parameters()
@@ -99,9 +99,7 @@ def steps(base: str, out: str, recompute: str) -> list:
                 even=ranks.world > 1,
             )
             scales = LossScales.of_batch(settings.phases[0], step)
-            own = forward_backward(
-                losses, encoder, target, step.micro_batches, scales, ranks=ranks
-            )
+            own = forward_backward(losses, encoder, target, step.micro_batches, scales, ranks=ranks)
             total, _ = ranks.summed(updater.parameters, torch.stack(own), False, step.digest)
             named = {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
             _save(named, ranks, f"{out}-{number}")
@@ -143,7 +141,7 @@ def uneven(base: str, horizons: int) -> list:
         make = partial(make_batch, objective=form, seed=0, step=0, horizons=ahead)
         rows = [make([random_window(s)], jepa=j) for s, j in ((1, True), (2, True), (3, False))]
         idle = idle_batch()
-        own = {ALONE.world: [rows]}.get(ranks.world, [rows[:2], [rows[2], idle], [idle] * 2])
+        own = [rows] if ranks == ALONE else [rows[:2], [rows[2], idle], [idle] * 2]
         mine = own[min(ranks.rank, len(own) - 1)]
         counts = [sum(getattr(b, n) for b in rows) for n in ("num_labels", "num_masked")]
         latent = [b.pairs.num_by_horizon for b in rows if b.pairs]

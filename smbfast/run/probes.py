@@ -65,6 +65,9 @@ def probe_run(
             write_text(run.folder / "sample.json", json.dumps(sample))
     if not run.tasks:
         return
+    if run.encoder.is_shared_out:  # parts are of one rank each, a forward is of all
+        print("probes     none: ranks shared the backbone; the commands below embed and probe")
+        return
     index = prepared.folder / FOLDER
     dataset = MedsDataset.open(run.data.folder, index=index, split=run.data.split)
     asked = [labels if final else without_held_out(labels) for _, labels in run.tasks]
