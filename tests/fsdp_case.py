@@ -4,7 +4,6 @@ Functions of this module run in processes that `tests.rank_server` forks.
 """
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -15,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 from smbfast import objective, reference
-from smbfast.batch import NewToken, idle_batch
+from smbfast.batch import NewToken, Timeline, idle_batch
 from smbfast.data.horizons import Horizons
 from smbfast.data.loader import make_batch, make_step
 from smbfast.model.backbone import PatientEncoder, make_encoder
@@ -57,6 +56,14 @@ def encoder_of(settings: TrainSettings, num_horizons: int = 0) -> PatientEncoder
     return encoder
 
 
+def window_of(seed: int) -> Timeline:
+    """A window in which tokens occur that are new to the backbone."""
+    window = random_window(seed)
+    window.ids_T[window.ids_T == 3] = VOCABULARY
+    window.ids_T[window.ids_T == 4] = VOCABULARY + 1
+    return window
+
+
 def start(base: str, out: str, fsdp: bool | None = None) -> dict:
     """Make the encoder as shared out, or alone in one process; save it whole."""
     with joined() as ranks:
@@ -85,7 +92,7 @@ def steps(base: str, out: str, recompute: str) -> list:
         losses = partial(objective.losses, normalize=True, recompute=recompute)
         given: list = []
         for number in range(3):
-            windows = window_set([random_window(s) for s in range(9)], FORM)
+            windows = window_set([window_of(s) for s in range(9)], FORM)
             step = make_step(
                 windows,
                 FORM,
@@ -111,7 +118,7 @@ def steps(base: str, out: str, recompute: str) -> list:
 
 def measured(encoder: PatientEncoder, target: TargetEncoder, settings: TrainSettings) -> list:
     """What evaluations and the self-check compute: the same batch on every rank."""
-    batch = make_batch([random_window(s) for s in (3, 5)], FORM, 0, 0, jepa=True)
+    batch = make_batch([window_of(s) for s in (3, 5)], FORM, 0, 0, jepa=True)
     values = list(target.measures().values())
     values += gradients(encoder, target, batch, settings, settings.phases[0]).values()
     for path in (objective, reference):
@@ -139,7 +146,7 @@ def uneven(base: str, horizons: int) -> list:
         form = ObjectiveSettings(min_future=4, **jepa)
         ahead = Horizons(tuple(form.horizons)) if horizons else None
         make = partial(make_batch, objective=form, seed=0, step=0, horizons=ahead)
-        rows = [make([random_window(s)], jepa=j) for s, j in ((1, True), (2, True), (3, False))]
+        rows = [make([window_of(s)], jepa=j) for s, j in ((1, True), (2, True), (3, False))]
         idle = idle_batch()
         own = [rows] if ranks == ALONE else [rows[:2], [rows[2], idle], [idle] * 2]
         mine = own[min(ranks.rank, len(own) - 1)]

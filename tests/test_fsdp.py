@@ -39,7 +39,7 @@ def alone(base, tmp_path_factory) -> tuple[Path, list]:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_first_weights_are_those_of_one_process_and_parts_are_equal(base, tmp_path, world):
-    """Bit for bit, tokens new to the backbone and their rows included; nothing trained is shared."""
+    """Bit for bit, with rows of tokens new to the backbone; nothing that is trained is shared."""
     ranks_give(0, f"{CASES}:start", base=str(base), out=str(tmp_path / "alone"))
     parts = ranks_give(world, f"{CASES}:start", base=str(base), out=str(tmp_path / "shared"))
     alone, shared = (load_file(tmp_path / f"{n}.safetensors") for n in ("alone", "shared"))
