@@ -27,6 +27,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 EVERY = 0.002  # seconds between two readings
 LIMIT = 1.2  # models
 LAYERS = 8
+SHOWN = ("ranks", "shared", "peak_models", "after_models", "held_models", "seconds")
 PROG = "python -m bench.scale_fsdp"
 
 
@@ -120,19 +121,7 @@ def main() -> None:
         cases = ((2, False), (2, True), (4, True))
         rows = [{**stamp, **measured(Path(folder), n, size, shared=s)} for n, s in cases]
     for row in rows:
-        print(
-            {
-                k: row[k]
-                for k in (
-                    "ranks",
-                    "shared",
-                    "peak_models",
-                    "after_models",
-                    "held_models",
-                    "seconds",
-                )
-            }
-        )
+        print({k: row[k] for k in SHOWN})
     if "--record" in sys.argv:
         print(records.append("scale_fsdp", rows))
     over = [row["ranks"] for row in rows if row["shared"] and row["peak_models"] > LIMIT]

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from smbfast import objective, reference
 from smbfast.batch import NewToken, Timeline, idle_batch
 from smbfast.data.horizons import Horizons
+from smbfast.data.timelines import Preamble
+from smbfast.data.windows import WindowSet
 from smbfast.data.loader import make_batch, make_step
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.sharding import held_bytes
@@ -146,7 +148,10 @@ def uneven(base: str, horizons: int) -> list:
         form = ObjectiveSettings(min_future=4, **jepa)
         ahead = Horizons(tuple(form.horizons)) if horizons else None
         make = partial(make_batch, objective=form, seed=0, step=0, horizons=ahead)
-        rows = [make([window_of(s)], jepa=j) for s, j in ((1, True), (2, True), (3, False))]
+        windows = WindowSet.of(
+            [[window_of(s) for s in range(3)]], 256, Preamble(), form, None, ahead
+        )
+        rows = [make([windows[s]], jepa=j) for s, j in ((0, True), (1, True), (2, False))]
         idle = idle_batch()
         own = [rows] if ranks == ALONE else [rows[:2], [rows[2], idle], [idle] * 2]
         mine = own[min(ranks.rank, len(own) - 1)]
@@ -157,6 +162,7 @@ def uneven(base: str, horizons: int) -> list:
         losses = partial(objective.losses, normalize=True)
         parameters = [p for p in encoder.parameters() if p.requires_grad]
         for _ in range(2):
+            encoder.zero_grad(set_to_none=True)
             step = forward_backward(
                 losses, encoder, target, mine, scales, num_by_horizon=by_horizon, ranks=ranks
             )
