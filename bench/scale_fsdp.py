@@ -35,14 +35,15 @@ def make(folder: Path, layers: int) -> None:
     """Save a backbone with a small vocabulary, as tables are whole on every rank."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    width = 512 if layers == LAYERS else 64  # so small that its freed memory hides nothing
     config = Qwen3Config(
         vocab_size=1024,
-        hidden_size=512,
+        hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=64,
-        intermediate_size=1536,
+        intermediate_size=3 * width,
         tie_word_embeddings=True,
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / str(layers))

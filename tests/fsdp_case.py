@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from smbfast import objective, reference
 from smbfast.batch import NewToken, Timeline, idle_batch
 from smbfast.data.horizons import Horizons
+from smbfast.data.loader import make_batch, make_step
 from smbfast.data.timelines import Preamble
 from smbfast.data.windows import WindowSet
-from smbfast.data.loader import make_batch, make_step
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.sharding import held_bytes
 from smbfast.model.target import TargetEncoder, TargetForm
@@ -149,7 +149,7 @@ def uneven(base: str, horizons: int) -> list:
         ahead = Horizons(tuple(form.horizons)) if horizons else None
         make = partial(make_batch, objective=form, seed=0, step=0, horizons=ahead)
         windows = WindowSet.of(
-            [[window_of(s) for s in range(3)]], 256, Preamble(), form, None, ahead
+            [[window_of(s) for s in range(3)]], 256, Preamble(), form, horizons=ahead
         )
         rows = [make([windows[s]], jepa=j) for s, j in ((0, True), (1, True), (2, False))]
         idle = idle_batch()
