@@ -33,7 +33,7 @@ class EmbedSettings(Settings):
         --labels=mortality_1y,readmission_30d --out=embeddings.parquet
 
   Embed by eight GPUs of this machine; docs/slurm/embed.sbatch is a job array:
-    torchrun --nproc-per-node=8 -m smbfast.embed --model=runs/default/final \
+    torchrun --nproc-per-node=8 -m smbfast.embed --model=runs/default/final \\
         --data=MEDS_FOLDER --at=last --out=now.parquet
 
   Embed with an adapter whose backbone is in another folder than during training:
