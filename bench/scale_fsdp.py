@@ -1,6 +1,6 @@
 """python -m bench.scale_fsdp: the host memory that ranks take to load a backbone that they share.
 
-A backbone of about 100 MB in fp32 is made, and 2 and 4 ranks on one machine load it, all at once.
+A backbone of about 150 MB in fp32 is made, and 2 and 4 ranks on one machine load it, all at once.
 This process reads their resident memory every few milliseconds. What counts is the largest sum of
 all ranks, above what they had when they had imported everything and joined, over the bytes of the
 backbone: 1.0 is one model on the machine, however many ranks there are. Pages of files count too.
@@ -26,7 +26,7 @@ from smbfast.model.sharding import held_bytes
 PAGE = os.sysconf("SC_PAGE_SIZE")
 EVERY = 0.002  # seconds between two readings
 LIMIT = 1.2  # models
-LAYERS = 8
+LAYERS = 12
 SHOWN = ("ranks", "shared", "peak_models", "after_models", "held_models", "seconds")
 PROG = "python -m bench.scale_fsdp"
 
