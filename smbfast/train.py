@@ -92,12 +92,11 @@ def _run(settings: TrainSettings, command: str, start: float, ranks: "Ranks") ->
 
     everywhere, by_op = kernel_choice(settings.kernels)
     if ranks.decide(lambda: earlier(settings.folder, settings)) == "done":
-        if not ranks.is_main:
-            return
-        loop.export(settings, choose_device(settings.run.device))
+        if ranks.is_main:
+            loop.export(settings, choose_device(settings.run.device))
         if settings.probe.final:
             with use(everywhere, **by_op):
-                loop.judge(settings, command)
+                loop.judge(settings, command, ranks)
         console.already_done(settings)
         return
     # from here on how it ends is written to the run's status

@@ -87,7 +87,6 @@ def test_no_rank_waits_for_one_without_rows_or_without_masks(base, world, horizo
         ({"model": {"fsdp": True}}, "LoRA (model.path"),
         ({"objective": {"target_form": "merged"}}, "objective.target_form=tracked"),
         ({"objective": {"path": "reference"}}, "objective.path=shared"),
-        ({"probe": {"final": True, "labels": ["x"]}}, "probe.final=false"),
     ],
 )
 def test_settings_that_ranks_cannot_share_are_refused(words, way_out):

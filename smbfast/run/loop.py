@@ -128,15 +128,17 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
     return "done"
 
 
-def judge(settings: TrainSettings, command: str) -> None:
+def judge(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> None:
     """Probe a finished run on held-out patients, and write its report again. Nothing is trained.
+
+    All ranks call it, and embed.
 
     Raises:
         ValueError: the checkpoint of the last step is not there, or data or labels are bad.
     """
     folder, total = settings.folder, total_steps(settings)
     has_any = checkpoint.folders(folder)
-    run = OpenRun.open(settings, set_aside=False) if has_any else None
+    run = OpenRun.open(settings, ranks, set_aside=False) if has_any else None
     if run is None or run.progress.step != total:
         raise ValueError(
             f"{folder} must hold the checkpoint of its last step, {total}, to be judged on "
@@ -145,7 +147,8 @@ def judge(settings: TrainSettings, command: str) -> None:
         )
     with run.matmul.used():
         probe_run(run, run.take_target(), final=True, command=command)
-    write_report(run.folder, final=True)
+    if ranks.is_main:
+        write_report(run.folder, final=True)
 
 
 def export(settings: TrainSettings, device: torch.device) -> None:

@@ -65,9 +65,6 @@ def probe_run(
             write_text(run.folder / "sample.json", json.dumps(sample))
     if not run.tasks:
         return
-    if run.encoder.is_shared_out:  # parts are of one rank each, a forward is of all
-        print("probes     none: ranks shared the backbone; the commands below embed and probe")
-        return
     index = prepared.folder / FOLDER
     dataset = MedsDataset.open(run.data.folder, index=index, split=run.data.split)
     asked = [labels if final else without_held_out(labels) for _, labels in run.tasks]
@@ -221,7 +218,7 @@ class _Embedding:
         with part_folder(path, request, len(source.parts)) as folder:
             models = {name: (model, pools[name]) for name, model in self.models.items()}
             numbers, commits = None, True
-            if getattr(run.settings.model, "fsdp", False):  # all ranks gather a layer together
+            if run.encoder.is_shared_out:  # a forward is of all ranks, so each runs all
                 left = sorted(set(range(folder.num_parts)) - folder.done())
                 numbers, commits = run.ranks.tell(left), run.ranks.is_main
             embed_parts(

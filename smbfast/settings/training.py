@@ -448,8 +448,6 @@ class TrainSettings(Settings):
             return "objective.target_form=tracked, as a merged target copies every weight"
         if self.objective.path == "reference":
             return "objective.path=shared, which runs as many forwards on every GPU"
-        if self.probe.final:
-            return "probe.final=false; smbfast.embed and smbfast.probe judge it on one process"
         return None
 
     @model_validator(mode="after")
