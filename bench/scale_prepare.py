@@ -152,12 +152,15 @@ def forked(words: list[str]) -> int:
     if pid:
         return pid
     status = 1
-    with contextlib.suppress(BaseException):
+    try:
         os.setsid()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             command.main(words)
         status = 0
-    os._exit(status)
+    except BaseException as error:
+        print(f"a process failed: {error!r}", file=sys.stderr)
+    finally:
+        os._exit(status)
 
 
 def killed_processes(settings: ScalePrepareBench, work: Path) -> Iterator[dict[str, Any]]:
@@ -187,7 +190,10 @@ def killed_processes(settings: ScalePrepareBench, work: Path) -> Iterator[dict[s
             kills += sum(ends[pid] == -signal.SIGKILL for pid in doomed)
             failed += sum(bool(ends[pid]) for pid in pair if pid not in doomed)
             failed += bool(_status(forked([*words, f"--out={out}"])))  # finds all, or goes on
-            differing += content(out) != expected
+            got = content(out)
+            differing += got != expected
+            if got != expected:
+                print("differs:", sorted(dict(got.items() ^ expected.items())), file=sys.stderr)
         yield {
             "part": "kills",
             "format": form,

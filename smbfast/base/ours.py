@@ -139,10 +139,12 @@ def _foreign_to_run(entry: Path) -> Path | None:
 
 
 def _foreign_to_prepared(folder: Path) -> Path | None:
+    entries = _entries(folder)  # before, as another process may begin in between
     begun = (folder / "plan.json").is_file() or (folder / "prepare.json").is_file()
-    for entry in _entries(folder):
+    for entry in entries:
         ours = entry.name in (*_INDEXES, LOCK, CLAIMS) or is_staging(entry)
-        if not (ours or (begun and entry.name in _PREPARED)):
+        ours = ours or (begun and entry.name in _PREPARED)
+        if not ours and os.path.lexists(entry):  # what another process wrote may be gone
             return _first(entry)
     return None
 

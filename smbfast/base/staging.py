@@ -26,9 +26,7 @@ _OWN: set[Path] = set()  # of this process, in use
 def staged(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path`, which is removed at the end; clear those of kills."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in _left(path.parent):
-        with suppress(OSError):
-            _clear(left, path.parent / _target(left))
+    clear_left(path.parent)
     folder, marker = _made(path)
     try:
         yield folder
@@ -39,11 +37,26 @@ def staged(path: Path) -> Iterator[Path]:
         release(marker)
 
 
+def clear_left(parent: Path) -> None:
+    """Clear what writes that were killed have left in a folder, as the next write there would."""
+    for left in _left(parent):
+        with suppress(OSError):
+            _clear(left, parent / _target(left))
+
+
 def is_staging(folder: Path) -> bool:
-    """Whether a folder was made by `staged`."""
+    """Whether a folder was made by `staged`; a kill may have left it empty, before its marker."""
     marker = folder / MARKER
-    named = _NAME.fullmatch(folder.name) is not None
-    return named and not folder.is_symlink() and marker.is_file() and not marker.is_symlink()
+    if _NAME.fullmatch(folder.name) is None or folder.is_symlink() or not folder.is_dir():
+        return False
+    return (marker.is_file() and not marker.is_symlink()) or _is_empty(folder)
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not os.listdir(folder)
+    except OSError:  # its process has removed it
+        return True
 
 
 def standing(path: Path) -> Path:

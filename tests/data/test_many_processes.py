@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from smbfast.base import ours
 from smbfast.base.claims import CLAIMS
 from smbfast.base.ours import require_prepared_folder
 from smbfast.data import fitting, preparing
@@ -185,3 +186,30 @@ def test_a_dask_cluster_makes_what_one_process_makes(
         on = cluster.scheduler_address.replace("tcp", "dask")
         assert content(made(data, tmp_path / "out", "codes", on)) == alone["codes"]
     clean(tmp_path / "out")
+
+
+@pytest.mark.parametrize("what", ["begins", "ends a write", "was killed"])
+def test_a_folder_in_which_another_process_works_is_no_one_else_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """It begins, or ends a write, between two looks; or it was killed before its first mark."""
+    staging, honest = tmp_path / "plan.json.0123456789abcdef.tmp", ours._entries
+
+    def entries(folder: Path) -> list[Path]:
+        if what == "begins":
+            (folder / "tokenizer").mkdir()
+            (folder / "plan.json").write_text("{}")
+        return [*honest(folder), *([staging] if what == "ends a write" else [])]
+
+    if what == "was killed":
+        staging.mkdir()
+    monkeypatch.setattr(ours, "_entries", entries)
+    require_prepared_folder(tmp_path)
+
+
+def test_a_folder_with_the_name_of_a_write_that_holds_a_file_is_refused(tmp_path: Path) -> None:
+    staging = tmp_path / "plan.json.0123456789abcdef.tmp"
+    staging.mkdir()
+    (staging / "mine").touch()
+    with pytest.raises(ValueError, match="mine"):
+        require_prepared_folder(tmp_path)
