@@ -61,8 +61,7 @@ def losses(
     With scales of weight / (count in the whole step), gradients of micro-batches simply add up to
     the gradient of the step (gradient accumulation). Losses are fp32 (fp64 for fp64 models).
 
-    Where ranks share the base they gather its layers together. Then the scales alone, which all
-    ranks have of the step, decide which forwards run, also for a batch that predicts nothing.
+    Where ranks share the base, the scales alone, alike on all, decide which forwards run.
 
     Args:
         target: may be None where `jepa_scale` is 0.
@@ -80,14 +79,14 @@ def losses(
     has_latent = jepa_scale > 0 and batch.num_latent > 0
     has_codes = codes_scale > 0 and batch.num_pairs > 0
     predicts = has_sft or has_masked or has_latent or has_codes
-    if not predicts and not encoder.is_shared_out:
+    if not (predicts or encoder.is_shared_out):
         return Terms()
     sft, jepa, codes, frozen = None, None, None, freeze == "predictor"
     if has_masked:
         compared = _target(target, batch, norm=False)
-    if has_latent:
+    elif has_latent:
         compared = latent_target(target, batch, sums)
-    if jepa_scale > 0 and not (has_masked or has_latent):
+    elif jepa_scale > 0:
         take_part(target)
     with torch.no_grad() if freeze == "decoder" else nullcontext():
         hidden_TD = _online(encoder, batch, recompute)
@@ -102,13 +101,16 @@ def losses(
         state_ND = hidden_TD.index_select(0, batch.pairs.row_N)
         with part("head"):
             if has_latent:
-                error_QD = predict_ahead(encoder, state_ND, batch, frozen=frozen)
-                error_QD = error_QD - compared.to(error_QD.dtype)
-                jepa = error_QD.square().sum() * (jepa_scale / encoder.width)
+                ahead_QD = predict_ahead(encoder, state_ND, batch, frozen=frozen)
+                jepa = _square_sum(ahead_QD, compared) * (jepa_scale / encoder.width)
             if has_codes:
                 assert encoder.codes is not None
                 codes = codes_sum(encoder.codes, state_ND, batch.pairs, frozen=frozen) * codes_scale
     return Terms(sft, jepa, codes)
+
+
+def _square_sum(prediction_QD: Tensor, target_QD: Tensor) -> Tensor:
+    return (prediction_QD - target_QD.to(prediction_QD.dtype)).square().sum()
 
 
 def measure(encoder: PatientEncoder, target: TargetEncoder | None, batch: PackedBatch) -> Measured:

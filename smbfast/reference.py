@@ -26,7 +26,7 @@ from smbkernels import linear_cross_entropy, masked_jepa_mse
 from torch import Tensor
 
 from smbfast.batch import FuturePairs, PackedBatch
-from smbfast.model.backbone import PatientEncoder, padded
+from smbfast.model.backbone import PatientEncoder
 from smbfast.model.codes_head import SHARE
 from smbfast.model.horizon_scale import ScaleSums
 from smbfast.model.target import HorizonStates, JepaStates, TargetEncoder
@@ -221,6 +221,12 @@ def target_hidden(target: TargetEncoder, batch: PackedBatch) -> Tensor:
     trunks = [batch.target_ids_U[start : start + length] for start, length, *_ in table]
     hidden_BTD = target.hidden(padded(trunks, 0))
     return torch.cat([h[: len(t)] for h, t in zip(hidden_BTD, trunks, strict=True)])
+
+
+def padded(sequences: list[Tensor], fill: int | bool) -> Tensor:
+    """Stack sequences of different lengths, padded on the right with `fill`: [B, T]."""
+    longest = max(len(s) for s in sequences)
+    return torch.stack([F.pad(s, (0, longest - len(s)), value=fill) for s in sequences])
 
 
 def trunk_rows(batch: PackedBatch) -> list[slice]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bench.step.variants import ONLINE, Part, Variant, untimed
 from bench.step.workloads import Workload, node_batches
-from smbfast.model.backbone import PatientEncoder, padded
+from smbfast.model.backbone import PatientEncoder
+from smbfast.reference import padded
 
 
 class Nodes(Variant):

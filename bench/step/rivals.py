@@ -35,7 +35,8 @@ from bench.step.teacher import Teacher
 from bench.step.variants import BACKWARD, LOSSES, ONLINE, TARGET, Part, Variant, halved
 from bench.step.workloads import PADDED_SEQUENCES, Workload
 from smbfast.batch import PackedBatch, pack_segments
-from smbfast.model.backbone import PatientEncoder, padded
+from smbfast.model.backbone import PatientEncoder
+from smbfast.reference import padded
 
 VARLEN, FLEX = "bench_varlen", "bench_flex"
 

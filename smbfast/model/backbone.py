@@ -597,9 +597,3 @@ def parameter_counts(encoder: PatientEncoder) -> tuple[int, int]:
     """Return the number of trained parameters and of all parameters."""
     sizes = [(p.numel(), p.requires_grad) for p in encoder.parameters()]
     return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
-
-
-def padded(sequences: list[Tensor], fill: int | bool) -> Tensor:
-    """Stack sequences of different lengths, padded on the right with `fill`: [B, T]."""
-    longest = max(len(s) for s in sequences)
-    return torch.stack([F.pad(s, (0, longest - len(s)), value=fill) for s in sequences])

@@ -107,7 +107,7 @@ def held_bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in parts)
 
 
-def gathered_bytes(decoder: nn.Module) -> int:
+def gathered_bytes(decoder: HfModule) -> int:
     """Return the bytes of layers that are gathered at a time, at most; 0 if none is shared out."""
     layers = decoder.layers if is_shared_out(decoder) else []
     sizes = [
@@ -128,12 +128,12 @@ class _Source:
         """
         self.is_main = dist.get_rank() == 0
         self._place: dict[str, tuple[Path, str]] = {}
-        told: list[str | None] = [None]
+        problem: list[str | None] = [None]
         if self.is_main:
-            told = [self._look_up(path, shapes, prefix)]
-        dist.broadcast_object_list(told, 0)
-        if told[0] is not None:
-            raise ValueError(told[0])
+            problem = [self._look_up(path, shapes, prefix)]
+        dist.broadcast_object_list(problem, 0)
+        if problem[0] is not None:
+            raise ValueError(problem[0])
 
     def _look_up(self, path: str, shapes: dict[str, torch.Size], prefix: str) -> str | None:
         """Return what is wrong, or None."""
