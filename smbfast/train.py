@@ -100,10 +100,11 @@ def _run(settings: TrainSettings, command: str, start: float, ranks: "Ranks") ->
         console.already_done(settings)
         return
     # from here on how it ends is written to the run's status
-    with _entry(on_end=partial(write_end, settings)):
+    with _entry(on_end=partial(write_end, settings)) as signals:
         with use(everywhere, **by_op):
             outcome = loop.train(settings, command, ranks)
         if outcome == "preempted":
+            signals.ignore()  # a rank that left now would end the main one while it saves
             ranks.tell(None)  # the main rank has saved: torchrun ends all once one has ended
             raise SystemExit(PREEMPTED)
     print(f"total {duration(time.monotonic() - start)}")

@@ -490,11 +490,16 @@ def test_every_signal_of_a_scheduler_stops_a_command(number: signal.Signals, cap
 @pytest.mark.usefixtures("_handlers")
 def test_an_interrupt_that_is_lost_can_be_repeated(monkeypatch: pytest.MonkeyPatch):
     ended: list[int] = []
+    clock = [100.0]
     monkeypatch.setattr("smbfast.base.entry.os._exit", ended.append)
+    monkeypatch.setattr("smbfast.base.entry.monotonic", lambda: clock[0])
     with pytest.raises(SystemExit), entry("smbfast.name", status=75):
         for _ in range(3):
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), signal.SIGUSR1)
                 signal.pause()
+            for number in (signal.SIGTERM, signal.SIGUSR1):  # handed on by others: no more is asked
+                os.kill(os.getpid(), number)
+            clock[0] += 5
         assert ended == [75]
         raise KeyboardInterrupt

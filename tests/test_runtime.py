@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from smbfast.base.runtime import stop_on_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 # a fork for each case: what one sets is not there in the next. What `runtime` imports is
@@ -88,3 +91,21 @@ def test_a_setting_in_the_environment_is_left_as_it_is(chosen, variable, value):
 
 def test_on_a_cpu_nothing_is_set(chosen):
     assert chosen[str(("cpu", {}))] == {"device": "cpu", "initialized": False, "now": []}
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signals_within_a_moment_are_one(first: signal.Signals, monkeypatch: pytest.MonkeyPatch):
+    clock = [100.0]
+    monkeypatch.setattr("smbfast.base.entry.monotonic", lambda: clock[0])
+    with stop_on_signals() as stop:
+        assert not stop
+        os.kill(os.getpid(), first)
+        for clock[0] in (100.0, 103.0, 104.99):  # of the first, not of one another
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.name == first.name
+        clock[0] = 105.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+    with stop_on_signals() as stop:
+        assert not stop  # a later block begins anew

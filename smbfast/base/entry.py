@@ -10,12 +10,15 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from time import monotonic
 
 from smbfast.base.disk import cannot_write, system_error
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PATIENCE = 2  # signals that ask; the next one ends the process
-
+MOMENT = (
+    5.0  # seconds in which signals are one: Slurm, srun and torchrun each hand it on. Our choice
+)
 
 _NO_THREAD = "can't start new thread"  # what Python says where the system refuses one
 
@@ -32,12 +35,12 @@ def entry(
     status: int = 1,
     on_end: Callable[[str], None] | None = None,
     private: bool = True,
-) -> Iterator[None]:
+) -> Iterator["Signals"]:
     """Run the work of command `prog`; if it fails, end the process with one line on stderr.
 
     The exit status after an error is 1. An error that is not listed below is a bug and keeps its
     traceback. SIGTERM and SIGUSR1 stop the work as Ctrl-C does. A second signal interrupts what the
-    first one began; a third ends the process.
+    first one began; a third ends the process. Those within 5 seconds of one that counts are it.
 
     Args:
         prog: the beginning of the line, such as `smbfast.embed`.
@@ -54,7 +57,7 @@ def entry(
     on_end = on_end or _nothing
     with _modes(private), _signals(prog, status) as signals:
         try:
-            yield
+            yield signals
         except SystemExit:
             raise
         except (ValueError, RunFailed) as error:
@@ -98,15 +101,31 @@ def _in_words(error: BaseException) -> str | None:
     return None if known is None else cannot_write(known)
 
 
-class _Signals:
+class Requests:
+    """Counts requests to stop: a signal that reaches a process on several ways is one."""
+
+    def __init__(self, now: Callable[[], float] | None = None) -> None:
+        self.count, self._since, self._now = 0, 0.0, now or monotonic
+
+    def add(self) -> bool:
+        """Take a signal; whether it is a request, not one within a moment of the last request."""
+        now = self._now()
+        if self.count and now - self._since < MOMENT:
+            return False
+        self.count, self._since = self.count + 1, now
+        return True
+
+
+class Signals:
     """Turns signals into KeyboardInterrupt, and ends the process if they are not heard."""
 
     def __init__(self, status: int) -> None:
-        self.count, self._status, self._ignored = 0, status, False
+        self._requests, self._status, self._ignored = Requests(), status, False
 
     def handle(self, number: int, frame: object) -> None:
-        self.count += 1
-        if self.count > _PATIENCE:
+        if not self._requests.add():
+            return
+        if self._requests.count > _PATIENCE:
             os._exit(self._status)  # what is on the disk is whole at any moment
         if not self._ignored:
             raise KeyboardInterrupt
@@ -117,9 +136,9 @@ class _Signals:
 
 
 @contextmanager
-def _signals(prog: str, status: int) -> Iterator[_Signals]:
+def _signals(prog: str, status: int) -> Iterator[Signals]:
     """Handle signals in the block, if this is the main thread."""
-    signals = _Signals(status)
+    signals = Signals(status)
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return

@@ -20,7 +20,7 @@ from smbkernels.matmul.products import times as times_by_onednn
 from torch import Tensor
 
 from smbfast.base.counts import few as few
-from smbfast.base.entry import SIGNALS
+from smbfast.base.entry import SIGNALS, Requests
 from smbfast.base.helpers import helper
 
 GIB = 1 << 30
@@ -198,15 +198,24 @@ def library(device: torch.device, dtype: torch.dtype) -> str:
 
 
 class StopFlag:
-    """Is set by the first SIGTERM, SIGINT or SIGUSR1; the second one interrupts the step."""
+    """Is set by the first SIGTERM, SIGINT or SIGUSR1; a later one interrupts the step or the save.
 
-    def __init__(self) -> None:
+    Signals within 5 seconds of the first are the first: srun and torchrun both hand it on.
+
+    Args:
+        now: the clock, in seconds; None is that of the system.
+    """
+
+    def __init__(self, now: Callable[[], float] | None = None) -> None:
         self.name: str | None = None
+        self._requests = Requests(now)
 
     def __bool__(self) -> bool:
         return self.name is not None
 
     def _handle(self, number: int, frame: object) -> None:
+        if not self._requests.add():
+            return
         if self:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
