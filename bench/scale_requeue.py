@@ -68,8 +68,8 @@ class RequeueBench(Settings):
 def measured(run: Path) -> list[dict[str, Any]]:
     """Return what the log of a run holds of its steps and evaluations, without speeds."""
     rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    kept = ("kind", "step", *MEASURES)
-    return [{k: row.get(k) for k in kept} for row in rows if row["kind"] in ("step", "eval")]
+    names = ("kind", "step", *MEASURES)
+    return [{k: row.get(k) for k in names} for row in rows if row["kind"] in ("step", "eval")]
 
 
 def digests(run: Path) -> dict[str, str]:

@@ -20,7 +20,6 @@ Q pairs of a position and a horizon that horizon JEPA predicts, R pairs and S to
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -54,14 +53,11 @@ def losses(
     sums: ScaleSums | None = None,
     recompute: Recompute = "none",
 ) -> Terms:
-    """Return the summed losses, each times its scale.
+    """Return the summed losses, each times its scale; fp32, of fp64 models fp64.
 
-    The target encoder goes first, without gradients, so that its temporary memory is free again
-    before the online activations are stored. Then one online forward reads all trunks and branches.
-    With scales of weight / (count in the whole step), gradients of micro-batches simply add up to
-    the gradient of the step (gradient accumulation). Losses are fp32 (fp64 for fp64 models).
-
-    Where ranks share the base, the scales alone, alike on all, decide which forwards run.
+    The target encoder goes first, so that its temporary memory is free again before the online
+    activations are stored. Then one online forward reads all trunks and branches. With scales of
+    weight / (count in the whole step), gradients of micro-batches add up (gradient accumulation).
 
     Args:
         target: may be None where `jepa_scale` is 0.
@@ -79,15 +75,13 @@ def losses(
     has_latent = jepa_scale > 0 and batch.num_latent > 0
     has_codes = codes_scale > 0 and batch.num_pairs > 0
     predicts = has_sft or has_masked or has_latent or has_codes
-    if not (predicts or encoder.is_shared_out):
+    if not (predicts or encoder.is_shared_out):  # ranks that share run alike, by scales alone
         return Terms()
     sft, jepa, codes, frozen = None, None, None, freeze == "predictor"
     if has_masked:
         compared = _target(target, batch, norm=False)
-    elif has_latent:
-        compared = latent_target(target, batch, sums)
     elif jepa_scale > 0:
-        take_part(target)
+        compared = latent_target(target, batch, sums)
     with torch.no_grad() if freeze == "decoder" else nullcontext():
         hidden_TD = _online(encoder, batch, recompute)
     if not predicts and hidden_TD.requires_grad:
@@ -95,16 +89,15 @@ def losses(
     if has_sft:
         sft = _sft(encoder, hidden_TD, batch, sft_scale)
     if has_masked:
-        error = partial(_masked, normalize=normalize, frozen=frozen)
-        jepa = error(encoder, target, batch, hidden_TD, compared, jepa_scale)
+        states = encoder, target, batch, hidden_TD, compared
+        jepa = _masked(*states, jepa_scale, normalize=normalize, frozen=frozen)
     if batch.pairs is not None and (has_latent or has_codes):
         state_ND = hidden_TD.index_select(0, batch.pairs.row_N)
         with part("head"):
             if has_latent:
                 ahead_QD = predict_ahead(encoder, state_ND, batch, frozen=frozen)
                 jepa = _square_sum(ahead_QD, compared) * (jepa_scale / encoder.width)
-            if has_codes:
-                assert encoder.codes is not None
+            if has_codes and encoder.codes is not None:
                 codes = codes_sum(encoder.codes, state_ND, batch.pairs, frozen=frozen) * codes_scale
     return Terms(sft, jepa, codes)
 
@@ -188,22 +181,23 @@ def latent_target(
 ) -> Tensor:
     """Return what horizon JEPA predicts for each pair, [Q, D], without gradients.
 
-    It is the mean of the target's states within the horizon, on the running scale of the target.
+    It is the mean of the target's states within the horizon, on the running scale of the target. Of
+    a batch without pairs it is empty; where ranks share the base, the target runs on one token for
+    it, as others run it on their rows.
 
     Args:
         sums: receives the means before they are standardised.
     """
-    assert target is not None and batch.pairs is not None
+    assert target is not None
+    if batch.pairs is None or not batch.num_latent:
+        device = target.encoder.mask_vector.device
+        if target.encoder.is_shared_out:
+            _target(target, idle_batch().to(device))
+        return torch.empty(0, target.encoder.width, device=device)
     mean_QD = averaged(_target(target, batch), batch)
     if sums is not None:
         sums.add(mean_QD, batch.pairs.horizon_Q)
     return _standardised(target, mean_QD, batch)
-
-
-def take_part(target: TargetEncoder | None) -> None:
-    """Run the target on one token where ranks share the base, as others run it on their rows."""
-    if target is not None and target.encoder.is_shared_out:
-        _target(target, idle_batch().to(target.encoder.mask_vector.device))
 
 
 def averaged(target_UD: Tensor, batch: PackedBatch) -> Tensor:

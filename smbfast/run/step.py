@@ -20,7 +20,7 @@ from smbfast.batch import PackedBatch
 from smbfast.data.loader import Step
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder
-from smbfast.objective import Losses, latent_target, take_part
+from smbfast.objective import Losses, latent_target
 from smbfast.run.ranks import ALONE, Ranks
 from smbfast.settings import PhaseSettings
 
@@ -105,10 +105,7 @@ def forward_backward(
     if scale and scale.lacks(num_by_horizon):
         sums = scale.new_sums()
         for micro in micro_batches:
-            if micro.num_latent:
-                latent_target(target, micro.to(device), sums)
-            else:
-                take_part(target)
+            latent_target(target, micro.to(device), sums)
         ranks.add(sums.tensors)
         scale.begin(sums)
     options = scales._asdict() | ({"sums": scale.new_sums()} if scale else {})
