@@ -17,7 +17,7 @@ from smbfast.base.disk import cannot_write, system_error
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PATIENCE = 2  # signals that ask; the next one ends the process
 MOMENT = (
-    5.0  # seconds in which signals are one: Slurm, srun and torchrun each hand it on. Our choice
+    5.0  # seconds in which signals are one, which srun and torchrun hand on: our choice
 )
 
 _NO_THREAD = "can't start new thread"  # what Python says where the system refuses one
@@ -104,12 +104,12 @@ def _in_words(error: BaseException) -> str | None:
 class Requests:
     """Counts requests to stop: a signal that reaches a process on several ways is one."""
 
-    def __init__(self, now: Callable[[], float] | None = None) -> None:
-        self.count, self._since, self._now = 0, 0.0, now or monotonic
+    def __init__(self) -> None:
+        self.count, self._since = 0, 0.0
 
     def add(self) -> bool:
         """Take a signal; whether it is a request, not one within a moment of the last request."""
-        now = self._now()
+        now = monotonic()
         if self.count and now - self._since < MOMENT:
             return False
         self.count, self._since = self.count + 1, now

@@ -201,14 +201,11 @@ class StopFlag:
     """Is set by the first SIGTERM, SIGINT or SIGUSR1; a later one interrupts the step or the save.
 
     Signals within 5 seconds of the first are the first: srun and torchrun both hand it on.
-
-    Args:
-        now: the clock, in seconds; None is that of the system.
     """
 
-    def __init__(self, now: Callable[[], float] | None = None) -> None:
+    def __init__(self) -> None:
         self.name: str | None = None
-        self._requests = Requests(now)
+        self._requests = Requests()
 
     def __bool__(self) -> bool:
         return self.name is not None
