@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -153,3 +154,34 @@ def test_the_rank_that_is_left_writes_that_the_run_has_failed(dies: int, tmp_pat
     assert ends[1 - dies].value.startswith("rank 1: ") == (dies == 0)
     status = json.loads((tmp_path / "status.json").read_text())
     assert status == {"state": "failed", "step": 7, "command": "the command"}
+
+
+def left(run: str, how: str) -> str:
+    """End rank 1 by a signal, then rank 0 by the TERM that torchrun sends it for that."""
+    settings = load("tiny", [f"--run.dir={run}"])
+    end = partial(write_end, settings)
+    try:
+        with entry("smbfast.name", status=75), joined() as ranks:
+            ranks.decide(lambda: write_status(Path(run), "running", 7, "the command"))
+            with entry("smbfast.name", status=75, on_end=end), ranks.loss_is_failure():
+                if ranks.is_main:
+                    with suppress(RunFailed):
+                        ranks.least(0)  # until the other one is gone
+                os.kill(os.getpid(), signal.SIGTERM if ranks.is_main else signal.Signals[how])
+                signal.pause()
+    except SystemExit as stop:
+        return str(stop.code)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("how", "said", "state"),
+    [
+        ("SIGKILL", "smbfast.name: rank 1 has ended", "failed"),
+        ("SIGTERM", "75", "preempted"),
+    ],
+)
+def test_a_rank_tells_the_end_of_all_from_the_death_of_one(how, said, state, tmp_path: Path):
+    ends = run_ranks(2, "tests.test_ranks_signals:left", timeout=60, run=str(tmp_path), how=how)
+    assert ends[0].value is not None and ends[0].value.startswith(said), ends
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == state

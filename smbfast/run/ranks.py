@@ -13,7 +13,7 @@ import json
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +37,7 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
+    store: dist.Store | None = None  # of those that torchrun started, where they leave a word
 
     @property
     def is_main(self) -> bool:
@@ -74,6 +75,37 @@ class Ranks:
             if self.is_main:
                 made = make()
         return self.tell(made)
+
+    @contextmanager
+    def loss_is_failure(self) -> Iterator[None]:
+        """Turn an interrupt into RunFailed if another rank has ended and no signal asked it to.
+
+        Where a rank has died torchrun sends a TERM to the others, as it does when all are to stop.
+        A rank that is asked says so before it leaves, so one that is gone without a word has died.
+        """
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.store is not None:
+                with suppress(RuntimeError):  # its host has died
+                    self.store.set(f"asked {self.rank}", "")
+            lost = [r for r in range(self.world) if r != self.rank and self._has_died(r)]
+            if not lost:
+                raise
+            raise RunFailed(
+                f"rank {lost[0]} has ended; torchrun says below how, and the same command goes on"
+            ) from None
+
+    def _has_died(self, rank: int) -> bool:
+        """Whether a rank is gone and has not said that it was asked to."""
+        try:
+            dist.isend(torch.zeros(1), rank, tag=1)  # fails at once if it is gone; is not received
+        except RuntimeError:
+            try:
+                return self.store is None or not self.store.check([f"asked {rank}"])
+            except RuntimeError:
+                return True
+        return False
 
     def least(self, number: int) -> int:
         """Return the least of the numbers of all ranks."""
@@ -185,8 +217,9 @@ def joined() -> Iterator[Ranks]:
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
-    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    store, rank, world = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    ranks = Ranks(rank, world, store)
     try:
         if ranks.is_main:
             yield ranks
