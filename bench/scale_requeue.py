@@ -1,8 +1,8 @@
 """python -m bench.scale_requeue: a run that a queue ends again and again, against one alone.
 
-`docs/slurm/train.sbatch` runs under the fake Slurm of `tests/slurm`. Turns end at random moments:
-every second one as a time limit ends it (USR1 to the batch shell), the others as the death of a
-node does (KILL to every process). Both runs have the same ranks, so every logged loss and every
+`docs/slurm/train.sbatch` runs under the fake Slurm of `tests/slurm`. Turns end when the log reaches
+random steps, or at random seconds: every second one as a time limit ends it (USR1 to the batch
+shell), the others as the death of a node does (KILL to every process). Both runs have the same ranks, so every logged loss and every
 byte of the final model must be the same. A difference ends with status 1, and so does a run that no
 signal reached during training: then ask for more steps.
 """
@@ -14,6 +14,7 @@ import random
 import re
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,7 +60,9 @@ class RequeueBench(Settings):
     nodes: int = Field(1, ge=1, description="Number of nodes, all on this machine.")
     steps: int = Field(200, ge=1, description="Number of steps of each of the two phases.")
     longest: float = Field(
-        0.0, ge=0, description="Longest turn that is ended, in seconds. 0 is as long as one alone."
+        0.0,
+        ge=0,
+        description="Longest turn, in seconds, to end turns at random ones. 0 ends them at steps.",
     )
     seed: int = Field(0, ge=0, description="Seed of the moments at which turns end.")
     save: bool = Field(False, description="Append the result to bench/results/scale_requeue.jsonl.")
@@ -79,6 +82,17 @@ def digests(run: Path) -> dict[str, str]:
     return {str(f.relative_to(run)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
+def touch_at_steps(run: Path, steps: list[int], over: threading.Event) -> None:
+    """Make the file `step-N` beside a run for each of `steps` that its log has reached."""
+    log = run / "metrics.jsonl"
+    while not over.wait(0.05):
+        lines = log.read_text().splitlines() if log.is_file() else []
+        last = max((int(n) for x in lines[-3:] for n in re.findall(r'"step": (\d+)', x)), default=0)
+        for step in steps:
+            if step <= last:
+                (run.parent / f"step-{step}").touch()
+
+
 def queued(settings: RequeueBench, folder: Path, turns: list[str]) -> tuple[Path, str, float]:
     """Run the batch script in a fake queue that ends turns; return the run, the log, seconds."""
     folder.mkdir()
@@ -94,7 +108,10 @@ def queued(settings: RequeueBench, folder: Path, turns: list[str]) -> tuple[Path
         "PATH": f"{ROOT / 'tests' / 'slurm'}:{os.environ['PATH']}",
     }
     script = ROOT / "docs" / "slurm" / "train.sbatch"
-    start = time.monotonic()
+    start, over = time.monotonic(), threading.Event()
+    at_steps = [int(n) for line in turns for n in re.findall(r"step-(\d+)", line)]
+    watch = threading.Thread(target=touch_at_steps, args=(run, at_steps, over), daemon=True)
+    watch.start()
     done = subprocess.run(
         ["sbatch", str(script), *RUN, *steps, f"--run.dir={run}"],
         env=environment,
@@ -103,6 +120,8 @@ def queued(settings: RequeueBench, folder: Path, turns: list[str]) -> tuple[Path
         text=True,
         check=False,
     )
+    over.set()
+    watch.join()
     (folder / "log").write_text(done.stdout)
     if done.returncode:
         raise SystemExit(f"{PROG}: the job ended with {done.returncode}: {done.stdout[-2000:]}")
@@ -115,11 +134,12 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         alone, _, seconds = queued(settings, Path(name) / "alone", [])
         print(f"alone: {seconds:.0f} s", flush=True)
-        longest = settings.longest or seconds
-        turns = [
-            f"{('USR1', 'KILL')[i % 2]} {draw.uniform(1, longest):.2f}"
-            for i in range(settings.turns)
-        ]
+        if settings.longest:
+            ends = [f"{draw.uniform(1, settings.longest):.2f}" for _ in range(settings.turns)]
+        else:
+            steps = sorted(draw.sample(range(1, 2 * settings.steps), settings.turns))
+            ends = [f"step-{step}" for step in steps]
+        turns = [f"{('USR1', 'KILL')[i % 2]} {end}" for i, end in enumerate(ends)]
         ended, log, whole = queued(settings, Path(name) / "ended", turns)
         one, other = measured(alone), measured(ended)
         differing = sum(a != b for a, b in zip(one, other, strict=False))

@@ -32,12 +32,13 @@ state() {
   printf '{\\n "state": "%s",\\n "step": %s,\\n "command": "c"\\n}' "$1" "$step" > "$RUN/new"
   mv "$RUN/new" "$RUN/status.json"
 }
-if [ "$what" = refused ]; then exit 1; fi
+case $what in refused) exit 1 ;; over) exit 0 ;; esac
 mkdir -p "$RUN"
 if [ "$what" = loads ]; then trap 'exit 75' TERM; else state running; fi
 case $what in
   saves) trap 'state preempted; exit 75' TERM ;;
   done) state done; exit 0 ;;
+  lingers) state done ;;
   failed) state failed; exit 1 ;;
   stopped) state preempted; exit 75 ;;
   dies) kill -KILL $$ ;;
@@ -97,6 +98,14 @@ def test_the_status_decides_whether_a_job_is_queued_again(plan, status, said, tm
     assert launched[0].startswith("--nnodes=1 --nproc-per-node=4 --rdzv-backend=c10d")
     assert launched[0].endswith(f"-m smbfast.train {' '.join(words)}")
     assert not list(tmp_path.glob("run.turns"))
+
+
+def test_a_job_whose_node_died_when_the_run_was_done_ends_with_0(tmp_path: Path):
+    (tmp_path / "plan").write_text("lingers 9\nover 9\n")
+    done, launched = queued(
+        tmp_path, "train.sbatch", ["lora", f"--run.dir={tmp_path / 'run'}"], ["KILL ready"]
+    )
+    assert done.returncode == 0 and len(launched) == 2, (done.stdout, done.stderr)
 
 
 def test_a_job_without_its_folder_is_refused(tmp_path: Path):
