@@ -16,9 +16,7 @@ from smbfast.base.disk import cannot_write, system_error
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PATIENCE = 2  # signals that ask; the next one ends the process
-MOMENT = (
-    5.0  # seconds in which signals are one, which srun and torchrun hand on: our choice
-)
+MOMENT = 5.0  # seconds in which signals are one, which srun and torchrun hand on: our choice
 
 _NO_THREAD = "can't start new thread"  # what Python says where the system refuses one
 
