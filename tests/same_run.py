@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = ["--data.window=128", "--eval.every=3", "--run.save_every=2", "--run.log_every=1"]
-WHOLE = ["--phases.0.steps=3", "--phases.1.steps=4", "--cohort.patients=60", "--run.keep=9"]
+WHOLE = ["--phases.0.steps=3", "--phases.1.steps=4", "--cohort.patients=100", "--run.keep=9"]
 LORA = ["--phases.0.steps=4", "--phases.1.steps=4", "--model.train=lora", "--probe.labels=[]"]
 # what a clock, a memory meter, a machine or a path decides
 UNLIKE = {"tokens_per_s", "masked_per_s", "matmul", "wait", "eta", "memory_gib", "seconds"}
@@ -137,7 +137,7 @@ def main() -> None:
         for name, commit in zip("ab", words.commits, strict=True):
             with checkout(commit, root / f"tree-{name}") as tree:
                 train(tree, root / name / "whole", *COMMON, *WHOLE)
-                cohort = root / "a" / "whole" / "cohort-60-0"
+                cohort = root / "a" / "whole" / "cohort-100-0"
                 backbone = root / "a" / "whole" / "final"
                 more = [f"--data.path={cohort}", f"--model.path={backbone}"]
                 train(tree, root / name / "lora", *COMMON, *LORA, *more)
