@@ -703,8 +703,8 @@ UPDATE = [
         "clip-dropped",
         "gradients are never clipped",
         "smbfast/run/step.py",
-        "clip_grad_norm_(self._parameters, self.clip)",
-        'clip_grad_norm_(self._parameters, float("inf"))',
+        "clip_grad_norm_(self.parameters, self.clip)",
+        'clip_grad_norm_(self.parameters, float("inf"))',
         THREE_STEPS,
     ),
     mutant(

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
@@ -57,6 +58,10 @@ class Workers:
                 worker_pool(self._num) if self._on is None else cluster(self._on)
             )
         return self._pool
+
+    def end(self) -> None:
+        """End them because of the error that is being handled, before what they made is removed."""
+        self._stack.__exit__(*sys.exc_info())
 
     def __enter__(self) -> "Workers":
         if self.remote:

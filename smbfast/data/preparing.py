@@ -94,6 +94,7 @@ def prepare(
             made = data.decided(tokenizer)
             return _prepare(made, out, tokenizer, splits, verify, group, workers)
         except ValueError:
+            workers.end()
             # once the data is mended its digest is another: nothing of this could be gone on with;
             # but workers of a cluster may still be writing
             if group.all_failed() and group.noted is not None and not workers.remote:
