@@ -75,6 +75,9 @@ class ScalePrepareBench(Settings):
         6, ge=1, description="How many times the train split is repeated for the part `pairs`."
     )
     rounds: int = Field(3, ge=1, description="Rounds of measuring; the best of each is judged.")
+    formats: list[Literal["codes", "text"]] = Field(
+        ["codes", "text"], min_length=1, description="Formats of the parts kills and cluster."
+    )
     kills: int = Field(50, ge=1, description="Number of processes to kill.")
     seed: int = Field(0, ge=0, description="Random seed of the moments.")
     on: str | None = Field(
@@ -169,7 +172,7 @@ def killed_processes(settings: ScalePrepareBench, work: Path) -> Iterator[dict[s
     data = work / "small"
     simulate(data, 4096, 3, patients_per_file=256)
     fitting.PARALLEL_ROWS, fitting.PART_ROWS = 0, 10_000  # as if it were large
-    for form, share in (("codes", 0.5), ("text", 0.5)):
+    for form in settings.formats:
         words = [f"--path={data}", "--workers=1", f"--format={form}", "--window=256"]
         one = work / f"{form}-one"
         assert not _status(forked([*words, f"--out={one}"]))
@@ -179,7 +182,7 @@ def killed_processes(settings: ScalePrepareBench, work: Path) -> Iterator[dict[s
         assert not any([_status(pid) for pid in pair])
         seconds = time.monotonic() - start
         kills = differing = failed = trials = 0
-        while kills < settings.kills * share:
+        while kills < settings.kills / len(settings.formats):
             shutil.rmtree(out)
             pair, trials = [forked([*words, f"--out={out}"]) for _ in range(2)], trials + 1
             time.sleep(draw.random() * seconds)
@@ -217,7 +220,7 @@ def on_cluster(settings: ScalePrepareBench, work: Path) -> Iterator[dict[str, An
         raise ValueError("the part `cluster` needs --on=dask://HOST:PORT or ray://HOST:PORT")
     data = work / "cluster"
     simulate(data, 4096, 3, patients_per_file=256)
-    for form in ("codes", "text"):
+    for form in settings.formats:
         more, one, out = (f"--format={form}",), work / f"{form}-1", work / f"{form}-cluster"
         cost = together(ours(data, one, *more), 1)
         words = ours(data, out, *more, f"--on={settings.on}")
