@@ -209,6 +209,9 @@ def test_refusals(tmp_path):
     with pytest.raises(ValueError, match=r"one of b200, .* or TFLOP/s,GB/s,GiB, got 'h300'"):
         gpu_of("h300")
     assert gpu_of("500,3000,96").flops == 5e14
+    for numbers in ("nan,1,1", "500,inf,96", "0,1,1"):
+        with pytest.raises(ValueError, match="three finite numbers above 0"):
+            gpu_of(numbers)
     with pytest.raises(ValueError, match="events must be given"):
         planned(load("tiny", [f"run.dir={tmp_path}"]), PlanSettings())
     with pytest.raises(ValueError, match=r"must have a config\.json"):

@@ -1,5 +1,6 @@
 """Settings of a plan: which GPUs, how much data, figures that take the place of assumed ones."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -166,8 +167,8 @@ def gpu_of(text: str) -> Gpu:
         raise ValueError(
             f"must be one of {', '.join(GPUS)}, or TFLOP/s,GB/s,GiB, got {text!r}"
         ) from None
-    if min(teraflops, gigabytes, gibibytes) <= 0:
-        raise ValueError(f"must be three numbers above 0, got {text!r}")
+    if not all(0 < number < math.inf for number in (teraflops, gigabytes, gibibytes)):
+        raise ValueError(f"must be three finite numbers above 0, got {text!r}")
     return _gpu(text, teraflops, gigabytes, gibibytes)
 
 
