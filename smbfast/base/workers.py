@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
@@ -59,10 +58,6 @@ class Workers:
             )
         return self._pool
 
-    def end(self) -> None:
-        """End them because of the error that is being handled, before what they made is removed."""
-        self._stack.__exit__(*sys.exc_info())
-
     def __enter__(self) -> "Workers":
         if self.remote:
             self.pool()  # a cluster that is not there is said before anything is made
@@ -94,6 +89,8 @@ def worker_pool(num_workers: int) -> Iterator[ProcessPoolExecutor]:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 process.kill()  # what they were writing is cleared by the next write
+            for process in processes:
+                process.join()
             raise
 
 

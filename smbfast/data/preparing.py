@@ -20,7 +20,6 @@ from smbfast.base.dividing import Piece, divide, in_turn
 from smbfast.base.files import digest_of, write_text
 from smbfast.base.ours import prepared_entries, require_prepared_folder
 from smbfast.base.progress import Progress
-from smbfast.base.staging import clear_left
 from smbfast.base.together import Together, together
 from smbfast.base.workers import Workers, num_cores
 from smbfast.data.code_classes import CodeClasses, SubjectCounts
@@ -89,15 +88,16 @@ def prepare(
             return None
         return [entry.name for entry in prepared_entries(out)]
 
-    with Workers(data.workers or num_cores(), on) as workers, together(out, there) as group:
+    with together(out, there) as group:
         try:
-            made = data.decided(tokenizer)
-            return _prepare(made, out, tokenizer, splits, verify, group, workers)
+            with Workers(data.workers or num_cores(), on) as workers:
+                made = data.decided(tokenizer)
+                return _prepare(made, out, tokenizer, splits, verify, group, workers)
         except ValueError:
-            workers.end()
-            # once the data is mended its digest is another: nothing of this could be gone on with;
-            # but workers of a cluster may still be writing
-            if group.all_failed() and group.noted is not None and not workers.remote:
+            # once the data is mended its digest is another: nothing of this could be gone on with.
+            # Workers of this machine have ended, so none makes another shard behind this; those of
+            # a cluster may still be writing
+            if group.all_failed() and group.noted is not None and on is None:
                 _remove_prepared(out, group.noted)
             raise
 
@@ -127,7 +127,7 @@ def _prepare(
         source = _source(data, dataset, tokenizer, splits)
         before = _checked(out, source)
         if (out / "prepare.json").is_file():
-            _clear(out, splits)
+            clear_claims(out)  # of processes that were killed
             return Prepared.open(out, verify)
         unread = {"subjects": dataset.without_split(), "files": dataset.num_unread}
         _say_unread(unread)
@@ -147,15 +147,7 @@ def _prepare(
         if not (out / "prepare.json").is_file():
             more = {"meds_version": dataset.version, "unread": unread}
             _finish(out, source, _names(dataset, splits), new_tokens, data.max_codes, more)
-    _clear(out, splits)
     return Prepared.open(out)
-
-
-def _clear(out: Path, splits: tuple[str, ...]) -> None:
-    """Clear what processes that were killed have left of finished work."""
-    clear_claims(out)
-    for folder in (out, *(out / split for split in splits)):
-        clear_left(folder)
 
 
 def _checked(out: Path, source: dict) -> dict:

@@ -76,6 +76,30 @@ def test_a_file_that_is_replaced_while_shards_are_made(
     assert not out.exists()
 
 
+def test_nothing_is_removed_while_a_worker_may_still_make_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that appears behind the removal would be taken for one of the mended data."""
+    rows = split_rows("tuning")
+    bad = [*rows, (rows[-1][0], at(1, 0), "LAB", None, None)]
+    data = write_meds(tmp_path / "meds", {"tuning": bad})
+    order: list[str] = []
+
+    class Pool(ThreadPoolExecutor):
+        def __exit__(self, *error: Any) -> bool | None:
+            order.append("workers end")
+            return super().__exit__(*error)
+
+    def remove(*_: Any) -> None:
+        order.append("removed")
+
+    monkeypatch.setattr(fitting, "PARALLEL_ROWS", 0)
+    monkeypatch.setattr(workers, "worker_pool", Pool)
+    monkeypatch.setattr(preparing, "_remove_prepared", remove)
+    refused(lambda: made(data, tmp_path / "out", workers=2), "lies before the row above it")
+    assert order == ["workers end", "removed"]
+
+
 def test_a_file_that_is_replaced_while_a_vocabulary_is_fitted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
