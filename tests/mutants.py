@@ -1019,9 +1019,10 @@ RANKS = [
     mutant(
         "counts-of-a-rank",
         "each rank divides its losses by what it has itself to predict",
-        "smbfast/data/loader.py",
-        "counts = _counted(plan, objective, wanted)",
-        "counts = _counted(mine, objective, wanted)",
+        "smbfast/run/loop.py",
+        "scales = LossScales.of_batch(phase, batch)",
+        "own = batch.micro_batches\n            scales = LossScales.of(phase.w_sft, phase.w_jepa, "
+        "sum(m.num_labels for m in own), sum(m.num_masked for m in own))",
         TOGETHER,
     ),
     mutant(
