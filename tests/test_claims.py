@@ -121,6 +121,7 @@ def test_without_locks_everybody_works(tmp_path, monkeypatch, capsys, places):
     for _ in range(2):
         with claimed(tmp_path, "work") as first, claimed(tmp_path, "work") as second:
             assert first and second
+    assert places == "read only" or list(tmp_path.iterdir()) == []
     said = capsys.readouterr().err
     assert said.count("repeat each other's work") == (places == "no locks")
     assert not locks._HELD

@@ -77,6 +77,9 @@ def _taken(file: Path, wait: bool) -> tuple[bool, int | None]:
         got = acquire(handle, wait=wait)
         if got is None:
             os.close(handle)
+            with suppress(OSError):  # it claims nothing, and nobody else would remove it
+                os.unlink(file)
+                file.parent.rmdir()
             _say_no_locks(file.parent.parent)
             return True, None
         if not got:
