@@ -1,6 +1,7 @@
 """Embeddings in parts: any number of processes, kills at any moment, the same bytes."""
 
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 from smbkernels.attention import Segments
 from torch import Tensor
 
+from smbfast.base.claims import CLAIMS
+from smbfast.base.entry import RunFailed
 from smbfast.data import node_parts
 from smbfast.data.labels import read_labels, with_splits
 from smbfast.data.meds import MedsDataset
@@ -173,6 +176,40 @@ def test_a_damaged_part_is_said_and_made_again(tmp_path, expected, monkeypatch):
     with pytest.raises(ValueError, match=rf"{part.name} must hold embeddings; it was damaged"):
         embed(out)
     assert embed(out) and out.read_bytes() == expected
+
+
+def test_a_part_of_another_request_is_never_put_into_the_file(tmp_path, expected):
+    """Where there are no locks, a process that was begun before may write one."""
+    out = tmp_path / "e.parquet"
+    with part_folder(parts_of(out), {"key": "another", "data": "the data"}, 9) as other:
+        begun = False
+
+        def meddled(*inputs, **rows) -> Tensor:
+            nonlocal begun
+            if not begun:
+                begun = True
+                other.write(8, {}, {"embedded": 0})
+            return states(*inputs, **rows)
+
+        folder = parts_of(out)
+        (folder / "key.json").unlink()
+        shutil.rmtree(folder / CLAIMS)
+        with pytest.raises(ValueError, match="is of another model or other nodes and is removed"):
+            embed(out, meddled)
+    assert not out.exists()
+    assert embed(out) and out.read_bytes() == expected
+
+
+def test_a_file_that_nobody_wrote_is_not_said_to_be_there(tmp_path):
+    out = tmp_path / "e.parquet"
+
+    def removed(*inputs, **rows) -> Tensor:
+        shutil.rmtree(parts_of(out), ignore_errors=True)
+        return states(*inputs, **rows)
+
+    with pytest.raises(RunFailed, match=r"was removed before .* was written"):
+        embed(out, removed)
+    assert not out.exists() and embed(out)
 
 
 def test_parts_are_private_and_nothing_of_others_is_removed(tmp_path):

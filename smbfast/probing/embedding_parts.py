@@ -29,7 +29,8 @@ import pyarrow as pa
 import torch
 
 from smbfast.base.claims import CLAIMS, claimed, clear_claims
-from smbfast.base.files import committed_file, read_json, write_text
+from smbfast.base.entry import RunFailed
+from smbfast.base.files import committed_file, digest_of, read_json, write_text
 from smbfast.base.locks import holder
 from smbfast.base.progress import SECONDS, Progress
 from smbfast.base.staging import staged
@@ -94,6 +95,7 @@ def embed_nodes(
         ValueError: there is no node, a model gives states that are not finite, another process
             embeds something else to the same file, or the data have changed since they were opened.
             No file is written then.
+        RunFailed: somebody has removed the parts.
     """
     request = {"key": key, "data": source.state()}
     with ExitStack() as stack:
@@ -104,7 +106,8 @@ def embed_nodes(
             return None
         embed_parts(folder, source, {"": (model, [pool])}, device, tokens=tokens)
         with folder.finishing() as mine:
-            if not mine:
+            if not mine:  # the parts have gone: into the file, or because they were removed
+                _require_written(out, request)
                 return None
             counts = source.counted(folder.counts())
             try:
@@ -154,8 +157,9 @@ def parts_of(out: Path) -> Path:
 class PartFolder:
     """The parts that are there; see `part_folder`."""
 
-    def __init__(self, path: Path, num_parts: int) -> None:
+    def __init__(self, path: Path, num_parts: int, of: str = "") -> None:
         self.path, self.num_parts = path, num_parts
+        self._of = of  # a digest of the request: where there are no locks, nobody refuses another
         self.is_over = False  # whether the parts are needed no more
 
     def has(self, number: int) -> bool:
@@ -185,7 +189,9 @@ class PartFolder:
                 flat = pa.array(value_MD.ravel())
                 vectors = pa.FixedSizeListArray.from_arrays(flat, value_MD.shape[1])
                 columns[f"{name}/{pool}"] = vectors
-        table = pa.table(columns).replace_schema_metadata({"counts": json.dumps(counts)})
+        table = pa.table(columns).replace_schema_metadata(
+            {"counts": json.dumps(counts), "of": self._of}
+        )
         with (
             committed_file(self._file(number), private=True) as staging,
             pa.ipc.new_file(os.fspath(staging), table.schema) as writer,
@@ -238,11 +244,12 @@ class PartFolder:
 
     def _read(self, number: int) -> pa.Table:
         table = map_arrow(self._file(number))
-        if table is None:
+        if table is None or table.schema.metadata.get(b"of") != self._of.encode():
             self._file(number).unlink(missing_ok=True)
+            what = "was damaged" if table is None else "is of another model or other nodes"
             raise ValueError(
-                f"{self._file(number)} must hold embeddings; it was damaged and is removed. The "
-                "same command makes it again"
+                f"{self._file(number)} must hold embeddings; it {what} and is removed. The same "
+                "command makes it again"
             )
         return table
 
@@ -261,8 +268,8 @@ def part_folder(path: Path, request: dict[str, str], num_parts: int) -> Iterator
         ValueError: another process is at work there with another request, or with the same on other
             data.
     """
-    path, folder = Path(path), PartFolder(path, num_parts)
-    record = {"format": _FORMAT, "parts": num_parts, **request}
+    path, record = Path(path), {"format": _FORMAT, "parts": num_parts, **request}
+    folder = PartFolder(path, num_parts, digest_of(record))
     me = f"{_HERE}{holder()['host']} {os.getpid()} {secrets.token_hex(4)}"
     try:
         with ExitStack() as stack:
@@ -322,6 +329,14 @@ def _remove(path: Path) -> None:
         if _NAME.fullmatch(entry.name):
             os.unlink(entry.path)
     clear_claims(path)
+
+
+def _require_written(out: Path, request: dict[str, str]) -> None:
+    if read_request(out) != request:
+        raise RunFailed(
+            f"{parts_of(out)} was removed before {out} was written: by hand, or by another process "
+            "that could not write it; the same command begins again"
+        )
 
 
 def _say(words: str) -> None:
