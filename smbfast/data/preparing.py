@@ -20,6 +20,7 @@ from smbfast.base.dividing import Piece, divide, in_turn
 from smbfast.base.files import digest_of, write_text
 from smbfast.base.ours import prepared_entries, require_prepared_folder
 from smbfast.base.progress import Progress
+from smbfast.base.staging import clear_left
 from smbfast.base.together import Together, together
 from smbfast.base.workers import Workers, num_cores
 from smbfast.data.code_classes import CodeClasses, SubjectCounts
@@ -127,7 +128,7 @@ def _prepare(
         source = _source(data, dataset, tokenizer, splits)
         before = _checked(out, source)
         if (out / "prepare.json").is_file():
-            clear_claims(out)  # of processes that were killed
+            _clear(out, splits)
             return Prepared.open(out, verify)
         unread = {"subjects": dataset.without_split(), "files": dataset.num_unread}
         _say_unread(unread)
@@ -147,7 +148,15 @@ def _prepare(
         if not (out / "prepare.json").is_file():
             more = {"meds_version": dataset.version, "unread": unread}
             _finish(out, source, _names(dataset, splits), new_tokens, data.max_codes, more)
+    _clear(out, splits)
     return Prepared.open(out)
+
+
+def _clear(out: Path, splits: tuple[str, ...]) -> None:
+    """Clear what processes that were killed have left of finished work."""
+    clear_claims(out)
+    for folder in (out, *(out / split for split in splits)):
+        clear_left(folder)
 
 
 def _checked(out: Path, source: dict) -> dict:
