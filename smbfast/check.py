@@ -61,6 +61,11 @@ def main(argv: list[str] | None = None) -> None:
             print(f"\n{help_text(PlanSettings, 'python -m smbfast.check [PRESET] --gpus=N')}")
             return
         settings = load(*run_arguments(rest))
+        if settings.model.fsdp and not own:
+            raise ValueError(
+                "this command is one process, and model.fsdp shares the backbone out over several: "
+                "add --gpus=N to plan the run, or --model.fsdp=false where the backbone fits"
+            )
         decided_data(settings)  # refused at once, before the imports that take seconds
         command = shlex.join(["python", "-m", "smbfast.train", *rest])
         if own:

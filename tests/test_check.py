@@ -110,6 +110,7 @@ def test_the_reference_path(cohort, tmp_path, capsys):
         (["--data.windw=96"], "data.window"),
         (["--data.path=nowhere"], "nowhere"),
         (["--model.path=./nowhere"], "model.path"),
+        (["--model.path=x", "--model.train=lora", "--model.fsdp=true"], "--gpus=N"),
         (["--probe.labels=nothing"], "nothing"),
         (["--data.window=96"], "at least 128"),
         (["--data.stride=129"], "data.stride must be at most data.window, 128"),

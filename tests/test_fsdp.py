@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from smbfast.run.folder import compared_settings, settings_of_ranks
 from smbfast.settings import TrainSettings
 from tests.fsdp_case import PHASE
 from tests.rank_server import ranks_give, run_ranks
@@ -87,12 +88,27 @@ def test_no_rank_waits_for_one_without_rows_or_without_masks(base, world, horizo
         ({"model": {"fsdp": True}}, "LoRA (model.path"),
         ({"objective": {"target_form": "merged"}}, "objective.target_form=tracked"),
         ({"objective": {"path": "reference"}}, "objective.path=shared"),
+        ({"run": {"export": "merged"}}, "run.export=none"),
     ],
 )
 def test_settings_that_ranks_cannot_share_are_refused(words, way_out):
     values = {"model": {"path": "x", "fsdp": True}, "phases": [PHASE], "preset": "x"} | words
     with pytest.raises(ValueError, match=re.escape(way_out)):
         TrainSettings.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    "unlike",
+    [{"model": {"path": "x", "fsdp": False}}, {"eval": {"nodes": 7}}, {"probe": {"tokens": 999}}],
+)
+def test_what_would_leave_ranks_waiting_is_compared(unlike):
+    """A run may resume with it changed, but all ranks must have it alike."""
+    values = {"model": {"path": "x", "fsdp": True}, "phases": [PHASE], "preset": "x"}
+    settings, other = (TrainSettings.model_validate(v) for v in (values, values | unlike))
+    assert compared_settings(settings) == compared_settings(other)
+    assert settings_of_ranks(settings) != settings_of_ranks(other)
+    moved = TrainSettings.model_validate(values | {"run": {"threads": 3, "dir": "elsewhere"}})
+    assert settings_of_ranks(settings) == settings_of_ranks(moved)
 
 
 def test_without_torchrun_it_is_refused(base):

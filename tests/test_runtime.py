@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from smbfast.base.runtime import stop_on_signals
+from smbfast.base.runtime import choose_device, stop_on_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 # a fork for each case: what one sets is not there in the next. What `runtime` imports is
@@ -109,3 +109,10 @@ def test_signals_within_a_moment_are_one(first: signal.Signals, monkeypatch: pyt
             signal.pause()
     with stop_on_signals() as stop:
         assert not stop  # a later block begins anew
+
+
+def test_one_gpu_for_all_processes_of_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="auto, cuda or cpu under torchrun"):
+        choose_device("cuda:1")
+    assert choose_device("cpu").type == "cpu"

@@ -37,10 +37,16 @@ def choose_device(name: str) -> torch.device:
     Of several processes that torchrun starts on a machine, each has the GPU of its number there.
 
     Raises:
-        ValueError: if the name is not valid, or there is no such device.
+        ValueError: if the name is not valid, there is no such device, or it is one GPU for all of
+            these processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"run.device must be auto, cuda or cpu under torchrun, got {name}: each process has a "
+            "GPU of its own; CUDA_VISIBLE_DEVICES says of which"
+        )
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:

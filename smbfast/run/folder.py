@@ -104,6 +104,17 @@ def compared_settings(settings: TrainSettings) -> dict[str, object]:
     return {k: v for k, v in flat.items() if k not in LOCATIONS and not k.startswith(FREE_KEYS)}
 
 
+def settings_of_ranks(settings: TrainSettings) -> dict[str, object]:
+    """Return the settings that ranks must have alike, by dotted key.
+
+    They are more than those of a checkpoint: a rank that alone evaluates more nodes, or alone holds
+    a whole backbone, would leave the others waiting. Left out is what a machine has of its own.
+    """
+    flat = _flat(settings.model_dump(mode="json"))
+    own = (*LOCATIONS, "data.workers", "run.dir", "run.device", "run.threads")
+    return {k: v for k, v in flat.items() if k not in own}
+
+
 def changed_settings(then: dict[str, object], now: dict[str, object]) -> list[str]:
     """Return the settings that differ, as `key: before -> now`, without those that may.
 

@@ -31,10 +31,10 @@ from smbfast.run.checkpoint import Checkpoint
 from smbfast.run.data_card import DataCard, data_card
 from smbfast.run.folder import (
     check_windows,
-    compared_settings,
     data_of,
     prepared_data,
     read_tasks,
+    settings_of_ranks,
     write_status,
 )
 from smbfast.run.identity import Identity, newest_checkpoint, shards_digest
@@ -270,7 +270,7 @@ def _begin_or_resume(
     ranks.require_same(
         {
             "token shards": shards_digest(prepared),
-            "settings": compared_settings(settings),
+            "settings": settings_of_ranks(settings),
             "versions": {n: v for n, v in versions().items() if n != "gpu"},
         }
     )

@@ -108,7 +108,8 @@ class EmbedSettings(Settings):
     device: str = Field(
         "auto",
         description="Device that computes: `cpu`, `cuda`, or one GPU of several by its number, "
-        "such as `cuda:1`. `auto` is the first GPU, or the CPU if there is none.",
+        "such as `cuda:1`. `auto` is the first GPU, or the CPU if there is none; under "
+        "torchrun each process has a GPU of its own.",
     )
 
     @field_validator("out")

@@ -316,7 +316,8 @@ class RunSettings(Settings):
     device: str = Field(
         "auto",
         description="Device that computes: `cpu`, `cuda`, or one GPU of several by its number, "
-        "such as `cuda:1`. `auto` is the first GPU, or the CPU if there is none.",
+        "such as `cuda:1`. `auto` is the first GPU, or the CPU if there is none; under "
+        "torchrun each process has a GPU of its own.",
     )
     threads: int = Field(
         0,
@@ -448,6 +449,11 @@ class TrainSettings(Settings):
             return "objective.target_form=tracked, as a merged target copies every weight"
         if self.objective.path == "reference":
             return "objective.path=shared, which runs as many forwards on every GPU"
+        if self.run.export == "merged":  # one process would load the whole backbone at the end
+            return (
+                "run.export=none; once it is done, the same command with run.export=merged, "
+                "model.fsdp=false and without torchrun exports it where the backbone fits"
+            )
         return None
 
     @model_validator(mode="after")
