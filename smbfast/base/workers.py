@@ -190,7 +190,7 @@ def _ray(on: str) -> Iterator[Pool]:
         yield _Ray(ray)
     except ray.exceptions.RayTaskError as error:  # what the work itself has raised
         raise error.cause from None
-    except ray.exceptions.RayError:
+    except (ray.exceptions.RayError, ConnectionError):
         raise _lost(on) from None
     finally:
         ray.shutdown()
