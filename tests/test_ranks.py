@@ -57,7 +57,9 @@ def data(tmp_path_factory) -> Path:
 
 
 def words_for(data: Path, case: Case, run: Path) -> list[str]:
-    words = words_of(data, case.objective, case.format, case.kind)
+    # a group of one rank has the bits of no group, for which a quarter of the steps is enough
+    objective = case.objective if case.world > 1 else f"{case.objective}-brief"
+    words = words_of(data, objective, case.format, case.kind)
     more = [f"--optim.micro_tokens={case.tokens}", f"--model.recompute={case.recompute}"]
     return [*words, *more, f"--run.dir={run}"]
 
@@ -69,8 +71,8 @@ def steps_of(run: Path) -> list[dict]:
 
 
 def assert_same_run(run: Path, alone: Path, tol: float = 1e-6) -> None:
-    """Counts are equal, losses and norms within `tol`, weights within 1e-4, and state is of the
-    same parameters."""
+    """Counts are equal, losses and norms within `tol`, weights within a hundred of it, and state
+    is of the same parameters."""
     steps, expected = steps_of(run), steps_of(alone)
     assert [s["step"] for s in steps] == [s["step"] for s in expected]
     for found, true in zip(steps, expected, strict=True):
@@ -90,7 +92,7 @@ def assert_same_run(run: Path, alone: Path, tol: float = 1e-6) -> None:
         # moments are squares of gradients; what truncation lost is a sum of squares near rounding
         if name.startswith(("model.", "target.")) and not name.endswith((".lost", ".discarded")):
             far = torch.linalg.vector_norm((tensors[name] - tensor).double())
-            assert far <= 1e-4 * torch.linalg.vector_norm(tensor.double()), (name, float(far))
+            assert far <= 100 * tol * torch.linalg.vector_norm(tensor.double()), (name, float(far))
 
 
 def flat(steps: list[list[list[str]]]) -> list[list[str]]:
@@ -110,8 +112,9 @@ def test_ranks_train_as_one_process(case, data, tmp_path):
     alone = ranks_give(0, TRAINED, words=words_for(data, case, tmp_path / "alone"))[0]
     ranks = ranks_give(case.world, TRAINED, words=words_for(data, case, tmp_path / "ranks"))
     together = [[micro for own in step for micro in own] for step in zip(*ranks, strict=True)]
-    assert len(alone) == STEPS and flat(together) == flat(alone)
-    assert_same_run(tmp_path / "ranks", tmp_path / "alone")
+    assert len(alone) == STEPS if case.world > 1 else len(alone) >= STEPS // 5
+    assert flat(together) == flat(alone)
+    assert_same_run(tmp_path / "ranks", tmp_path / "alone", tol=1e-6 if case.world > 1 else 0.0)
 
 
 def test_ranks_without_a_window_take_part(data, tmp_path):
@@ -130,10 +133,11 @@ def test_ranks_without_a_window_take_part(data, tmp_path):
 def test_checkpoints_go_on_with_any_number_of_ranks(data, tmp_path):
     """Four ranks, one, two; each time one rank alone is asked to stop, and all of them do."""
     case, seen = Case(4, 400, "horizon", "codes", "tracked", "none"), []
-    alone = ranks_give(0, TRAINED, words=words_for(data, case, tmp_path / "alone"))[0]
+    words = words_for(data, case, tmp_path / "alone")
+    alone = ranks_give(0, TRAINED, words=words, measured=True)[0]
     words = words_for(data, case, tmp_path / "ranks")
     for world, stop in ((4, {"on": 2, "stop_after": 7}), (0, {"on": 0, "stop_after": 6}), (2, {})):
-        ranks = ranks_give(world, TRAINED, words=words, **stop)
+        ranks = ranks_give(world, TRAINED, words=words, measured=True, **stop)
         seen += [[micro for own in step for micro in own] for step in zip(*ranks, strict=True)]
         status = json.loads((tmp_path / "ranks" / "status.json").read_text())
         assert status["step"] == len(seen)
@@ -191,7 +195,7 @@ def test_torchrun_itself(data, tmp_path):
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert [done.stdout.count(f"step {n}/2") for n in (1, 2)] == [1, 1]
