@@ -11,6 +11,7 @@ same forwards and backwards, in the same order (`smbfast.objective`).
 """
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from types import MethodType
 
@@ -49,6 +50,11 @@ def load_shared_out(lm: PreTrainedModel, path: str, device: torch.device) -> Pre
         raise ValueError(
             "model.fsdp shares out weights in float32 or bfloat16, got a quantised backbone; name "
             "one that is not quantised, or leave model.fsdp out"
+        )
+    if tuple(int(n) for n in version("peft").split(".")[:2]) < (0, 21):
+        raise ValueError(
+            f"model.fsdp needs PEFT 0.21 or newer, which sees whole shapes of shared weights, got "
+            f"{version('peft')}; pip install -U peft"
         )
     decoder: HfModule = lm.base_model
     try:

@@ -110,8 +110,7 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
                     f"{why}: stopped, step {run.progress.step} is saved; the same command goes on"
                 )
                 return "preempted"
-    with ranks.main_first():  # the others embed by what it has written
-        run.save_model(run.folder / "final", target, total)
+    run.save_model(run.folder / "final", target, total)
     seconds = run.seconds()
     if ranks.is_main:
         export(settings, run.device)

@@ -211,20 +211,21 @@ class OpenRun:
     def save(self, target: TargetEncoder | None, step: int, offset: int, command: str) -> None:
         """Write a checkpoint after `step` steps, when metrics.jsonl has `offset` bytes."""
         self.progress.step = step
-        if not self.ranks.is_main:
-            return
-        record = {
-            **self.identity.record(),
-            "metrics_offset": offset,
-            "best": self.progress.best,
-            "entry": legal(self.progress.entry),
-            "micro_tokens": self.micro_tokens,
-            "matmul": self.progress.matmul,
-            "seconds": self.seconds(),
-        }
-        keep = self.settings.run.keep
-        checkpoint.save(self.folder, step, self.encoder, target, self.optimizer, record, keep)
-        write_status(self.folder, "running", step, command)
+        with self.ranks.main_first():  # the others must not be inside a layer if this fails
+            if not self.ranks.is_main:
+                return
+            record = {
+                **self.identity.record(),
+                "metrics_offset": offset,
+                "best": self.progress.best,
+                "entry": legal(self.progress.entry),
+                "micro_tokens": self.micro_tokens,
+                "matmul": self.progress.matmul,
+                "seconds": self.seconds(),
+            }
+            keep = self.settings.run.keep
+            checkpoint.save(self.folder, step, self.encoder, target, self.optimizer, record, keep)
+            write_status(self.folder, "running", step, command)
 
     def write_status(self, state: str, step: int, command: str) -> None:
         """Write `status.json`, if this is the main rank."""
@@ -233,12 +234,13 @@ class OpenRun:
 
     def save_model(self, folder: Path, target: TargetEncoder | None, step: int) -> None:
         """Write the model after `step` steps, in the format that transformers and PEFT load."""
-        if not self.ranks.is_main:
-            return
-        record, prepared, best = _model_record(self, step), self.prepared, self.progress.best
-        card = model_card(record, folder, prepared.record, best, target=target is not None)
-        tokenizer, vocabulary = prepared.tokenizer, prepared.vocabulary_file
-        checkpoint.save_final(folder, self.encoder, target, tokenizer, record, vocabulary, card)
+        with self.ranks.main_first():
+            if not self.ranks.is_main:
+                return
+            record, prepared, best = _model_record(self, step), self.prepared, self.progress.best
+            card = model_card(record, folder, prepared.record, best, target=target is not None)
+            tokenizer, vocabulary = prepared.tokenizer, prepared.vocabulary_file
+            checkpoint.save_final(folder, self.encoder, target, tokenizer, record, vocabulary, card)
 
 
 def _restored(
