@@ -73,9 +73,8 @@ OBJECTIVES = {
         (3, 0.1, 1, "sync = true"),
         head=AHEAD,
     ),
-    # these two were within 1.8e-7 over 20 steps
-    "codes": _phases((3, 1, 0), (7, 0.5, 0, "w_codes = 1.0"), head=AHEAD),
-    "curriculum": _phases((4, 1, 0), (6, 0, 1), head="[objective]\ncuts = 2\n"),
+    "codes": _phases((6, 1, 0), (14, 0.5, 0, "w_codes = 1.0"), head=AHEAD),
+    "curriculum": _phases((8, 1, 0), (12, 0, 1), head="[objective]\ncuts = 2\n"),
     "sparse": _phases(
         (2, 1, 0), (4, 0, 1), head="[objective]\nmin_future = 109\ncontext = [0.01, 0.9]\n"
     ),
