@@ -90,7 +90,7 @@ class ScalePrepareBench(Settings):
         description="Python interpreter of an environment in which meds-torch-data is installed. "
         "`none` measures no peer.",
     )
-    save: bool = Field(False, description="Append the results to bench/results/scale.jsonl.")
+    save: bool = Field(False, description="Append the results to bench/results/scale_prepare.jsonl.")
 
 
 @dataclass(frozen=True)
@@ -351,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
         print(row)
     if settings.save:
         ended = {"load_after": round(os.getloadavg()[0], 2)}
-        records.append("scale", [stamp | ended | row for row in rows])
+        records.append("scale_prepare", [stamp | ended | row for row in rows])
     if not all(row.get("met", True) for row in rows):
         raise SystemExit(1)
 
