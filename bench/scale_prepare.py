@@ -90,7 +90,7 @@ class ScalePrepareBench(Settings):
         description="Python interpreter of an environment in which meds-torch-data is installed. "
         "`none` measures no peer.",
     )
-    save: bool = Field(False, description="Append the results to bench/results/scale_prepare.jsonl.")
+    save: bool = Field(False, description="Append to bench/results/scale_prepare.jsonl.")
 
 
 @dataclass(frozen=True)
