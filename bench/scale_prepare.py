@@ -32,6 +32,7 @@ from bench import prepare as alone
 from bench import records
 from smbfast import prepare as command
 from smbfast.base.config import Settings, command_line
+from smbfast.base.staging import MARKER
 from smbfast.data import fitting
 from smbfast.simulation.dataset import simulate
 
@@ -145,7 +146,12 @@ def ours(data: Path, out: Path, *more: str) -> list[str]:
 
 def content(folder: Path) -> dict[str, str]:
     """The SHA-256 of every file that must not depend on who made it."""
-    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in _CHANGING)
+    files = (
+        p
+        for p in sorted(folder.rglob("*"))
+        # a write that was killed before it had a name leaves a file of no bytes
+        if p.is_file() and p.name not in _CHANGING and p.name != MARKER
+    )
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -181,7 +187,7 @@ def killed_processes(settings: ScalePrepareBench, work: Path) -> Iterator[dict[s
         pair = [forked([*words, f"--out={out}"]) for _ in range(2)]
         assert not any([_status(pid) for pid in pair])
         seconds = time.monotonic() - start
-        kills = differing = failed = trials = 0
+        kills = differing = failed = trials = markers = 0
         while kills < settings.kills / len(settings.formats):
             shutil.rmtree(out)
             pair, trials = [forked([*words, f"--out={out}"]) for _ in range(2)], trials + 1
@@ -195,6 +201,7 @@ def killed_processes(settings: ScalePrepareBench, work: Path) -> Iterator[dict[s
             failed += bool(_status(forked([*words, f"--out={out}"])))  # finds all, or goes on
             got = content(out)
             differing += got != expected
+            markers += len(list(out.rglob(MARKER)))
             if got != expected:
                 print("differs:", sorted(dict(got.items() ^ expected.items())), file=sys.stderr)
         yield {
@@ -206,6 +213,7 @@ def killed_processes(settings: ScalePrepareBench, work: Path) -> Iterator[dict[s
             "seconds_of_two": seconds,
             "survivors_that_failed": failed,
             "folders_that_differ": differing,
+            "empty_markers_left": markers,
             "met": not failed and not differing,
         }
 

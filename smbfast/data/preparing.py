@@ -128,7 +128,7 @@ def _prepare(
         source = _source(data, dataset, tokenizer, splits)
         before = _checked(out, source)
         if (out / "prepare.json").is_file():
-            _clear(out, splits)
+            _clear(out)
             return Prepared.open(out, verify)
         unread = {"subjects": dataset.without_split(), "files": dataset.num_unread}
         _say_unread(unread)
@@ -148,14 +148,15 @@ def _prepare(
         if not (out / "prepare.json").is_file():
             more = {"meds_version": dataset.version, "unread": unread}
             _finish(out, source, _names(dataset, splits), new_tokens, data.max_codes, more)
-    _clear(out, splits)
+    _clear(out)
     return Prepared.open(out)
 
 
-def _clear(out: Path, splits: tuple[str, ...]) -> None:
+def _clear(out: Path) -> None:
     """Clear what processes that were killed have left of finished work."""
     clear_claims(out)
-    for folder in (out, *(out / split for split in splits)):
+    own = (entry for entry in (*prepared_entries(out), *out.glob("windows/*")) if entry.is_dir())
+    for folder in (out, *own):
         clear_left(folder)
 
 
