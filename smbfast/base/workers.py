@@ -136,8 +136,7 @@ def engine_of(on: str) -> str:
     named = _ADDRESS.fullmatch(on)
     if named is None:
         raise ValueError(
-            "must be the address of a running cluster, dask://HOST:PORT or ray://HOST:PORT; got "
-            f"{on}"
+            "must be the address of a running cluster, dask://HOST:PORT or ray://HOST:PORT"
         )
     return named[1]
 
