@@ -125,3 +125,30 @@ def test_without_locks_everybody_works(tmp_path, monkeypatch, capsys, places):
     said = capsys.readouterr().err
     assert said.count("repeat each other's work") == (places == "no locks")
     assert not locks._HELD
+
+
+def test_a_folder_that_goes_away_after_it_was_there(tmp_path, monkeypatch):
+    """Whoever lets go removes the folder of claims: also between two looks of another process."""
+    mkdir, gone = os.mkdir, []
+
+    def removed_at_once(path, *args, **more):
+        if not gone and os.fspath(path).endswith(CLAIMS):
+            gone.append(path)
+            raise FileExistsError(path)
+        mkdir(path, *args, **more)
+
+    monkeypatch.setattr(os, "mkdir", removed_at_once)
+    with claimed(tmp_path, "work") as mine:
+        assert mine and gone
+
+
+def test_a_file_in_place_of_the_folder_of_claims_is_named(tmp_path):
+    (tmp_path / CLAIMS).write_text("of somebody")
+    with pytest.raises(OSError, match=CLAIMS), claimed(tmp_path, "work"):
+        pass
+
+
+def test_a_link_to_nothing_in_place_of_the_folder_is_no_endless_loop(tmp_path):
+    (tmp_path / "folder").symlink_to(tmp_path / "nothing")
+    with pytest.raises(OSError), claimed(tmp_path / "folder", "work"):
+        pass

@@ -15,10 +15,9 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
-from smbfast.base.locks import acquire, release, same_file
+from smbfast.base.locks import acquire, opened, release, same_file
 
 CLAIMS = ".smbfast.claims"
-_OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 @contextmanager
@@ -65,11 +64,7 @@ def _taken(file: Path, wait: bool) -> tuple[bool, int | None]:
     """Return whether the work is this process's, and the handle of the lock if there is one."""
     while True:
         try:
-            file.parent.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            file.parent.mkdir(exist_ok=True, mode=0o700)
-            handle = os.open(file, _OPEN, 0o600)
-        except FileNotFoundError:  # another process has removed the folder of claims
-            continue
+            handle = opened(file)
         except OSError as error:
             if error.errno in (EROFS, EACCES, EPERM) and file.parent.parent.is_dir():
                 return True, None  # who cannot write here may still read

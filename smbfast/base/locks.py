@@ -15,10 +15,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from errno import EACCES, EAGAIN, EPERM, EROFS, EWOULDBLOCK
+from itertools import count
 from pathlib import Path
 
 LOCK = ".smbfast.lock"
 _PATIENCE = 1.0  # seconds that a lock of a process that has ended is waited for
+_ATTEMPTS = 1000  # each fails only if another process has removed the folder in between
+_OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _HELD: set[int] = set()  # handles of the locks of this process
 
 
@@ -111,15 +114,31 @@ def is_alive(record: dict) -> bool:
     return True
 
 
+def opened(file: Path) -> int:
+    """Return the handle of a file to lock, which is made if it is missing, and its folder too.
+
+    Whoever has made the folder may remove it at any moment; then it is made again.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    for attempt in count():
+        try:
+            with suppress(FileExistsError):
+                file.parent.mkdir(parents=True, mode=0o700)
+            return os.open(file, _OPEN, 0o600)
+        except FileNotFoundError:
+            if attempt == _ATTEMPTS:  # such as a link to a folder that is not there
+                raise
+    raise AssertionError  # unreachable
+
+
 def _taken(folder: Path, what: str) -> int | None:
     """Return the handle of the lock; None where there are no locks, or nothing can be written."""
     file, patience = folder / LOCK, time.monotonic() + _PATIENCE
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:  # another process has removed the folder that it had made
-            continue
+            handle = opened(file)
         except OSError as error:
             if error.errno in (EROFS, EACCES, EPERM) and folder.is_dir():
                 return None  # to read a folder that nobody can write is harmless

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from smbfast.base.claims import claimed
-from smbfast.base.locks import LOCK, acquire, release, same_file
+from smbfast.base.locks import LOCK, acquire, opened, release, same_file
 
 
 @dataclass
@@ -82,11 +82,7 @@ def _joined(folder: Path, note: Callable[[], dict]) -> tuple[int | None, bool]:
     """Return the handle of the lock that is shared now, and whether nobody else had it."""
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            handle = os.open(folder / LOCK, flags, 0o600)
-        except FileNotFoundError:  # another process has removed the folder that it had made
-            continue
+            handle = opened(folder / LOCK)
         except OSError as error:
             if error.errno in (EROFS, EACCES, EPERM) and folder.is_dir():
                 return None, True
