@@ -159,11 +159,12 @@ def test_a_foreign_backbone_learns_its_delimiter_rows(foreign):
     assert float(gap) > 0  # trained rows are averaged too
 
 
-def test_training_goes_on_from_an_adapter(cohort, scratch, adapted, tmp_path):
+def test_training_goes_on_from_an_adapter(cohort, adapted, tmp_path):
     folder = tmp_path / "further"
-    paths = [f"--data.path={cohort}", f"--run.dir={folder}", f"--model.path={scratch / 'final'}"]
+    # its backbone is known
+    paths = [f"--data.path={cohort}", f"--run.dir={folder}", f"--model.path={adapted / 'final'}"]
     # with JEPA in its first phase too, it evaluates the windows that the other run ended with
-    more = [f"--model.adapter={adapted / 'final'}", *SHORT, "--phases.0.w_jepa=1"]
+    more = [*SHORT, "--phases.0.w_jepa=1"]
     entry.main(["tiny", *paths, *more])
     first = (folder / "metrics.jsonl").read_text().splitlines()[1]
     last = (adapted / "metrics.jsonl").read_text().splitlines()[-2]

@@ -530,10 +530,36 @@ def test_a_model_says_what_it_comes_from(runs: Runs) -> None:
     assert record["data_digest"] == prepared["data"]
 
 
-def test_an_adapter_is_no_backbone(runs: Runs, tmp_path: Path) -> None:
+def test_an_adapter_as_the_backbone_goes_on_with_its_own(
+    runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     final = runs.root / "lora" / "final"
-    argv = tiny_run(runs.root / "data", tmp_path / "run", f"--model.path={final}")
-    refused(lambda: train.main(argv), f"--model.adapter={final}", f"--model.path={runs.root}/base")
+    settings = load("tiny", [f"--model.path={final}"])
+    assert settings.model.adapter == str(final)
+    assert settings.model.path == str((runs.root / "base").resolve())
+    assert f"--model.adapter={final}" in capsys.readouterr().err
+    both = [f"--model.path={settings.model.path}", f"--model.adapter={final}"]
+    assert load("tiny", both) == settings
+    refused(lambda: load("tiny", [f"--model.path={final}", "--model.adapter=x"]), "another, x")
+    refused(lambda: load("tiny", [f"--model.path={final}", "--model.train=all"]), "model.train")
+    moved = shutil.copytree(final, tmp_path / "moved")
+    edit(moved / "smbfast.json", lambda c: c.update(backbone=str(tmp_path / "gone")))
+    words = ("gone is not there", "--model.path=BACKBONE", f"--model.adapter={moved}")
+    refused(lambda: load("tiny", [f"--model.path={moved}"]), *words)
+    (moved / "smbfast.json").unlink()  # an adapter of PEFT alone
+    assert load("tiny", [f"--model.path={moved}"]).model.path == settings.model.path
+    edit(moved / "adapter_config.json", lambda c: c.pop("base_model_name_or_path"))
+    refused(lambda: load("tiny", [f"--model.path={moved}"]), "does not say of which backbone")
+
+
+def test_an_adapter_goes_on_with_the_weights_that_it_was_trained_on_alone(
+    runs: Runs, tmp_path: Path
+) -> None:
+    final = shutil.copytree(runs.root / "lora" / "final", tmp_path / "final")
+    edit(final / "smbfast.json", lambda c: c.update(weights_digest="0" * 64))
+    argv = tiny_run(runs.root / "data", tmp_path / "run", f"--model.path={final}", *QUICK)
+    words = (runs.root / "base", "must be the backbone that the model was trained on", "0" * 12)
+    refused(lambda: train.main(argv), *words)
 
 
 ODD: dict[str, tuple[object, str]] = {

@@ -65,13 +65,22 @@ def check_weights(record: dict, path: str | Path, cache: Path | None = None) -> 
             f"the model was saved by an earlier version, which did not record the digest of its "
             f"backbone; {path} is taken as it is"
         )
-    digest = weights_digest(path, cache)
-    if digest != expected:
+    check_digest(record, path, weights_digest(path, cache))
+    return None
+
+
+def check_digest(record: dict, path: str | Path, digest: str) -> None:
+    """Refuse a backbone by its digest, if the record of a model has another one.
+
+    Raises:
+        ValueError: the digests differ; see `check_weights`.
+    """
+    expected = record.get("weights_digest")
+    if expected is not None and digest != expected:
         raise ValueError(
             f"{path} must be the backbone that the model was trained on, whose weights have the "
             f"digest {short(expected)}; these have {short(digest)}"
         )
-    return None
 
 
 def local_model(path: str | Path) -> Path | None:

@@ -12,13 +12,13 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from smbfast.base.digests import CACHE, short, weights_digest
-from smbfast.base.files import digest_of, write_text
+from smbfast.base.digests import CACHE, check_digest, short, weights_digest
+from smbfast.base.files import digest_of, read_json, write_text
 from smbfast.data.prepared import Prepared
 from smbfast.run import checkpoint
 from smbfast.run.checkpoint import Checkpoint
 from smbfast.run.folder import changed_settings, compared_settings, run_id, status_of
-from smbfast.run.model_record import FORMAT
+from smbfast.run.model_record import FORMAT, RECORD
 from smbfast.settings import TrainSettings
 
 _PARTS = {  # of an identity, in the words of a message
@@ -70,11 +70,18 @@ class Identity:
         return identity.with_backbone(settings) if path and Path(path).is_dir() else identity
 
     def with_backbone(self, settings: TrainSettings) -> "Identity":
-        """Return it with the digest of the backbone, whose files are on this machine now."""
+        """Return it with the digest of the backbone, whose files are on this machine now.
+
+        Raises:
+            ValueError: it cannot be read, or is not the one that `model.adapter` was trained on.
+        """
         path = settings.model.path
         if not path:
             return self
-        return replace(self, backbone=weights_digest(path, settings.folder / CACHE))
+        digest = weights_digest(path, settings.folder / CACHE)
+        if (adapter := settings.model.adapter) and (Path(adapter) / RECORD).is_file():
+            check_digest(read_json(Path(adapter) / RECORD), path, digest)
+        return replace(self, backbone=digest)
 
     def record(self) -> dict:
         """Return what a checkpoint records."""

@@ -15,6 +15,7 @@ from smbfast.data.sections import SECTIONS
 from smbfast.data.serialize import Bucket
 from smbfast.settings import Pool
 
+RECORD = "smbfast.json"
 FORMAT = 1  # of the record of a checkpoint and of a model's folder
 _Dtype = Literal["float32", "bfloat16", "float16"]
 

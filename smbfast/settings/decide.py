@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from smbfast.base.files import read_json
 from smbfast.settings.data import VOCABULARY, DataSettings
 from smbfast.settings.training import TrainSettings
 
@@ -11,10 +10,9 @@ def decided_data(settings: TrainSettings) -> DataSettings:
     """Return the data settings of a run with the format decided.
 
     Raises:
-        ValueError: settings of the data contradict each other or the backbone, a LoRA adapter is
-            named as the backbone, or there is no folder at `data.path`.
+        ValueError: settings of the data contradict each other or the backbone, or there is no
+            folder at `data.path`.
     """
-    _refuse_adapter_as_backbone(settings)
     simulated = settings.data.path is None
     if not simulated:
         require_meds_folder(settings.data.folder)
@@ -34,17 +32,3 @@ def require_meds_folder(path: Path) -> None:
     if not path.is_dir():
         there = "it is a file" if path.exists() else "there is no such folder"
         raise ValueError(f"{path} must be the folder of a MEDS dataset; {there}")
-
-
-def _refuse_adapter_as_backbone(settings: TrainSettings) -> None:
-    path = settings.model.path
-    if not path or not (Path(path) / "adapter_config.json").is_file():
-        return
-    try:
-        base = read_json(Path(path) / "adapter_config.json").get("base_model_name_or_path")
-    except ValueError:
-        base = None
-    raise ValueError(
-        f"model.path {path} holds a LoRA adapter and no backbone; give both, as "
-        f"--model.path={base or 'BACKBONE'} --model.adapter={path}"
-    )

@@ -20,7 +20,8 @@ class ModelSettings(Settings):
         description="Folder or Hugging Face Hub name of a pretrained causal language model with "
         "safetensors weights, such as Qwen/Qwen3-8B. `none` makes a small Qwen3 with random "
         "weights. Qwen3, Qwen2, Llama and Mistral without sliding windows are supported by the "
-        "shared forward; other models need objective.path=reference.",
+        "shared forward; other models need objective.path=reference. The folder of a LoRA adapter, "
+        "such as `final` of an earlier run, stands for its backbone together with model.adapter.",
     )
     adapter: str | None = Field(
         None,

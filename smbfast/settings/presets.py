@@ -6,6 +6,7 @@ from typing import Any
 
 from smbfast.base.config import build, read_toml, with_overrides
 from smbfast.base.help_page import DefaultsShown, help_text
+from smbfast.settings.adapters import on_its_backbone
 from smbfast.settings.training import TrainSettings
 
 
@@ -38,9 +39,10 @@ def load(name: str, overrides: list[str]) -> TrainSettings:
     A file may begin from a preset with `base = "default"`.
 
     Raises:
-        ValueError: no such preset or file, an unknown key, a wrong type, a value out of range.
+        ValueError: no such preset or file, an unknown key, a wrong type, a value out of range, or
+            an adapter as `model.path` whose backbone is not there.
     """
-    return build(TrainSettings, _values_of(name), overrides)
+    return on_its_backbone(build(TrainSettings, _values_of(name), overrides))
 
 
 def run_help(argv: list[str], prog: str, epilog: str = "") -> str:
