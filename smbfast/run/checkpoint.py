@@ -32,16 +32,20 @@ from smbfast.base.files import (
     require_files,
     standing,
     verify_folder,
+    write_text,
 )
+from smbfast.base.replace import foreign, sha256
 from smbfast.model.backbone import PatientEncoder, load_adapter, load_lm, merged, require_layers
 from smbfast.model.codes_head import CodesHead
 from smbfast.model.decoder import HfModule
 from smbfast.model.target import TargetEncoder
 from smbfast.model.vocabulary import grow
+from smbfast.run.model_card import merged_card
 from smbfast.run.model_record import FORMAT, check_record
 from smbfast.run.optim import trained
 from smbfast.settings.data import VOCABULARY
 
+CARD = "README.md"
 _NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})$")
 # what transformers, PEFT or this file would read of a final folder if it were there
 _READ = re.compile(
@@ -286,7 +290,7 @@ def save_final(
             save_file(_contiguous(target.state()), staging / "target.safetensors")
         (staging / "smbfast.json").write_text(json.dumps(record, indent=1))
         if card is not None:  # in place of PEFT's empty one
-            (staging / "README.md").write_text(card, encoding="utf-8")
+            (staging / CARD).write_text(card, encoding="utf-8")
 
 
 def amend_final(folder: Path, changes: dict, card: Callable[[dict], str]) -> None:
@@ -309,7 +313,21 @@ def amend_final(folder: Path, changes: dict, card: Callable[[dict], str]) -> Non
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             link(folder / name, staging / name)
         (staging / "smbfast.json").write_text(json.dumps(record, indent=1))
-        (staging / "README.md").write_text(card(record), encoding="utf-8")
+        (staging / CARD).write_text(card(record), encoding="utf-8")
+
+
+def write_card(folder: Path, card: str) -> None:
+    """Write the card of a model anew, unless somebody has edited it.
+
+    The manifest, which names cards as notes, follows; weights are neither read nor written.
+    """
+    if CARD in foreign(folder):
+        return
+    manifest = read_json(folder / MANIFEST)
+    write_text(folder / CARD, card)
+    entry = ((folder / CARD).stat().st_size, sha256(folder / CARD))
+    manifest["notes"] = {**manifest.get("notes", {}), CARD: entry}
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
 def _refuse_non_finite(tensors: dict[str, Tensor]) -> None:
@@ -498,6 +516,9 @@ def export_merged(final: Path, folder: Path, device: torch.device) -> str:
         tokenizer.save_pretrained(staging)
         if (final / VOCABULARY).is_file():
             shutil.copy(final / VOCABULARY, staging / VOCABULARY)
+        if (final / CARD).is_file():
+            card = (final / CARD).read_text(encoding="utf-8")
+            (staging / CARD).write_text(merged_card(card, folder), encoding="utf-8")
     plain: HfModule = load_lm(str(folder), lm.dtype)
     plain = plain.to(device)
     gap = (plain(input_ids=ids).logits.float() - logits).abs().max().item()

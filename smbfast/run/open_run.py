@@ -238,7 +238,10 @@ class OpenRun:
             if not self.ranks.is_main:
                 return
             record, prepared, best = _model_record(self, step), self.prepared, self.progress.best
-            card = model_card(record, folder, prepared.record, best, target=target is not None)
+            has_target = target is not None
+            card = model_card(
+                record, folder, prepared.record, best, self.settings, target=has_target
+            )
             tokenizer, vocabulary = prepared.tokenizer, prepared.vocabulary_file
             checkpoint.save_final(folder, self.encoder, target, tokenizer, record, vocabulary, card)
 

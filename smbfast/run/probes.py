@@ -31,9 +31,10 @@ from smbfast.probing.embedding_parts import PartFolder, embed_parts, part_folder
 from smbfast.probing.read_out import Choice, candidates, choose_pool
 from smbfast.probing.run_probe import run_probe
 from smbfast.reporting.sample import sample_of
-from smbfast.run.checkpoint import amend_final
+from smbfast.run.checkpoint import amend_final, write_card
 from smbfast.run.folder import compared_settings
-from smbfast.run.model_card import model_card
+from smbfast.run.model_card import merged_card, model_card
+from smbfast.run.model_record import RECORD
 from smbfast.run.open_run import OpenRun
 from smbfast.run.origin import origin_of
 from smbfast.settings import Pool, ProbeCommandSettings
@@ -71,7 +72,7 @@ def probe_run(
     files = _embedded(run, target, dataset, asked)
     if not run.ranks.is_main:
         return
-    run_probe(
+    probed = run_probe(
         ProbeCommandSettings(
             embeddings=files[probe.encoder],
             untrained=[path for name, path in files.items() if name != probe.encoder],
@@ -89,6 +90,7 @@ def probe_run(
         index=index,
         command=command,
     )
+    _write_cards(run, target, probed)
 
 
 def _embedded(
@@ -167,12 +169,35 @@ def _settle(run: OpenRun, target: TargetEncoder | None, pool: Pool, choice: Choi
     record = read_json(final / "smbfast.json")
     if choice is None and record["pool"] == pool:
         return
-    prepared, best = run.prepared.record, run.progress.best
     amend_final(
         final,
         {"pool": pool, "pool_choice": choice.record() if choice else None},
-        lambda record: model_card(record, final, prepared, best, target=target is not None),
+        lambda record: _card(run, target, record),
     )
+
+
+def _card(
+    run: OpenRun, target: TargetEncoder | None, record: dict, probe: dict | None = None
+) -> str:
+    """Return the card of `final`, with the figures of `probe` where the tasks were probed."""
+    return model_card(
+        record,
+        run.folder / "final",
+        run.prepared.record,
+        run.progress.best,
+        run.settings,
+        target=target is not None,
+        probe=probe,
+    )
+
+
+def _write_cards(run: OpenRun, target: TargetEncoder | None, probe: dict) -> None:
+    """Write the figures of the probes into the card of `final`, and of `merged` if it is there."""
+    final, merged = run.folder / "final", run.folder / "merged"
+    card = _card(run, target, read_json(final / RECORD), probe)
+    write_card(final, card)
+    if (merged / MANIFEST).is_file():
+        write_card(merged, merged_card(card, merged))
 
 
 @dataclass(frozen=True)
