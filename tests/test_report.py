@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.pages import SCHEMES, WIDTHS, Chromium, chromium, measured
 from smbfast.report import main
 from smbfast.reporting import comparisons, figures
 from smbfast.reporting.page import write_report
@@ -331,7 +332,9 @@ def test_tasks_stand_in_the_order_of_the_verdicts(page: Page) -> None:
 
 def test_differences_to_the_best_say_better_worse_or_neither(source: str) -> None:
     rows = re.findall(
-        r'row">smbfast, online encoder</th><td>(.*?)</td><td>(.*?)</td>.*">(.*?)</td></tr>', source
+        r'row">smbfast, online encoder</th><td data-name="metric">(.*?)</td>'
+        r'<td data-name="nodes">(.*?)</td>.*">(.*?)</td></tr>',
+        source,
     )
     assert rows == [
         ("AUROC", "first nodes", "worse"),
@@ -384,6 +387,32 @@ def test_text_is_legible_by_day_and_by_night(source: str) -> None:
         for text, ground in pairs:
             low, high = sorted(luminance(theme[name]) for name in (text, ground))
             assert (high + 0.05) / (low + 0.05) >= 4.5, (text, ground)
+
+
+WRONG = """<html><body style="margin: 0; background: #fff"><p style="font-size: 8.9px">a</p>
+<svg viewBox="0 0 200 20" style="width: 100px; display: block"><rect width="200" height="20"
+fill="#999"/><text y="15" style="font-size: 17px; fill: #444">b</text></svg>
+<div style="width: 2000px; background: #000">c</div><script></script></body></html>"""
+
+
+@pytest.mark.skipif(chromium() is None, reason="no Chromium on the PATH to show the page")
+def test_a_browser_shows_it_on_a_phone_and_at_a_desk_by_day_and_by_night(
+    run: Path, tmp_path: Path
+) -> None:
+    """Nothing scrolls to the side, no text is below 9 px or of a contrast below 4.5; and faults
+    that a page does have are seen."""
+    page = run / "report.html"
+    results = measured([page])[page]
+    assert [(m.width, m.scheme) for m in results] == [(w, s) for w in WIDTHS for s in SCHEMES]
+    assert [fault for m in results for fault in m.faults()] == []
+    wrong = tmp_path / "wrong.html"
+    wrong.write_text(WRONG)
+    with Chromium() as browser:
+        browser.open(wrong, 1280, "light")
+        measure = browser.measure(1280, "light")
+    assert (measure.beyond, measure.num_scripts) == (720, 1) and measure.wide
+    assert (measure.size, measure.smallest) == (pytest.approx(8.5), "b")  # half of 17
+    assert (measure.contrast, measure.faintest) == (1, "c") and len(measure.faults()) == 4
 
 
 def test_opens_offline(source: str, page: Page) -> None:

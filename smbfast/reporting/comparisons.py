@@ -29,6 +29,7 @@ from smbfast.reporting.drawing import (
     SOFT,
     WIDE,
     WIDTH,
+    legend_below,
     panel,
     plain,
 )
@@ -45,6 +46,7 @@ _LOOKS = {
     "undecided": ("o", GREY, False),
 }
 _LINES = ((BLUE, "o"), (GREEN, "D"), (ORANGE, "s"), (PURPLE, "^"), (GREY, "v"))
+_TALL = 3.3  # inches, of which the names of lines take one tenth each
 _ROW = 0.35  # inches: a line of text, and its interval below
 
 
@@ -166,9 +168,9 @@ def calibration(name: str, curves: Sequence[Curve], *, title: str = "Calibration
         ax.set_xlim(0, top)
         ax.set_ylim(0, top)
         _words(ax, title, "predicted probability", "observed share")
-        ax.legend(loc="upper left")
+        legend_below(ax)
 
-    return panel(name, f"{title}: observed share by predicted probability", draw, WIDTH, 3.0)
+    return panel(name, f"{title}: observed share by predicted probability", draw, WIDTH, _TALL)
 
 
 def incidence(
@@ -195,9 +197,9 @@ def incidence(
         ax.set_xlim(0, None)
         ax.set_ylim(0, min(1.0, ax.get_ylim()[1] * 1.05))
         _words(ax, title, "days since the prediction time", "share of patients")
-        ax.legend(loc="best")
+        legend_below(ax)
 
-    return panel(name, f"{title} by day", draw, WIDTH, 3.0)
+    return panel(name, f"{title} by day", draw, WIDTH, _TALL)
 
 
 def curve(
@@ -236,9 +238,9 @@ def curve(
         if level is not None:
             ax.axhline(level[0], color=INK, linewidth=0.9, linestyle=DASHED, label=level[1])
         _words(ax, title, x, y)
-        ax.legend(loc="best")
+        legend_below(ax)
 
-    return panel(name, f"{title}: {y} by {x}", draw, WIDTH, 3.0)
+    return panel(name, f"{title}: {y} by {x}", draw, WIDTH, _TALL)
 
 
 def written(value: Interval, *, signed: bool = False) -> str:

@@ -110,7 +110,7 @@ def standalone(svg: str) -> str:
 
 
 def dashed(ax: Axes, y: float, label: str, color: str, below: bool = False) -> None:
-    """Draw a level that values are compared with, and its name at the right."""
+    """Draw a level that values are compared with, and its name, in ink, at the right."""
     ax.axhline(y, color=color, linewidth=1.0, linestyle=DASHED)
     ax.annotate(
         label,
@@ -121,8 +121,16 @@ def dashed(ax: Axes, y: float, label: str, color: str, below: bool = False) -> N
         ha="right",
         va="top" if below else "bottom",
         fontsize=8.5,
-        color=color,
+        color=INK,
     )
+
+
+def legend_below(ax: Axes, columns: int = 1) -> None:
+    """Name the lines below the axes, where no line or error bar runs through the names."""
+    lines, labels = ax.get_legend_handles_labels()
+    if lines:
+        style: dict[str, Any] = {"handlelength": 1.5, "columnspacing": 1.1, "borderpad": 0.2}
+        ax.figure.legend(lines, labels, loc="outside lower left", ncols=columns, **style)
 
 
 def plain(text: str, limit: int = 44) -> str:

@@ -26,6 +26,7 @@ from smbfast.reporting.drawing import (
     PURPLE,
     SOFT,
     dashed,
+    legend_below,
     panel,
     plain,
 )
@@ -101,7 +102,7 @@ def _rank_panel(ax: Axes, phases: list[Phase]) -> None:
     _frame(ax, phases, "Effective rank of states", "directions in use")
     _series(ax, phases, _RANKS)
     ax.set_ylim(0, ax.get_ylim()[1] * 1.05 or 1.0)
-    ax.legend(loc="upper right")
+    legend_below(ax, columns=2)
 
 
 def _share_panel(ax: Axes, phases: list[Phase]) -> None:
@@ -132,7 +133,7 @@ def _r2_panel(ax: Axes, phases: list[Phase]) -> None:
     low, high = ax.get_ylim()
     ax.set_ylim(min(max(low, -0.5), -0.05), max(high, 0.1))
     dashed(ax, 0.0, "a constant", INK)
-    ax.legend(loc="lower right", ncols=2)
+    legend_below(ax, columns=4)
 
 
 def horizons(records: list[Record]) -> list[str]:
@@ -152,7 +153,7 @@ def _spread_panel(ax: Axes, phases: list[Phase]) -> None:
     _series(ax, phases, series, relative)
     dashed(ax, HALF, "one half", INK)
     ax.set_ylim(0, max(1.1, ax.get_ylim()[1]))
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 0.0))
+    legend_below(ax, columns=2)
 
 
 def _ratio_panel(ax: Axes, phases: list[Phase]) -> None:
@@ -175,7 +176,7 @@ def _gradient_panel(ax: Axes, phases: list[Phase]) -> None:
     _frame(ax, phases, "Gradient of each loss on the trunk", "L2 norm, unweighted")
     _pull_series(ax, phases, "grad")
     ax.set_ylim(0, ax.get_ylim()[1] * 1.05 or 1.0)
-    ax.legend(loc="best")
+    legend_below(ax, columns=4)
 
 
 def _cosine_panel(ax: Axes, phases: list[Phase]) -> None:
@@ -183,8 +184,8 @@ def _cosine_panel(ax: Axes, phases: list[Phase]) -> None:
     _pull_series(ax, phases, "cos")
     low, high = ax.get_ylim()
     ax.set_ylim(min(low, -0.2), max(high, 0.2))
-    dashed(ax, 0.0, "orthogonal", INK)
-    ax.legend(loc="best")
+    dashed(ax, 0.0, "", INK)
+    legend_below(ax, columns=2)
 
 
 def _pull_series(ax: Axes, phases: list[Phase], kind: str) -> None:
