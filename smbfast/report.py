@@ -1,24 +1,46 @@
-"""python -m smbfast.report: one page that says what a run did, from the files of its folder."""
+"""python -m smbfast.report: one page that says what a run did, or how runs differ."""
 
 import shlex
 import sys
+from pathlib import Path
 
-from smbfast.base.config import command_line
 from smbfast.base.entry import entry
-from smbfast.settings import ReportSettings
+from smbfast.base.help_page import help_text
+from smbfast.settings import ReportSettings, report_arguments
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command: arguments and one call of `smbfast.reporting.page`."""
+    """The command: arguments and one call of a room, by what is asked for."""
     argv = sys.argv[1:] if argv is None else argv
     prog = "python -m smbfast.report"
-    settings = command_line(ReportSettings, argv, prog=prog)
+    if any(word in ("-h", "--help") for word in argv):
+        print(help_text(ReportSettings, f"{prog} [RUN ...]"))
+        raise SystemExit(0)
+    try:
+        settings = report_arguments(argv)
+    except ValueError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    command = shlex.join([*prog.split(), *argv])
     with entry("smbfast.report"):
-        from smbfast.reporting.page import write_report
-
-        counted = shlex.join([*prog.split(), *argv])
-        path = write_report(settings.run, final=settings.final, counted=counted)
+        path = _written(settings, command)
     print(f"report: {path}")
+
+
+def _written(settings: ReportSettings, command: str) -> Path:
+    if settings.against:
+        from smbfast.reporting.runs_page import write_runs
+
+        return write_runs(
+            [settings.run, *settings.against],
+            settings.out or Path("comparison.html"),
+            final=settings.final,
+            command=command,
+            tell=lambda text: print(f"report: {text}", file=sys.stderr),
+        )
+    from smbfast.reporting.page import write_report
+
+    return write_report(settings.run, final=settings.final, counted=command)
 
 
 if __name__ == "__main__":

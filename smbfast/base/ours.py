@@ -96,6 +96,21 @@ def require_embeddings(file: Path) -> None:
     _require(Path(file), _is_embeddings)
 
 
+def require_runs_page(file: Path) -> None:
+    """Refuse to replace a file that is not a page that compares runs.
+
+    Raises:
+        ValueError: it is of others, or a folder.
+    """
+    _require_page(file, b"smbfast runs</title>")
+
+
+def _require_page(file: Path, title: bytes) -> None:
+    if Path(file).is_dir():
+        raise ValueError(f"`out` must be a file to write to; {file} is a folder")
+    _require(Path(file), lambda page: title in page.open("rb").read(1 << 14))
+
+
 def prepared_entries(folder: Path) -> list[Path]:
     """Return the entries of a folder of token shards that are ours."""
     ours = [e for e in _entries(folder) if e.name in (*_PREPARED, *_INDEXES) or is_staging(e)]

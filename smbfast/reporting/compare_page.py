@@ -50,26 +50,39 @@ def write_comparison(out: Path, record: Record, command: str) -> Path:
 def render(record: Record, command: str) -> str:
     """Return the whole page as text, without script."""
     names = [method["name"] for method in record["methods"]]
-    order = [verdict["task"] for verdict in record["headline"]]
-    tasks = sorted(record["tasks"], key=lambda task: order.index(task["task"]))
     given = {method["given"] for method in record["methods"]}
     title = f"{names[0]} against {', '.join(names[1:])}"
-    others = [v for v in record["headline"] if not v["below_chance"]]
-    said = [v for v in others if len(others) <= _SENTENCES or v["verdict"] in _LEVELS]
     return rendered(
         "compare.html",
         title=title if len(given) > 1 else f"Models of {given.pop()}",
-        alarms=[_signed(v["text"]) for v in record["headline"] if v["below_chance"]],
-        verdicts=[_verdict(v) for v in said],
-        unsaid=len(others) - len(said),
-        summary=[_verdict(verdict) for verdict in record["headline"]],
+        paired=paired(record),
         methods=[_method(method) for method in record["methods"]],
-        notes=record["notes"],
-        forest=plots([_summary(record)]) if len(tasks) > 1 else [],
-        tasks=[_task(task, f"task-{at}", record["small_cells"]) for at, task in enumerate(tasks)],
-        protocol=record["protocol"],
         command=command,
     )
+
+
+def paired(record: Record) -> Record:
+    """Return what `paired.html` shows of a comparison of predictions, and its first sentences.
+
+    Args:
+        record: as `smbfast.judging.compare.compare` returns it.
+    """
+    order = [verdict["task"] for verdict in record["headline"]]
+    tasks = sorted(record["tasks"], key=lambda task: order.index(task["task"]))
+    others = [v for v in record["headline"] if not v["below_chance"]]
+    said = [v for v in others if len(others) <= _SENTENCES or v["verdict"] in _LEVELS]
+    return {
+        "alarms": [_signed(v["text"]) for v in record["headline"] if v["below_chance"]],
+        "verdicts": [_verdict(v) for v in said],
+        "unsaid": len(others) - len(said),
+        "summary": [_verdict(verdict) for verdict in record["headline"]],
+        "notes": record["notes"],
+        "forest": plots([_summary(record)]) if len(tasks) > 1 else [],
+        "tasks": [
+            _task(task, f"task-{at}", record["small_cells"]) for at, task in enumerate(tasks)
+        ],
+        "protocol": record["protocol"],
+    }
 
 
 def _method(method: Record) -> tuple[str, str]:

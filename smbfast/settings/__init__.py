@@ -3,7 +3,12 @@
 Imports pydantic and nothing heavier, so that `--help` and a refused setting are answered at once.
 """
 
-from smbfast.settings.commands import EmbedSettings, ProbeCommandSettings, ReportSettings
+from smbfast.settings.commands import (
+    EmbedSettings,
+    ProbeCommandSettings,
+    ReportSettings,
+    report_arguments,
+)
 from smbfast.settings.compare import CompareSettings, compare_arguments
 from smbfast.settings.data import CohortSettings, DataSettings, PrepareSettings, SimulateSettings
 from smbfast.settings.decide import decided_data, require_meds_folder, tokenizer_folder
@@ -61,6 +66,7 @@ __all__ = [
     "load",
     "plan_arguments",
     "presets",
+    "report_arguments",
     "require_meds_folder",
     "run_arguments",
     "run_help",

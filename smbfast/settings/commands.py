@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from smbfast.base.config import Settings
+from smbfast.base.config import Settings, build
 from smbfast.settings.data import whole_fractions
 from smbfast.settings.pools import Pool
 
@@ -265,25 +265,82 @@ class ProbeCommandSettings(Settings):
 
 
 class ReportSettings(Settings):
-    """Write report.html into the folder of a run: losses, signs of collapse, probes and data.
+    """Write the report of one run into its folder, or one page that compares several runs.
 
-    Training writes the report by itself at its end. Use this command for a run that is under way or
-    was stopped. The page needs no network and no script, and shows no count of 1 to 10 people.
+    Folders of runs are given as words. One run: report.html in its folder, with losses, signs of
+    collapse, probes and data. Training writes it by itself at its end; use this command for a run
+    that is under way or was stopped.
+
+    Several runs: how they differ in settings, data and bytes, the first step at which their
+    metrics do, losses and health on shared axes, speed, memory, and their probes side by side,
+    each run against the first. Differences of probes are paired: by patient and prediction time,
+    from the predictions of both runs. Nothing is trained or fitted.
+
+    Pages need no network and no script, and show no count of 1 to 10 people.
     """
 
     epilog: ClassVar[str] = """Examples
 
   Write the report of a run that has not finished:
-    python -m smbfast.report --run=runs/default"""
+    python -m smbfast.report runs/default
+
+  Compare two runs, or more, with the first:
+    python -m smbfast.report runs/jepa runs/sft --out=jepa-sft.html"""
 
     run: Path = Field(
         Path("runs/default"),
-        description="Folder of a training run, as it was given by --run.dir. The page is written "
-        "to report.html in it, replacing an older one.",
+        description="Folder of a training run, as it was given by --run.dir; the first word that "
+        "is no setting is short for it. The page is written to report.html in it, replacing an "
+        "older one.",
+    )
+    against: list[Path] = Field(
+        [],
+        description="Folders of further runs, which are compared with `run`; the other words are "
+        "short for it. No folder is changed then.",
+    )
+    out: Path | None = Field(
+        None,
+        description="File to write a comparison of runs to, ending in .html; a file that is not "
+        "such a page of ours is not replaced. `none` means comparison.html in the current folder.",
     )
     final: bool = Field(
         False,
         description="Whether figures of held-out patients are shown, where the probes were judged "
         "on them; without it the page leaves them out. Each time is recorded in held_out.json of "
-        "the run. --final is short for it.",
+        "each run shown. --final is short for it.",
     )
+
+    @field_validator("out")
+    @classmethod
+    def _is_page(cls, out: Path | None) -> Path | None:
+        if out is not None and out.suffix != ".html":
+            raise ValueError("must be the name of a file that ends in .html")
+        return out
+
+    @model_validator(mode="after")
+    def _is_one_page(self) -> "ReportSettings":
+        if self.out is not None and not self.against:
+            raise ValueError(
+                "out names the page of a comparison; the report of one run is written to "
+                "report.html in its folder"
+            )
+        return self
+
+
+def report_arguments(argv: list[str]) -> ReportSettings:
+    """Return the settings that a command line gives: words name runs, the rest are settings.
+
+    Raises:
+        ValueError: an unknown key, a wrong value, or a run that is named both ways.
+    """
+    keys = ReportSettings.model_fields
+    settings: list[str] = []
+    words: list[str] = []
+    for word in argv:
+        is_key = word.startswith("-") or word.partition("=")[0].replace("-", "_") in keys
+        (settings if is_key else words).append(word)
+    given = {word.lstrip("-").partition("=")[0] for word in settings}
+    if words and (twice := sorted(given & {"run", "against"})):
+        raise ValueError(f"runs must be named as words or by `{twice[0]}`, not by both")
+    values: dict = {"run": words[0], "against": words[1:]} if words else {}
+    return build(ReportSettings, values, settings)
