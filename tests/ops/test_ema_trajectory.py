@@ -67,7 +67,12 @@ def trained(lr: float) -> Trajectory:
     torch.manual_seed(0)
     # weights as large as the usual initialisation makes them at this width
     lm = tiny_lm(
-        "qwen3", hidden_size=64, head_dim=16, intermediate_size=128, initializer_range=0.125
+        "qwen3",
+        hidden_size=64,
+        head_dim=16,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        initializer_range=0.125,
     )
     lm = get_peft_model(lm, lora_config(lm, LoraSettings(r=R, alpha=2 * R), []))
     encoder = PatientEncoder(lm, 2)
