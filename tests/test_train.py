@@ -1,9 +1,9 @@
 """The training entry: resuming, signals, what a run leaves behind."""
 
 import json
+import os
 import signal
-import subprocess
-import sys
+import threading
 
 import pytest
 import torch
@@ -178,19 +178,27 @@ def test_damaged_checkpoints_never_push_out_the_good_one(cohort, tmp_path, monke
     verify_folder(folder / "checkpoints/step-000003")
 
 
-def test_a_real_sigterm_is_saved_and_told(cohort, tmp_path):
+def test_a_real_sigterm_is_saved_and_told(cohort, tmp_path, capsys):
+    """Sent to this process, by a thread that waits for the third step of the log."""
     folder = tmp_path / "signalled"
-    argv = ["tiny", f"--data.path={cohort}", f"--run.dir={folder}", *SHORT]
-    argv += ["--phases.0.steps=5000", "--phases.1.steps=5"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "smbfast.train", *argv], stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait(60) == 75 and "SIGTERM: stopped" in rest
+    ended = threading.Event()
+
+    def send() -> None:
+        log = folder / "metrics.jsonl"
+        while not ended.wait(0.02):
+            if log.exists() and '"step": 3,' in log.read_text():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run_tiny(cohort, folder, "--phases.0.steps=5000", "--phases.1.steps=5")
+    finally:
+        ended.set()
+        sender.join()
+    assert stop.value.code == 75 and "SIGTERM: stopped" in capsys.readouterr().out
     status = json.loads((folder / "status.json").read_text())
     assert status["state"] == "preempted" and status["step"] >= 3
     verify_folder(folder / f"checkpoints/step-{status['step']:06d}")
