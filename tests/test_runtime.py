@@ -1,31 +1,28 @@
 """What is set before CUDA starts: in processes of their own, with a GPU that is only said to be."""
 
-import json
+import importlib
 import os
 import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
 
 from smbfast.base.runtime import choose_device, stop_on_signals
+from tests.rank_server import ranks_give
 
-ROOT = Path(__file__).resolve().parents[1]
-# a fork for each case: what one sets is not there in the next. What `runtime` imports is
-# imported once, before them; itself in each, as it might read the environment then
-PROGRAM = """
-import json, os, sys
-import smbkernels.matmul.products, torch
-from smbfast.base import entry, helpers
 
-def case(name, variables):
+def case(name: str, variables: dict[str, str]) -> dict:
+    """What a process sees that has these variables alone before it imports `runtime`."""
+    for variable in [v for v in os.environ if v.endswith("ALLOC_CONF")]:
+        del os.environ[variable]
     os.environ.update(variables)
-    from smbfast.base import runtime
+    sys.modules.pop("smbfast.base.runtime")  # it might read the environment then
+    runtime = importlib.import_module("smbfast.base.runtime")
+    seen: dict[str, object] = {}
+    now: list[str] = []
 
-    seen, now = {}, []
-
-    def start(device):
+    def start(device: object) -> None:
         matmul = torch.backends.cuda.matmul
         seen["environment"] = {k: v for k, v in os.environ.items() if k.endswith("ALLOC_CONF")}
         seen["reduced"] = matmul.allow_bf16_reduced_precision_reduction
@@ -37,42 +34,19 @@ def case(name, variables):
     initialized = torch.cuda.is_initialized()
     return seen | {"device": device.type, "initialized": initialized, "now": now}
 
-for name, variables in json.load(sys.stdin):
-    child = os.fork()
-    if not child:
-        print(json.dumps(case(name, variables)), flush=True)
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
-        sys.exit(f"{name}, {variables}: failed")
-"""
+
 VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 VALUES = ("max_split_size_mb:128", "expandable_segments:False", "")
-CASES: list[tuple[str, dict[str, str]]] = [
-    *((name, {}) for name in ("auto", "cuda", "cuda:0", "cpu")),
-    *(("cuda", {variable: value}) for variable in VARIABLES for value in VALUES),
-]
 
 
-@pytest.fixture(scope="module")
-def chosen() -> dict[str, dict]:
-    """What each case saw, by the case."""
-    own = {k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")}
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env={**own, "PYTHONPATH": path},
-        input=json.dumps(CASES),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    seen = map(json.loads, done.stdout.splitlines())
-    return {str(case): one for case, one in zip(CASES, seen, strict=True)}
+def chosen(name: str, variables: dict[str, str]) -> dict:
+    """The same, in a process of its own."""
+    return ranks_give(0, "tests.test_runtime:case", name=name, variables=variables)[0]
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0"])
-def test_segments_expand_and_sums_are_fp32_before_cuda_starts(chosen, name):
-    assert chosen[str((name, {}))] == {
+def test_segments_expand_and_sums_are_fp32_before_cuda_starts(name):
+    assert chosen(name, {}) == {
         "environment": {"PYTORCH_ALLOC_CONF": "expandable_segments:True"},
         "reduced": False,
         "device": "cuda",
@@ -83,14 +57,14 @@ def test_segments_expand_and_sums_are_fp32_before_cuda_starts(chosen, name):
 
 @pytest.mark.parametrize("variable", VARIABLES)
 @pytest.mark.parametrize("value", VALUES)
-def test_a_setting_in_the_environment_is_left_as_it_is(chosen, variable, value):
-    found = chosen[str(("cuda", {variable: value}))]
+def test_a_setting_in_the_environment_is_left_as_it_is(variable, value):
+    found = chosen("cuda", {variable: value})
     assert found["environment"] == {variable: value} and found["now"] == []
     assert found["reduced"] is False
 
 
-def test_on_a_cpu_nothing_is_set(chosen):
-    assert chosen[str(("cpu", {}))] == {"device": "cpu", "initialized": False, "now": []}
+def test_on_a_cpu_nothing_is_set():
+    assert chosen("cpu", {}) == {"device": "cpu", "initialized": False, "now": []}
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
