@@ -3,17 +3,12 @@
 M masked positions, D width, T rows of the target.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from smbkernels import masked_jepa_mse
 from smbkernels.cpp_build import missing
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.rank_server import ranks_give
 
 
 def loss_and_grad(function, prediction_MD, *args):
@@ -54,12 +49,4 @@ def test_the_memory_of_a_large_gradient_is_used_again_when_it_is_free():
     """In a process of its own: a larger block that another test left would be held instead."""
     if missing("cpu"):
         pytest.skip(missing("cpu"))
-    code = "from tests.ops.test_cpp_memory import use_memory_again; use_memory_again()"
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    ranks_give(0, "tests.ops.test_cpp_memory:use_memory_again")
