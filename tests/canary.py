@@ -8,8 +8,10 @@ runs every command on such data, in both formats, and prints each file and line 
 import contextlib
 import io
 import json
+import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -25,6 +27,7 @@ LETTERS = "qxzjkvw"  # no word, name or digest holds four of them in a row
 NUM_STRINGS = 40
 REPEATS = 30
 PIECE = 4
+RUN = re.compile(rf"[{LETTERS}]{{{PIECE},}}")
 NUMBER = 7654.321
 
 
@@ -85,6 +88,7 @@ def _describe(file: Path, codes: list[str], words: list[str], parents: list[str]
     pq.write_table(pa.Table.from_pylist(known, columns), file)
 
 
+@cache
 def pieces() -> list[str]:
     """Every piece of the strings, forwards and backwards, as they were planted."""
     both = chain.from_iterable((word, word[::-1]) for word in planted_strings())
@@ -93,8 +97,8 @@ def pieces() -> list[str]:
 
 def shown(text: str) -> list[str]:
     """The pieces that stand in a text, in whatever case."""
-    folded = text.casefold()
-    return [piece for piece in pieces() if piece in folded]
+    runs = " ".join(RUN.findall(text.casefold()))  # nothing else can hold one
+    return [piece for piece in pieces() if piece in runs]
 
 
 def leaks(
