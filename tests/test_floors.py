@@ -2,6 +2,8 @@
 
 import ast
 import sys
+from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,14 +29,41 @@ def floor_of(name: str) -> int:
     return next(i for i, names in enumerate(FLOORS) if name in names)
 
 
-def imported(file: Path) -> set[str]:
+@cache
+def text_of(file: Path) -> str:
+    return file.read_text()
+
+
+@cache
+def nodes_of(file: Path) -> list[ast.AST]:
+    """Of the whole syntax tree, parsed once for all tests."""
+    return list(ast.walk(ast.parse(text_of(file))))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forgotten() -> Iterator[None]:
+    """Other files have no use for the trees."""
+    yield
+    nodes_of.cache_clear()
+
+
+def named(called: ast.AST) -> str:
+    """`name`, or `name.attribute`; of any other expression nothing."""
+    if isinstance(called, ast.Name):
+        return called.id
+    plain = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name)
+    return f"{called.value.id}.{called.attr}" if plain else ""
+
+
+@cache
+def imported(file: Path) -> frozenset[str]:
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in nodes_of(file):
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {f"{node.module}.{a.name}" for a in node.names}
-    return found
+    return frozenset(found)
 
 
 def unit(module: str) -> str | None:
@@ -106,16 +135,15 @@ def test_nothing_is_unpickled():
     banned = {"pickle", "torch.load", "joblib", "dill"}
     for folder in ("smbfast", "kernels", "bench"):
         for file in (ROOT / folder).rglob("*.py"):
-            tree = ast.parse(file.read_text())
-            called = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
+            called = {named(n.func) for n in nodes_of(file) if isinstance(n, ast.Call)}
             assert not banned & (called | imported(file)), file
-            assert "allow_pickle=True" not in file.read_text()
+            assert "allow_pickle=True" not in text_of(file)
 
 
 def test_no_module_s_namespace_is_written():
     """Parts that are swapped inside `__dict__` while they run are invisible to torch.compile."""
     for file in (ROOT / "smbfast").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in nodes_of(file):
             assert not (isinstance(node, ast.Attribute) and node.attr == "__dict__"), file
             if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
                 assert "vars(" not in ast.unparse(node.value), file
@@ -151,7 +179,7 @@ def test_names_say_a_type_or_a_unit():
     banned = {"told", "found", "some", "kept", "apart"}
     for folder in ("smbfast", "kernels", "bench"):
         for file in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
+            for node in nodes_of(file):
                 if isinstance(node, ast.arg):
                     assert node.arg.strip("_") not in banned, f"{file}:{node.lineno}"
                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -167,10 +195,10 @@ def test_no_file_or_function_is_too_long_to_read():
     too_long = []
     for folder in ("smbfast", "kernels", "bench"):
         for file in (ROOT / folder).rglob("*.py"):
-            text = file.read_text()
-            if len(text.splitlines()) > 600:
-                too_long.append(f"{file.relative_to(ROOT)}: {len(text.splitlines())} lines")
-            for node in ast.walk(ast.parse(text)):
+            total = len(text_of(file).splitlines())
+            if total > 600:
+                too_long.append(f"{file.relative_to(ROOT)}: {total} lines")
+            for node in nodes_of(file):
                 if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                     continue
                 is_kernel = any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
