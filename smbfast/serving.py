@@ -2,46 +2,56 @@
 
     model = smbfast.load("runs/x/final")
     result = model.embed("MEDS_FOLDER", at="last")
-    result.vector_KD, result.table, result.counts
+    result.vector_KD, result.subject_K, result.time_K, result.counts
 
 `python -m smbfast.embed` does the same through the same functions, so that for the same patients
-and moments both give the same bits.
+and moments both give the same bits. What calls about one patient after another share is made once:
+codes.parquet is read, and the vocabulary laid out, by the first of them.
 
 Legend: K nodes, D width.
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from transformers import AutoTokenizer
 
-from smbfast.base.files import digest_of, standing
+from smbfast.base.digests import short
+from smbfast.base.files import MANIFEST, digest_of, standing
 from smbfast.base.progress import Progress
 from smbfast.base.runtime import choose_device
+from smbfast.data.code_table import CodeTable
 from smbfast.data.formats import PatientSerializer, read_encoding, serializer_of
 from smbfast.data.labels import find_tasks, read_labels, with_splits
 from smbfast.data.meds import MedsDataset
-from smbfast.data.moments import as_table, nodes_at, read_moments
+from smbfast.data.moments import as_table, events_table, nodes_at, read_moments
 from smbfast.data.node_parts import NodeSource
 from smbfast.data.nodes import Nodes, NodeText, distinct_nodes, node_texts
+from smbfast.data.source_index import stamp
+from smbfast.data.splits import find_files
 from smbfast.probing.embedding import Model, Task, embed_tasks, packed_of
 from smbfast.probing.embedding_file import EmbeddingTable
 from smbfast.probing.embedding_parts import embed_nodes
+from smbfast.probing.pooling import width_of
 from smbfast.run.checkpoint import restore_final
 from smbfast.run.matmul import recorded
 from smbfast.run.origin import origin_of
-from smbfast.settings import POOLS, Pool
+from smbfast.settings import POOLS, Pool, require_meds_folder
 
 Which = Literal["online", "target"]
 Forward = Literal["shared", "reference"]
+_MOST_AT_HAND = 2  # models: a search over two of them loads each once (our choice)
+_AT_HAND: dict[tuple, "Embedder"] = {}
+_OPENED: list[tuple[Any, MedsDataset]] = []  # the folder that was opened last, and its state
+_LOADING = Lock()
 
 
 @dataclass(frozen=True)
@@ -75,19 +85,51 @@ class Embeddings:
 
 
 class Embedder:
-    """A model of a finished run, with its tokenizer, context length and form of the text."""
+    """A model of a finished run, with its tokenizer, context length and form of the text.
 
-    def __init__(self, folder: Path, device: torch.device, path: str | None = None) -> None:
+    It does not change, so copies are the same object. A pickle holds its name, from which the model
+    is loaded again, and not its weights.
+
+    Attributes:
+        folder: of the model.
+        device: that it computes on.
+        record: `smbfast.json`, what the run says of the model: its `window`, `pool` and others.
+        digest: of all files of the model, as it stands in the metadata of its embeddings.
+        tokenizer: of transformers.
+    """
+
+    def __init__(
+        self, folder: Path, device: torch.device, path: str | None = None, codes: Any = None
+    ) -> None:
         """Load it. See `load`."""
         self.folder, self.device = standing(Path(folder)), device
         self._encoder, self._target, self.record = restore_final(self.folder, device, path)
+        self._origin = origin_of(self.folder, "online", self.record["pool"])
+        self.digest: str = self._origin["model"]
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
         self._encoding = read_encoding(self.folder, self.tokenizer, self.record)
+        self._path, self._codes = path, codes
+        self._named: tuple[Any, CodeTable] | None = None  # codes, as they were given, and as read
+        self._laid_out: tuple[Any, PatientSerializer] | None = None  # by descriptions of codes
+
+    def __repr__(self) -> str:
+        of = self.record.get("data_format", "text-paper"), self.record["window"]
+        return f"<smbfast model {self.folder}: {of[0]}, window {of[1]}, on {self.device}>"
+
+    def __copy__(self) -> "Embedder":
+        return self
+
+    def __deepcopy__(self, _memo: dict) -> "Embedder":
+        return self
+
+    def __reduce__(self) -> tuple:
+        where = str(self.folder.absolute()), self._path, str(self.device)
+        return _of_pickle, (*where, self._codes, self.digest)
 
     def embed(
         self,
         data: Any,
-        at: Any,
+        at: Any = "last",
         *,
         codes: Any = None,
         encoder: Which = "online",
@@ -100,15 +142,16 @@ class Embedder:
         The result is in memory; for more nodes than fit there, use `python -m smbfast.embed`.
 
         Args:
-            data: a MEDS folder, or its events as a table of pyarrow, pandas or polars: subject_id,
-                time, code, and numeric_value and text_value if there are any; the rows of a subject
-                together and sorted by time.
+            data: a MEDS folder, or events as a table of pyarrow, pandas or polars, of one patient
+                or of many: subject_id, time, code, and numeric_value and text_value if there are
+                any. The rows of a table may lie in any order.
             at: "last", the time of each subject's last event; a date or time for every subject,
                 such as "2024-01-31", which is the midnight that begins that day; or a table, or a
                 parquet or csv file, with subject_id and prediction_time.
-            codes: beside a table of events, the table or parquet file `metadata/codes.parquet`.
-                Without it the text formats write codes in place of their descriptions, which is not
-                what the model was trained on, and rare codes have no parents.
+            codes: beside a table of events, `metadata/codes.parquet` as a table or file, or the
+                MEDS folder that has it; None takes what `load` was given. Without any, the text
+                formats write codes in place of their descriptions, which is not what the model was
+                trained on and is warned of, and rare codes have no parents.
             encoder: `online`, or its EMA teacher `target`.
             pool: `last`, `mean`, `layers` or `spread`, as of the command; None pools as the run
                 did for its own probes.
@@ -126,7 +169,7 @@ class Embedder:
         self,
         pools: Sequence[Pool],
         data: Any,
-        at: Any,
+        at: Any = "last",
         *,
         codes: Any = None,
         encoder: Which = "online",
@@ -147,10 +190,29 @@ class Embedder:
         for pool in pools:
             if pool not in POOLS:
                 raise ValueError(f"pools must be of {', '.join(POOLS)}, got {pool!r}")
+        moments, dataset = read_moments(at), self.dataset(data, codes)
+        nodes = nodes_at(dataset, moments)
+        sinks, counts = self.embedded(
+            pools, dataset, nodes, encoder=encoder, path=path, tokens=tokens
+        )
+        return {
+            pool: Embeddings(sink.table(self.origin(encoder, pool)), counts)
+            for pool, sink in sinks.items()
+        }
+
+    def embedded(
+        self,
+        pools: Sequence[Pool],
+        dataset: MedsDataset,
+        nodes: Nodes,
+        *,
+        encoder: Which = "online",
+        path: Forward = "shared",
+        tokens: int = 16384,
+    ) -> tuple[dict[Pool, EmbeddingTable], dict[str, int]]:
+        """Return what `embed_by` makes its result of, also where no node can be embedded."""
         model = Model(packed_of(self._encoder, self._target, encoder, path))
-        moments, dataset = read_moments(at), _dataset(data, codes)
-        source = self._source(dataset, nodes_at(dataset, moments))
-        nodes = source.nodes
+        source = self._source(dataset, nodes)
         sinks = {pool: EmbeddingTable(nodes) for pool in pools}
         lost: list[dict[str, int]] = [{} for _ in source.parts]
         # part by part as the command, so that no forward is another
@@ -161,13 +223,42 @@ class Embedder:
         progress = Progress("smbfast.embed", len(nodes.subject_K), "embeddings")
         with self._products():
             embed_tasks(tasks, self.device, tokens=tokens, stopped=Event(), progress=progress.add)
-        counts = source.counted(lost)
-        return {
-            pool: Embeddings(sink.table(origin_of(self.folder, encoder, pool)), counts)
-            for pool, sink in sinks.items()
-        }
+        return sinks, source.counted(lost)
 
-    def tokens(self, data: Any, at: Any, *, codes: Any = None) -> pa.Table:
+    def origin(self, encoder: Which, pool: Pool) -> dict[str, Any]:
+        """Return what stands in the metadata of embeddings, `smbfast.run.origin.origin_of`."""
+        choice = self.record.get("pool_choice") if pool == self.record["pool"] else None
+        return self._origin | {"encoder": encoder, "pool": pool, "pool_choice": choice}
+
+    def width(self, pool: Pool) -> int:
+        """Return the width of an embedding by a pool."""
+        config = self._encoder.lm.config
+        return width_of(pool, config.hidden_size, config.num_hidden_layers)
+
+    def dataset(self, data: Any, codes: Any = None) -> MedsDataset:
+        """Return the dataset of `data` and `codes`, see `embed`.
+
+        That of a folder is opened once, and again when a file in it has changed.
+        """
+        if isinstance(data, MedsDataset):
+            return data
+        if isinstance(data, str | Path):
+            if codes is not None:
+                raise ValueError(
+                    "`codes` must be given beside a table; a folder has codes of its own"
+                )
+            return _opened(Path(data))
+        table = events_table(data, "data")
+        known = self._code_table(self._codes if codes is None else codes)
+        if known is None and self.record.get("data_format") != "codes":
+            warnings.warn(
+                "the model reads descriptions of codes, and none are given with this table: give "
+                "codes=, the table or file metadata/codes.parquet of its MEDS folder",
+                stacklevel=4,
+            )
+        return MedsDataset.of_table(table, known)
+
+    def tokens(self, data: Any, at: Any = "last", *, codes: Any = None) -> pa.Table:
         """Return the token ids that each node is embedded from.
 
         For transformers, PEFT or vLLM (`prompt_token_ids`): their hidden state at the last id is
@@ -180,7 +271,7 @@ class Embedder:
             subject_id int64, prediction_time timestamp[us], token_ids list<int32>; a row for each
             node that can be embedded, in the order of subject and time.
         """
-        moments, dataset = read_moments(at), _dataset(data, codes)
+        moments, dataset = read_moments(at), self.dataset(data, codes)
         nodes = nodes_at(dataset, moments)
         texts = sorted(self._texts(dataset, nodes, {}), key=lambda text: text.index)
         times = np.array([text.time for text in texts], "datetime64[us]")
@@ -194,7 +285,7 @@ class Embedder:
         }
         return pa.table(columns)
 
-    def text(self, data: Any, at: Any, *, codes: Any = None) -> pa.Table:
+    def text(self, data: Any, at: Any = "last", *, codes: Any = None) -> pa.Table:
         """Return `tokens` with a column `text` of what the ids say.
 
         In a text format that is the text itself, which the tokenizer encodes to the same ids
@@ -236,10 +327,10 @@ class Embedder:
             OSError: the file cannot be written.
         """
         pool = pool or self.record["pool"]
-        origin = origin_of(self.folder, encoder, pool)
+        origin = self.origin(encoder, pool)
         model = Model(packed_of(self._encoder, self._target, encoder, path))
         moments = read_moments(at) if at is not None else None
-        dataset = _dataset(data, None)
+        dataset = self.dataset(data)
         if moments is None:
             folders = find_tasks(labels or [], dataset.path)
             tasks = [read_labels(folder, values=False) for folder in folders]
@@ -254,14 +345,43 @@ class Embedder:
             )
 
     def _source(self, dataset: MedsDataset, nodes: Nodes) -> NodeSource:
-        serializer: PatientSerializer = serializer_of(dataset, self._encoding, self.record)
-        return NodeSource(dataset, serializer, nodes, self.record["window"])
+        return NodeSource(dataset, self._serializer(dataset), nodes, self.record["window"])
 
     def _texts(
         self, dataset: MedsDataset, nodes: Nodes, counts: dict[str, int]
     ) -> Iterator[NodeText]:
-        serializer: PatientSerializer = serializer_of(dataset, self._encoding, self.record)
-        return node_texts(dataset, serializer, nodes, self.record["window"], counts)
+        window = self.record["window"]
+        return node_texts(dataset, self._serializer(dataset), nodes, window, counts)
+
+    def _serializer(self, dataset: MedsDataset) -> PatientSerializer:
+        """Return the serializer of a dataset, which that of the same codes has as well."""
+        said = dataset.descriptions, dataset.parents
+        if self._laid_out is None or any(
+            a is not b for a, b in zip(self._laid_out[0], said, strict=True)
+        ):
+            self._laid_out = said, serializer_of(dataset, self._encoding, self.record)
+        return self._laid_out[1]
+
+    def _code_table(self, codes: Any) -> CodeTable | None:
+        """Return what `codes` says; a file, or a table of Arrow, is read once."""
+        if codes is None:
+            return None
+        key = codes
+        if isinstance(codes, str | Path):
+            file = Path(codes)
+            file = file / "metadata" / "codes.parquet" if file.is_dir() else file
+            key = file.absolute(), stamp(file)
+        if self._named is not None:  # tables are compared by `is`: equality would read them
+            last = self._named[0]
+            if key is last or (isinstance(key, tuple) and key == last):
+                return self._named[1]
+        if isinstance(codes, str | Path):
+            read = CodeTable.open(file)
+        else:
+            read = CodeTable.of_table(as_table(codes, "codes"), Path("the table of codes"))
+        if isinstance(key, tuple | pa.Table):  # a frame of another library may change
+            self._named = key, read
+        return read
 
     def _text(self, ids_T: np.ndarray) -> str:
         if self.record.get("data_format") == "codes":
@@ -273,31 +393,76 @@ class Embedder:
         return recorded(self.record.get("matmul"), self.device)
 
 
-def load(folder: str | Path, *, path: str | Path | None = None, device: str = "auto") -> Embedder:
+def load(
+    folder: str | Path,
+    *,
+    path: str | Path | None = None,
+    codes: Any = None,
+    device: str = "auto",
+) -> Embedder:
     """Load a trained model: `final` in a run folder, or one of the folders under `best`.
 
     Args:
         folder: the model's folder.
         path: of a LoRA adapter, the folder or hub name of its backbone, if that is no longer where
             it was during training. Its weights are compared with those of the run.
+        codes: what `codes` of the methods is where a call has none, see `Embedder.embed`.
         device: `cpu`, `cuda`, `cuda:1`, or `auto`, the first GPU or else the CPU.
 
     Raises:
         ValueError: the folder is no trained model or is damaged, or its backbone is missing or
             another.
     """
-    return Embedder(Path(folder), choose_device(device), None if path is None else str(path))
+    where = None if path is None else str(path)
+    return Embedder(Path(folder), choose_device(device), where, codes)
 
 
-def _dataset(data: Any, codes: Any) -> MedsDataset:
-    if isinstance(data, MedsDataset):
-        return data
-    if isinstance(data, str | Path):
-        if codes is not None:
-            raise ValueError("`codes` must be given beside a table; a folder has codes of its own")
-        return MedsDataset.open(Path(data), need_train=False)
-    if isinstance(codes, str | Path):
-        codes = pq.read_table(codes)
-    elif codes is not None:
-        codes = as_table(codes, "codes")
-    return MedsDataset.of_table(as_table(data, "data"), codes)
+def at_hand(folder: str | Path, path: str | Path | None = None, device: str = "auto") -> Embedder:
+    """Return what `load` gives, and the same object as long as the model's files stay.
+
+    The last two are held.
+    """
+    manifest = Path(folder).absolute() / MANIFEST
+    key = manifest, stamp(manifest) if manifest.is_file() else None, path, device
+    with _LOADING:
+        model = _AT_HAND.pop(key, None) or load(folder, path=path, device=device)
+        _AT_HAND[key] = model
+        while len(_AT_HAND) > _MOST_AT_HAND:
+            del _AT_HAND[next(iter(_AT_HAND))]
+    return model
+
+
+def let_go() -> None:
+    """Hold no model and no opened folder any longer."""
+    with _LOADING:
+        _AT_HAND.clear()
+        _OPENED.clear()
+
+
+def _of_pickle(folder: str, path: str | None, device: str, codes: Any, digest: str) -> Embedder:
+    """Return the model that was pickled; a ValueError if another one lies in its place."""
+    model = (
+        load(folder, path=path, codes=codes, device=device)
+        if codes is not None
+        else at_hand(folder, path, device)
+    )
+    if model.digest != digest:
+        raise ValueError(
+            f"{folder} must hold the model that was pickled, with the digest {short(digest)}; it "
+            f"holds another, {short(model.digest)}"
+        )
+    return model
+
+
+def _opened(path: Path) -> MedsDataset:
+    """Return the dataset of a folder, the one that was opened last as long as its files stay."""
+    require_meds_folder(path)
+    layout = find_files(path, need_train=False)
+    files = dict.fromkeys(file for own in layout.files.values() for file in own)
+    tables = (path / "metadata" / n for n in ("codes.parquet", "subject_splits.parquet"))
+    known = [*files, *(table for table in tables if table.is_file())]
+    state = path.absolute(), [(file, stamp(file)) for file in known]
+    with _LOADING:
+        if not _OPENED or _OPENED[0][0] != state:
+            _OPENED[:] = [(state, MedsDataset.open(path, need_train=False))]
+        return _OPENED[0][1]

@@ -446,7 +446,7 @@ def test_what_is_needed_is_there_or_carried():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needs = {plain(n) for n in project["dependencies"]}
     needs |= {plain(n) for n in project["optional-dependencies"]["test"]}
-    needs -= {"ruff", "mypy", "scikit-survival", "distributed"}
+    needs -= {"ruff", "mypy", "scikit-survival", "distributed", "polars"}
     carried, there = {plain(n) for n in wheels.WHEELS}, set(wheels.PRESENT)
     for name in wheels.WHEELS:
         for text in importlib.metadata.requires(name) or []:

@@ -20,6 +20,7 @@ FLOORS = [
     {"objective", "reference", "simulation", "probing", "reporting"},
     {"run"},
     {"serving", "experiments"},
+    {"estimator"},
     {"train", "check", "prepare", "simulate", "embed", "probe", "report"}
     | {"tasks", "compare", "experiment"},
 ]  # units of a floor do not import each other

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +19,7 @@ from peft import AutoPeftModelForCausalLM
 from pyarrow import csv
 
 import smbfast
-from smbfast import embed, train
+from smbfast import embed, serving, train
 from smbfast.data.meds import MedsDataset
 from smbfast.data.moments import nodes_at, read_moments
 from smbfast.data.tokens import train_tokenizer
@@ -165,6 +166,48 @@ def test_the_same_table_in_memory_gives_the_same_bits(command: Any, model: Any, 
         words = [f"--{key}={value}" for key, value in which.items()]
         assert other.table.equals(command("--at=last", *words))
         assert (other.vector_KD != result.vector_KD).any()
+
+
+def test_events_in_any_order_of_any_library(model: Any, home: Path, recwarn: Any) -> None:
+    expected = model.embed(EVENTS, codes=codes(home)).table  # at the last event by itself
+    mixed = EVENTS.take(np.random.default_rng(0).permutation(len(EVENTS)))
+    categories = pl.from_arrow(mixed).with_columns(pl.col("code").cast(pl.Categorical))
+    nanoseconds = mixed.to_pandas().astype({"code": "category"}).set_index("subject_id")
+    for events in (mixed, mixed.to_pandas(), pl.from_arrow(mixed), categories, nanoseconds):
+        assert model.embed(events, codes=pl.read_parquet(codes(home))).table.equals(expected)
+    known = smbfast.load(home / "run" / "final", codes=home / "data", device="cpu")
+    assert known.embed(mixed).table.equals(expected)
+    assert known.tokens(mixed)["subject_id"].to_pylist() == [17, 18, 19, 20]
+    assert not [w for w in recwarn if "descriptions" in str(w.message)]
+    with pytest.warns(UserWarning, match="descriptions of codes"):
+        assert model.text(mixed)["text"] != known.text(mixed)["text"]
+    lazy = pl.from_arrow(mixed).lazy()
+    assert ".collect()" in refused(lambda: model.embed(lazy), "`data`", "lazy LazyFrame")
+    for one in (mixed.drop_columns("time"), mixed.to_pandas().assign(time="2024-01-31")):
+        refused(lambda one=one: model.embed(one), "`time`")
+
+
+def test_what_calls_share_is_made_once_and_again_when_files_change(
+    model: Any, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, laid_out = [], []
+    for name, calls in (("MedsDataset.open", opened), ("serializer_of", laid_out)):
+        place = "smbfast.serving." + name
+        real = MedsDataset.open if name == "MedsDataset.open" else serving.serializer_of
+        monkeypatch.setattr(place, lambda *a, _r=real, _c=calls, **k: _c.append(a) or _r(*a, **k))
+    data = tmp_path / "data"
+    write_new(data / "data" / "0.parquet")
+    first, _again = (model.embed(data).table for _ in range(2))
+    assert len(opened) == len(laid_out) == 1
+    file = write_codes(tmp_path, CODES)
+    for _ in range(2):
+        assert model.embed(EVENTS, codes=file).table.equals(first)
+    assert len(laid_out) == 2
+    write_codes(tmp_path, CODES | {"LAB//glucose": "Sugar"})
+    assert not model.embed(EVENTS, codes=file).table.equals(first)
+    assert model.embed(data).table.equals(first) and len(opened) == 1
+    write_table(data / "data" / "1.parquet", split_rows("train"))
+    assert len(model.embed(data).table) == len(first) + 12
 
 
 def test_one_patient_in_memory(command: Any, model: Any, home: Path) -> None:
@@ -330,6 +373,10 @@ def test_forms_of_a_moment(tmp_path: Path) -> None:
 
 
 def test_the_package_alone_imports_no_torch() -> None:
-    code = "import smbfast, sys; assert 'torch' not in sys.modules; smbfast.loads"
+    code = (
+        "import smbfast, sys; assert set(smbfast.__all__) == set(dir(smbfast));"
+        "assert 'torch' not in sys.modules; smbfast.loads"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "AttributeError" in done.stderr and "loads" in done.stderr
+    assert all(hasattr(smbfast, name) for name in smbfast.__all__)

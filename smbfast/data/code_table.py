@@ -9,6 +9,8 @@ Legend: R rows of the file, C distinct codes, P names of parents.
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,6 +81,7 @@ class CodeTable:
         names, description_C, parents_C = (
             one_array(table[name]) for name in ("code", "description", "parents")
         )
+        self._table = table
         known = _Names(names)
         self.descriptions = _Column[str](known, description_C)
         self.parents = _Column[list[str]](known, parents_C)
@@ -108,6 +111,14 @@ class CodeTable:
     def of_table(cls, table: pa.Table | None, name: Path) -> "CodeTable":
         """Return the codes of a table in memory; `name` is what errors call it."""
         return cls(_EMPTY if table is None else read_codes(name, parquet_buffer(table)))
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of all that the table says."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, self._table.schema) as stream:
+            stream.write_table(self._table)
+        return sha256(sink.getvalue()).hexdigest()
 
 
 def read_codes(file: Path, buffer: pa.Buffer | None = None) -> pa.Table:

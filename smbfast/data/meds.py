@@ -12,6 +12,7 @@ Legend: N events, S subjects of a batch (S1 = S + 1 offsets).
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import meds
@@ -25,7 +26,7 @@ from smbfast.data.code_table import CodeTable
 from smbfast.data.columns import event_columns, with_subject_id
 from smbfast.data.long_texts import gathered, rows_at_once
 from smbfast.data.parquet import open_parquet, parquet_buffer, strings
-from smbfast.data.source_index import SourceIndex, Stamp, file_digest, read_subjects
+from smbfast.data.source_index import SourceIndex, Stamp, file_digest, read_subjects, stamp
 from smbfast.data.splits import (
     SPLITS,
     UNKNOWN,
@@ -86,6 +87,7 @@ class MedsDataset:
     _source: SourceIndex
     _split_S: np.ndarray | None  # int8, place in (*SPLITS, UNKNOWN); None where files say it
     _buffers: dict[Path, pa.Buffer]  # parquet in memory, of tables
+    _codes: CodeTable | None = None  # of tables
     num_unread: int = 0  # parquet files that lie in the folder of no split and are not read
 
     @classmethod
@@ -136,7 +138,7 @@ class MedsDataset:
             source,
             splits_of(layout, source.subject_S),
             {},
-            layout.num_unread,
+            num_unread=layout.num_unread,
         )
         if need_train and len(dataset.subjects(meds.train_split)) == 0:
             raise ValueError(
@@ -145,12 +147,12 @@ class MedsDataset:
         return dataset
 
     @classmethod
-    def of_table(cls, events: pa.Table, codes: pa.Table | None = None) -> "MedsDataset":
+    def of_table(cls, events: pa.Table, codes: pa.Table | CodeTable | None = None) -> "MedsDataset":
         """Return the dataset of one table of events in memory, all in the split "".
 
         Args:
             events: with the columns and the order of rows of a MEDS file of events.
-            codes: with the columns of codes.parquet.
+            codes: with the columns of codes.parquet, or what was read from such a table.
 
         Raises:
             ValueError: as `open`.
@@ -159,10 +161,11 @@ class MedsDataset:
         buffer = parquet_buffer(events)
         ids, num_rows = read_subjects(file, open_parquet(file, buffer))
         source = SourceIndex.of_parts(Path(), [file], [ids], [num_rows])
-        names = CodeTable.of_table(codes, Path("the table of codes"))
+        if not isinstance(codes, CodeTable):
+            codes = CodeTable.of_table(codes, Path("the table of codes"))
         splits = {UNKNOWN: [file]}
-        known = names.descriptions, names.parents
-        return cls(Path(), splits, *known, "unknown", None, source, None, {file: buffer})
+        known = codes.descriptions, codes.parents
+        return cls(Path(), splits, *known, "unknown", None, source, None, {file: buffer}, codes)
 
     def subjects(self, split: str, files: Iterable[Path] | None = None) -> np.ndarray:
         """Return the subject ids of a split, in the order they are read (int64).
@@ -186,6 +189,19 @@ class MedsDataset:
     def stamp(self, file: Path) -> Stamp:
         """Return size, mtime and ctime of a file when the dataset was opened."""
         return self._source.stamps[self._source.place[file]]
+
+    def state(self) -> str:
+        """Return a digest that tells this data from other data: of size and times of every file
+        that is read, as they were opened, and of the bytes of a table in memory."""
+        if self._codes is not None:
+            digests = [sha256(buffer).hexdigest() for buffer in self._buffers.values()]
+            return digest_of(digests, self._codes.digest)
+        files = dict.fromkeys(file for own in self.splits.values() for file in own)
+        codes = self.path / "metadata" / "codes.parquet"
+        return digest_of(
+            [(file.relative_to(self.path).as_posix(), self.stamp(file)) for file in files],
+            stamp(codes) if codes.is_file() else None,
+        )
 
     def require_unchanged(self, files: Iterable[Path]) -> None:
         """Refuse files that are not those whose subjects and bytes were read when it was opened.

@@ -16,6 +16,7 @@ import pyarrow as pa
 from pyarrow import csv as arrow_csv
 from pyarrow import interchange
 
+from smbfast.data.columns import subject_column
 from smbfast.data.labels import integer_column, key_table, time_column
 from smbfast.data.meds import BIRTH, STATIC, MedsDataset
 from smbfast.data.nodes import SPLIT_NAMES, Nodes, sorted_nodes, split_index
@@ -51,7 +52,7 @@ def read_moments(at: Any) -> Moments:
         return _read_text(str(at))
     if isinstance(at, np.datetime64):
         return _read_text(str(at.astype("datetime64[us]")))
-    return _keys(as_table(at, "at"), "at")
+    return node_keys(as_table(at, "at"), "at")
 
 
 def nodes_at(dataset: MedsDataset, moments: Moments) -> Nodes:
@@ -80,15 +81,15 @@ def as_table(data: Any, name: str) -> pa.Table:
         name: what messages call it.
 
     Raises:
-        ValueError: it is none of these, or its columns cannot be converted.
+        ValueError: it is none of these or lazy, or its columns cannot be converted.
     """
     try:
         if isinstance(data, pa.Table):
             return data
+        if hasattr(data, "to_arrow"):  # before the stream: in that of polars, text is in views
+            return pa.table(data.to_arrow())
         if isinstance(data, dict) or hasattr(data, "__arrow_c_stream__"):
             return pa.table(data)
-        if hasattr(data, "to_arrow"):
-            return pa.table(data.to_arrow())
         if type(data).__module__.split(".")[0] == "pandas":
             return pa.Table.from_pandas(data, preserve_index=False)
         if hasattr(data, "__dataframe__"):
@@ -97,9 +98,65 @@ def as_table(data: Any, name: str) -> pa.Table:
         raise ValueError(
             f"`{name}` must have columns that Arrow can hold; this {type(data).__name__} has not"
         ) from None
+    for collected in ("collect", "compute"):  # of polars, of Dask
+        if hasattr(data, collected):
+            raise ValueError(
+                f"`{name}` must be a table in memory, got a lazy {type(data).__name__}: give "
+                f"what its .{collected}() returns"
+            )
     raise ValueError(
         f"`{name}` must be a table of pyarrow, pandas or polars, got {type(data).__name__}"
     )
+
+
+def events_table(data: Any, name: str) -> pa.Table:
+    """Return a table of events whose rows are in the order of MEDS, from one in any order.
+
+    Rows that have to move are sorted by subject and time, events without a time first; events at
+    one time stay as they lie. A table in order comes back as it is.
+
+    Raises:
+        ValueError: see `as_table`. Columns are not checked: one that is missing or of a wrong type
+            is for the reader of events to name.
+    """
+    table = as_table(data, name)
+    subject = subject_column(table.schema)
+    if any(table.column_names.count(column) != 1 for column in (subject, "time")):
+        return table
+    subjects, times = table[subject], table["time"]
+    if not (pa.types.is_integer(subjects.type) and pa.types.is_timestamp(times.type)):
+        return table
+    if subjects.null_count:
+        return table
+    subject_N = subjects.to_numpy()
+    time_N = times.cast(pa.int64()).fill_null(STATIC).to_numpy()
+    same_N = subject_N[1:] == subject_N[:-1]
+    together = int((~same_N).sum()) + 1 == len(np.unique(subject_N))
+    if len(table) == 0 or (together and (time_N[1:] >= time_N[:-1])[same_N].all()):
+        return table
+    return table.take(pa.array(np.lexsort((time_N, subject_N))))
+
+
+def node_keys(table: pa.Table, name: str) -> Keys:
+    """Return subject_id and prediction_time of a table of nodes, in the order of its rows.
+
+    Args:
+        name: what messages call it.
+
+    Raises:
+        ValueError: a column is missing, of a wrong type or has a null, or times have a time zone.
+    """
+    subject = next((n for n in _NAMES if n in table.column_names), _NAMES[0])
+    for column in (subject, "prediction_time"):
+        if table.column_names.count(column) != 1:
+            shown = ", ".join(f"`{n}`" for n in table.column_names) or "none"
+            raise ValueError(f"`{name}` must have one column `{column}`; it has {shown}")
+    at = table.column_names.index("prediction_time")
+    if pa.types.is_date(table.schema.types[at]):
+        days = table["prediction_time"].cast(pa.timestamp("us"))
+        table = table.set_column(at, "prediction_time", days)
+    subject_N = integer_column(table, subject, Path(name))
+    return subject_N, time_column(table, "prediction_time", Path(name))
 
 
 def _read_text(at: str) -> Moments:
@@ -110,7 +167,7 @@ def _read_text(at: str) -> Moments:
     if suffix == ".csv":
         return _read_csv(path)
     if suffix in _TABLES or path.is_file():
-        return _keys(key_table(path, []), str(path))
+        return node_keys(key_table(path, []), str(path))
     try:
         return _without_zone(datetime.fromisoformat(at))
     except ValueError:
@@ -145,21 +202,7 @@ def _read_csv(path: Path) -> Keys:
             f"{path} must be csv with an integer `{_NAMES[0]}` and a `prediction_time` such as "
             "2024-01-31 12:00:00, without a time zone; it has something else"
         ) from None
-    return _keys(table, str(path))
-
-
-def _keys(table: pa.Table, name: str) -> Keys:
-    subject = next((n for n in _NAMES if n in table.column_names), _NAMES[0])
-    for column in (subject, "prediction_time"):
-        if table.column_names.count(column) != 1:
-            shown = ", ".join(f"`{n}`" for n in table.column_names) or "none"
-            raise ValueError(f"`{name}` must have one column `{column}`; it has {shown}")
-    at = table.column_names.index("prediction_time")
-    if pa.types.is_date(table.schema.types[at]):
-        days = table["prediction_time"].cast(pa.timestamp("us"))
-        table = table.set_column(at, "prediction_time", days)
-    subject_N = integer_column(table, subject, Path(name))
-    return subject_N, time_column(table, "prediction_time", Path(name))
+    return node_keys(table, str(path))
 
 
 def _splits(dataset: MedsDataset, subject_N: np.ndarray) -> np.ndarray:

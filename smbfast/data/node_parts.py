@@ -14,12 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from smbfast.base.files import digest_of
 from smbfast.data.codes.serializer import CodeSerializer
 from smbfast.data.meds import EventBatch, MedsDataset
 from smbfast.data.nodes import HELD_OUT, Nodes, NodeText, batch_texts
 from smbfast.data.serialize import Serializer
-from smbfast.data.source_index import stamp
 
 # nodes of a part, or as many as its last subject adds: a kill costs these of each process, and
 # fewer would cost more in files than they save (our choice)
@@ -133,13 +131,7 @@ class NodeSource:
 
     def state(self) -> str:
         """Return a digest of size and times of every file that is read, as they were opened."""
-        dataset = self._dataset
-        files = dict.fromkeys(file for own in dataset.splits.values() for file in own)
-        codes = dataset.path / "metadata" / "codes.parquet"
-        return digest_of(
-            [(file.relative_to(dataset.path).as_posix(), dataset.stamp(file)) for file in files],
-            stamp(codes) if codes.is_file() else None,
-        )
+        return self._dataset.state()
 
     def counted(self, parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
         """Return how many nodes there are and what was lost, by what was counted in each part."""
