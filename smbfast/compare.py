@@ -5,6 +5,7 @@ import sys
 
 from smbfast.base.entry import entry
 from smbfast.base.help_page import help_text
+from smbfast.base.typed import as_typed
 from smbfast.settings import CompareSettings, compare_arguments
 
 
@@ -18,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         settings = compare_arguments(argv)
     except ValueError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{as_typed(prog)}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     with entry("smbfast.compare"):
         from smbfast.judging.compare import compare

@@ -1,6 +1,8 @@
 """Commands: quick help, one line for what a user can mend, a traceback for a mistake of ours."""
 
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,8 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from smbfast import commands
 from smbfast.base.entry import RunFailed, entry
 from smbfast.base.progress import Progress
+from tests.test_floors import FLOORS
 
 COMMANDS = ["prepare", "simulate", "embed", "probe", "report", "tasks", "compare"]
 # runs a command in a fresh process, then names what it should not have waited for
@@ -35,6 +39,79 @@ def test_help_and_a_refused_setting_import_nothing_heavy(command, argument, stat
     assert done.returncode == status, done.stderr
     shown = done.stdout if status == 0 else done.stderr
     assert f"python -m smbfast.{command}" in shown
+
+
+LISTED = """
+import runpy, sys
+sys.argv = ["smbfast", *sys.argv[1:]]
+runpy.run_module("smbfast", run_name="__main__")
+assert not {"pydantic", "numpy", "torch"} & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("word", ["", "--help", "--version"])
+def test_the_list_of_commands_waits_for_nothing(word):
+    """Not even for pydantic: a first look takes a tenth of a second."""
+    words = [word] if word else []
+    done = subprocess.run([sys.executable, "-c", LISTED, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if word == "--version":
+        assert re.fullmatch(r"smbfast \S+ \(Python 3\.\S+, torch \S+, .*\)\n", done.stdout)
+    else:
+        assert all(f"\n  {name} " in done.stdout for name in commands.COMMANDS)
+
+
+def test_every_command_is_in_the_list_with_a_sentence():
+    assert {*commands.COMMANDS, "commands"} == FLOORS[-1]
+    for name, about in commands.COMMANDS.items():
+        assert re.fullmatch(r"[A-Z].{30,90}\.", about), name
+    assert set(commands.OTHER_NAMES.values()) <= set(commands.COMMANDS)
+    assert not set(commands.OTHER_NAMES) & set(commands.COMMANDS)
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_help_is_that_of_what_was_typed(name, capsys, monkeypatch):
+    with contextlib.suppress(SystemExit):
+        commands.main([name, "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: smbfast {name} ") and "python -m smbfast." not in text
+    monkeypatch.setattr(sys, "argv", ["/x/smbfast/__main__.py"])
+    with contextlib.suppress(SystemExit):
+        commands.main(["help", name])
+    assert capsys.readouterr().out.startswith(f"usage: python -m smbfast {name} ")
+
+
+def test_errors_begin_with_what_was_typed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        commands.main(["embed", "--model=m", "--data=/no", "--out=a.parquet", "--at=last"])
+    assert stop.value.code.startswith("smbfast embed: /no must be the folder of a MEDS dataset")
+    with pytest.raises(SystemExit) as stop:
+        commands.main(["embed", "--modle=m"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("smbfast embed: unknown key `modle`")
+    with pytest.raises(SystemExit) as stop, entry("smbfast.embed"):
+        raise ValueError("as before")
+    assert stop.value.code == "smbfast.embed: as before"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian"], "did you mean `train`?"),
+        (["Embed"], "did you mean `embed`?"),
+        (["finetune"], "did you mean `train`?"),
+        (["evaluate"], "did you mean `probe`?"),
+        (["lora", "--model.path=x"], "smbfast train lora"),
+        (["--data.path=x"], "a command must stand before `--data.path=x`"),
+        (["serve"], "must be one of simulate, tasks, check,"),
+    ],
+)
+def test_an_unknown_command_names_the_nearest(words, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        commands.main(words)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and said in err and err.count("\n") == 1
+    assert ("did you mean" in said) == ("did you mean" in err)
 
 
 @pytest.mark.parametrize(

@@ -94,11 +94,38 @@ def test_lists_none_and_tables():
     assert load("tiny", ["probe.labels=[]"]).probe.labels == []
 
 
+def test_a_phase_is_changed_by_its_name_or_its_number():
+    settings = load("tiny", ["--phases.sft.steps=9", "--phases.1.steps", "8", "phases.jepa.lr=2"])
+    assert [p.steps for p in settings.phases] == [9, 8] and settings.phases[1].lr == 2
+    assert load("default", ["--phases.sft.lr=none"]).phases[0].lr is None
+    with pytest.raises(ValueError, match=r"one of the 2 phases \(sft, jepa\).*`phases.sft.steps`"):
+        load("tiny", ["--phases.stf.steps=9"])
+    with pytest.raises(ValueError, match=r"2 phases .sft, jepa., such as"):
+        load("tiny", ["--phases.2.steps=9"])
+
+
+def test_a_command_line_chooses_phases_by_name():
+    def names(*words: str) -> list[str]:
+        return [phase.name for phase in load("tiny", list(words)).phases]
+
+    assert names("--phases=jepa") == names("--phases=1") == ["jepa"]
+    assert names("--phases=jepa,sft") == ["jepa", "sft"]
+    chosen = load("tiny", ["--phases=jepa", "--phases.jepa.steps=3", "--phases.0.lr=1"]).phases
+    assert [(p.name, p.steps, p.lr) for p in chosen] == [("jepa", 3, 1)]
+    for word, said in [
+        ("--phases=sft,ahead", "must name one or more of sft, jepa, got `ahead`"),
+        ("--phases=sft,sft", "phases must differ in their names"),
+        ("--phases=", "at least one phase"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            load("tiny", [word])
+
+
 @pytest.mark.parametrize(
     ("typo", "hint"),
     [
         ("optim.bach=2", "did you mean `optim.batch`"),
-        ("lr=1", "did you mean"),
+        ("lr=1", "here it is `phases.sft.lr`, `phases.jepa.lr`"),
         ("objective.mask_rati=0.5", "did you mean `objective.mask_ratio`"),
         ("data.pth=x", "did you mean `data.path`"),
     ],

@@ -4,12 +4,12 @@ Every key is validated, and the message about an unknown key names the nearest k
 classes are in `smbfast.settings`, and `--help` shows their docstrings and descriptions.
 """
 
-import difflib
 import json
 import re
 import sys
 import tomllib
 import typing
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -17,6 +17,8 @@ import pydantic
 from pydantic import BaseModel, ConfigDict
 
 from smbfast.base.help_page import group_class, help_text, table_class
+from smbfast.base.nearest import MOST_HINTS, Foreign, edits, hint, nearest
+from smbfast.base.typed import as_typed
 
 T = TypeVar("T", bound="Settings")
 
@@ -29,12 +31,13 @@ class Settings(BaseModel):
     )
     epilog: ClassVar[str] = ""  # examples, which end the help of a command
     aliases: ClassVar[dict[str, str]] = {}  # further names of keys on the command line
+    foreign: ClassVar[Mapping[str, Foreign]] = {}  # names of other programs, for messages alone
 
 
 def command_line(
     model: type[T], argv: list[str] | None = None, *, prog: str, epilog: str = ""
 ) -> T:
-    """Return the settings that arguments `--a.b=c` or `a.b=c` give.
+    """Return the settings that arguments `--a.b=c`, `--a.b c` or `a.b=c` give.
 
     On `--help` it prints help and exits with 0. On a bad argument it prints one line and exits
     with 2.
@@ -46,7 +49,7 @@ def command_line(
     try:
         return build(model, {}, argv)
     except ValueError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{as_typed(prog)}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
@@ -73,18 +76,42 @@ def with_overrides(
         ValueError: if `model` does not have a key (the message names the nearest), or an override
             has no key.
     """
-    for text in overrides:
-        name, separator, value = text.removeprefix("--").partition("=")
-        switch = model.model_fields.get(name.replace("-", "_"))
-        if not separator and switch is not None and switch.annotation is bool:
+    before = ""
+    for text in joined(model, overrides):
+        name, separator, value = text.lstrip("-").partition("=")
+        key = model.aliases.get(name.replace("-", "_"), name.replace("-", "_"))
+        if not separator and _annotation(model, key) is bool:
             separator, value = "=", "true"
+        if not separator and text.startswith("-") and _annotation(model, key) is None:
+            raise ValueError(f"unknown key `{name}`{_meant(model, name, values)}")
         if not separator:
-            hint = _nearest(name, known_keys(model))
-            raise ValueError(f"argument `{text}` must have the form --key=value{hint}")
-        key = name.replace("-", "_")
-        values = _with_override(model, values, model.aliases.get(key, key), value)
-    _check_keys(model, values, "")
+            commas = f"; a list is written with commas, {before},{text}" if before else ""
+            raise ValueError(f"argument `{text}` must have the form --key=value{commas}")
+        before = text if _is_list(_annotation(model, key)) else ""
+        values = _with_override(model, values, key, value)
+    for unknown in _unknown_keys(model, values):
+        raise ValueError(f"unknown key `{unknown}`{_meant(model, unknown, values)}")
     return values
+
+
+def joined(model: type[BaseModel], words: list[str]) -> list[str]:
+    """Return the words of a command line with `--key value` written as `--key=value`.
+
+    A word is the value of a key of `model` that stands before it without one, unless it begins with
+    `--`. A switch, true or false, takes no other word.
+    """
+    whole: list[str] = []
+    aliases = getattr(model, "aliases", {})
+    for word in words:
+        before = whole[-1] if whole else ""
+        key = before.removeprefix("--").replace("-", "_")
+        waits = before.startswith("--") and "=" not in before and not word.startswith("--")
+        kind = _annotation(model, aliases.get(key, key)) if waits else None
+        if kind is not None and (kind is not bool or word in ("true", "false")):
+            whole[-1] = f"{before}={word}"
+        else:
+            whole.append(word)
+    return whole
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -121,17 +148,19 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def _with_override(model: type[BaseModel], values: dict, name: str, value: str) -> dict:
     """Return `values` with the dotted `name` set to the parsed `value`."""
-    keys = known_keys(model)
     root = name.split(".")[0]
-    if name not in keys and not _is_table(model, root):
-        raise ValueError(f"unknown key `{name}`{_nearest(name, keys)}")
+    if _annotation(model, name) is None and not _is_table(model, root):
+        raise ValueError(f"unknown key `{name}`{_meant(model, name, values)}")
     head, *rest = name.split(".")
     values = dict(values)
-    if not rest:
+    if not rest and _is_table(model, head):
+        values[head] = _chosen(values, head, value)
+    elif not rest:
         values[head] = _parsed(value, model.model_fields[head].annotation)
+    if not rest:
         return values
     if _is_table(model, head):
-        return _with_table_override(values, head, rest, value)
+        return _with_table_override(model, values, head, rest, value)
     inner = values.get(head, {})
     group = group_class(model.model_fields[head].annotation)
     if group and isinstance(inner, dict):  # otherwise validation reports it
@@ -144,27 +173,63 @@ def _is_table(model: type[BaseModel], name: str) -> bool:
     return name in model.model_fields and bool(table_class(model.model_fields[name].annotation))
 
 
-def _with_table_override(values: dict, head: str, rest: list[str], value: str) -> dict:
+def _with_table_override(
+    model: type[BaseModel], values: dict, head: str, rest: list[str], value: str
+) -> dict:
+    """Return `values` with a key of one item of a list of tables changed, by its name or number."""
     items = values.get(head, [])
     if not isinstance(items, list) or not all(isinstance(v, dict) for v in items):
         return values  # validation reports it
-    items = [dict(v) for v in items]
-    index = int(rest[0]) if rest[0].isdecimal() else len(items)
-    if index >= len(items) or len(rest) != 2:
+    name = ".".join([head, *rest])
+    at = _row(values, head, rest[0])
+    table = table_class(model.model_fields[head].annotation)
+    if at is None or len(rest) != 2 or table is None:
+        hinted = hint(nearest(name, _candidates(model, name, values)))
+        rows = ", ".join(_rows(values, head)) if items else "none"
         raise ValueError(
-            f"`{head}.{'.'.join(rest)}` must name a key of one of the {len(items)} {head}, such as "
-            f"`{head}.0.steps`"
+            f"`{name}` must name a key of one of the {len(items)} {head} ({rows}), such as "
+            f"`{head}.0.steps`{hinted}"
         )
-    items[index][rest[1]] = _literal(value)
+    if rest[1] not in table.model_fields:
+        raise ValueError(f"unknown key `{name}`{_meant(model, name, values)}")
+    items = [dict(v) for v in items]
+    items[at][rest[1]] = _parsed(value, table.model_fields[rest[1]].annotation)
     values[head] = items
     return values
+
+
+def _chosen(values: dict, head: str, value: str) -> list:
+    """Return the items of a list of tables that a command line names, in its order."""
+    chosen = []
+    for word in filter(None, (w.strip() for w in value.split(","))):
+        at = _row(values, head, word)
+        if at is None:
+            rows = ", ".join(_rows(values, head))
+            raise ValueError(f"`{head}` must name one or more of {rows}, got `{word}`")
+        chosen.append(values[head][at])
+    return chosen
+
+
+def _row(values: dict, head: str, word: str) -> int | None:
+    """Return the place of an item by its number from 0 or its name, None if there is none."""
+    rows = _rows(values, head) if values.get(head) else []
+    if word.isdecimal() and int(word) < len(rows):
+        return int(word)
+    plain = [row.replace("-", "_") for row in rows]
+    word = word.replace("-", "_")
+    return plain.index(word) if word in plain else None
+
+
+def _is_list(annotation: Any) -> bool:
+    options = (annotation, *typing.get_args(annotation))
+    return any(typing.get_origin(option) in (list, tuple) for option in options)
 
 
 def _parsed(value: str, annotation: Any) -> Any:
     options = {annotation, *typing.get_args(annotation)}
     if value.lower() in ("none", "null") and type(None) in options:
         return None
-    if any(typing.get_origin(o) in (list, tuple) for o in options):
+    if _is_list(annotation):
         inner = value.strip().removeprefix("[").removesuffix("]")
         return [_literal(v.strip()) for v in inner.split(",") if v.strip()]
     if options & {str, Path}:
@@ -179,27 +244,90 @@ def _literal(value: str) -> Any:
         return value
 
 
-def _check_keys(model: type[BaseModel], values: dict, prefix: str) -> None:
+def _annotation(model: type[BaseModel], name: str) -> Any:
+    """Return the type of the setting with a dotted name, None if there is none."""
+    head, _, rest = name.partition(".")
+    if head not in model.model_fields:
+        return None
+    annotation = model.model_fields[head].annotation
+    if table := table_class(annotation):
+        at, _, key = rest.partition(".")
+        return annotation if not rest else _annotation(table, key) if at else None
+    if group := group_class(annotation):
+        return _annotation(group, rest)
+    return None if rest else annotation
+
+
+def _unknown_keys(model: type[BaseModel], values: dict, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names in `values` that `model` does not have."""
     for key, value in values.items():
         if key not in model.model_fields:
-            hint = _nearest(f"{prefix}{key}", [f"{prefix}{k}" for k in model.model_fields])
-            raise ValueError(f"unknown key `{prefix}{key}`{hint}")
+            yield f"{prefix}{key}"
+            continue
         annotation = model.model_fields[key].annotation
         inner, table = group_class(annotation), table_class(annotation)
         if inner and isinstance(value, dict):
-            _check_keys(inner, value, f"{prefix}{key}.")
+            yield from _unknown_keys(inner, value, f"{prefix}{key}.")
         elif table and isinstance(value, list):
             for i, item in enumerate(value):
                 if isinstance(item, dict):
-                    _check_keys(table, item, f"{prefix}{key}.{i}.")
+                    yield from _unknown_keys(table, item, f"{prefix}{key}.{i}.")
 
 
-def _nearest(name: str, keys: list[str]) -> str:
-    nearest = difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
-    if not nearest:
-        leaf = {k.split(".")[-1]: k for k in keys}
-        nearest = [leaf[m] for m in difflib.get_close_matches(name.split(".")[-1], leaf, n=1)]
-    return f"; did you mean `{nearest[0]}`?" if nearest else ""
+def _meant(model: type[BaseModel], name: str, values: dict) -> str:
+    """Return the end of the message about an unknown key: what was meant, or why there is none."""
+    plain = name.lower().replace("-", "_")
+    table: Mapping[str, Foreign] = getattr(model, "foreign", {})
+    forms = (plain, "_".join(plain.rsplit(".", 2)[-2:]), plain.rsplit(".", 1)[-1])
+    foreign = next((table[form] for form in forms[:2] if form in table), None)
+    near: list[str] = []
+    if foreign is None:
+        near = nearest(name, _candidates(model, name, values))
+        is_typo = len(near) == 1 and edits(near[0], name) == 1  # `cohrt.seed` is not their `seed`
+        foreign = None if is_typo else table.get(forms[2])
+    if foreign is None:
+        info = model.model_fields.get(name)
+        group = group_class(info.annotation) if info else None
+        if group:
+            return f"; it is a group of keys, such as `{name}.{next(iter(group.model_fields))}`"
+        return hint(near)
+    if not foreign.key:
+        return f"; {foreign.why}"
+    head, star, leaf = foreign.key.partition(".*.")
+    keys = [f"{head}.{row}.{leaf}" for row in _asked(values, head, name)] if star else [foreign.key]
+    here = ", ".join(f"`{key}`" for key in keys)
+    return f"; here it is {here}" + (f", {foreign.why}" if foreign.why else "")
+
+
+def _candidates(model: type[BaseModel], name: str, values: dict) -> list[str]:
+    """Return the names that `name` may have been meant for: keys, groups, keys of tables."""
+    tables = [head for head in model.model_fields if _is_table(model, head)]
+    keys = [key for key in known_keys(model) if key not in tables]
+    if "." not in name and isinstance(values.get(name), dict | list):
+        keys = list(model.model_fields)  # a table of a file, such as [dat]
+    for head in tables:
+        rows = _asked(values, head, name)[:MOST_HINTS]
+        table = table_class(model.model_fields[head].annotation)
+        keys += (
+            [f"{head}.{row}.{key}" for row in rows for key in known_keys(table)] if table else []
+        )
+    return keys
+
+
+def _asked(values: dict, head: str, name: str) -> list[str]:
+    """Return the item of a list of tables that `name` names, or else all that there are."""
+    parts = name.split(".")
+    if len(parts) > 1 and parts[0] == head and _row(values, head, parts[1]) is not None:
+        return parts[1:2]
+    return _rows(values, head)
+
+
+def _rows(values: dict, head: str) -> list[str]:
+    """Return what the items of a list of tables are called: their names, or numbers from 0."""
+    items = values.get(head)
+    items = items if isinstance(items, list) else []
+    names = [item.get("name") if isinstance(item, dict) else None for item in items]
+    return [n if isinstance(n, str) else str(at) for at, n in enumerate(names)] or ["0"]
 
 
 def _message(error: Any) -> str:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from time import monotonic
 
 from smbfast.base.disk import cannot_write, system_error
+from smbfast.base.typed import prog_as_typed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PATIENCE = 2  # signals that ask; the next one ends the process
@@ -53,7 +54,8 @@ def entry(
             `KeyboardInterrupt`, and for a full disk in the words of any library.
     """
     on_end = on_end or _nothing
-    with _modes(private), _signals(prog, status) as signals:
+    module, prog = prog, prog_as_typed(prog)
+    with _modes(private), _signals(module, status) as signals:
         try:
             yield signals
         except SystemExit:
@@ -148,12 +150,19 @@ def _signals(prog: str, status: int) -> Iterator[Signals]:
         ends = True
         raise
     finally:
-        spec = getattr(sys.modules["__main__"], "__spec__", None)
-        if ends and spec is not None and spec.name == prog:
+        if ends and _is_the_program(prog):
             signals.ignore()  # until the process has ended, its status and words stay what they are
         else:
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _is_the_program(prog: str) -> bool:
+    """Whether this process was started for the command, and not a test or another program."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:  # the script that an installation makes
+        return os.path.basename(sys.argv[0]) == "smbfast"
+    return spec.name in (prog, "smbfast.__main__")
 
 
 @contextmanager

@@ -11,10 +11,12 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from smbfast.base.typed import as_typed
+
 HELP_COLUMNS = 98  # width of the help text, for a terminal of 100 columns
 MISSING = object()  # marks a key that nothing sets, as None is a value
 _HOW_TO = (
-    "Settings are given as --key=VALUE. A list is written with commas between its items, and "
+    "Settings are given as --key=VALUE or --key VALUE. A list is written with commas, and "
     "`none` clears a setting that may be none. A key that does not exist is refused, with the "
     "nearest one that does."
 )
@@ -48,7 +50,7 @@ def help_text(
     if shown.source:
         lines += ["", *_paragraphs(f"The defaults below are those of {shown.source}.")]
     lines += ["", *_group_lines(model, "", shown)]
-    return "\n".join([*lines, "", getattr(model, "epilog", "") or epilog]).rstrip()
+    return as_typed("\n".join([*lines, "", getattr(model, "epilog", "") or epilog]).rstrip())
 
 
 def _group_lines(model: type[BaseModel], prefix: str, shown: DefaultsShown | None) -> list[str]:

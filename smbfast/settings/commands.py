@@ -1,11 +1,14 @@
 """Settings of the commands that read what a run has written: `embed`, `probe` and `report`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from smbfast.base.config import Settings, build
+from smbfast.base.nearest import Foreign
+from smbfast.settings import names
 from smbfast.settings.data import whole_fractions
 from smbfast.settings.pools import Pool
 
@@ -40,6 +43,7 @@ class EmbedSettings(Settings):
     python -m smbfast.embed --model=final --model.path=Qwen3-8B --data=MEDS_FOLDER --at=last \\
         --out=now.parquet"""
     aliases: ClassVar[dict[str, str]] = {"model.path": "backbone"}
+    foreign: ClassVar[Mapping[str, Foreign]] = names.EMBED
 
     model: str = Field(
         description="Folder of a trained model: `final` in a run folder, or one of those under "
@@ -162,6 +166,7 @@ class ProbeCommandSettings(Settings):
   Judge embeddings of all splits on held-out patients, once, at the end:
     python -m smbfast.probe --data=MEDS_FOLDER --labels=mortality_1y --final \\
         --embeddings=all.parquet"""
+    foreign: ClassVar[Mapping[str, Foreign]] = names.PROBE
 
     embeddings: Path = Field(
         description="Parquet file with the embeddings of the trained model, as `python -m "
@@ -286,6 +291,7 @@ class ReportSettings(Settings):
 
   Compare two runs, or more, with the first:
     python -m smbfast.report runs/jepa runs/sft --out=jepa-sft.html"""
+    foreign: ClassVar[Mapping[str, Foreign]] = names.REPORT
 
     run: Path = Field(
         Path("runs/default"),

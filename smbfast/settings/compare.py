@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from smbfast.base.config import Settings, build, known_keys
+from smbfast.base.config import Settings, build, joined, known_keys
 
 
 class CompareSettings(Settings):
@@ -107,7 +107,7 @@ def compare_arguments(argv: list[str]) -> CompareSettings:
     keys = set(known_keys(CompareSettings))
     settings: list[str] = []
     words: list[str] = []
-    for word in argv:
+    for word in joined(CompareSettings, argv):
         is_key = word.startswith("-") or word.partition("=")[0].replace("-", "_") in keys
         (settings if is_key and word != "-" else words).append(word)
     if not words and not any(s.lstrip("-").startswith("methods=") for s in settings):

@@ -1,13 +1,16 @@
 """Settings of the data: what a run trains on, and the commands `prepare` and `simulate`."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal, Self, TypeGuard
 
 from pydantic import Field, field_validator
 
 from smbfast.base.config import Settings
+from smbfast.base.nearest import Foreign
 from smbfast.base.workers import engine_of
+from smbfast.settings import names
 
 VOCABULARY = "codes.json"  # the vocabulary of the format codes, beside a tokenizer's files
 LEAST_WINDOW = 128  # tokens, with the format codes
@@ -300,6 +303,7 @@ class PrepareSettings(DataSettings):
 
   Prepare it on a Dask cluster that is running:
     python -m smbfast.prepare --path=MEDS_FOLDER --out=shards --on=dask://HOST:8786"""
+    foreign: ClassVar[Mapping[str, Foreign]] = names.PREPARE
 
     path: str = Field(
         description="Folder of the MEDS dataset to read, with its parquet files under data/train, "
@@ -372,6 +376,7 @@ class SimulateSettings(Settings):
   Write 5,000 patients and train on them:
     python -m smbfast.simulate --out=cohort --patients=5000
     python -m smbfast.train --data.path=cohort --probe.labels=death_1y"""
+    foreign: ClassVar[Mapping[str, Foreign]] = names.SIMULATE
 
     out: Path = Field(description="Folder to write the dataset to; it must not exist yet.")
     patients: int = Field(

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field, field_validator
 
-from smbfast.base.config import Settings
+from smbfast.base.config import Settings, joined
 
 
 @dataclass(frozen=True)
@@ -175,5 +175,6 @@ def gpu_of(text: str) -> Gpu:
 def plan_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
     """Divide a command line into the words of a plan and the others, those of the run."""
     names = set(PlanSettings.model_fields)
+    argv = joined(PlanSettings, argv)
     own = [a for a in argv if a.removeprefix("--").partition("=")[0].replace("-", "_") in names]
     return own, [a for a in argv if a not in own]

@@ -1,12 +1,15 @@
 """Settings of a training run: its phases, the optimizer, evaluation, probes and the run folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 from smbkernels.catalog import check_choice
 
 from smbfast.base.config import Settings
+from smbfast.base.nearest import Foreign
+from smbfast.settings import names
 from smbfast.settings.data import CohortSettings, DataSettings
 from smbfast.settings.model import LoraSettings, ModelSettings, ObjectiveSettings
 from smbfast.settings.pools import Pool, RunPool
@@ -25,10 +28,11 @@ class PhaseSettings(Settings):
     starts its EMA teacher as a copy of the online encoder; through consecutive phases with JEPA the
     same teacher goes on, unless a phase asks for a new copy by `sync`.
 
-    On the command line a key of a phase is changed by the phase's number, counted from 0:
-    --phases.0.steps=500 sets the steps of the first phase. To add or remove phases, choose another
-    preset, or write a TOML file with the line base = "default" and one [[phases]] table for each;
-    these tables replace those of the preset.
+    On the command line a key of a phase is changed by the phase's name, --phases.sft.steps=500, or
+    by its number, counted from 0: --phases.0.steps=500. --phases=sft leaves that phase alone, and
+    --phases=ahead,sft puts it behind another. For phases of your own, write a TOML file with the
+    line base = "default" and one [[phases]] table for each; these tables replace those of the
+    preset.
     """
 
     name: str = Field(
@@ -386,6 +390,8 @@ class TrainSettings(Settings):
     prediction) and JEPA (prediction of a masked future in latent space). At the end it embeds
     patients at the prediction times of labelled tasks, probes the embeddings and writes a report.
     """
+
+    foreign: ClassVar[Mapping[str, Foreign]] = names.TRAIN
 
     preset: str = Field(
         "default",
