@@ -237,7 +237,7 @@ def test_help_shows_the_values_of_the_preset_it_names():
     assert "default 256, set by preset default" in lines_of(default, "data.window")
     assert "default 16;" not in lora and "default 8, set by" in lines_of(lora, "optim.batch")
     assert lines_of(default, "lora.r") == lines_of(lora, "lora.r")
-    assert "phases.1:  name=jepa  steps=1200  w_sft=0.1  w_jepa=1  w_codes=0  lr=none" in lora
+    assert "phases.1:  name=jepa  steps=1200  w_sft=0.1  w_jepa=1  w_codes=0  warmup=" in lora
     assert "phases.1:  name=ahead  steps=500  w_sft=1  w_jepa=1  w_codes=1  lr=0.003" in default
 
 
@@ -268,7 +268,9 @@ def test_help_shows_overrides_and_files(tmp_path):
         ("optim.clip", "a number above 0; default 1"),
         ("data.bucket", "one of auto, day, hour, moment; default auto"),
         ("lora.targets", "a list; default q_proj,k_proj"),
-        ("phases.0.steps", "an integer of at least 1; required in each table"),
+        ("phases.0.steps", "an integer of at least 0; default 0"),
+        ("phases.0.epochs", "a number above 0, or none; default none"),
+        ("phases.0.name", "text; required in each table"),
     ],
 )
 def test_help_says_what_a_value_may_be(key, phrase):

@@ -32,6 +32,7 @@ class Settings(BaseModel):
     epilog: ClassVar[str] = ""  # examples, which end the help of a command
     aliases: ClassVar[dict[str, str]] = {}  # further names of keys on the command line
     foreign: ClassVar[Mapping[str, Foreign]] = {}  # names of other programs, for messages alone
+    instead: ClassVar[Mapping[str, str]] = {}  # keys of a table that take the place of another
 
 
 def command_line(
@@ -76,7 +77,7 @@ def with_overrides(
         ValueError: if `model` does not have a key (the message names the nearest), or an override
             has no key.
     """
-    before = ""
+    before, given = "", set[str]()
     for text in joined(model, overrides):
         name, separator, value = text.lstrip("-").partition("=")
         key = model.aliases.get(name.replace("-", "_"), name.replace("-", "_"))
@@ -88,7 +89,7 @@ def with_overrides(
             commas = f"; a list is written with commas, {before},{text}" if before else ""
             raise ValueError(f"argument `{text}` must have the form --key=value{commas}")
         before = text if _is_list(_annotation(model, key)) else ""
-        values = _with_override(model, values, key, value)
+        values = _with_override(model, values, key, value, given)
     for unknown in _unknown_keys(model, values):
         raise ValueError(f"unknown key `{unknown}`{_meant(model, unknown, values)}")
     return values
@@ -146,8 +147,14 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _with_override(model: type[BaseModel], values: dict, name: str, value: str) -> dict:
-    """Return `values` with the dotted `name` set to the parsed `value`."""
+def _with_override(
+    model: type[BaseModel], values: dict, name: str, value: str, given: set[str]
+) -> dict:
+    """Return `values` with the dotted `name` set to the parsed `value`.
+
+    Args:
+        given: names of items' keys that this command line has set, to which it is added.
+    """
     root = name.split(".")[0]
     if _annotation(model, name) is None and not _is_table(model, root):
         raise ValueError(f"unknown key `{name}`{_meant(model, name, values)}")
@@ -160,11 +167,11 @@ def _with_override(model: type[BaseModel], values: dict, name: str, value: str) 
     if not rest:
         return values
     if _is_table(model, head):
-        return _with_table_override(model, values, head, rest, value)
+        return _with_table_override(model, values, head, rest, value, given)
     inner = values.get(head, {})
     group = group_class(model.model_fields[head].annotation)
     if group and isinstance(inner, dict):  # otherwise validation reports it
-        values[head] = _with_override(group, inner, ".".join(rest), value)
+        values[head] = _with_override(group, inner, ".".join(rest), value, given)
     return values
 
 
@@ -174,7 +181,7 @@ def _is_table(model: type[BaseModel], name: str) -> bool:
 
 
 def _with_table_override(
-    model: type[BaseModel], values: dict, head: str, rest: list[str], value: str
+    model: type[BaseModel], values: dict, head: str, rest: list[str], value: str, given: set[str]
 ) -> dict:
     """Return `values` with a key of one item of a list of tables changed, by its name or number."""
     items = values.get(head, [])
@@ -193,6 +200,11 @@ def _with_table_override(
     if rest[1] not in table.model_fields:
         raise ValueError(f"unknown key `{name}`{_meant(model, name, values)}")
     items = [dict(v) for v in items]
+    own = f"{head}.{items[at].get('name', at)}."  # numbers change where phases are chosen
+    other = getattr(table, "instead", {}).get(rest[1])
+    if f"{own}{other}" not in given:  # of a preset or file, whose place it takes
+        items[at].pop(other, None)
+    given.add(f"{own}{rest[1]}")
     items[at][rest[1]] = _parsed(value, table.model_fields[rest[1]].annotation)
     values[head] = items
     return values

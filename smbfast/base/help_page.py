@@ -117,6 +117,7 @@ def _table_values(name: str, table: type[BaseModel], shown: DefaultsShown) -> li
             + [
                 f"{key}={_value_text(item.get(key, info.default))}"
                 for key, info in table.model_fields.items()
+                if item.get(key, info.default) is not None
             ]
         )
         for at, item in enumerate(items)

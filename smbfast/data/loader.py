@@ -117,6 +117,16 @@ def step_windows(
     return in_turn(len(windows), batch, seed, step)
 
 
+def num_windows_read(windows: WindowSet, objective: ObjectiveSettings, *, jepa: bool) -> int:
+    """Return the number of windows of which `step_windows` draws, which is an epoch.
+
+    An epoch reads each once; in strata, if they have one size, and else about once.
+    """
+    if needs_cuts(objective, jepa=jepa):
+        return windows.num_with_cut
+    return len(windows) if windows.horizons is None else windows.num_with_pair
+
+
 def stratified(num: int, batch: int, seed: int, step: int) -> np.ndarray:
     """Return one place of each of `batch` strata of `range(num)`, int64 [min(batch, num)].
 

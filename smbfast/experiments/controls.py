@@ -13,8 +13,10 @@ from smbfast.base.config import build, read_toml
 from smbfast.base.entry import RunFailed
 from smbfast.base.locks import locked
 from smbfast.experiments.runs import cost
+from smbfast.run.epochs import by_steps
 from smbfast.run.folder import earlier, status_of
 from smbfast.run.loop import train
+from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import total_steps
 from smbfast.settings import TrainSettings, kernel_choice
 
@@ -36,10 +38,11 @@ def controls(runs: list[Path], work: Path, command: str) -> dict[str, list[Path]
             raise ValueError(f"{folder} must be the folder of a finished run; it is not")
         given = build(TrainSettings, read_toml(folder / "config.toml"), [])
         given = placed(given, folder)
-        alone = placed(sft_alone(given), work / "controls" / f"{folder.name}-sft")
+        as_many = by_steps(OpenRun.open(given, set_aside=False).settings)
+        alone = placed(sft_alone(as_many), work / "controls" / f"{folder.name}-sft")
         _trained(alone, command)
         steps = longer(total_steps(alone), cost(given)["flops"], cost(alone)["flops"])
-        more = sft_alone(given, steps - total_steps(alone))
+        more = sft_alone(as_many, steps - total_steps(alone))
         more = placed(more, work / "controls" / f"{folder.name}-sft_flops")
         _trained(more, command)
         for name, own in zip(NAMES, (alone, more), strict=True):

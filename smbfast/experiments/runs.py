@@ -116,6 +116,7 @@ def cost(settings: TrainSettings) -> dict[str, Any]:
     FLOPs and tokens are those of up to 20 steps of each phase, spread evenly, times its steps.
     """
     run = OpenRun.open(settings, set_aside=False)
+    settings = run.settings
     flops = tokens = 0.0
     begin = 0
     for phase in settings.phases:

@@ -16,6 +16,7 @@ from smbfast.model.target import target_bytes
 from smbfast.reporting.runlog import Finding, number
 from smbfast.reporting.verdict import KINDS, alarms, learning
 from smbfast.run.data_card import DataCard
+from smbfast.run.epochs import in_words
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import total_steps
 from smbfast.settings import PhaseSettings, TrainSettings
@@ -82,7 +83,7 @@ def _step_rows(run: OpenRun, trained: int) -> list[tuple[str, str]]:
             "step",
             f"{run.settings.optim.batch} windows in micro-batches of up to {run.micro_tokens:,} "
             f"tokens; {total_steps(run.settings)} steps: "
-            + ", ".join(f"{p.name} {p.steps}{_holds(p)}" for p in phases),
+            + ", ".join(f"{p.name} {in_words(p)}{_holds(p)}" for p in phases),
         ),
         (
             "memory",

@@ -49,6 +49,7 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
             and `eval.stop_on_collapse` asks to stop then.
     """
     run = OpenRun.open(settings, ranks)
+    settings = run.settings  # with the steps of phases that are given in epochs
     encoder, target, first = run.encoder, run.take_target(), run.progress.step
     total, losses = total_steps(settings), losses_of(settings)
     updater = Updater(run.optimizer, settings.optim.clip)
@@ -135,12 +136,12 @@ def judge(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> None:
     Raises:
         ValueError: the checkpoint of the last step is not there, or data or labels are bad.
     """
-    folder, total = settings.folder, total_steps(settings)
+    folder = settings.folder
     has_any = checkpoint.folders(folder)
     run = OpenRun.open(settings, ranks, set_aside=False) if has_any else None
-    if run is None or run.progress.step != total:
+    if run is None or run.progress.step != total_steps(run.settings):
         raise ValueError(
-            f"{folder} must hold the checkpoint of its last step, {total}, to be judged on "
+            f"{folder} must hold the checkpoint of its last step to be judged on "
             f"held-out patients; it does not. Use smbfast.embed --model={folder}/final, then "
             "smbfast.probe --final"
         )

@@ -29,6 +29,7 @@ from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.run import checkpoint
 from smbfast.run.checkpoint import Checkpoint
 from smbfast.run.data_card import DataCard, data_card
+from smbfast.run.epochs import as_asked, resolved
 from smbfast.run.folder import (
     check_windows,
     data_of,
@@ -119,6 +120,7 @@ class OpenRun:
             torch.set_num_threads(settings.run.threads)
         with ranks.main_first():
             opened = _open_data(settings, ranks, verify, report, show)
+        settings = opened.settings  # with the steps of every phase, from here on
         prepared = opened.prepared  # and the checkpoint, before a large model is loaded
         identity, newest = _begin_or_resume(settings, ranks, prepared, set_aside=set_aside)
         bytes_before = held_memory(device)
@@ -137,7 +139,6 @@ class OpenRun:
         size = f"up to {tokens:,} tokens a micro-batch"
         report("memory", f"{size}, {peak / GIB:.2f} GiB at the peak predicted")
         return cls(
-            settings=settings,
             device=device,
             **opened._asdict(),
             identity=identity,
@@ -161,7 +162,7 @@ class OpenRun:
     def begin(self) -> None:
         """Write the id and the settings of a new run: from here on the folder is this run's."""
         self.identity.write(self.folder)
-        write_text(self.folder / "config.toml", to_toml(self.settings))
+        write_text(self.folder / "config.toml", to_toml(as_asked(self.settings)))
 
     @property
     def folder(self) -> Path:
@@ -283,8 +284,9 @@ def _begin_or_resume(
 
 
 class _OpenData(NamedTuple):
-    """What a run reads."""
+    """What a run reads, and its settings with the steps that follow from it."""
 
+    settings: TrainSettings
     data: DataSettings
     prepared: Prepared
     windows: WindowSet
@@ -311,11 +313,12 @@ def _open_data(
     tasks, facts = read_tasks(settings, data)
     prepared = prepared_data(settings, data, settings.folder, verify, ranks)
     windows, tuning = _windows(settings, data, prepared)
+    settings = resolved(settings, windows)
     card = data_card(settings, prepared, windows, tuning, facts)
     card.require()
     report("data", card.summary)
     show(card)
-    return _OpenData(data, prepared, windows, tuning, card, tasks)
+    return _OpenData(settings, data, prepared, windows, tuning, card, tasks)
 
 
 def _windows(

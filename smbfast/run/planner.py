@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from smbkernels.attention import attention_flops
 
+from smbfast.data.masking import needs_cuts
 from smbfast.data.packing import online_cost, plan_micro_batches
 from smbfast.model.backbone import HfModule, PatientEncoder
 from smbfast.model.flops import Flops, ModelShape, online_flops, step_flops
@@ -21,6 +22,7 @@ from smbfast.model.memory import MOST, Memory, choose_micro_tokens
 from smbfast.model.shapes import ON_GPU, backbone_config, encoder_on_meta
 from smbfast.model.target import TargetForm
 from smbfast.model.traffic import Traffic
+from smbfast.run.epochs import with_steps
 from smbfast.run.plan_data import DataFacts, Sample, sampled
 from smbfast.run.startup import Kind, heaviest, largest_window, peak_memory
 from smbfast.settings import PhaseSettings, PlanSettings, TrainSettings
@@ -194,7 +196,14 @@ def planned(settings: TrainSettings, plan: PlanSettings) -> Planned:
     """
     facts = DataFacts.of(settings, plan)
     config = backbone_config(settings, facts.vocabulary)
-    return Planned(settings, plan, facts, config)
+    run = Planned(settings, plan, facts, config)
+    epoch = facts.events * facts.tokens_an_event / facts.window  # windows, in every phase
+
+    def num_windows(phase: PhaseSettings) -> int:
+        cuts = needs_cuts(settings.objective, jepa=phase.w_jepa > 0)
+        return round(epoch * (facts.with_cut if cuts else 1.0))
+
+    return replace(run, settings=with_steps(settings, num_windows, run.batch))
 
 
 def phase_plan(run: Planned, phase: PhaseSettings) -> PhasePlan:

@@ -17,13 +17,13 @@ from smbfast.base.progress import duration
 from smbfast.base.runtime import GIB, choose_device, held_memory, reset_peak_memory
 from smbfast.base.staging import staged
 from smbfast.batch import PackedBatch
-from smbfast.data.loader import Step
-from smbfast.data.masking import needs_cuts
+from smbfast.data.loader import Step, num_windows_read
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.memory import predict_peak
 from smbfast.model.target import TargetEncoder
 from smbfast.objective import Losses
 from smbfast.run import checkpoint, console
+from smbfast.run.epochs import in_words
 from smbfast.run.folder import earlier
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import trained
@@ -125,11 +125,7 @@ class _Stages:
 def _plans(run: OpenRun) -> Iterator[PhasePlan]:
     settings, windows, first = run.settings, run.windows, 0
     for phase in settings.phases:
-        num_windows = len(windows)
-        if needs_cuts(settings.objective, jepa=phase.w_jepa > 0):
-            num_windows = windows.num_with_cut
-        elif windows.horizons is not None:
-            num_windows = windows.num_with_pair
+        num_windows = num_windows_read(windows, settings.objective, jepa=phase.w_jepa > 0)
         look = min(LOOK, -(-num_windows // settings.optim.batch), phase.steps)
         masked: list[int] = []
         first_step, largest, tokens = None, None, 0
@@ -218,7 +214,8 @@ def _times(
         step = seconds * plan.mean_tokens / sum(m.segments.tokens for m in micros)
         whole += step * phase.steps
         texts.append(
-            f"{phase.name} {step:.2f} s a step, {duration(step * phase.steps)} for {phase.steps}"
+            f"{phase.name} {step:.2f} s a step, {duration(step * phase.steps)} for "
+            f"{in_words(phase)} steps"
         )
     return f"{'; '.join(texts)}; about {duration(whole)} without evaluations and probes"
 

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from smbfast.base.config import Settings, build
+from smbfast.base.config import Settings, build, joined
 from smbfast.base.nearest import Foreign
 from smbfast.settings import names
 from smbfast.settings.data import whole_fractions
@@ -342,7 +342,7 @@ def report_arguments(argv: list[str]) -> ReportSettings:
     keys = ReportSettings.model_fields
     settings: list[str] = []
     words: list[str] = []
-    for word in argv:
+    for word in joined(ReportSettings, argv):
         is_key = word.startswith("-") or word.partition("=")[0].replace("-", "_") in keys
         (settings if is_key else words).append(word)
     given = {word.lstrip("-").partition("=")[0] for word in settings}

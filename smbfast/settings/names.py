@@ -32,9 +32,8 @@ _PHASES: _Rows = (
         "training_steps iterations max_iters num_iterations",
     ),
     (
-        "phases.*.steps",
-        "as many as give these epochs; an epoch has the windows of the training split over "
-        "optim.batch",
+        "phases.*.epochs",
+        "in place of the steps of the phase",
         "epochs epoch num_epochs num_train_epochs max_epochs n_epochs train_epochs",
     ),
     (
@@ -342,4 +341,9 @@ PROBE = _table(
         ("seed", "", "random_state random_seed"),
     )
 )
-REPORT = _table((("run", "the folder of a run", "run_dir run.dir dir path folder output_dir"),))
+REPORT = _table(
+    (
+        ("run", "the folder of a run", "run_dir run.dir dir path folder"),
+        ("out", "the page of a comparison", "output output_file out_file save"),
+    )
+)

@@ -18,7 +18,7 @@ Freeze = Literal["none", "decoder", "predictor"]
 
 
 class PhaseSettings(Settings):
-    """The phases of training, in order: each a number of steps with its own weights of the losses.
+    """The phases of training, in order: each has a length and its own weights of the losses.
 
     The loss of a phase is w_sft * SFT + w_jepa * JEPA + w_codes * codes to come. SFT is the mean
     over all predicted tokens of the step, JEPA the mean over all its masked positions (or, with
@@ -42,9 +42,20 @@ class PhaseSettings(Settings):
         "lowest. It consists of letters, digits, _ and -, and differs from the other names.",
     )
     steps: int = Field(
-        ge=1,
+        0,
+        ge=0,
         description="Number of optimizer steps of the phase. After the warm-up, the decay of the "
-        "learning rate is stretched over the steps that are left.",
+        "learning rate is stretched over the steps that are left. One of steps and epochs must be "
+        "given; 0 is for a phase with epochs.",
+    )
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        description="Length of the phase in place of steps: how often it reads the training "
+        "windows, such as 2 or 0.5. They become steps, rounded up, when the data are known, by "
+        "optim.batch windows a step; only windows that the phase trains on count. Check and the "
+        "header of a run say how many steps they are. On the command line, either of the two "
+        "takes the place of the other.",
     )
     w_sft: float = Field(
         ge=0,
@@ -92,10 +103,19 @@ class PhaseSettings(Settings):
         "begins, though the phase before it had a teacher; without effect where w_jepa is 0.",
     )
 
+    instead: ClassVar[Mapping[str, str]] = {"steps": "epochs", "epochs": "steps"}
+
     @model_validator(mode="after")
     def _has_a_loss(self) -> "PhaseSettings":
         if self.w_sft == self.w_jepa == self.w_codes == 0:
             raise ValueError("one of w_sft, w_jepa and w_codes must be above 0")
+        if self.epochs is not None and self.steps:
+            raise ValueError(
+                f"one of steps and epochs must be given, got steps {self.steps} and epochs "
+                f"{self.epochs:g}"
+            )
+        if self.epochs is None and not self.steps:
+            raise ValueError("steps must be at least 1, or epochs be given in its place")
         if self.freeze == "decoder" and self.w_sft > 0:
             raise ValueError("freeze=decoder needs w_sft 0, as SFT trains nothing but the decoder")
         return self

@@ -93,7 +93,7 @@ def test_an_unknown_preset(name: str) -> None:
         ("--phases.0.lr=nan", ("phases.0.lr",)),
         ("--phases.0.lr=inf", ("phases.0.lr", "finite")),
         ("--phases.0.lr=fast", ("phases.0.lr", "number")),
-        ("--phases.0.steps=0", ("phases.0.steps", "1")),
+        ("--phases.0.steps=0", ("phases.0", "steps must be at least 1")),
         ("--phases.0.steps=2.5", ("phases.0.steps", "integer")),
         ("--phases.0.w_sft=0", ("phases.0", "above 0")),
         ("--phases=", ("phases", "at least one")),
