@@ -16,7 +16,7 @@ from smbfast.base.entry import RunFailed, entry
 from smbfast.base.progress import Progress
 from tests.test_floors import FLOORS
 
-COMMANDS = ["prepare", "simulate", "embed", "probe", "report", "tasks", "compare"]
+COMMANDS = ["prepare", "simulate", "embed", "probe", "report", "tasks", "compare", "push"]
 # runs a command in a fresh process, then names what it should not have waited for
 CHILD = """
 import importlib, sys

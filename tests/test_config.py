@@ -18,6 +18,7 @@ from smbfast.settings import (
     PlanSettings,
     PrepareSettings,
     ProbeCommandSettings,
+    PushSettings,
     ReportSettings,
     SimulateSettings,
     TasksSettings,
@@ -38,11 +39,12 @@ MODELS = [
     CompareSettings,
     ExperimentSettings,
     PlanSettings,
+    PushSettings,
 ]
 HEAVY = ["torch", "peft", "sklearn", "pyarrow", "transformers", "numpy", "scipy", "triton"]
 COMMANDS = [
     *("train", "check", "prepare", "simulate", "embed", "probe", "report"),
-    *("tasks", "compare", "experiment"),
+    *("tasks", "compare", "experiment", "push"),
 ]
 LIGHT = [
     "from smbfast.settings import run_help; print(run_help(['lora'], 'p'))",

@@ -91,6 +91,8 @@ def test_inverted_outcomes_of_held_out_patients_change_nothing(runs: dict) -> No
     page = loop.write_report(second).read_bytes()
     assert loop.write_report(first).read_bytes() == page
     assert b"Judged on tuning patients" in page and not (second / "held_out.json").exists()
+    card = (second / "final" / "README.md").read_text()
+    assert "as ten tuning patients or fewer" in card and "held-out patients" not in card
 
 
 def test_held_out_patients_are_not_embedded(runs: dict) -> None:
@@ -120,6 +122,8 @@ def test_a_finished_run_is_judged_by_the_same_command_and_that_is_counted(runs: 
     predicted, labels = (pq.read_table(file).select(key).to_pydict() for file in files)
     assert predicted == labels
     assert "looked at 1 time in this run" in (run / "report.html").read_text()
+    card = (run / "final" / "README.md").read_text()
+    assert "as ten held-out patients or fewer" in card and "tuning patients" not in card
     assert json.loads((run / "status.json").read_text())["state"] == "done"
 
 

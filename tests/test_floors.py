@@ -22,7 +22,7 @@ FLOORS = [
     {"serving", "experiments"},
     {"estimator"},
     {"train", "check", "prepare", "simulate", "embed", "probe", "report"}
-    | {"tasks", "compare", "experiment", "commands"},
+    | {"tasks", "compare", "experiment", "commands", "push"},
 ]  # units of a floor do not import each other
 
 

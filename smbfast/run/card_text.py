@@ -65,7 +65,8 @@ The run has probed no task of which figures can be shown.
 {% endif %}
 {% if left_out %}
 
-Left out, as ten patients or fewer have the outcome, or have it not: {{ left_out | join(", ") }}.
+Left out, as ten {{ judged_on.replace("_", "-") }} patients or fewer have the outcome, or have it \
+not: {{ left_out | join(", ") }}.
 {% endif %}
 
 ## Training

@@ -40,12 +40,11 @@ from smbfast.model.codes_head import CodesHead
 from smbfast.model.decoder import HfModule
 from smbfast.model.target import TargetEncoder
 from smbfast.model.vocabulary import grow
-from smbfast.run.model_card import merged_card
+from smbfast.run.model_card import CARD, merged_card
 from smbfast.run.model_record import FORMAT, check_record
 from smbfast.run.optim import trained
 from smbfast.settings.data import VOCABULARY
 
-CARD = "README.md"
 _NAME = re.compile(r"step-(\d{6}|[1-9]\d{6,})$")
 # what transformers, PEFT or this file would read of a final folder if it were there
 _READ = re.compile(

@@ -75,7 +75,9 @@ def _lies_here(name: str, revision: str | None) -> bool:
         return True  # a commit does not change
     try:
         HfApi().model_info(name, revision=revision, timeout=_PATIENCE)
-    except Exception as error:  # of the Hub, of HTTP libraries, or of sockets
+    except Exception as error:
+        if not is_of_network(error):
+            raise
         if not has_any or _is_refusal(error):
             _raise(name, revision, None, error)
         print(
@@ -92,7 +94,9 @@ def _file(name: str, revision: str | None, file: str, *, here: bool) -> Path:
 
     try:
         return Path(hf_hub_download(name, file, revision=revision, local_files_only=here))
-    except Exception as error:  # as above
+    except Exception as error:
+        if not is_of_network(error):
+            raise
         _raise(name, revision, file, error)
 
 
@@ -108,6 +112,12 @@ def _names(name: str, manifest: Path) -> list[str]:
         if not MODEL_FILES.fullmatch(file):
             raise ValueError(f"{name} must hold the files of a model alone; it names {file[:80]!r}")
     return sorted(files)
+
+
+def is_of_network(error: Exception) -> bool:
+    """Whether an error is one of the Hub, of an HTTP library or of a socket, and none of ours."""
+    package = type(error).__module__.split(".")[0]
+    return isinstance(error, OSError) or package.startswith(("huggingface_hub", "http", "requests"))
 
 
 def _is_refusal(error: Exception) -> bool:

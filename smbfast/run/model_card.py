@@ -17,9 +17,11 @@ from jinja2 import Environment, StrictUndefined
 import smbfast
 from smbfast.base.counts import FEW
 from smbfast.base.digests import short
+from smbfast.base.model_names import is_hub_name
 from smbfast.run.card_text import BODY, LORA, MERGED, WHOLE
 from smbfast.settings import TrainSettings
 
+CARD = "README.md"
 NO_LICENSE = "not-decided"  # `license_name` until somebody has decided
 _POOLS = {
     "last": "state of the last token",
@@ -146,6 +148,43 @@ def merged_card(card: str, folder: Path) -> str:
     use = "## How to use\n\n" + _rendered(MERGED, folder=folder.name) + "\n\n"
     body = re.sub(r"^## How to use\n.*?(?=^## |\Z)", lambda _: use, body, flags=re.S | re.M)
     return _card(data, body.replace("# Patient model", "# Merged patient model", 1))
+
+
+def shared_card(
+    card: str, folder: Path, name: str, record: dict, license: str | None
+) -> tuple[str, bool]:
+    """Return a card as it stands on the Hub, and whether it names a license that was decided.
+
+    Args:
+        card: that in the folder, which people may have edited.
+        folder: of the model, whose name the card has where it says how to load it.
+        name: of the repository, which takes its place.
+        record: what `smbfast.json` holds there; empty without one.
+        license: what the card is to name; None for what it says.
+
+    Raises:
+        ValueError: the head of the card is no YAML of the Hub.
+    """
+    try:
+        content = ModelCard(card)
+        data = content.data
+        assert isinstance(data, ModelCardData)
+    except Exception:  # of YAML, of the Hub's own rules
+        raise ValueError(
+            f"{folder / CARD} must begin with metadata of the Hub; it does not"
+        ) from None
+    if license is not None:
+        data.license, data.license_name = license, None
+    base = record.get("backbone")
+    if base and is_hub_name(base):
+        data.base_model = base
+        content.text = content.text.replace(', path="BACKBONE_FOLDER"', "")
+    text = re.sub(rf'(?<=")({re.escape(folder.name)})(?=")', name, content.text)
+    text = text.replace(f"--model={folder.name} ", f"--model={name} ")
+    if license is not None:
+        text = re.sub(r"(?<=^## Licence\n\n)Not decided\. ", f"{license}. ", text, flags=re.M)
+    is_licensed = data.license is not None and data.license_name != NO_LICENSE
+    return _card(data, text.lstrip("\n")), is_licensed
 
 
 def _card(data: ModelCardData, body: str) -> str:

@@ -118,3 +118,9 @@ def check_record(file: Path) -> dict[str, Any]:
             f"{file} says {record.format}: prepare the data and train again with this version"
         )
     return content
+
+
+def shared_record(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record for others: what loading reads, without figures of the run."""
+    read = {*_ModelRecord.model_fields, "format_version", "split", "step"} - {"pool_choice"}
+    return {key: value for key, value in record.items() if key in read}

@@ -22,6 +22,7 @@ from smbfast.settings.model import LoraSettings, ModelSettings, ObjectiveSetting
 from smbfast.settings.plan import PlanSettings, plan_arguments
 from smbfast.settings.pools import POOLS, Pool, RunPool
 from smbfast.settings.presets import load, presets, run_arguments, run_help
+from smbfast.settings.push import PushSettings, push_arguments
 from smbfast.settings.tasks import TasksSettings
 from smbfast.settings.training import (
     EvalSettings,
@@ -54,6 +55,7 @@ __all__ = [
     "PrepareSettings",
     "ProbeCommandSettings",
     "ProbeSettings",
+    "PushSettings",
     "ReportSettings",
     "RunPool",
     "RunSettings",
@@ -66,6 +68,7 @@ __all__ = [
     "load",
     "plan_arguments",
     "presets",
+    "push_arguments",
     "report_arguments",
     "require_meds_folder",
     "run_arguments",
