@@ -97,18 +97,7 @@ def model_card(
         what=f"A LoRA adapter of {name}." if lora else f"A causal language model ({name}).",
         version=smbfast.__version__,
         step=record["step"],
-        rows=[
-            ("backbone", name),
-            ("digest of the backbone", short(record.get("weights_digest"))),
-            ("weights", f"{'adapter' if lora else 'all trained'}, {record['dtype']}"),
-            (
-                "format of the records",
-                f"{record['data_format']}, version {record['format']}",
-            ),
-            ("context length", f"{record['window']} tokens"),
-            ("embedding", _POOLS[record["pool"]]),
-            ("EMA teacher", "stored beside it" if target else "none"),
-        ],
+        rows=_rows(record, name, target=target),
         data_digest=prepared["data"],
         counts=[(n, about(int(counts[n]))) for n in _COUNTED if n in counts],
         settings=_settings_rows(settings, lora=lora),
@@ -196,6 +185,20 @@ def _rendered(template: str, **values: Any) -> str:
         undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True
     )
     return environment.from_string(template).render(**values).rstrip("\n")
+
+
+def _rows(record: dict, backbone: str, *, target: bool) -> list[tuple[str, str]]:
+    """Return what the model is, as the rows of a table."""
+    weights = "adapter" if record["trains"] == "lora" else "all trained"
+    return [
+        ("backbone", backbone),
+        ("digest of the backbone", short(record.get("weights_digest"))),
+        ("weights", f"{weights}, {record['dtype']}"),
+        ("format of the records", f"{record['data_format']}, version {record['format']}"),
+        ("context length", f"{record['window']} tokens"),
+        ("embedding", _POOLS[record["pool"]]),
+        ("EMA teacher", "stored beside it" if target else "none"),
+    ]
 
 
 def _settings_rows(settings: TrainSettings, *, lora: bool) -> list[tuple[str, str]]:
