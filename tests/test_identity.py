@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from smbfast import check, embed, train
-from smbfast.base.digests import CACHE, check_weights, local_model, weights_digest
+from smbfast.base.digests import CACHE, check_weights, hub_commit, local_model, weights_digest
 from smbfast.base.files import MANIFEST, digest_of, legal, verify_folder
 from smbfast.data.preparing import prepare
 from smbfast.model.backbone import lora_config
@@ -518,6 +518,9 @@ def test_a_model_of_the_hub_is_read_where_it_lies_on_disk(
     (root / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert local_model("org/name") == root / "snapshots" / commit
+    assert local_model("org/name", commit) == root / "snapshots" / commit
+    assert local_model("org/name", "1" * 40) is None
+    assert hub_commit("org/name") == commit and hub_commit(runs.root / "base") is None
     assert weights_digest("org/name") == weights_digest(runs.root / "base")
 
 

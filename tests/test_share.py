@@ -232,7 +232,27 @@ def test_a_name_of_the_backbone_and_a_license_stand_in_what_goes_out(
     assert (card.data.base_model, card.data.license) == ("org/backbone", "apache-2.0")
     assert card.data.license_name is None and "apache-2.0. It depends" in card.text
     assert f'smbfast.load("{NAME}")' in card.text
-    assert verify_folder(repository)
+    assert verify_folder(repository) and config["revision"] is None
+    refused(lambda: smbfast.load(repository), "`hf download org/backbone` fetches it")
+
+
+def test_a_backbone_of_the_hub_is_known_by_name_and_commit(
+    home: Path, final: Path, api: type[Api], tmp_path: Path, monkeypatch: Any
+) -> None:
+    root = tmp_path / "models--org--backbone"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(COMMIT)
+    (root / "snapshots").mkdir()
+    copied(home / "base", root / "snapshots" / COMMIT)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    pushed(final, "--base=org/backbone")
+    repository = api.root / NAME / COMMIT
+    for name, key in (("smbfast", "backbone_revision"), ("adapter_config", "revision")):
+        assert json.loads((repository / f"{name}.json").read_text())[key] == COMMIT
+    events = table_of(split_rows("held_out"))
+    ours = smbfast.load(final, device="cpu").embed(events, at="last").table
+    (root / "refs" / "main").write_text("1" * 40)  # the branch has moved on
+    assert smbfast.load(repository, device="cpu").embed(events, at="last").table.equals(ours)
 
 
 def edit(file: Path, change: dict) -> None:

@@ -83,10 +83,13 @@ def check_digest(record: dict, path: str | Path, digest: str) -> None:
         )
 
 
-def local_model(path: str | Path) -> Path | None:
+def local_model(path: str | Path, revision: str | None = None) -> Path | None:
     """Return the folder of a model, that of a hub name in the cache on disk, or None.
 
     It asks no network.
+
+    Args:
+        revision: of a hub name; None for what lies here as its branch `main`.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -94,10 +97,18 @@ def local_model(path: str | Path) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        config = try_to_load_from_cache(str(path), "config.json")
+        config = try_to_load_from_cache(str(path), "config.json", revision=revision)
     except HFValidationError:  # a path, which is no name of the hub
         return None
     return Path(config).parent if isinstance(config, str) else None
+
+
+def hub_commit(path: str | Path) -> str | None:
+    """Return the commit of a hub name's files on this machine; None for a folder."""
+    folder = local_model(path)
+    if folder is None or Path(path).is_dir() or folder.parent.name != "snapshots":
+        return None
+    return folder.name
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -34,6 +34,7 @@ from smbfast.base.files import (
     verify_folder,
     write_text,
 )
+from smbfast.base.model_names import is_hub_name
 from smbfast.base.replace import foreign, sha256
 from smbfast.model.backbone import PatientEncoder, load_adapter, load_lm, merged, require_layers
 from smbfast.model.codes_head import CodesHead
@@ -276,6 +277,7 @@ def save_final(
         lm: HfModule = encoder.lm
         if encoder.is_lora:  # PEFT would write a relative path, which holds in one folder only
             lm.peft_config["default"].base_model_name_or_path = record["backbone"]
+            lm.peft_config["default"].revision = record.get("backbone_revision")
         lm.save_pretrained(str(staging), **options)
         tokenizer.save_pretrained(staging)
         if vocabulary is not None:
@@ -461,12 +463,16 @@ def _backbone(record: dict, folder: Path, moved: str | None) -> str:
         moved: where the backbone is now, if not where it was.
     """
     named = moved or record["backbone"]
-    path = local_model(named)
+    revision = None if moved else record.get("backbone_revision")
+    path = (local_model(named, revision) if revision else None) or local_model(named)
     if path is None:
+        how = "if it moved, name its folder now: --model.path=FOLDER"
+        if is_hub_name(named):
+            more = f" --revision {revision}" if revision else ""
+            how = f"`hf download {named}{more}` fetches it, or {how}"
         raise ValueError(
-            f"{folder} holds an adapter of the backbone {named}, which is not on this machine; if "
-            "it moved, name its folder now: --model.path=FOLDER. One of the Hugging Face Hub is "
-            "fetched with `hf download`"
+            f"{folder} holds an adapter of the backbone {named}, which is not on this machine; "
+            + how
         )
     cache = folder.parent / CACHE  # of the run, where it is still there
     if warning := check_weights(record, path, cache if cache.is_file() else None):

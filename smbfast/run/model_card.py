@@ -192,6 +192,7 @@ def _rows(record: dict, backbone: str, *, target: bool) -> list[tuple[str, str]]
     weights = "adapter" if record["trains"] == "lora" else "all trained"
     return [
         ("backbone", backbone),
+        ("commit of the backbone", record.get("backbone_revision") or "none"),
         ("digest of the backbone", short(record.get("weights_digest"))),
         ("weights", f"{weights}, {record['dtype']}"),
         ("format of the records", f"{record['data_format']}, version {record['format']}"),

@@ -74,6 +74,7 @@ class _ModelRecord(_Strict):
     run: str | None = None
     data_digest: str | None = None
     weights_digest: str | None = None
+    backbone_revision: str | None = None  # commit of a backbone of the hub
 
 
 _T = TypeVar("_T", bound=BaseModel)

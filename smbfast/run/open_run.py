@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from smbfast.base.config import to_toml
+from smbfast.base.digests import hub_commit
 from smbfast.base.files import legal, write_text
 from smbfast.base.parts import is_part
 from smbfast.base.runtime import GIB, choose_device, held_memory, versions
@@ -373,6 +374,7 @@ def _model_record(run: OpenRun, step: int) -> dict:
     return {
         "trains": settings.trains,
         "backbone": _lasting(settings.model.path),
+        "backbone_revision": hub_commit(settings.model.path) if settings.model.path else None,
         "dtype": str(next(run.encoder.decoder.parameters()).dtype).removeprefix("torch."),
         "compute": str(run.encoder.dtype).removeprefix("torch."),
         "vocabulary": len(prepared.tokenizer),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smbfast.base.counts import FEW
-from smbfast.base.digests import check_weights, local_model
+from smbfast.base.digests import check_weights, hub_commit, local_model
 from smbfast.base.files import FORMAT as MANIFEST_FORMAT
 from smbfast.base.files import MANIFEST, read_json, verify_folder
 from smbfast.base.replace import sha256
@@ -105,8 +105,12 @@ def shipment_of(settings: PushSettings) -> Shipment:
     if record.get("trains") == "lora":
         base, note = _base(settings, record)
         notes += [note] if note else []
-        record = {**record, "backbone": base}
-        config = read_json(folder / "adapter_config.json") | {"base_model_name_or_path": base}
+        commit = record.get("backbone_revision")
+        if settings.base is not None:
+            commit = hub_commit(settings.base)
+        record = {**record, "backbone": base, "backbone_revision": commit}
+        config = read_json(folder / "adapter_config.json")
+        config |= {"base_model_name_or_path": base, "revision": commit}
         files["adapter_config.json"] = _json(config)
     elif settings.base is not None:
         raise ValueError(f"`base` must be left out for {folder}, which holds all weights")
