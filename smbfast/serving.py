@@ -42,6 +42,7 @@ from smbfast.probing.embedding_file import EmbeddingTable
 from smbfast.probing.embedding_parts import embed_nodes
 from smbfast.probing.pooling import width_of
 from smbfast.run.checkpoint import restore_final
+from smbfast.run.hub import fetched
 from smbfast.run.matmul import recorded
 from smbfast.run.origin import origin_of
 from smbfast.settings import POOLS, Pool, require_meds_folder
@@ -396,6 +397,7 @@ class Embedder:
 def load(
     folder: str | Path,
     *,
+    revision: str | None = None,
     path: str | Path | None = None,
     codes: Any = None,
     device: str = "auto",
@@ -403,18 +405,20 @@ def load(
     """Load a trained model: `final` in a run folder, or one of the folders under `best`.
 
     Args:
-        folder: the model's folder.
+        folder: the model's folder, or `owner/name` of one on the Hugging Face Hub, also
+            `owner/name@revision`; see `smbfast.run.hub.fetched`.
+        revision: commit, tag or branch of the Hub; None for the newest commit.
         path: of a LoRA adapter, the folder or hub name of its backbone, if that is no longer where
             it was during training. Its weights are compared with those of the run.
         codes: what `codes` of the methods is where a call has none, see `Embedder.embed`.
         device: `cpu`, `cuda`, `cuda:1`, or `auto`, the first GPU or else the CPU.
 
     Raises:
-        ValueError: the folder is no trained model or is damaged, or its backbone is missing or
-            another.
+        ValueError: the folder is no trained model or is damaged, its backbone is missing or
+            another, or the Hub does not give it.
     """
     where = None if path is None else str(path)
-    return Embedder(Path(folder), choose_device(device), where, codes)
+    return Embedder(fetched(folder, revision), choose_device(device), where, codes)
 
 
 def at_hand(folder: str | Path, path: str | Path | None = None, device: str = "auto") -> Embedder:
@@ -422,7 +426,8 @@ def at_hand(folder: str | Path, path: str | Path | None = None, device: str = "a
 
     The last two are held.
     """
-    manifest = Path(folder).absolute() / MANIFEST
+    folder = fetched(folder)
+    manifest = folder.absolute() / MANIFEST
     key = manifest, stamp(manifest) if manifest.is_file() else None, path, device
     with _LOADING:
         model = _AT_HAND.pop(key, None) or load(folder, path=path, device=device)

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -15,12 +16,12 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import smbfast
-from smbfast import push, train
+from smbfast import embed, push, train
 from smbfast.base.files import MANIFEST, verify_folder
 from smbfast.base.replace import foreign
 from smbfast.data.tokens import train_tokenizer
 from smbfast.run.checkpoint import write_card
-from smbfast.run.hub import MODEL_FILES, fetched
+from smbfast.run.hub import MODEL_FILES
 from smbfast.run.model_card import merged_card, model_card, shared_card
 from smbfast.settings import load
 from tests.factory import split_rows, table_of, write_meds
@@ -186,28 +187,31 @@ def test_what_is_pushed_comes_back_and_embeds_to_the_same_bits(
 ) -> None:
     pushed(final, "--target")
     pushed(final)  # what an earlier commit had and this one has not is removed
-    out = capsys.readouterr().out
-    assert (
-        "left here: target.safetensors" in out and f"pushed: https://huggingface.co/{NAME}" in out
-    )
+    said = capsys.readouterr().out
+    assert "left here: target.safetensors" in said
+    assert f"pushed: https://huggingface.co/{NAME}/tree/{COMMIT}" in said
     repository = api.root / NAME / COMMIT
     names = {file.name for file in repository.iterdir()}
     assert names == {f.name for f in final.iterdir()} - {"target.safetensors"}
-    assert {name for name in names if f"  {name}\n" not in out} == set()
+    assert {name for name in names if f"  {name}\n" not in said} == set()
     for file in repository.iterdir():
         assert str(home).encode() not in file.read_bytes(), file.name
     record = json.loads((repository / "smbfast.json").read_text())
     assert record["backbone"] == "base" and "pool_choice" not in record
     assert f'smbfast.load("{NAME}"' in (repository / "README.md").read_text()
     monkeypatch.undo()
+    out = tmp_path / "embeddings.parquet"
     with hub(api.root, tmp_path / "cache", monkeypatch):
-        model = fetched(NAME)
-    events = table_of(split_rows("held_out"))
-    ours, theirs = (
-        smbfast.load(folder, path=home / "base", device="cpu").embed(events, at="last").table
-        for folder in (final, model)
-    )
-    assert ours.equals(theirs)
+        by_name = [f"--model={NAME}@{COMMIT}", f"--model.path={home / 'base'}", "--device=cpu"]
+        embed.main([*by_name, f"--data={home / 'data'}", "--at=last", f"--out={out}"])
+        events = table_of(split_rows("held_out"))
+        ours, theirs = (
+            smbfast.load(folder, revision=commit, path=home / "base", device="cpu")
+            for folder, commit in ((final, None), (NAME, "main"))
+        )
+    expected = ours.embed(home / "data", at="last").table
+    assert pq.read_table(out).equals(expected)
+    assert theirs.embed(events, at="last").table.equals(ours.embed(events, at="last").table)
 
 
 def test_a_dry_run_opens_no_socket(final: Path, monkeypatch: Any, capsys: Any) -> None:
