@@ -7,10 +7,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 import smbfast.run.startup as startup
 from smbfast.base.config import to_toml
 from smbfast.base.runtime import matmul_rate
+from smbfast.data.loader import Step
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.flops import ModelShape
 from smbfast.run.folder import earlier
 from smbfast.run.metrics import Meter
+from smbfast.run.open_run import Progress
 from smbfast.run.startup import layer_dtype, micro_tokens, self_check
 from smbfast.settings import PhaseSettings, load
 from tests.tiny import random_window, tiny_encoder
@@ -21,7 +23,18 @@ SFT = PhaseSettings(name="sft", steps=1, w_sft=1.0, w_jepa=0.0)
 
 def test_the_ceiling_is_measured_however_short_the_time():
     rate = matmul_rate(torch.device("cpu"), torch.float32, seconds=0.0)
-    assert rate.flops > 0 and Meter(10, 0, rate).read(1)["matmul"] == 0
+    assert rate.flops > 0 and Meter(10, Progress(), rate).read(1)["matmul"] == 0
+
+
+def test_a_run_counts_its_tokens_and_flops_over_all_its_processes():
+    rate, progress = matmul_rate(torch.device("cpu"), torch.float32, seconds=0.0), Progress()
+    for _ in range(2):
+        meter = Meter(10, progress, rate)
+        for tokens in (70, 50):
+            meter.add(Step(0, [], num_labels=9, num_masked=3, num_tokens=tokens), 10**15)
+            meter.read(1)  # a line of the log begins no new count
+    assert (progress.tokens, progress.flops) == (240, 4 * 10**15)
+    assert Progress.of({"step": 3, "tokens": 7, "flops": 8}) == Progress(3, tokens=7, flops=8)
 
 
 class Windows(list):

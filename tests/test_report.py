@@ -5,12 +5,13 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench.pages import SCHEMES, WIDTHS, Chromium, chromium, measured
 from smbfast.report import main
-from smbfast.reporting import comparisons, figures
+from smbfast.reporting import comparisons, figures, took
 from smbfast.reporting.page import write_report
 from smbfast.reporting.runlog import Finding, read_run
 from smbfast.reporting.verdict import alarms, collapse
@@ -257,7 +258,7 @@ def run_folder(
     return path
 
 
-def whole(path: Path, **files: dict | str) -> Path:
+def whole(path: Path, **files: Any) -> Path:
     defaults = {
         "probe": probe(),
         "sample": sample(),
@@ -323,11 +324,16 @@ def test_whole_run(source: str, page: Page) -> None:
     assert source.count('class="line hidden"') == 3  # two masked lines and the legend
 
 
-def test_tasks_stand_in_the_order_of_the_verdicts(page: Page) -> None:
-    """The verdicts come first, then the summary, then the tasks, the worst of them first."""
-    order = [page.text.index(f"{name} · ") for name in ("death_1y", "progression", "rare_event")]
-    said = page.text.index("death_1y: worse than counts and values.")
-    assert said < page.text.index("best rival") < order[0] and order == sorted(order)
+def test_tasks_stand_in_the_order_of_the_verdicts(source: str, page: Page) -> None:
+    """The table of verdicts comes first, then the tasks, the worst of them first, each with its
+    sentence; then training and health, and data and settings at the end."""
+    names = ("death_1y", "progression", "rare_event")
+    order = [page.text.index("best rival")]
+    for name in names:
+        order += [page.text.index(f"{name} · "), page.text.index(f"{name}: ")]
+    assert order == sorted(order)
+    sections = re.findall(r'<section id="(\w+)">', source)
+    assert sections == ["probe", "loss", "collapse", "machine", "timeline", "data", "config"]
 
 
 def test_differences_to_the_best_say_better_worse_or_neither(source: str) -> None:
@@ -344,6 +350,44 @@ def test_differences_to_the_best_say_better_worse_or_neither(source: str) -> Non
     ]
 
 
+@pytest.mark.parametrize("every", [1, 10])
+def test_captions_say_what_was_logged(tmp_path: Path, undrawn: list[str], every: int) -> None:
+    """Counted here from metrics.jsonl itself."""
+    records = [r for r in metrics() if r["kind"] == "eval" or r["step"] % every == 0]
+    run = whole(tmp_path / "run", records=records)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps, evals = ([r for r in lines if r["kind"] == kind] for kind in ("step", "eval"))
+    said = took.captions(read_run(run))
+    if every == 1:
+        assert said["steps"].startswith(f"Every step was logged: {len(steps)} of 300.")
+    else:
+        assert f"drawn: {len(steps)} of 300, mostly one in {every}." in said["steps"]
+        assert "every step" not in " ".join(said.values()).lower() + read(run)[1].text.lower()
+    assert said["losses"].startswith(said["steps"].split(".")[0])
+    assert f"{len(evals)} evaluations" in said["health"] and said["health"] in said["losses"]
+
+
+def test_what_a_run_took_is_said(tmp_path: Path, undrawn: list[str]) -> None:
+    """Of a run of an earlier version, without these figures, nothing is."""
+    head = header(window_tokens=1_204_551)
+    head |= {"digests": {"data": "5eed" * 4}, "memory": {"before": 0.5, "predicted": 0.7}}
+    more = {"tokens": 3_000_000, "epochs": 2.4906, "flops": 41 * 10**12, "matmul": 0.25}
+    status = {"state": "done", "command": "smbfast train x"}
+    records = [{**r, **more} if r["kind"] == "step" else r for r in metrics()]
+    source, _ = read(whole(tmp_path / "run", records=records, head=head, status=status))
+    shown = dict(re.findall(r"<dt>([^<]*)</dt><dd[^>]*>([^<]*)</dd>", source))
+    assert (shown["tokens seen"], shown["epochs"], shown["FLOPs"]) == ("3 M", "2.49", "41 T")
+    assert (shown["peak memory"], shown["command"]) == ("1.50 GiB", "smbfast train x")
+    assert shown["fingerprint of the data"] == "5eed" * 4
+    cells = dict(re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td>', source))
+    assert "2.491: tokens seen over the 1,204,551 tokens" in cells["epochs"]
+    assert "25% of this device" in cells["FLOPs"] and cells["memory, measured"].startswith("1.50")
+    assert cells["memory, predicted"].startswith("0.70 GiB for")
+    assert cells["memory, predicted"].endswith("before, 1.00 GiB")
+    old = read(whole(tmp_path / "old"))[0]
+    assert not re.search("tokens seen|epochs<|FLOPs|memory, predicted|fingerprint", old)
+
+
 def test_a_figure_below_chance_is_the_red_first_sentence(
     tmp_path: Path, undrawn: list[str]
 ) -> None:
@@ -353,7 +397,8 @@ def test_a_figure_below_chance_is_the_red_first_sentence(
     body = source[source.index("<main>") :]
     alarm = body.index('<p class="finding bad alarm">x: BELOW CHANCE and worse.</p>')
     assert alarm < body.index("Finished: 300") < body.index("death_1y: worse")
-    assert '<li class="bad">death_1y: worse' in body and '<li class="unknown">progression' in body
+    assert '<p class="finding bad">death_1y: worse' in body
+    assert '<p class="finding unknown">progression' in body
     assert re.search(r'">x <span.*tag bad">below chance<', body)
 
 

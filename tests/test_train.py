@@ -1,5 +1,6 @@
 """The training entry: resuming, signals, what a run leaves behind."""
 
+import itertools
 import json
 import os
 import signal
@@ -105,6 +106,20 @@ def test_stopped_at_every_step_and_resumed_equals_never_stopped(
         for file in files:
             assert (whole / name / file).read_bytes() == (folder / name / file).read_bytes(), file
     assert told(whole) == told(folder)
+
+
+def test_records_say_what_a_run_read_and_took(whole):
+    records = [json.loads(x) for x in (whole / "metrics.jsonl").read_text().splitlines()]
+    header, steps = records[0], [r for r in records if r["kind"] == "step"]
+    model = json.loads((whole / "final/smbfast.json").read_text())
+    assert header["digests"]["data"] == model["data_digest"]
+    assert header["run"] == {"id": model["run"], "ranks": 1}
+    assert header["memory"]["predicted"] > 0 and header["memory"]["before"] > 0
+    for before, after in itertools.pairwise([{"tokens": 0, "flops": 0}, *steps]):
+        # each window has at least one token that is no label
+        assert after["tokens"] - before["tokens"] > after["labels"]
+        assert after["flops"] > before["flops"]
+        assert after["epochs"] == after["tokens"] / header["data"]["window_tokens"]
 
 
 @pytest.mark.parametrize("form", ["merged", "tracked"])

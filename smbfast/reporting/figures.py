@@ -38,14 +38,14 @@ from smbfast.reporting.runlog import (
 )
 from smbfast.reporting.verdict import GOOD_RATIO, HALF, trivial_ratio
 
-# a longer line is not finer on paper, only a larger file
-_POINTS = 600
+# a longer line is not finer on paper, only a larger file; captions say so
+POINTS = 600
 Panel = Callable[[Axes], None]
 Series = tuple[str, str | None, str, str]  # key, label, colour, marker
 
 
 def losses(phases: list[Phase]) -> list[str]:
-    """Plot each loss by step: every step, smoothed, and on the tuning split."""
+    """Plot each loss: of the steps that were logged, smoothed, and on the tuning split."""
     panels: list[Panel] = []
     for key, title, unit in (
         ("sft", "Next-token loss (SFT)", "cross-entropy (nats / token)"),
@@ -299,8 +299,8 @@ def _finite(records: list[Record], value_N: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def _plot(ax: Axes, step_N: np.ndarray, value_N: np.ndarray, **style: Any) -> None:
-    if len(step_N) > _POINTS:
-        shown = np.unique(np.linspace(0, len(step_N) - 1, _POINTS).astype(int))
+    if len(step_N) > POINTS:
+        shown = np.unique(np.linspace(0, len(step_N) - 1, POINTS).astype(int))
         step_N, value_N = step_N[shown], value_N[shown]
     if len(step_N) == 1 and "marker" not in style:
         style["marker"] = "."

@@ -13,7 +13,7 @@ from smbfast.base.counts import FEW_TEXT
 from smbfast.base.files import committed_file
 from smbfast.base.held_out import count_look
 from smbfast.base.ours import require_replaceable
-from smbfast.reporting import figures, probes
+from smbfast.reporting import figures, probes, took
 from smbfast.reporting.cells import count, mapping, mappings
 from smbfast.reporting.html import plots, rendered
 from smbfast.reporting.runlog import (
@@ -68,7 +68,8 @@ def render(run: Run, *, final: bool = False) -> str:
         "report.html",
         name=run.path.resolve().name,
         verdict=verdict(run),
-        facts=_facts(run),
+        facts=took.at_a_glance(run),
+        command=took.command(run),
         notes=run.notes,
         probe=probes.view(run, final=final),
         losses=plots(figures.losses(run.phases)),
@@ -76,6 +77,9 @@ def render(run: Run, *, final: bool = False) -> str:
         finding=collapse(run.phases),
         health_rows=_health_rows(run.phases),
         machine=[*plots(figures.optimizer(run.phases)), *plots(figures.machine(run.phases))],
+        captions=took.captions(run),
+        took=took.table(run),
+        fingerprint=took.fingerprint(run),
         sample=_sample(run),
         card=_card_rows(run.header),
         card_warnings=[Finding("warn", text) for text in _card_warnings(run.header)],
@@ -131,26 +135,6 @@ def _seconds(run: Run) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds:.0f} s"
-
-
-def _facts(run: Run) -> list[tuple[str, str]]:
-    evals = [record for phase in run.phases for record in phase.evals]
-    steps = [record for phase in run.phases for record in phase.steps]
-    facts: list[tuple[str, str]] = []
-    for key, label, form in (
-        ("sft", "tuning SFT loss, last", "{:.3f}"),
-        ("jepa", "tuning JEPA loss, last", "{:.3f}"),
-        ("codes", "tuning loss of codes to come, last", "{:.3f}"),
-    ):
-        known_N = column(evals, key)
-        known_N = known_N[known_N == known_N]
-        facts.append((label, form.format(known_N[-1]) if len(known_N) else ""))
-    speed_N = column(steps, "tokens_per_s")
-    speeds = sorted(speed_N[speed_N == speed_N])
-    facts.append(("tokens / s, median", f"{speeds[len(speeds) // 2]:,.0f}" if speeds else ""))
-    if run.status.get("command") and run.status.get("state") != "done":
-        facts.append(("to go on", str(run.status["command"])))
-    return [(label, value) for label, value in facts if value]
 
 
 def _health_rows(phases: list[Phase]) -> list[list[str]]:
@@ -239,7 +223,7 @@ def _line(line: Record) -> Record:
 
 
 def _about(header: Record) -> Record:
-    elsewhere = ("kind", "config", "card", "data", "versions")  # on the page
+    elsewhere = ("kind", "config", "card", "data", "versions", "memory")  # on the page
     return {key: value for key, value in header.items() if key not in elsewhere}
 
 

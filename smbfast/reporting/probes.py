@@ -4,6 +4,7 @@ The record is read as any JSON, so that a damaged one is shown as far as it goes
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 from smbfast.base.held_out import num_looks, times
@@ -76,14 +77,26 @@ def view(run: Run, *, final: bool) -> Record:
     order, notes = [verdict.task for verdict in verdicts], probe.get("notes")
     # as the headline has them, worst first
     tasks.sort(key=lambda t: order.index(n) if (n := str(t.get("task"))) in order else len(order))
+    links = {str(task.get("task")): f"task-{i}" for i, task in enumerate(tasks)}
     return {
         "alarms": [verdict for verdict in verdicts if verdict.below_chance],
-        "verdicts": [verdict for verdict in verdicts if not verdict.below_chance],
+        # of the others, those that stand with no task below
+        "verdicts": [v for v in verdicts if not v.below_chance and v.task not in links],
         "judges": _judges(run, hidden) if run.probe else None,
         "old": old,
         "judged_on": judged_on(run).replace("_", "-"),
-        "summary": [_summary(item) for item in mappings(probe.get("headline"))] if tasks else [],
-        "tasks": [_task(task, i, primary, judged_on(run)) for i, task in enumerate(tasks)],
+        "summary": [
+            {**_summary(item), "link": links.get(str(item.get("task")))}
+            for item in mappings(probe.get("headline"))
+            if tasks
+        ],
+        "tasks": [
+            {
+                "verdict": next((v for v in verdicts if v.task == str(task.get("task"))), None),
+                **_task(task, i, primary, judged_on(run)),
+            }
+            for i, task in enumerate(tasks)
+        ],
         "oracles": any(
             model.get("role") == "oracle"
             for task in tasks
@@ -101,7 +114,7 @@ def _verdict(item: Record) -> Verdict:
         task=str(item.get("task")),
         level="bad" if below else _LEVELS.get(word, "unknown"),
         word="below chance" if below else _WORDS.get(word, word),
-        text=str(item.get("text")).replace("-0.", "−0."),
+        text=re.sub(r"(?<!\w)-(?=\d)", "−", str(item.get("text"))),
         below_chance=below,
     )
 
@@ -273,7 +286,7 @@ class _About:
             for group in mappings(self.task.get("groups"))
             for value in [interval(group.get("difference"))]
         ]
-        title = f"smbfast minus {self.names.get(self.best, 'the best rival')}, in groups"
+        title = f"Groups: smbfast minus {self.names.get(self.best, 'the best rival')}"
         unit = f"difference in {self.title}, all nodes of the group"
         return comparisons.forest(
             f"{self.id}-groups", rows, title=title, unit=unit, level=0.0, signed=True

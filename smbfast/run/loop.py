@@ -54,7 +54,7 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
     total, losses = total_steps(settings), losses_of(settings)
     updater = Updater(run.optimizer, settings.optim.clip)
     fixed = Fixed.of(run)
-    meter = Meter(total, first, matmul_rate(run.device, layer_dtype(encoder)))
+    meter = Meter(total, run.progress, matmul_rate(run.device, layer_dtype(encoder)))
     log = open_log(run)
     health: dict = {}
     run.write_status("running", first, command)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from smbfast.base.files import legal
 from smbfast.base.progress import duration
-from smbfast.base.runtime import MatmulRate, peak_memory_gib
+from smbfast.base.runtime import GIB, MatmulRate, peak_memory_gib
 from smbfast.data.loader import Step
 from smbfast.run import console
 from smbfast.run.board import Board
-from smbfast.run.open_run import OpenRun
+from smbfast.run.open_run import OpenRun, Progress
 from smbfast.run.optim import place, total_steps
 from smbfast.run.step import StepLosses
 from smbfast.settings import PhaseSettings
@@ -76,15 +76,16 @@ class NoLog(MetricsLog):
 class Meter:
     """Measures how fast a run is, how long it waits for data, and the time left."""
 
-    def __init__(self, total_steps: int, step: int, ceiling: MatmulRate) -> None:
+    def __init__(self, total_steps: int, progress: Progress, ceiling: MatmulRate) -> None:
         """Start to measure.
 
         Args:
             total_steps: steps of the run.
-            step: steps done before.
+            progress: how far it is; tokens and FLOPs of each step are added to its own.
             ceiling: of a large matrix product on this device.
         """
-        self._total, self._first, self._begin = total_steps, step, time.monotonic()
+        self._progress = progress
+        self._total, self._first, self._begin = total_steps, progress.step, time.monotonic()
         self._ceiling, self._mark = ceiling.flops, self._begin
         self._tokens = self._masked = self._flops = 0
         self._waited = 0.0
@@ -105,6 +106,8 @@ class Meter:
         self._tokens += step.num_tokens
         self._masked += step.num_masked
         self._flops += flops
+        self._progress.tokens += step.num_tokens
+        self._progress.flops += flops
 
     def read(self, step: int) -> dict[str, float]:
         """Return the speed since the last call, and `eta`, the seconds left after `step` steps.
@@ -136,8 +139,22 @@ def open_log(run: OpenRun) -> MetricsLog:
         run.begin()
     header = console.header(run)
     if not progress.step:
-        log.write("header", **header)
+        log.write("header", **header, **_known_before(run))
     return log
+
+
+def _known_before(run: OpenRun) -> dict[str, object]:
+    """Return what the report needs and no line of the console says: digests and memory in GiB."""
+    identity, peak = run.identity, run.predicted_peak
+    return {
+        "run": {"id": identity.run, "ranks": run.ranks.world},
+        "digests": {
+            "data": identity.data,
+            "shards": identity.shards,
+            "backbone": identity.backbone,
+        },
+        "memory": {"before": run.bytes_before / GIB, "predicted": peak / GIB if peak else None},
+    }
 
 
 def log_step(
@@ -151,6 +168,9 @@ def log_step(
     pace: dict[str, float],
 ) -> None:
     """Log and print an optimizer step, with its unweighted mean losses.
+
+    `tokens` counts the tokens of trunks since the first step of the run, `epochs` is that over the
+    tokens of the training windows, and `flops` counts what this rank computed.
 
     Args:
         summed: the weighted losses of the step; reading them waits for the device.
@@ -171,6 +191,9 @@ def log_step(
         "masked": step.num_masked,
         "labels": step.num_labels,
         "pairs": step.num_pairs,
+        "tokens": run.progress.tokens,
+        "epochs": run.progress.tokens / max(run.windows.num_tokens, 1),
+        "flops": run.progress.flops,
     }
     log.write("step", **record)
     console.warn_of_step(record, phase, log.warned)

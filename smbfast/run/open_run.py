@@ -62,6 +62,8 @@ class Progress:
     seconds: float = 0.0  # time spent training
     micro_tokens: int | None = None  # tokens of a micro-batch, chosen when the run began
     matmul: str | None = None  # backend of `smbkernels.linear`, chosen when it began on a CPU
+    tokens: int = 0  # of the trunks of all steps
+    flops: int = 0  # of the matrix products of the main rank
 
     @classmethod
     def of(cls, record: dict) -> "Progress":
@@ -224,6 +226,8 @@ class OpenRun:
                 "micro_tokens": self.micro_tokens,
                 "matmul": self.progress.matmul,
                 "seconds": self.seconds(),
+                "tokens": self.progress.tokens,
+                "flops": self.progress.flops,
             }
             keep = self.settings.run.keep
             checkpoint.save(self.folder, step, self.encoder, target, self.optimizer, record, keep)
