@@ -38,6 +38,11 @@ def _written(settings: ReportSettings, command: str) -> Path:
             command=command,
             tell=lambda text: print(f"report: {text}", file=sys.stderr),
         )
+    if settings.patient is not None:
+        from smbfast.run.risk import write_patient
+
+        more = {"out": settings.out, "data": settings.data}
+        return write_patient(settings.run, settings.patient, command, **more)
     from smbfast.reporting.page import write_report
 
     return write_report(settings.run, final=settings.final, counted=command)

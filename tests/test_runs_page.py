@@ -194,6 +194,9 @@ def test_names_are_the_shortest_ends_that_differ() -> None:
         (["{one}", "{two}", "--out={dir}/page.pdf"], 2, "ends in .html"),
         (["{one}", "--out={dir}/page.html"], 2, "out names the page of a comparison"),
         (["{one}", "--run={two}"], 2, "runs must be named as words or by `run`, not by both"),
+        (["{one}", "{two}", "--patient=3"], 2, "patient shows one patient of one run"),
+        (["{one}", "--data={two}"], 2, "needs patient"),
+        (["{one}", "--patient=x"], 2, "`patient`"),
     ],
 )
 def test_refusals_change_nothing(

@@ -28,6 +28,8 @@ _TAIL = 1 << 20  # bytes at the end of a parquet file that are searched for the 
 _OUTPUTS = (
     "report.html",
     "probe.json",
+    "risk.json",
+    "risk_functions.safetensors",
     "held_out.json",
     "embeddings/*.parquet",
     "predictions/*.parquet",
@@ -103,6 +105,15 @@ def require_runs_page(file: Path) -> None:
         ValueError: it is of others, or a folder.
     """
     _require_page(file, b"smbfast runs</title>")
+
+
+def require_patient_page(file: Path) -> None:
+    """Refuse to replace a file that is not the page of a patient.
+
+    Raises:
+        ValueError: it is of others, or a folder.
+    """
+    _require_page(file, b"smbfast patient</title>")
 
 
 def _require_page(file: Path, title: bytes) -> None:
@@ -186,6 +197,14 @@ def _is_probe(file: Path) -> bool:
     return _json(file).keys() >= {"tasks", "protocol"}
 
 
+def _is_risk(file: Path) -> bool:
+    return _json(file).keys() >= {"moments", "tasks", "rule"}
+
+
+def _is_risk_functions(file: Path) -> bool:
+    return b'"smbfast"' in file.open("rb").read(1 << 14)  # in the header
+
+
 def _is_comparison(file: Path) -> bool:
     return _json(file).keys() >= {"methods", "headline", "tasks"}
 
@@ -227,6 +246,8 @@ def _has_columns(file: Path, *names: bytes) -> bool:
 _FORMS: dict[str, Callable[[Path], bool]] = {
     "report.html": _is_report,
     "probe.json": _is_probe,
+    "risk.json": _is_risk,
+    "risk_functions.safetensors": _is_risk_functions,
     "held_out.json": _is_record_of_looks,
     "compare.json": _is_comparison,
     "compare.html": _is_compare_page,

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from smbfast.judging.risk_function import RiskFunction
+
 Role = Literal["own", "baseline", "beside", "oracle"]
 
 
@@ -26,6 +28,7 @@ class Scored:
     reason: why it cannot be measured, if it cannot; score_SN then has no version.
     chance_SNH: float64, of a log hazard: the probability of the event by each horizon; None where
         no baseline hazard was fitted.
+    risk: how the trained model scores any other node; None of other models.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Scored:
     chosen: dict[str, Any] = field(default_factory=dict)
     reason: str | None = None
     chance_SNH: np.ndarray | None = None
+    risk: RiskFunction | None = None
 
     def take(self, rows: np.ndarray) -> "Scored":
         """Return the scores of the given rows (indices or a mask)."""

@@ -66,13 +66,17 @@ def with_chances(labels: Labels, model: Scored, horizons_H: tuple[float, ...]) -
     if not rows.event_N.any():
         return model
     times_H = np.array(horizons_H)
-    chances = []
+    chances, risk = [], None
     for score_N in model.score_SN:
-        centred_N = score_N - score_N[tuning].mean()
+        middle = score_N[tuning].mean()
+        centred_N = score_N - middle
         slope = _slope(centred_N[tuning], rows.duration_N, rows.event_N)
         baseline = breslow(slope * centred_N[tuning], rows)
         chances.append(baseline.probability(slope * centred_N, times_H))
-    return replace(model, chance_SNH=np.stack(chances))
+        if model.risk is not None:
+            risk = replace(model.risk, slope=slope, shift=float(middle), baseline=baseline)
+            risk = replace(risk, horizons_H=horizons_H)
+    return replace(model, chance_SNH=np.stack(chances), risk=risk)
 
 
 def _slope(risk_T: np.ndarray, duration_T: np.ndarray, event_T: np.ndarray) -> float:

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 from scipy.special import expit, logit
 
+from smbfast.judging.risk_function import RiskFunction
 from smbfast.probing.binary import BinaryProbe, calibrate, log_loss, require_classes
 from smbfast.probing.features import Features
 from smbfast.probing.ridge import Basis, fit_path
@@ -23,11 +24,12 @@ _SLACK = 0.1  # nats a row above the least tuning log loss that end the path: ou
 
 @dataclass(frozen=True)
 class LogisticProbe(BinaryProbe):
-    """penalty: C; at_border, converged: see `RidgeFit`."""
+    """penalty: C; at_border, converged: see `RidgeFit`; risk: what was fitted, calibrated."""
 
     penalty: float
     at_border: bool
     converged: bool
+    risk: RiskFunction
 
 
 def fit_logistic(
@@ -68,8 +70,10 @@ def fit_logistic(
         basis=partial(_basis, train, scaled),
     )
     own = calibrate(fit.score_N[tuning_N], true_N[tuning_N])
+    weight_F, offset = scaled.weights(fit.weight_W[:-1])
+    risk = RiskFunction(weight_F, offset, float(fit.weight_W[-1]), own.slope, own.intercept)
     return LogisticProbe(
-        fit.score_N, fit.tuning_loss, own, fit.penalty, fit.at_border, fit.converged
+        fit.score_N, fit.tuning_loss, own, fit.penalty, fit.at_border, fit.converged, risk
     )
 
 

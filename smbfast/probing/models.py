@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import expit, logit
 
 from smbfast.data.labels import Labels
+from smbfast.judging.risk_function import RiskFunction
 from smbfast.judging.scored import Role, Scored
 from smbfast.probing.binary import BinaryProbe, log_loss
 from smbfast.probing.boosting import fit_boosting
@@ -56,13 +57,15 @@ class Fitted:
 
     score_N float64: calibrated probability or log hazard of every row, higher = riskier.
     linear_N: the calibrated logit or the log hazard. tuning_loss: of linear_N on tuning, nats a row
-    or, of a log hazard, an event. chosen: see `Scored`.
+    or, of a log hazard, an event. chosen: see `Scored`. risk: of a linear head, which other nodes
+    can be scored by.
     """
 
     score_N: np.ndarray
     linear_N: np.ndarray
     tuning_loss: float
     chosen: dict[str, Any]
+    risk: RiskFunction | None = None
 
 
 def fit(labels: Labels, feature_NF: Features, head: Head, progress: Progress) -> Fitted:
@@ -78,13 +81,13 @@ def fit(labels: Labels, feature_NF: Features, head: Head, progress: Progress) ->
         cox = fit_cox(feature_NF, *labels.survival_N, split_N, say, standardise=scale)
         chosen = {"C": cox.penalty, "at_border": cox.at_border, "converged": cox.converged}
         chosen |= {"tuning_loss": cox.tuning_loss}
-        return Fitted(cox.risk_N, cox.risk_N, cox.tuning_loss, chosen)
+        return Fitted(cox.risk_N, cox.risk_N, cox.tuning_loss, chosen, cox.risk)
     if head == "boosting":
         trees = fit_boosting(feature_NF, labels.binary_N, split_N, say)
         return _calibrated(labels, trees, {"trees": trees.num_trees})
     line = fit_logistic(feature_NF, labels.binary_N, split_N, say, standardise=scale)
     chosen = {"C": line.penalty, "at_border": line.at_border, "converged": line.converged}
-    return _calibrated(labels, line, chosen)
+    return replace(_calibrated(labels, line, chosen), risk=line.risk)
 
 
 def scored(
@@ -122,7 +125,8 @@ def _scored(labels: Labels, model: Model, versions: list[Fitted], reason: str | 
     score_SN = np.array([own.score_N for own in versions]).reshape(-1, len(labels))
     chosen = [own.chosen for own in versions]
     about = chosen[0] if len(chosen) == 1 else {"versions": chosen} if chosen else {}
-    return Scored(model.name, model.label, model.role, score_SN, about, reason)
+    risk = versions[0].risk if versions and model.role == "own" else None
+    return Scored(model.name, model.label, model.role, score_SN, about, reason, risk=risk)
 
 
 def _stack(labels: Labels, fitted: list[tuple[Model, list[Fitted], str | None]]) -> Scored:

@@ -26,13 +26,14 @@ _GAIN = 1e-6  # nats; what a fit's stopping rule leaves is no reason for a weake
 class RidgeFit:
     """score_N: of every row; tuning_loss: in nats; penalty: C. at_border: whether C is the first or
     last of the grid, so that one outside of it might be better. converged: False if the fit stopped
-    at the iteration limit."""
+    at the iteration limit. weight_W: of the scaled features."""
 
     score_N: np.ndarray
     tuning_loss: float
     penalty: float
     at_border: bool
     converged: bool
+    weight_W: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def fit_path(
         loss = tuning_loss(score_N)
         if best is None or loss < best.tuning_loss - _GAIN:
             border = penalty in (PENALTIES[0], PENALTIES[-1])
-            best = RidgeFit(score_N, loss, penalty, border, status == 0)
+            best = RidgeFit(score_N, loss, penalty, border, status == 0, weight_W)
         elif loss > best.tuning_loss + slack:
             break
     assert best is not None

@@ -1,7 +1,8 @@
 """Probes frozen embeddings: how much do they say about outcomes?
 
-Reads embeddings (`python -m smbfast.embed`) and labels, writes `probe.json` and for each task the
-predictions of every model, `predictions/<task>/<model>.parquet`, and prints the table. Figures and
+Reads embeddings (`python -m smbfast.embed`) and labels, writes `probe.json`, for each task the
+predictions of every model, `predictions/<task>/<model>.parquet`, and what was fitted to the trained
+model's embeddings, `risk_functions.safetensors`, and prints the table. Figures and
 predictions are of tuning; those of held_out are made and counted (`smbfast.base.held_out`) only
 where they are asked for, and nothing of held-out patients is used before.
 """
@@ -26,8 +27,10 @@ from smbfast.data.labels import (
 )
 from smbfast.data.meds import MedsDataset
 from smbfast.judging.headline import headline, too_few_draws
+from smbfast.judging.judge import OWN
 from smbfast.judging.measures import PRIMARY
 from smbfast.judging.predictions import require_predictions, write_predictions
+from smbfast.judging.risk_function import FILE, RiskFunction, write_risk_functions
 from smbfast.labelling.checking import check_against_definitions
 from smbfast.labelling.competing import competing_tasks
 from smbfast.probing.contestants import Contestants
@@ -84,6 +87,7 @@ def run_probe(
     looks = count_look(run, command) if config.final else num_looks(run)
     record = _record(config, protocol, measured, looks)
     _write(out, record, measured)
+    _write_risk_functions(out, config, measured)
     say(table(record))
     return record
 
@@ -124,6 +128,24 @@ def _write(out: Path, record: dict[str, Any], measured: list[Measured]) -> None:
         staging.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
+def _write_risk_functions(
+    out: Path, config: ProbeCommandSettings, measured: list[Measured]
+) -> None:
+    """Write how the trained model scores any node, of tasks that could be measured."""
+    functions = {
+        result.judged.task: model.risk
+        for result in measured
+        for model in result.scored
+        if model.name == OWN and model.risk is not None and _gives_probability(result, model.risk)
+    }
+    write_risk_functions(out, functions, read_origin(config.embeddings))
+
+
+def _gives_probability(result: Measured, risk: RiskFunction) -> bool:
+    """Whether a risk function has a baseline where it needs one: tuning may have had no event."""
+    return result.judged.kind == "binary" or risk.baseline is not None
+
+
 def _require_outputs(out: Path, run: Path, tasks: list[Labels]) -> None:
     """Raise a ValueError if `out` is no folder, or holds files of others by the names of ours, or
     if the looks of `run` cannot be counted."""
@@ -131,6 +153,7 @@ def _require_outputs(out: Path, run: Path, tasks: list[Labels]) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"`out` must be a folder to write to; {out} is a file")
     require_replaceable(out / "probe.json")
+    require_replaceable(out / FILE)
     require_predictions(out, [labels.task for labels in tasks])
 
 

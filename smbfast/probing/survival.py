@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from smbfast.judging.risk_function import RiskFunction
 from smbfast.probing.features import Features
 from smbfast.probing.ridge import fit_path
 from smbfast.probing.scaling import Scaling, chunks, directions, scaling, scores
@@ -24,7 +25,7 @@ class CoxProbe:
     """risk_N float64: the log partial hazard of every row given (higher = earlier event).
 
     tuning_loss: negative log partial likelihood, nats an event; 0 without an event. penalty: C;
-    at_border, converged: see `RidgeFit`.
+    at_border, converged: see `RidgeFit`. risk: what was fitted, without any baseline.
     """
 
     risk_N: np.ndarray
@@ -32,6 +33,7 @@ class CoxProbe:
     penalty: float
     at_border: bool
     converged: bool
+    risk: RiskFunction
 
 
 def not_measurable(
@@ -89,7 +91,8 @@ def fit_cox(
         progress=progress,
         basis=lambda _: basis,
     )
-    return CoxProbe(fit.score_N, fit.tuning_loss, fit.penalty, fit.at_border, fit.converged)
+    risk = RiskFunction(*scaled.weights(fit.weight_W))
+    return CoxProbe(fit.score_N, fit.tuning_loss, fit.penalty, fit.at_border, fit.converged, risk)
 
 
 def _objective(

@@ -13,7 +13,7 @@ from smbfast.base.counts import FEW_TEXT
 from smbfast.base.files import committed_file
 from smbfast.base.held_out import count_look
 from smbfast.base.ours import require_replaceable
-from smbfast.reporting import figures, probes, took
+from smbfast.reporting import figures, probes, risk, took
 from smbfast.reporting.cells import count, mapping, mappings
 from smbfast.reporting.html import plots, rendered
 from smbfast.reporting.runlog import (
@@ -72,6 +72,7 @@ def render(run: Run, *, final: bool = False) -> str:
         command=took.command(run),
         notes=run.notes,
         probe=probes.view(run, final=final),
+        risk=risk.view(run),
         losses=plots(figures.losses(run.phases)),
         health=plots(figures.health(run.phases)),
         finding=collapse(run.phases),

@@ -37,6 +37,7 @@ from smbfast.run.model_card import merged_card, model_card
 from smbfast.run.model_record import RECORD
 from smbfast.run.open_run import OpenRun
 from smbfast.run.origin import origin_of
+from smbfast.run.risk import write_simulated
 from smbfast.settings import Pool, ProbeCommandSettings
 
 
@@ -91,6 +92,10 @@ def probe_run(
         command=command,
     )
     _write_cards(run, target, probed)
+    if not run.encoder.is_shared_out:  # a forward is of all ranks there, and this one is alone
+        with helper("the risk of a simulated patient"):
+            packed = packed_of(run.encoder, target, probe.encoder, settings.objective.path)
+            write_simulated(run, Model(packed), dataset, [labels for _, labels in run.tasks])
 
 
 def _embedded(

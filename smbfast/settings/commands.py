@@ -291,7 +291,10 @@ class ReportSettings(Settings):
     python -m smbfast.report runs/default
 
   Compare two runs, or more, with the first:
-    python -m smbfast.report runs/jepa runs/sft --out=jepa-sft.html"""
+    python -m smbfast.report runs/jepa runs/sft --out=jepa-sft.html
+
+  Show the predicted risk of one patient over time, beside their events:
+    python -m smbfast.report runs/default --patient=1234"""
     foreign: ClassVar[Mapping[str, Foreign]] = names.REPORT
 
     run: Path = Field(
@@ -307,8 +310,24 @@ class ReportSettings(Settings):
     )
     out: Path | None = Field(
         None,
-        description="File to write a comparison of runs to, ending in .html; a file that is not "
-        "such a page of ours is not replaced. `none` means comparison.html in the current folder.",
+        description="File to write a comparison of runs or the page of a patient to, ending in "
+        ".html; a file that is not such a page of ours is not replaced. `none` means "
+        "comparison.html in the current folder, and for a patient patient.html in the folder of "
+        "the run.",
+    )
+    patient: int | None = Field(
+        None,
+        description="Subject id of a patient of train or tuning whose predicted risks are shown "
+        "over time beside their events, on a page of its own. It is asked for by id because the "
+        "page shows dates and codes of one person, by which somebody who knows them may recognise "
+        "them: it is readable by you alone, says so, and must be handled like the data themselves. "
+        "report.html shows such a page of a simulated patient alone. It needs the dataset of the "
+        "run, and loads its model.",
+    )
+    data: Path | None = Field(
+        None,
+        description="Folder of the MEDS dataset of `patient`, if it is no longer where it was "
+        "during training. `none` takes it from where it was.",
     )
     final: bool = Field(
         False,
@@ -326,10 +345,14 @@ class ReportSettings(Settings):
 
     @model_validator(mode="after")
     def _is_one_page(self) -> "ReportSettings":
-        if self.out is not None and not self.against:
+        if self.against and self.patient is not None:
+            raise ValueError("patient shows one patient of one run, got several runs")
+        if self.patient is None and self.data is not None:
+            raise ValueError("data is where a patient is read from, and needs patient")
+        if self.out is not None and not self.against and self.patient is None:
             raise ValueError(
-                "out names the page of a comparison; the report of one run is written to "
-                "report.html in its folder"
+                "out names the page of a comparison or of a patient; the report of one run is "
+                "written to report.html in its folder"
             )
         return self
 
