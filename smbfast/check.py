@@ -15,6 +15,7 @@ from smbfast.settings import (
     load,
     plan_arguments,
     presets,
+    require_backbone,
     run_arguments,
     run_help,
 )
@@ -66,7 +67,9 @@ def main(argv: list[str] | None = None) -> None:
                 "this command is one process, and model.fsdp shares the backbone out over several: "
                 "add --gpus=N to plan the run, or --model.fsdp=false where the backbone fits"
             )
-        decided_data(settings)  # refused at once, before the imports that take seconds
+        # refused at once, before the imports that take seconds
+        require_backbone(settings, weights=not own)
+        decided_data(settings)
         command = shlex.join(["python", "-m", "smbfast.train", *rest])
         if own:
             plan = build(PlanSettings, {}, own)

@@ -18,6 +18,7 @@ from smbfast.settings import (
     kernel_choice,
     load,
     presets,
+    require_backbone,
     run_arguments,
     run_help,
 )
@@ -74,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         if "--print" in argv:
             print(to_toml(settings), end="")
             return
-        decided_data(settings)  # refused at once, before the imports that take seconds
+        require_backbone(settings)  # refused at once, before the imports that take seconds
+        decided_data(settings)
         require_run_folder(settings.folder)
         from smbfast.run.ranks import joined, launched
 

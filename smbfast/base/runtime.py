@@ -20,6 +20,7 @@ from smbkernels.matmul.products import times as times_by_onednn
 from torch import Tensor
 
 from smbfast.base.counts import few as few
+from smbfast.base.devices import known_device
 from smbfast.base.entry import SIGNALS, Requests
 from smbfast.base.helpers import helper
 
@@ -50,9 +51,9 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"run.device must be auto, cpu or cuda[:n], got `{name}`") from None
+        device = torch.device(known_device(name))
+    except ValueError as error:
+        raise ValueError(f"run.device {error}, got `{name}`") from None
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             count = torch.cuda.device_count()

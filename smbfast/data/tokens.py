@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers import decoders as token_decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from smbfast.base import hub_names
 from smbfast.base.files import digest_of
 from smbfast.base.plain_tokenizer import without_added_tokens
 from smbfast.data.codes.bins import MIN_SUBJECTS
@@ -65,13 +66,13 @@ def load_tokenizer(path: str, delimiters: Delimiters) -> tuple[PreTrainedTokeniz
     Raises:
         ValueError: there is no tokenizer, or not a fast one (only those can be copied safely).
     """
+    options = hub_names.options_of(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, trust_remote_code=False, local_files_only=Path(path).is_dir()
-        )
-    except Exception:  # tokenizers raises plain Exception; what a user can mend is the path
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:  # tokenizers raises plain Exception; a user can mend the path
         raise ValueError(
-            f"`model.path` {path} must be a folder or hub name with a tokenizer; none could be read"
+            f"`model.path` {path} must hold a tokenizer, tokenizer.json; none could be read "
+            f"({type(error).__name__})"
         ) from None
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ValueError(f"the tokenizer of {path} must be a fast one (tokenizer.json)")

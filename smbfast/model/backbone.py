@@ -30,19 +30,18 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen3Config,
 )
-from transformers.utils import logging as transformers_logging
 
+from smbfast.base import hub_names
 from smbfast.batch import NewToken
 from smbfast.model.codes_head import CodesHead
 from smbfast.model.decoder import Each, HfModule, PackedDecoder, Recompute
+from smbfast.model.quiet import own_words, require_whole
 from smbfast.model.sharding import is_shared_out, load_shared_out
 from smbfast.model.vocabulary import fit_vocabulary
 from smbfast.settings import LoraSettings, TrainSettings
 
 _MOST_ALPHA = 1e6  # of a LoRA scale; a larger one is a mistake and overflows: our choice
 WIDE = 512  # smallest width of a model trained whole that computes in bf16 on a GPU: our choice
-
-transformers_logging.disable_progress_bar()  # progress bars clutter the log of a job
 
 
 class Predictor(nn.Sequential):
@@ -365,29 +364,29 @@ def load_lm(path: str, dtype: torch.dtype, shared: torch.device | None = None) -
         shared: of a backbone that is shared out over ranks, the device of this rank.
 
     Raises:
-        ValueError: if it cannot be read.
+        ValueError: if it cannot be read, or weights are missing.
     """
-    local = Path(path).is_dir()
-    if not local and (
-        path.startswith((".", "/", "~")) or ("/" in path and Path(path).parent.is_dir())
-    ):
-        raise ValueError(f"`model.path` {path} must be a folder with a model; there is none")
-    if local:
-        require_layers(Path(path))
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": local}
+    options = hub_names.options_of(path)
+    require_layers(Path(path))
     try:
-        if shared is None:
-            options |= {"use_safetensors": True, "attn_implementation": "sdpa"}
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
-        config = AutoConfig.from_pretrained(path, **options)
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        with own_words():
+            if shared is None:
+                options |= {"use_safetensors": True, "attn_implementation": "sdpa"}
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    path, dtype=dtype, output_loading_info=True, **options
+                )
+                lm, missing = loaded[0], loaded[1]["missing_keys"]
+            else:
+                config = AutoConfig.from_pretrained(path, **options)
+                with torch.device("meta"):
+                    lm, missing = lm_of(config, dtype=dtype), []
     except Exception as error:  # transformers raises many types; the user can correct the path
         raise ValueError(
             f"`model.path` {path} must be a causal LM that transformers loads from safetensors; "
             f"loading failed with {type(error).__name__}"
         ) from None
-    return load_shared_out(lm, path, shared)
+    require_whole(path, missing)
+    return lm if shared is None else load_shared_out(lm, path, shared)
 
 
 def require_layers(folder: Path) -> None:
@@ -465,7 +464,8 @@ def _with_adapter(lm: PreTrainedModel, settings: TrainSettings, new_tokens: list
     if settings.model.adapter:
         return load_adapter(lm, settings.model.adapter, trainable=True, new_tokens=new_tokens)
     try:
-        return get_peft_model(lm, lora_config(lm, settings.lora, new_tokens))
+        with own_words():
+            return get_peft_model(lm, lora_config(lm, settings.lora, new_tokens))
     except ValueError:
         raise ValueError(
             f"lora.targets must name linears of the backbone; found none of {settings.lora.targets}"
@@ -507,10 +507,11 @@ def load_adapter(
         _require_numbers(config, Path(path))
         rows = _rows_of(config, lm)
         wanted = {name: list(dict.fromkeys([*rows[name], *new_tokens])) for name in rows}
-        if wanted == rows:
-            adapted = PeftModel.from_pretrained(lm, path, is_trainable=trainable)
-        else:
-            adapted = _with_more_rows(lm, Path(path), config, wanted)
+        with own_words():
+            if wanted == rows:
+                adapted = PeftModel.from_pretrained(lm, path, is_trainable=trainable)
+            else:
+                adapted = _with_more_rows(lm, Path(path), config, wanted)
     except Exception as error:  # PEFT raises many types; the user can correct the path
         raise ValueError(
             f"`model.adapter` {path} must be a PEFT adapter of this backbone; loading failed with "

@@ -36,10 +36,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smbfast.base.parts import is_part, part
+from smbfast.settings.backbones import FAMILIES as FAMILIES
 
 Recompute = Literal["none", "mlp", "full"]
 KERNEL_WIDTHS = (64, 128)  # head dims that the attention kernel for GPUs supports
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SILU = ("silu", "swish")  # the names that transformers gives it
 # the residual stream: what was summed, and what is still to be added to it, [T, D] each
 Stream = tuple[Tensor, Tensor | None]

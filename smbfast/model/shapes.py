@@ -3,13 +3,12 @@
 What does not depend on values follows from it: FLOPs, memory, the bytes that ranks exchange.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from peft import get_peft_model
 from transformers import AutoConfig
 
+from smbfast.base import hub_names
 from smbfast.model.backbone import (
     HfModule,
     PatientEncoder,
@@ -36,8 +35,9 @@ def backbone_config(settings: TrainSettings, vocabulary: int) -> HfModule:
     path = settings.model.path
     if path is None:
         return scratch_config(settings, vocabulary)
+    options = hub_names.options_of(path)
     try:
-        return AutoConfig.from_pretrained(path, local_files_only=Path(path).exists())
+        return AutoConfig.from_pretrained(path, **options)
     except Exception as error:  # transformers raises many types; the user can correct the path
         raise ValueError(
             f"`model.path` {path} must have a config.json that transformers knows; reading it "

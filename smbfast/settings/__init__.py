@@ -3,6 +3,7 @@
 Imports pydantic and nothing heavier, so that `--help` and a refused setting are answered at once.
 """
 
+from smbfast.settings.backbones import require_backbone
 from smbfast.settings.commands import (
     EmbedSettings,
     ProbeCommandSettings,
@@ -70,6 +71,7 @@ __all__ = [
     "presets",
     "push_arguments",
     "report_arguments",
+    "require_backbone",
     "require_meds_folder",
     "run_arguments",
     "run_help",

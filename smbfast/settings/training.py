@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from smbkernels.catalog import check_choice
 
 from smbfast.base.config import Settings
+from smbfast.base.devices import known_device
 from smbfast.base.nearest import Foreign
 from smbfast.settings import names
 from smbfast.settings.data import CohortSettings, DataSettings
@@ -401,6 +402,11 @@ class RunSettings(Settings):
         "with `unused`, and trains from step 0 again. Other settings are refused in any case. "
         "--resume=never is short for it.",
     )
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        return known_device(value)
 
 
 class TrainSettings(Settings):

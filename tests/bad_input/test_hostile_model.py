@@ -84,6 +84,7 @@ def test_a_safetensors_header_that_lies(
 def test_a_model_of_codes_without_its_vocabulary(trained: Path, meds: Path, tmp_path: Path) -> None:
     folder = model_folder(trained, tmp_path / "model")
     (folder / "codes.json").unlink()
+    shutil.copy(trained / "final" / "model.safetensors", folder)
     start = lambda: train.main(tiny_run(meds, tmp_path / "run", f"--model.path={folder}"))  # noqa: E731
     refused(start, "codes.json")
 
