@@ -8,6 +8,7 @@ from smbfast.base.entry import entry
 from smbfast.base.help_page import help_text
 from smbfast.base.locks import locked
 from smbfast.base.ours import require_run_folder
+from smbfast.base.terminal import say_first
 from smbfast.settings import (
     PlanSettings,
     decided_data,
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         require_backbone(settings, weights=not own)
         decided_data(settings)
         command = shlex.join(["python", "-m", "smbfast.train", *rest])
+        say_first("smbfast.check")
         if own:
             plan = build(PlanSettings, {}, own)
             from smbfast.run.plan_table import show

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from smbfast.base.config import command_line
 from smbfast.base.entry import entry
+from smbfast.base.terminal import say_first
 from smbfast.settings import EmbedSettings, require_meds_folder
 
 
@@ -14,6 +15,7 @@ def main(argv: list[str] | None = None) -> None:
         if Path(settings.out).is_dir():
             raise ValueError(f"`out` must be a parquet file to write; {settings.out} is a folder")
         require_meds_folder(Path(settings.data))  # refused before the imports that take seconds
+        say_first("smbfast.embed")
         from smbfast.base.runtime import few
         from smbfast.data.moments import read_moments
         from smbfast.serving import load

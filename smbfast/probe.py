@@ -5,6 +5,7 @@ import sys
 
 from smbfast.base.config import command_line
 from smbfast.base.entry import entry
+from smbfast.base.terminal import say_first
 from smbfast.settings import ProbeCommandSettings
 
 
@@ -14,6 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     prog = "python -m smbfast.probe"
     config = command_line(ProbeCommandSettings, argv, prog=prog)
     with entry("smbfast.probe"):
+        say_first("smbfast.probe")
         from smbfast.probing.run_probe import run_probe
 
         run_probe(config, command=shlex.join([*prog.split(), *argv]))

@@ -12,6 +12,7 @@ from smbfast.base.entry import entry
 from smbfast.base.locks import locked
 from smbfast.base.ours import require_run_folder
 from smbfast.base.progress import duration
+from smbfast.base.terminal import say_first
 from smbfast.settings import (
     TrainSettings,
     decided_data,
@@ -78,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
         require_backbone(settings)  # refused at once, before the imports that take seconds
         decided_data(settings)
         require_run_folder(settings.folder)
+        say_first("smbfast.train")
         from smbfast.run.ranks import joined, launched
 
         with joined() as ranks, ExitStack() as stack:

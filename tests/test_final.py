@@ -21,9 +21,7 @@ from tests.same_run import records
 
 TASKS = ("death_3y", "tte_death")
 # what a clock says, with the spaces that align it, or a memory meter, and digests of a random id
-CLOCK = re.compile(
-    r" *[\d.]+ s\b|[\d.,]+k? +(tok|masked)/s|(matmul|wait) +[\d.]+%|[\d.]+ GiB|eta .*"
-)
+CLOCK = re.compile(r" *[\d.]+ s\b|[\d.,]+k? +tok/s|waits +[\d.]+%|[\d.]+ GiB|\S+ left|about .*")
 
 
 def words(root: Path) -> list[str]:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from time import monotonic
 
 from smbfast.base.disk import cannot_write, system_error
+from smbfast.base.progress import AHEAD
+from smbfast.base.terminal import failed
 from smbfast.base.typed import prog_as_typed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -54,6 +56,7 @@ def entry(
             `KeyboardInterrupt`, and for a full disk in the words of any library.
     """
     on_end = on_end or _nothing
+    AHEAD.expect({})
     module, prog = prog, prog_as_typed(prog)
     with _modes(private), _signals(module, status) as signals:
         try:
@@ -63,7 +66,7 @@ def entry(
         except (ValueError, RunFailed) as error:
             signals.ignore()
             on_end("failed")
-            raise SystemExit(f"{prog}: {error}") from None
+            raise SystemExit(failed(prog, error)) from None
         except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
             signals.ignore()
             on_end("failed")
@@ -82,7 +85,7 @@ def entry(
             words = _in_words(error)
             if words is None:
                 raise
-            raise SystemExit(f"{prog}: {words}") from None
+            raise SystemExit(failed(prog, words)) from None
 
 
 def _in_words(error: BaseException) -> str | None:

@@ -1,12 +1,12 @@
 """What a run can do without: if it fails, that is said and the run goes on."""
 
 import os
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from smbfast.base.disk import cannot_write, system_error
+from smbfast.base.terminal import warn
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def helper(what: str, otherwise: str = "the run goes on") -> Iterator[None]:
 
 def warn_failed(what: str, error: BaseException, otherwise: str) -> None:
     """Say on stderr that `what` failed; never with a value of the data."""
-    print(f"warning: {what} failed ({reason(error)}); {otherwise}", file=sys.stderr)
+    warn(f"{what} failed ({reason(error)}); {otherwise}")
 
 
 def reason(error: BaseException) -> str:

@@ -6,6 +6,31 @@ import time
 SECONDS = 5.0  # between two lines
 
 
+class Ahead:
+    """What a command has before it behind the stage that it is in: predicted seconds by stage."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    def expect(self, seconds: dict[str, float]) -> None:
+        """Take the stages to come, in order, in place of all that were known."""
+        self._seconds = dict(seconds)
+
+    def begin(self, stage: str) -> None:
+        """Go on to a stage: it and those before it are to come no more."""
+        names = list(self._seconds)
+        for name in names[: names.index(stage) + 1] if stage in names else ():
+            del self._seconds[name]
+
+    @property
+    def seconds(self) -> float:
+        """The predicted seconds of all stages to come, 0 where nothing is predicted."""
+        return sum(self._seconds.values())
+
+
+AHEAD = Ahead()  # of this process, which runs one command at a time
+
+
 class Progress:
     """Prints a line on stderr every few seconds; work that ends before the first one prints none.
 
@@ -25,13 +50,20 @@ class Progress:
             return
         self._last = now
         rate = self.done / (now - self._start)
-        left = duration((self._total - self.done) / rate)
+        left = (self._total - self.done) / rate
         print(
             f"{self.prog}: {self.done:,} of {self._total:,} {self._unit}, {rate:,.0f} a second, "
-            f"{left} left",
+            f"{time_left(left)}",
             file=sys.stderr,
             flush=True,
         )
+
+
+def time_left(seconds: float) -> str:
+    """Return the time left of a stage, and with all that is predicted to follow it."""
+    if not AHEAD.seconds:
+        return f"{duration(seconds)} left"
+    return f"{duration(seconds)} left, about {duration(seconds + AHEAD.seconds)} in all"
 
 
 def duration(seconds: float) -> str:

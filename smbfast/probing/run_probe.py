@@ -17,6 +17,7 @@ from typing import Any
 from smbfast.base.files import committed_file
 from smbfast.base.held_out import count_look, num_looks, run_of
 from smbfast.base.ours import require_replaceable
+from smbfast.base.progress import time_left
 from smbfast.data.labels import (
     Labels,
     find_tasks,
@@ -72,7 +73,12 @@ def run_probe(
     contestants = Contestants.open(config, dataset, tasks, progress)
     protocol = _protocol(config)
     measured: list[Measured] = []
-    for labels in contestants.tasks:
+    begun = time.monotonic()
+    for number, labels in enumerate(contestants.tasks):
+        if number:
+            each = (time.monotonic() - begun) / number
+            left = time_left(each * (len(contestants.tasks) - number))
+            progress(f"{number} of {len(contestants.tasks)} tasks, about {left}")
         result = measure(
             labels,
             contestants.traits(labels),

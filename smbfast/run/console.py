@@ -1,11 +1,10 @@
 """What a run prints for people: its header, warnings, and the summary at its end."""
 
-import sys
-
 import torch
 from rich.console import Console
 from rich.text import Text
 
+from smbfast.base import terminal
 from smbfast.base.config import read_toml
 from smbfast.base.progress import duration
 from smbfast.base.runtime import GIB, git_state, versions
@@ -20,6 +19,19 @@ from smbfast.run.epochs import in_words
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import total_steps
 from smbfast.settings import PhaseSettings, TrainSettings
+
+LEGEND = (  # of the lines of steps and evaluations
+    (
+        "a step",
+        "losses, norm of the gradient, tokens a second, learning rate, most memory; about how "
+        "long the run takes yet, with embeddings, probes and report",
+    ),
+    (
+        "an eval",
+        "on tuning: the loss by which the best is chosen, each loss, effective ranks, jepa as a "
+        "share of a trivial prediction's, r2, gradients",
+    ),
+)
 
 
 def header(run: OpenRun) -> dict:
@@ -49,6 +61,7 @@ def header(run: OpenRun) -> dict:
             ),
             *((row.name, row.text) for row in run.card.rows),
             *_step_rows(run, trained),
+            *LEGEND,
             (
                 "writes",
                 f"{run.folder}/  metrics.jsonl, tensorboard, checkpoints, best, final, report.html",
@@ -113,11 +126,11 @@ def warn(health: dict, entry: dict, phase: PhaseSettings) -> Finding | None:
     """
     wrong = alarms(entry, [health], jepa=phase.w_jepa > 0)
     for finding in wrong:
-        _warning(finding.text)
+        terminal.warn(finding.text)
     learns = learning([health])
     # one that is still random only has to become better
     if learns.level == "warn" and not _better(health, entry):
-        _warning(
+        terminal.warn(
             f"{learns.text}; if it stays, train longer, lower the learning rate or raise w_sft"
         )
     return next((finding for finding in wrong if finding.level == "bad"), None)
@@ -155,11 +168,7 @@ def warn_of_step(record: dict, phase: PhaseSettings, known: set[tuple[str, str]]
     for name, (wrong, text) in reasons.items():
         if wrong and (phase.name, name) not in known:
             known.add((phase.name, name))
-            _warning(f"step {record['step']} of phase {phase.name} {text}")
-
-
-def _warning(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+            terminal.warn(f"step {record['step']} of phase {phase.name} {text}")
 
 
 def end_card(opened: OpenRun, training: float, health: dict) -> None:

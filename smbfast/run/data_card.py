@@ -6,13 +6,13 @@ each is a whole sentence with the way out. No count of 1 to 10 people, of their 
 windows is on it, nor one that could be found by subtraction.
 """
 
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from smbfast.base import terminal
 from smbfast.base.counts import FEW_TEXT, of_whole, recorded, share
 from smbfast.base.runtime import few
 from smbfast.data.codes.vocabulary import (
@@ -81,7 +81,7 @@ class DataCard:
     def warn(self) -> None:
         """Print the warnings."""
         for text in self.warnings:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            terminal.warn(text)
 
 
 @dataclass(frozen=True)

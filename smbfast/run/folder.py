@@ -1,9 +1,12 @@
 """The folder of a run: which run it holds, the status of that run, and its data."""
 
 import json
+import os
+import platform
 import shlex
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -312,9 +315,18 @@ def check_windows(windows: WindowSet, tuning: WindowSet, path: str | None) -> No
 
 
 def write_status(run: Path, state: str, step: int, command: str) -> None:
-    """Write `status.json`: running, preempted, failed or done, and the command to continue."""
-    content = {"state": state, "step": step, "command": command}
+    """Write `status.json`: running, preempted, failed or done, and the command to continue.
+
+    Beside them stand when that was, and which process on which host said it: one that runs no more
+    has died.
+    """
+    content = {"state": state, "step": step, "command": command, **_now()}
     write_text(run / "status.json", json.dumps(content, indent=1))
+
+
+def _now() -> dict[str, object]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"time": now, "pid": os.getpid(), "host": platform.node()}
 
 
 def write_end(settings: TrainSettings, state: str) -> None:
@@ -325,7 +337,7 @@ def write_end(settings: TrainSettings, state: str) -> None:
         content = json.loads(before)
         if content["state"] != "running":
             return
-        text = json.dumps({**content, "state": state}, indent=1)
+        text = json.dumps({**content, "state": state, **_now()}, indent=1)
         try:
             write_text(status, text)
         except OSError:  # on a full disk, the blocks that the file has are still its own

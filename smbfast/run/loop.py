@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from smbfast.base.helpers import helper
+from smbfast.base.progress import AHEAD
 from smbfast.base.runtime import matmul_rate, stop_on_signals
 from smbfast.data.loader import prefetched
 from smbfast.model.flops import flops_in_phase
@@ -25,6 +26,7 @@ from smbfast.run.fixed import Fixed
 from smbfast.run.metrics import Meter, log_step, open_log
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import due_after, learning_rate, place, tau, total_steps
+from smbfast.run.outlook import REPORT, Outlook
 from smbfast.run.probes import probe_run
 from smbfast.run.profile import profiled
 from smbfast.run.ranks import ALONE, Ranks
@@ -54,7 +56,10 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
     total, losses = total_steps(settings), losses_of(settings)
     updater = Updater(run.optimizer, settings.optim.clip)
     fixed = Fixed.of(run)
-    meter = Meter(total, run.progress, matmul_rate(run.device, layer_dtype(encoder)))
+    outlook = Outlook.of(run)
+    meter = Meter(
+        total, run.progress, matmul_rate(run.device, layer_dtype(encoder)), outlook
+    )
     log = open_log(run)
     health: dict = {}
     run.write_status("running", first, command)
@@ -115,8 +120,10 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
     seconds = run.seconds()
     if ranks.is_main:
         export(settings, run.device)
+    outlook.begin(meter.pace)
     with run.matmul.used():
         probe_run(run, target, final=settings.probe.final, command=command)
+    AHEAD.begin(REPORT)
     if not ranks.is_main:
         return "done"
     log.write("end", step=total, seconds=seconds, best=run.progress.best)

@@ -14,8 +14,13 @@ from smbfast.run import console
 from smbfast.run.board import Board
 from smbfast.run.open_run import OpenRun, Progress
 from smbfast.run.optim import place, total_steps
+from smbfast.run.outlook import Outlook
 from smbfast.run.step import StepLosses
 from smbfast.settings import PhaseSettings
+
+COLUMNS = 100  # of a line of the log: what terminals and the logs of clusters show unbroken
+PHASE = 10  # letters of the name of a phase in such a line
+WAITS = 0.05  # share of the time from which a line says that the loop waits for data: our choice
 
 
 class MetricsLog:
@@ -76,18 +81,26 @@ class NoLog(MetricsLog):
 class Meter:
     """Measures how fast a run is, how long it waits for data, and the time left."""
 
-    def __init__(self, total_steps: int, progress: Progress, ceiling: MatmulRate) -> None:
+    def __init__(
+        self,
+        total_steps: int,
+        progress: Progress,
+        ceiling: MatmulRate,
+        outlook: Outlook | None = None,
+    ) -> None:
         """Start to measure.
 
         Args:
             total_steps: steps of the run.
             progress: how far it is; tokens and FLOPs of each step are added to its own.
             ceiling: of a large matrix product on this device.
+            outlook: what the steps and stages to come cost; None takes every step for as long, and
+                nothing for what follows the last one.
         """
         self._progress = progress
         self._total, self._first, self._begin = total_steps, progress.step, time.monotonic()
-        self._ceiling, self._mark = ceiling.flops, self._begin
-        self._tokens = self._masked = self._flops = 0
+        self._ceiling, self._mark, self._outlook = ceiling.flops, self._begin, outlook
+        self._tokens = self._masked = self._flops = self._all_flops = 0
         self._waited = 0.0
 
     def waits(self, steps: Iterable[Step]) -> Iterator[Step]:
@@ -108,22 +121,34 @@ class Meter:
         self._flops += flops
         self._progress.tokens += step.num_tokens
         self._progress.flops += flops
+        self._all_flops += flops
+
+    @property
+    def pace(self) -> float | None:
+        """The seconds a FLOP of a step has taken, with evaluations and all else; None at first."""
+        if not self._all_flops:
+            return None
+        return (time.monotonic() - self._begin) / self._all_flops
 
     def read(self, step: int) -> dict[str, float]:
         """Return the speed since the last call, and `eta`, the seconds left after `step` steps.
 
+        These are of the whole run, with embeddings, probes and report, where there is an outlook.
         `tokens_per_s` counts trunks, each once. `matmul` is the share of the ceiling that matrix
         products reach, and `wait` is the share of time spent waiting for data.
         """
         now = time.monotonic()
         spent = max(now - self._mark, 1e-9)
-        pace = (now - self._begin) / max(step - self._first, 1)
+        a_step, a_flop = (now - self._begin) / max(step - self._first, 1), self.pace
+        left = a_step * (self._total - step)
+        if self._outlook is not None and a_flop is not None:
+            left = self._outlook.seconds_after(step, a_flop)
         values = {
             "tokens_per_s": self._tokens / spent,
             "masked_per_s": self._masked / spent,
             "matmul": self._flops / spent / self._ceiling,
             "wait": self._waited / spent,
-            "eta": pace * (self._total - step),
+            "eta": left,
         }
         self._mark, self._tokens, self._masked, self._flops, self._waited = now, 0, 0, 0, 0.0
         return values
@@ -206,29 +231,46 @@ def log_evaluation(
     """Log and print an evaluation after `step` steps, from `smbfast.run.evaluation.evaluate`."""
     record = {"step": step, "phase": phase.name, **health}
     log.write("eval", **record)
-    print(evaluation_line(record, total_steps(run.settings)), flush=True)
+    best = run.progress.best.get(phase.name)
+    print(evaluation_line(record, total_steps(run.settings), best), flush=True)
 
 
 def step_line(record: dict, total: int) -> str:
-    """Return a step as one plain line, which suits the log of a job."""
-    parts = [f"step {record['step']}/{total}", f"{record['phase']:<9}"]
-    parts.append(f"sft {_number(record['sft'])}  jepa {_number(record['jepa'])}")
-    if record["codes"] is not None:
-        parts.append(f"codes {_number(record['codes'])}")
-    norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.2f}"
-    parts.append(f"gn {norm}  lr {record['lr']:.1e}")
-    parts.append(f"{record['tokens_per_s'] / 1e3:.1f}k tok/s")
-    if record["masked"]:
-        parts.append(f"{record['masked_per_s'] / 1e3:.1f}k masked/s")
-    parts.append(f"matmul {record['matmul']:.0%}  {record['memory_gib']:.1f} GiB")
-    parts.append(f"wait {record['wait']:.1%}")
-    return "  ".join([*parts, f"eta {duration(record['eta'])}"])
+    """Return a step as one plain line of at most `COLUMNS`, which suits the log of a job.
+
+    The header says what its words mean. What does not fit is left out, the learning rate and the
+    memory before the rest; all of it is in `metrics.jsonl`.
+    """
+    norm = "skipped" if record["grad_norm"] is None else f"{record['grad_norm']:.3g}"
+    line = _beginning("step", record, total)
+    for name in ("sft", "jepa", "codes"):
+        if record[name] is not None:
+            line += f"  {name} {_number(record[name])}"
+    line, last = f"{line}  grad {norm}", f"  {duration(record['eta'])} left"
+    speed = [f"  {record['tokens_per_s'] / 1e3:.1f}k tok/s"]
+    speed += [f"  waits {record['wait']:.0%}"] if record["wait"] >= WAITS else []
+    for more in (*speed, f"  lr {record['lr']:.1e}", f"  {record['memory_gib']:.1f} GiB"):
+        if len(line + more + last) <= COLUMNS:
+            line += more
+    return line + last
 
 
-def evaluation_line(record: dict, total: int) -> str:
-    """Return an evaluation as one plain line: losses, ranks, the latent loss, probe, gradients."""
-    parts = [f"eval {record['step']}/{total}", f"{record['phase']:<9}"]
-    parts.append(f"sft {_number(record.get('sft'))}  jepa {_number(record.get('jepa'))}")
+def _beginning(word: str, record: dict, total: int) -> str:
+    """Return which step of how many it is, and the phase by its first letters."""
+    number = f"{record['step']:>{len(str(total))}}"
+    return f"{word} {number}/{total} {record['phase'][:PHASE]:<4}"
+
+
+def evaluation_line(record: dict, total: int, best: dict | None = None) -> str:
+    """Return an evaluation in plain lines of at most `COLUMNS`.
+
+    Args:
+        best: loss and step of the best evaluation of the phase before this one; None without one.
+    """
+    parts = [_beginning("eval", record, total), _judged(record.get("loss"), best)]
+    for name in ("sft", "jepa"):
+        if record.get(name) is not None:
+            parts.append(f"{name} {_number(record[name])}")
     if record.get("codes") is not None:
         parts.append(f"codes {_number(record['codes'])} (gain {record['codes_gain']:.4f})")
     ranks = [
@@ -242,7 +284,7 @@ def evaluation_line(record: dict, total: int) -> str:
     ]
     parts += [f"rank {' '.join(ranks)}"] if ranks else []
     if record.get("ratio") is not None:
-        parts.append(f"triv {record['ratio']:.2f}")
+        parts.append(f"of trivial {record['ratio']:.2f}")
     if record.get("r2") is not None:
         parts.append(f"r2 {record['r2']:.3f} (copy {record['r2_copy']:.3f})")
     if record.get("probe_auroc") is not None:
@@ -254,8 +296,30 @@ def evaluation_line(record: dict, total: int) -> str:
                 f"{k.removeprefix(word + '_').replace('_', '/')} {v:.2f}" for k, v in values.items()
             )
             parts.append(f"{word} {' '.join(names)}")
-    return "  ".join(parts)
+    return _wrapped(parts)
 
 
-def _number(value: float | None) -> str:
-    return "-     " if value is None else f"{value:.4f}"
+def _judged(loss: float | None, best: dict | None) -> str:
+    """Say what the loss of the phase is beside the best one so far."""
+    if loss is None:
+        return "loss -"
+    if best is None:
+        return f"loss {_number(loss)}"
+    if loss < best["loss"]:
+        return f"loss {_number(loss)}, the best so far"
+    return f"loss {_number(loss)}, best {_number(best['loss'])} at step {best['step']}"
+
+
+def _wrapped(parts: list[str]) -> str:
+    """Return parts in lines of at most `COLUMNS`, two spaces apart; later lines are indented."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        if len(lines[-1]) + 2 + len(part) <= COLUMNS:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(f"     {part}")
+    return "\n".join(lines)
+
+
+def _number(loss: float) -> str:
+    return f"{loss:.4g}"

@@ -17,6 +17,7 @@ import torch
 import smbfast
 from smbfast.base.files import MANIFEST, digest_of, read_json, write_text
 from smbfast.base.helpers import helper
+from smbfast.base.progress import AHEAD
 from smbfast.base.runtime import few
 from smbfast.data.labels import Labels, without_held_out
 from smbfast.data.meds import MedsDataset
@@ -37,6 +38,7 @@ from smbfast.run.model_card import merged_card, model_card
 from smbfast.run.model_record import RECORD
 from smbfast.run.open_run import OpenRun
 from smbfast.run.origin import origin_of
+from smbfast.run.outlook import PROBES
 from smbfast.run.risk import write_simulated
 from smbfast.settings import Pool, ProbeCommandSettings
 
@@ -73,6 +75,7 @@ def probe_run(
     files = _embedded(run, target, dataset, asked)
     if not run.ranks.is_main:
         return
+    AHEAD.begin(PROBES)
     probed = run_probe(
         ProbeCommandSettings(
             embeddings=files[probe.encoder],
