@@ -120,7 +120,12 @@ def test_any_windows_cuts_masks_and_rows(kind, case, windows, form, capacity, we
     assert_paths_agree(kind, case, windows, form, [plan], weights, hard=True)
 
 
-GRID = list(product(UNITS, [1, 3], ["all", "future"], [None, 9], ["layer", "none"]))
+# half of all: of each three settings, every combination
+GRID = [
+    setting
+    for setting in product(UNITS, [1, 3], ["all", "future"], [None, 9], ["layer", "none"])
+    if sum(value in (3, "future", 9, "none") for value in setting) % 2 == 0
+]
 SKELETONS = ["visible", "hidden"]
 
 
