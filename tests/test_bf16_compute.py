@@ -29,8 +29,6 @@ from tests.test_vocabulary import codes, names_of, tokenizer_of
 from tests.tiny import random_window, tiny_lm
 from tests.two_paths import PATHS, apart, move, moved_target, run, twin
 
-pytestmark = pytest.mark.numeric
-
 BF16, FP32 = torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
 FORM = ObjectiveSettings(min_future=4, cuts=2)
@@ -68,6 +66,7 @@ def states_of(encoder: PatientEncoder) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
+@pytest.mark.numeric
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_forward_is_that_of_the_model_in_bf16(kind, tie):
@@ -78,6 +77,7 @@ def test_a_forward_is_that_of_the_model_in_bf16(kind, tie):
 
 
 @torch.no_grad()
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_target_reads_its_average_in_bf16(kind):
     """Also after an update and a load, when copies that were made before are of no use."""
@@ -102,6 +102,7 @@ def test_the_target_reads_its_average_in_bf16(kind):
         assert torch.equal(target.final_norm()[0], averaged.decoder.norm.weight)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("recompute", ["none", "mlp", "full"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_fp32_and_those_of_the_model_in_bf16(kind, recompute):
@@ -123,6 +124,7 @@ def test_gradients_are_fp32_and_those_of_the_model_in_bf16(kind, recompute):
         assert torch.equal(found[name], expected[name].float()), name
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("path", list(PATHS))
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients_are_near_those_of_fp32(kind, path):
@@ -146,6 +148,7 @@ def test_losses_and_gradients_are_near_those_of_fp32(kind, path):
         assert 0 < apart(found[name], gradient, floor) < 0.11, name
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("kind", KINDS)
 def test_thirty_steps_learn_on_weights_in_fp32(kind):
     encoder = encoder_of(kind)
@@ -164,6 +167,7 @@ def test_thirty_steps_learn_on_weights_in_fp32(kind):
     assert {t.dtype for t in kept} == {FP32}
 
 
+@pytest.mark.numeric
 def test_updates_below_the_rounding_of_bf16_are_kept():
     """A weight near 1 moves by 40 steps of 1e-4, each a fortieth of what bf16 can hold there."""
     results = {}

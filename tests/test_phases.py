@@ -32,8 +32,6 @@ from smbfast.simulation.dataset import simulate
 from tests.tiny import random_window
 from tests.two_paths import CASES, Case, make_encoder, moved_target, run
 
-pytestmark = pytest.mark.numeric
-
 DAY = 86_400_000_000
 AHEAD = Horizons(("1d", "3d"), bucket=DAY)
 CLASSES = 4
@@ -72,6 +70,7 @@ def parts_of(encoder: PatientEncoder) -> dict[str, set[str]]:
     return {"none": set(), "predictor": predictor, "decoder": names - predictor}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("jepa", FORMS)
 @pytest.mark.parametrize("path", ["shared", "reference"])
 @pytest.mark.parametrize("case", KINDS, ids=str)
@@ -90,6 +89,7 @@ def test_what_is_frozen_has_no_gradient_and_the_rest_has_its_own(case, path, jep
         assert all(torch.equal(found[n], whole[n]) for n in found)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("freeze", ["decoder", "predictor"])
 @pytest.mark.parametrize("jepa", FORMS)
 @pytest.mark.parametrize("case", KINDS, ids=str)
