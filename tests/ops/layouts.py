@@ -15,7 +15,7 @@ from tests.oracle import assert_no_worse
 
 Timelines = list[tuple[int, list[tuple[int, int]]]]
 
-# 63, 64, 65: around a block of every engine; 1: the shortest; 1000: several blocks and a rest
+# 63, 64, 65: around a block of every engine; 1: the shortest; 600: several blocks and a rest
 LAYOUTS: dict[str, Timelines] = {
     "trunks alone": [(63, []), (64, []), (1, []), (65, [])],
     "one branch on one token": [(65, [(1, 64)])],
@@ -27,7 +27,7 @@ LAYOUTS: dict[str, Timelines] = {
         (64, []),
         (63, [(63, 2), (1, 65), (40, 1), (63, 7), (8, 3), (62, 64), (33, 9), (2, 30)]),
     ],
-    "long": [(1000, [(1000, 65), (1, 63), (513, 130)]), (65, [])],
+    "long": [(600, [(600, 65), (1, 63), (313, 130)]), (65, [])],
 }
 
 
