@@ -127,7 +127,7 @@ def test_nodes_of_one_forward_are_those_of_one_forward_each(kind, lora, which, d
     encoder = make_encoder(kind, lora=lora, dtype=dtype)
     chosen = encoder if which == "online" else moved_target(encoder)
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=8, deadline=None)
     @given(
         chosen_places=st.lists(places, min_size=1, max_size=3),
         tokens=st.integers(40, 400),
