@@ -57,9 +57,7 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
     updater = Updater(run.optimizer, settings.optim.clip)
     fixed = Fixed.of(run)
     outlook = Outlook.of(run)
-    meter = Meter(
-        total, run.progress, matmul_rate(run.device, layer_dtype(encoder)), outlook
-    )
+    meter = Meter(total, run.progress, matmul_rate(run.device, layer_dtype(encoder)), outlook)
     log = open_log(run)
     health: dict = {}
     run.write_status("running", first, command)
