@@ -20,6 +20,7 @@ COMMANDS = {
     "compare": "Judge whether one method predicts better than another on the same patients.",
     "report": "Write the page that says what a run did.",
     "experiment": "Run arms that differ in one thing, over replicates, or cross-validate.",
+    "push": "Send a trained model to a repository of the Hugging Face Hub, private by default.",
 }
 _OTHERS = {  # what other programs call these commands
     "train": "fit finetune fine-tune pretrain sft resume",
@@ -31,6 +32,7 @@ _OTHERS = {  # what other programs call these commands
     "compare": "diff",
     "tasks": "label labels",
     "experiment": "sweep",
+    "push": "upload publish share",
 }
 OTHER_NAMES = {other: name for name, others in _OTHERS.items() for other in others.split()}
 

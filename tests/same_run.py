@@ -27,7 +27,7 @@ LORA = ["--phases.0.steps=4", "--phases.1.steps=4", "--model.train=lora", "--pro
 # what a clock, a memory meter, a machine or a path decides
 UNLIKE = {"tokens_per_s", "masked_per_s", "matmul", "wait", "eta", "memory_gib", "seconds"}
 UNLIKE |= {"metrics_offset", "micro_tokens", "backbone", "config", "versions", "git", "device"}
-UNLIKE |= {"time", "command", "path", "files", "embeddings", "created"}
+UNLIKE |= {"before", "time", "command", "path", "files", "embeddings", "created"}
 # who it is: random, or a digest of the bytes that are compared anyway
 UNLIKE |= {"identity", "settings", "run", "data_digest", "weights_digest", "format_version"}
 

@@ -56,8 +56,9 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
     total, losses = total_steps(settings), losses_of(settings)
     updater = Updater(run.optimizer, settings.optim.clip)
     fixed = Fixed.of(run)
-    outlook = Outlook.of(run)
-    meter = Meter(total, run.progress, matmul_rate(run.device, layer_dtype(encoder)), outlook)
+    meter = Meter(
+        total, run.progress, matmul_rate(run.device, layer_dtype(encoder)), Outlook.of(run)
+    )
     log = open_log(run)
     health: dict = {}
     run.write_status("running", first, command)
@@ -100,8 +101,15 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
                 skipped = updater.report_skips(step + 1, phase.name)
             if due.log:
                 norm = None if skipped else float(grad_norm)
-                pace = meter.read(step + 1)
-                log_step(log, run, batch, StepLosses(*summed_3), lr=lr, grad_norm=norm, pace=pace)
+                log_step(
+                    log,
+                    run,
+                    batch,
+                    StepLosses(*summed_3),
+                    lr=lr,
+                    grad_norm=norm,
+                    pace=meter.read(step + 1),
+                )
             if due.evaluate:
                 health = evaluate_step(run, target, fixed, phase, step + 1, log)
             if due.save and not skipped:
@@ -118,7 +126,7 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
     seconds = run.seconds()
     if ranks.is_main:
         export(settings, run.device)
-    outlook.begin(meter.pace)
+    meter.begin_stages()
     with run.matmul.used():
         probe_run(run, target, final=settings.probe.final, command=command)
     AHEAD.begin(REPORT)
@@ -145,8 +153,10 @@ def judge(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> None:
     has_any = checkpoint.folders(folder)
     run = OpenRun.open(settings, ranks, set_aside=False) if has_any else None
     if run is None or run.progress.step != total_steps(run.settings):
+        known = all(phase.steps for phase in settings.phases)  # others are given in epochs
+        last = f", {total_steps(settings)}," if known else ""
         raise ValueError(
-            f"{folder} must hold the checkpoint of its last step to be judged on "
+            f"{folder} must hold the checkpoint of its last step{last} to be judged on "
             f"held-out patients; it does not. Use smbfast.embed --model={folder}/final, then "
             "smbfast.probe --final"
         )

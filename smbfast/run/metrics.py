@@ -130,6 +130,11 @@ class Meter:
             return None
         return (time.monotonic() - self._begin) / self._all_flops
 
+    def begin_stages(self) -> None:
+        """Say what follows the last step, and let lines of progress count it in."""
+        if self._outlook is not None:
+            self._outlook.begin(self.pace)
+
     def read(self, step: int) -> dict[str, float]:
         """Return the speed since the last call, and `eta`, the seconds left after `step` steps.
 
