@@ -76,7 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_inverted_outcomes_of_held_out_patients_change_nothing(runs: dict) -> None:
-    before, after = (CLOCK.sub("", text) for text in runs["said"])
+    before, after = (re.sub(" +", " ", CLOCK.sub("", text)) for text in runs["said"])
     assert before == after and "judged on" in before
     one, other = runs["left"]
     assert one.keys() == other.keys() and "metrics.jsonl:0" in one
