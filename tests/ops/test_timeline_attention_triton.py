@@ -19,8 +19,6 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.ops.layouts import LAYOUTS, assert_as_good, inputs, outcome, segments
-from tests.ops.tolerance import attention_rounding
-from tests.oracle import assert_no_worse
 
 on_triton = timeline_attention.on("triton")
 NESTED = LAYOUTS["three nested branches"]
@@ -61,7 +59,8 @@ def pack(device):
 )
 def test_values_and_gradients(given, pack, name, interleaved):
     packed = pack(LAYOUTS[name], interleaved=interleaved)
-    assert_as_good(on_triton, given(packed.tokens), packed)
+    # interpreted, each head takes as long again; `test_heads` has them
+    assert_as_good(on_triton, given(packed.tokens, 2 if CUDA else 1), packed)
 
 
 # all heads share a key head, none does, a group that is no power of two
@@ -123,21 +122,11 @@ def test_a_thousand_tokens(given, pack, monkeypatch):
     assert_as_good(on_triton, given(packed.tokens, 1, 1), packed)
 
 
-@pytest.mark.slow
-def test_a_long_trunk(given, pack, monkeypatch):
-    as_shipped(monkeypatch)
-    if CUDA:
-        packed = pack([(4097, [(4097, 65)])])
-        assert_as_good(on_triton, given(packed.tokens, 1, 1), packed)
-        return
-    packed = pack([(2049, [(2049, 65)])])
-    # interpreted, loads take most of the time: narrow heads, and no gradients
-    tensors = given(packed.tokens, 1, 1, 16)[:3]
-    exact = timeline_attention.reference(*(x.double() for x in tensors), packed)
-    eager = timeline_attention.reference(*tensors, packed)
-    tol = attention_rounding(exact[1], packed, 16, 1)
-    for one in zip(module.timeline_attention(*tensors, packed), eager, exact, strict=True):
-        assert_no_worse(*one, tol)
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="interpreted, a thousand tokens show the same")
+def test_a_long_trunk(given, pack):
+    packed = pack([(4097, [(4097, 65)])])
+    assert_as_good(on_triton, given(packed.tokens, 1, 1), packed)
 
 
 @pytest.mark.gpu
@@ -156,7 +145,7 @@ def test_bf16(given, pack, name, C):
 @pytest.mark.parametrize(("C", "dtype"), [(64, torch.float32), (128, torch.bfloat16)])
 def test_the_same_bits_twice(given, pack, C, dtype):
     packed = pack(NESTED if CUDA else [(33, [(33, 5), (7, 1)])])
-    tensors = given(packed.tokens, 2, 1, C, dtype)
+    tensors = given(packed.tokens, 2 if CUDA else 1, 1, C, dtype)
     first, second = (outcome(on_triton, tensors, packed) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
