@@ -36,7 +36,7 @@ def builds() -> list[Build]:
         Build("good", _copy_kernel, copy, {"BLOCK": 1024}, aligned=("n",)),
         # the mask ends anywhere, so that no load is wider than an element
         Build("narrow", _copy_kernel, copy, {"BLOCK": 1024}),
-        Build("matrix", _product_kernel, product, {"BLOCK": 128}, tensor_cores=True),
+        Build("matrix", _product_kernel, product, {"BLOCK": 64}, tensor_cores=True),
         # 256 values of each of 32 threads have to wait for the sum
         Build("spills", _centre_kernel, copy, {"BLOCK": 8192}, num_warps=1, aligned=("n",)),
         Build("misnamed", _copy_kernel, {**product, "y_ptr": "*fp32"}, {"BLOCK": 1024}),
