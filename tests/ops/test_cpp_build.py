@@ -3,6 +3,7 @@
 The logic is tested with a compiler that is a shell script, so that nothing is compiled here.
 """
 
+import json
 import logging
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,16 +45,17 @@ for _ in range(2):
 print(OPS["masked_jepa_mse"].status("cpu")["cpp"])
 """
 
-# each process is a fork of one that has imported torch, as `CALL` would
+# each process is a fork of one that has imported torch, as `CALL` would, with variables of its own
 FORKS = """
-import os, sys, torch, triton
+import json, os, sys, torch, triton
 code, children = sys.stdin.read(), []
-for number in range(int(sys.argv[1])):
+for number, variables in enumerate(json.loads(sys.argv[1])):
     children.append(os.fork())
     if not children[-1]:
         file = os.open(f"{sys.argv[2]}/{number}", os.O_CREAT | os.O_WRONLY)
         for stream in (1, 2):
             os.dup2(file, stream)
+        os.environ.update(variables)
         exec(code, {})
         sys.exit()
 sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
@@ -110,22 +113,35 @@ def forked(*args) -> multiprocessing.Process:
     return process
 
 
-def said_in_processes(folder: Path, count: int, **env: str) -> list[list[str]]:
-    """The lines that `CALL` prints in each of so many processes at once."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("CXX", "XDG_CACHE_HOME")}
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def said(tmp_path_factory) -> SimpleNamespace:
+    """The lines that `CALL` prints: `without` a compiler, and `at_once` in two processes.
+
+    The compiler of those hands out the library that is already built.
+    """
+    folder = tmp_path_factory.mktemp("said")
+    (folder / "without").mkdir()
+    (folder / "outputs").mkdir()
+    cases = [{"PATH": "", "XDG_CACHE_HOME": str(folder / "without")}]
+    fake = Fake(folder)
+    if not missing("cpu"):
+        real = build(builder._cache(), find_compiler(), builder._sources(), flags())
+        (folder / "real").write_bytes(real.read_bytes())
+        cases += [{"CXX": str(fake.path), "XDG_CACHE_HOME": str(folder / "cache")}] * 2
+    left = {k: v for k, v in os.environ.items() if k not in ("CXX", "XDG_CACHE_HOME")}
     done = subprocess.run(
-        [sys.executable, "-c", FORKS, str(count), str(folder)],
-        env={**kept, "PYTHONPATH": str(KERNELS), **env},
+        [sys.executable, "-c", FORKS, json.dumps(cases), str(folder / "outputs")],
+        env={**left, "PYTHONPATH": str(KERNELS)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         input=CALL,
         timeout=120,
     )
-    outputs = [file.read_text() for file in sorted(folder.iterdir())]
-    assert done.returncode == 0 and len(outputs) == count, (done.stdout, outputs)
-    return [output.splitlines() for output in outputs]
+    outputs = [file.read_text() for file in sorted((folder / "outputs").iterdir())]
+    assert done.returncode == 0 and len(outputs) == len(cases), (done.stdout, outputs)
+    without, *at_once = [output.splitlines() for output in outputs]
+    return SimpleNamespace(folder=folder, fake=fake, without=without, at_once=at_once)
 
 
 def test_the_key_depends_on_all_that_goes_into_a_library(fake, sources):
@@ -283,14 +299,11 @@ def test_they_are_for_cpus():
 
 
 @pytest.mark.slow
-def test_without_a_compiler_an_operation_runs_on_torch_and_says_so_once(tmp_path):
-    cache = tmp_path / "cache"
-    cache.mkdir()
-    (lines,) = said_in_processes(tmp_path / "said", 1, PATH="", XDG_CACHE_HOME=str(cache))
+def test_without_a_compiler_an_operation_runs_on_torch_and_says_so_once(said):
     reason = "no C++ compiler: c++, g++, clang++ not found"
-    said = f"log: masked_jepa_mse: cpp is not used on cpu: {reason}"
-    assert lines == [said, "2.0", "2.0", reason]
-    assert list(cache.iterdir()) == []
+    line = f"log: masked_jepa_mse: cpp is not used on cpu: {reason}"
+    assert said.without == [line, "2.0", "2.0", reason]
+    assert list((said.folder / "without").iterdir()) == []
 
 
 def test_where_there_is_a_compiler_the_kernels_build_and_load():
@@ -303,19 +316,15 @@ def test_where_there_is_a_compiler_the_kernels_build_and_load():
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_use_one_library(fake, tmp_path):
+def test_two_processes_at_once_use_one_library(said):
     if missing("cpu"):
         pytest.skip(missing("cpu"))
-    # the compiler hands out the library that is already built
-    real = build(builder._cache(), find_compiler(), builder._sources(), flags())
-    (tmp_path / "real").write_bytes(real.read_bytes())
-    env = {"CXX": str(fake.path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    runs = said_in_processes(tmp_path / "said", 2, **env)
-    said = f"log: building the CPU kernels once, about {builder.SECONDS} s"
+    runs = said.at_once
+    line = f"log: building the CPU kernels once, about {builder.SECONDS} s"
     assert sorted(len(r) for r in runs) == [3, 4]
-    assert [line for run in runs for line in run if line.startswith("log: ")] == [said]
+    assert [one for run in runs for one in run if one.startswith("log: ")] == [line]
     assert all(run[-3:] == ["2.0", "2.0", "ok"] for run in runs)
-    assert fake.links() == 1
+    assert said.fake.links() == 1
 
 
 @pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
