@@ -143,9 +143,11 @@ def commands(data: Path, out: Path, form: str) -> Iterator[tuple[str, list[str]]
     settings = [f"--data.path={data}", f"--data.format={form}", f"--run.dir={run}"]
     settings += ["--data.window=160", "--data.vocab_size=700", "--run.threads=1"]
     settings += ["--phases.0.steps=2", "--phases.1.steps=2", "--probe.labels=death_1y"]
+    settings += ["--probe.bootstraps=100"]
     words = [f"--path={data}", f"--out={out / 'prepared'}", "--window=160", "--vocab_size=700"]
     words += [f"--format={form}", "--workers=1"]
     final, embeddings = f"--model={run / 'final'}", f"--out={out / 'embeddings.parquet'}"
+    few = ["--labels=death_1y", "--bootstraps=100"]
     yield "prepare", [*words, "--explain"]
     yield "check", ["tiny", *settings]
     yield "train", ["tiny", *settings]
@@ -153,7 +155,7 @@ def commands(data: Path, out: Path, form: str) -> Iterator[tuple[str, list[str]]
     yield "embed", [final, f"--data={data}", "--labels=death_1y", embeddings]
     yield (
         "probe",
-        [embeddings.replace("--out", "--embeddings"), f"--data={data}", "--labels=death_1y"],
+        [embeddings.replace("--out", "--embeddings"), f"--data={data}", *few],
     )
 
 

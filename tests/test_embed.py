@@ -461,6 +461,7 @@ def run(tmp_path_factory, no_report):
             f"--run.dir={folder / 'run'}",
             "--probe.labels=death_3y,tte_death",
             "--probe.untrained=2",
+            "--probe.bootstraps=100",
             "--phases.0.steps=2",
             "--phases.1.steps=2",
             "--run.threads=1",

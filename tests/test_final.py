@@ -27,6 +27,7 @@ CLOCK = re.compile(r" *[\d.]+ s\b|[\d.,]+k? +tok/s|waits +[\d.]+%|[\d.]+ GiB|\S+
 def words(root: Path) -> list[str]:
     run = [f"--data.path={root / 'cohort'}", f"--run.dir={root / 'run'}", "--run.threads=1"]
     short = ["--phases.0.steps=1", "--phases.1.steps=1", "--objective.self_check=false"]
+    short += ["--probe.bootstraps=100"]
     return ["tiny", *run, *short, f"--probe.labels={','.join(TASKS)}"]
 
 

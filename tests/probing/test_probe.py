@@ -16,7 +16,7 @@ from smbfast.data.labels import read_labels
 from smbfast.data.nodes import distinct_nodes
 from smbfast.judging.predictions import PREDICTIONS
 from smbfast.probe import main
-from smbfast.probing import features, logistic, ridge
+from smbfast.probing import boosting, features, logistic, ridge
 from smbfast.probing.features import join, read_embeddings
 from smbfast.probing.run_probe import run_probe
 from smbfast.probing.table import table
@@ -63,8 +63,9 @@ def write_embeddings(path: Path, nodes: dict, signal: float, **other: object) ->
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> dict:
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """A MEDS folder with a binary and a survival task, two nodes a patient, oracles, embeddings."""
+    monkeypatch.setattr(boosting, "_TREES", 100)  # a tenth: how they are chosen is tested elsewhere
     rng = np.random.default_rng(0)
     data = tmp_path / "data"
     nodes: dict[str, list] = {"subject": [], "day": [], "split": [], "latent": []}
@@ -120,8 +121,8 @@ def config(world: dict, **other: object) -> ProbeCommandSettings:
         "untrained": world["untrained"],
         "data": world["data"],
         "out": world["out"],
-        "bootstraps": 100,
-        "cox_bootstraps": 50,
+        "bootstraps": 20,
+        "cox_bootstraps": 10,
     }
     return ProbeCommandSettings(**(values | other))
 
@@ -132,7 +133,7 @@ def probe(world: dict, **other: object) -> dict:
 
 @pytest.mark.parametrize("final", [False, True])
 def test_models_baselines_oracles_and_differences(world: dict, final: bool) -> None:
-    record = probe(world, final=final)
+    record = probe(world, final=final, bootstraps=100, cox_bootstraps=50)
     assert record == json.loads((world["out"] / "probe.json").read_text())
     assert record["judged_on"] == ("held_out" if final else "tuning")
     assert record["num_looks"] == final
