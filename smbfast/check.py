@@ -19,6 +19,7 @@ from smbfast.settings import (
     require_backbone,
     run_arguments,
     run_help,
+    run_schema,
 )
 
 EPILOG = f"""This command takes the arguments of python -m smbfast.train and tries, in about a
@@ -57,6 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command: the arguments of a run, then one call of `smbfast.run.preflight`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     with entry("smbfast.check", stopped="nothing of a run was changed"):
+        if "--schema" in argv:
+            print(run_schema())
+            return
         own, rest = plan_arguments(argv)
         if {"-h", "--help"} & set(argv):
             print(run_help(rest, "python -m smbfast.check", EPILOG))

@@ -3,9 +3,8 @@
 import shlex
 import sys
 
+from smbfast.base.config import command_line
 from smbfast.base.entry import entry
-from smbfast.base.help_page import help_text
-from smbfast.base.typed import as_typed
 from smbfast.settings import CompareSettings, compare_arguments
 
 
@@ -13,14 +12,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command: arguments, one call of `smbfast.judging.compare`, and where the page lies."""
     argv = sys.argv[1:] if argv is None else argv
     prog = "python -m smbfast.compare"
-    if any(word in ("-h", "--help") for word in argv):
-        print(help_text(CompareSettings, f"{prog} METHOD METHOD ..."))
-        raise SystemExit(0)
-    try:
-        settings = compare_arguments(argv)
-    except ValueError as error:
-        print(f"{as_typed(prog)}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    settings = command_line(
+        CompareSettings, argv, prog=prog, words="METHOD METHOD ...", read=compare_arguments
+    )
     with entry("smbfast.compare"):
         from smbfast.judging.compare import compare
         from smbfast.judging.compare_table import table

@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if words and "=" not in words[0] and not words[0].startswith("-"):
         words[0] = f"--name={words[0]}"
-    config = command_line(ExperimentSettings, words, prog=f"{PROG} [NAME]", epilog=epilog())
+    config = command_line(ExperimentSettings, words, prog=PROG, words="[NAME]", epilog=epilog())
     with entry("smbfast.experiment", stopped=stopped):
         from smbfast.experiments.conduct import conduct
 

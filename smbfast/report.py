@@ -4,8 +4,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from smbfast.base.config import command_line
 from smbfast.base.entry import entry
-from smbfast.base.help_page import help_text
 from smbfast.settings import ReportSettings, report_arguments
 
 
@@ -13,14 +13,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command: arguments and one call of a room, by what is asked for."""
     argv = sys.argv[1:] if argv is None else argv
     prog = "python -m smbfast.report"
-    if any(word in ("-h", "--help") for word in argv):
-        print(help_text(ReportSettings, f"{prog} [RUN ...]"))
-        raise SystemExit(0)
-    try:
-        settings = report_arguments(argv)
-    except ValueError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    settings = command_line(
+        ReportSettings, argv, prog=prog, words="[RUN ...]", read=report_arguments
+    )
     command = shlex.join([*prog.split(), *argv])
     with entry("smbfast.report"):
         path = _written(settings, command)

@@ -4,12 +4,16 @@ import sys
 
 from smbfast.base.config import command_line
 from smbfast.base.entry import entry
-from smbfast.settings.tasks import TasksSettings
+from smbfast.base.schema import schema_text
+from smbfast.settings.tasks import TaskFile, TasksSettings
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command: arguments and one call into `smbfast.labelling`, which prints."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if "--schema" in argv:  # of what one writes: a file of definitions
+        print(schema_text(TaskFile))
+        return
     if argv and "=" not in argv[0] and not argv[0].startswith("-"):
         argv[0] = f"--definitions={argv[0]}"
     config = command_line(TasksSettings, argv, prog="python -m smbfast.tasks")

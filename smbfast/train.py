@@ -22,6 +22,7 @@ from smbfast.settings import (
     require_backbone,
     run_arguments,
     run_help,
+    run_schema,
 )
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ or a .toml file of your own, which may begin from a preset with the line base = 
 it the preset `default` is used. In a file, a setting that is none is left out.
 
   --print            Print the settings of the run as TOML, and stop.
+  --schema           Print the JSON schema of a .toml file, for an editor, and stop.
   --resume=never     Short for --run.resume=never; likewise --resume=restart.
   --export=merged    Short for --run.export=merged.
   --profile=3        Short for --run.profile=3.
@@ -71,6 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     with _entry():
         if {"-h", "--help"} & set(argv):
             print(run_help(argv, prog, EPILOG))
+            return
+        if "--schema" in argv:
+            print(run_schema())
             return
         settings = load(name, words)
         if "--print" in argv:

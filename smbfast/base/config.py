@@ -9,7 +9,7 @@ import re
 import sys
 import tomllib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from smbfast.base.help_page import group_class, help_text, table_class
 from smbfast.base.nearest import MOST_HINTS, Foreign, edits, hint, nearest
+from smbfast.base.schema import schema_text
 from smbfast.base.typed import as_typed
 
 T = TypeVar("T", bound="Settings")
@@ -36,19 +37,32 @@ class Settings(BaseModel):
 
 
 def command_line(
-    model: type[T], argv: list[str] | None = None, *, prog: str, epilog: str = ""
+    model: type[T],
+    argv: list[str] | None = None,
+    *,
+    prog: str,
+    words: str = "",
+    epilog: str = "",
+    read: Callable[[list[str]], T] | None = None,
 ) -> T:
     """Return the settings that arguments `--a.b=c`, `--a.b c` or `a.b=c` give.
 
-    On `--help` it prints help and exits with 0. On a bad argument it prints one line and exits
-    with 2.
+    On `--help` it prints help and on `--schema` the JSON schema of the settings, and exits with 0.
+    On a bad argument it prints one line and exits with 2.
+
+    Args:
+        words: what may stand before the settings, for help, such as `[RUN ...]`.
+        read: reads the arguments, where there are words without a key among them.
     """
     argv = sys.argv[1:] if argv is None else argv
     if any(a in ("-h", "--help") for a in argv):
-        print(help_text(model, prog, epilog))
+        print(help_text(model, f"{prog} {words}".rstrip(), epilog))
+        raise SystemExit(0)
+    if "--schema" in argv:
+        print(schema_text(model))
         raise SystemExit(0)
     try:
-        return build(model, {}, argv)
+        return read(argv) if read else build(model, {}, argv)
     except ValueError as error:
         print(f"{as_typed(prog)}: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -162,6 +162,11 @@ def _option_phrase(option: Any, limits: str) -> str:
     return named[option] + (limits if option in (int, float) else "")
 
 
+def default_text(info: FieldInfo) -> str:
+    """Return the default of a key in the form that a command line takes."""
+    return _value_text(info.get_default(call_default_factory=True))
+
+
 def _value_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ",".join(_value_text(v) for v in value) or "empty"

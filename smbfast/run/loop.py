@@ -152,11 +152,12 @@ def judge(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> None:
     folder = settings.folder
     has_any = checkpoint.folders(folder)
     run = OpenRun.open(settings, ranks, set_aside=False) if has_any else None
-    if run is None or run.progress.step != total_steps(run.settings):
-        known = all(phase.steps for phase in settings.phases)  # others are given in epochs
-        last = f", {total_steps(settings)}," if known else ""
+    settings = settings if run is None else run.settings
+    total = total_steps(settings)
+    if run is None or run.progress.step != total:
+        known = f", {total}," if all(phase.steps for phase in settings.phases) else ""
         raise ValueError(
-            f"{folder} must hold the checkpoint of its last step{last} to be judged on "
+            f"{folder} must hold the checkpoint of its last step{known} to be judged on "
             f"held-out patients; it does not. Use smbfast.embed --model={folder}/final, then "
             "smbfast.probe --final"
         )

@@ -22,7 +22,7 @@ from smbfast.settings.experiments import (
 from smbfast.settings.model import LoraSettings, ModelSettings, ObjectiveSettings
 from smbfast.settings.plan import PlanSettings, plan_arguments
 from smbfast.settings.pools import POOLS, Pool, RunPool
-from smbfast.settings.presets import load, presets, run_arguments, run_help
+from smbfast.settings.presets import load, presets, run_arguments, run_help, run_schema
 from smbfast.settings.push import PushSettings, push_arguments
 from smbfast.settings.tasks import TasksSettings
 from smbfast.settings.training import (
@@ -75,5 +75,6 @@ __all__ = [
     "require_meds_folder",
     "run_arguments",
     "run_help",
+    "run_schema",
     "tokenizer_folder",
 ]

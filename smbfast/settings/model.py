@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from smbfast.base.config import Settings
+from smbfast.base.schema import or_one_item
 
 
 class ModelSettings(Settings):
@@ -218,6 +219,7 @@ class ObjectiveSettings(Settings):
         "30d, 180d, 365d and 1095d of which at least a fifth of the pairs of position and horizon "
         "can be used on the training split, and says so at the start. In a text format a horizon "
         "is at least a bucket long, and only whole buckets inside it count.",
+        json_schema_extra=or_one_item,
     )
     censored: Literal["drop", "none"] = Field(
         "drop",

@@ -6,6 +6,7 @@ from typing import Any
 
 from smbfast.base.config import build, read_toml, with_overrides
 from smbfast.base.help_page import DefaultsShown, help_text
+from smbfast.base.schema import schema_text
 from smbfast.settings.adapters import on_its_backbone
 from smbfast.settings.training import TrainSettings
 
@@ -54,7 +55,7 @@ def run_help(argv: list[str], prog: str, epilog: str = "") -> str:
     Raises:
         ValueError: no such preset or file, or an unknown key.
     """
-    words = [word for word in argv if word not in ("-h", "--help", "--print")]
+    words = [word for word in argv if word not in ("-h", "--help", "--print", "--schema")]
     name, overrides = run_arguments(words)
     values = _values_of(name)
     source = f"file {name}" if name.endswith(".toml") else f"preset {name}"
@@ -62,6 +63,12 @@ def run_help(argv: list[str], prog: str, epilog: str = "") -> str:
     return help_text(
         TrainSettings, f"{prog} [PRESET]", epilog, DefaultsShown(source, values, overridden)
     )
+
+
+def run_schema() -> str:
+    """Return the JSON schema of a file that `train` and `check` take."""
+    about = "Preset that the file begins from: keys that it leaves out, or all phases, are its own."
+    return schema_text(TrainSettings, {"base": {"enum": presets(), "description": about}})
 
 
 def _values_of(name: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from smbfast.base.config import Settings, build, read_toml
+from smbfast.base.schema import or_one_item
 from smbfast.settings.data import whole_fractions
 
 DEATH = "death"  # the set of codes that ends every record
@@ -101,7 +102,9 @@ class TaskDefinition(Settings):
         "if none comes before that end (as a discharge in a stay that lasts).",
     )
     horizon_days: list[float] = Field(
-        [], description="Lengths of the window. Several make a task each, NAME_<days>d."
+        [],
+        description="Lengths of the window. Several make a task each, NAME_<days>d.",
+        json_schema_extra=or_one_item,
     )
     horizon_from: Literal["node", "index"] = Field(
         "node", description="From what the horizon is counted."

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 from smbkernels.catalog import check_choice
 
 from smbfast.base.config import Settings
@@ -35,6 +35,11 @@ class PhaseSettings(Settings):
     line base = "default" and one [[phases]] table for each; these tables replace those of the
     preset.
     """
+
+    model_config = ConfigDict(
+        json_schema_extra={"anyOf": [{"required": ["steps"]}, {"required": ["epochs"]}]}
+    )
+    instead: ClassVar[Mapping[str, str]] = {"steps": "epochs", "epochs": "steps"}
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9_-]+$",
@@ -103,8 +108,6 @@ class PhaseSettings(Settings):
         description="Whether the EMA teacher becomes a copy of the online encoder when the phase "
         "begins, though the phase before it had a teacher; without effect where w_jepa is 0.",
     )
-
-    instead: ClassVar[Mapping[str, str]] = {"steps": "epochs", "epochs": "steps"}
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> "PhaseSettings":
