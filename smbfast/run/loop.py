@@ -100,14 +100,13 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
             if due.anything:  # only here the CPU waits for the device
                 skipped = updater.report_skips(step + 1, phase.name)
             if due.log:
-                norm = None if skipped else float(grad_norm)
                 log_step(
                     log,
                     run,
                     batch,
                     StepLosses(*summed_3),
                     lr=lr,
-                    grad_norm=norm,
+                    grad_norm=None if skipped else float(grad_norm),
                     pace=meter.read(step + 1),
                 )
             if due.evaluate:
