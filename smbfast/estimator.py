@@ -52,7 +52,8 @@ class PatientEmbedder(TransformerMixin, BaseEstimator):
     nodes that are embedded in several calls, as by folds, differ by rounding (2e-6 of the largest).
 
     Args:
-        model: the folder of a trained model, or a model that `smbfast.load` gave.
+        model: the folder of a trained model, its name on the Hugging Face Hub, or a model that
+            `smbfast.load` gave.
         data: a MEDS folder, or its events as a table of pyarrow, pandas or polars. Of a table,
             scikit-learn makes a copy for each fold: a folder is better for many patients.
         codes: beside a table of events, see `Embedder.embed`.
@@ -64,6 +65,7 @@ class PatientEmbedder(TransformerMixin, BaseEstimator):
             for later sessions and for the processes of `n_jobs`. None holds them in memory, where
             each process has its own, until `clear_cache`.
         backbone: of an adapter, where its backbone is now, if not where it was in training.
+        revision: of the Hub; None for the newest commit.
         device: `cpu`, `cuda`, `cuda:1`, or `auto`, the first GPU or else the CPU.
         tokens: the most tokens of a forward, as of the command.
     """
@@ -79,6 +81,7 @@ class PatientEmbedder(TransformerMixin, BaseEstimator):
         missing: Missing = "error",
         cache: str | Path | None = None,
         backbone: str | Path | None = None,
+        revision: str | None = None,
         device: str = "auto",
         tokens: int = 16384,
     ) -> None:
@@ -90,6 +93,7 @@ class PatientEmbedder(TransformerMixin, BaseEstimator):
         self.missing = missing
         self.cache = cache
         self.backbone = backbone
+        self.revision = revision
         self.device = device
         self.tokens = tokens
 
@@ -159,7 +163,7 @@ class PatientEmbedder(TransformerMixin, BaseEstimator):
     def _loaded(self) -> Embedder:
         if isinstance(self.model, Embedder):
             return self.model
-        return at_hand(self.model, self.backbone, self.device)
+        return at_hand(self.model, self.backbone, self.device, revision=self.revision)
 
     def _filled(
         self,

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 
 from smbfast.base.digests import short
 from smbfast.base.files import MANIFEST, digest_of, standing
+from smbfast.base.model_names import looks_local
 from smbfast.base.progress import Progress
 from smbfast.base.runtime import choose_device
 from smbfast.data.code_table import CodeTable
@@ -51,6 +52,7 @@ Which = Literal["online", "target"]
 Forward = Literal["shared", "reference"]
 _MOST_AT_HAND = 2  # models: a search over two of them loads each once (our choice)
 _AT_HAND: dict[tuple, "Embedder"] = {}
+_FETCHED: dict[tuple[str, str | None], Path] = {}  # folders of names on the Hub
 _OPENED: list[tuple[Any, MedsDataset]] = []  # the folder that was opened last, and its state
 _LOADING = Lock()
 
@@ -405,32 +407,41 @@ def load(
     """Load a trained model: `final` in a run folder, or one of the folders under `best`.
 
     Args:
-        folder: the model's folder, or `owner/name` of one on the Hugging Face Hub, also
-            `owner/name@revision`; see `smbfast.run.hub.fetched`.
-        revision: commit, tag or branch of the Hub; None for the newest commit.
+        folder: the model's folder; or `owner/name` or `owner/name@revision` of the Hugging Face
+            Hub, whose files are downloaded once and verified. No network is asked about a folder.
+        revision: of the Hub, a commit, tag or branch; None for the newest commit.
         path: of a LoRA adapter, the folder or hub name of its backbone, if that is no longer where
             it was during training. Its weights are compared with those of the run.
         codes: what `codes` of the methods is where a call has none, see `Embedder.embed`.
         device: `cpu`, `cuda`, `cuda:1`, or `auto`, the first GPU or else the CPU.
 
     Raises:
-        ValueError: the folder is no trained model or is damaged, its backbone is missing or
-            another, or the Hub does not give it.
+        ValueError: the folder is no trained model or is damaged, or its backbone is missing or
+            another; or there is no such model on the Hub, or no way there.
     """
     where = None if path is None else str(path)
     return Embedder(fetched(folder, revision), choose_device(device), where, codes)
 
 
-def at_hand(folder: str | Path, path: str | Path | None = None, device: str = "auto") -> Embedder:
+def at_hand(
+    folder: str | Path,
+    path: str | Path | None = None,
+    device: str = "auto",
+    *,
+    revision: str | None = None,
+) -> Embedder:
     """Return what `load` gives, and the same object as long as the model's files stay.
 
-    The last two are held.
+    The last two are held. The Hub is asked about a name once.
     """
-    folder = fetched(folder)
-    manifest = folder.absolute() / MANIFEST
-    key = manifest, stamp(manifest) if manifest.is_file() else None, path, device
     with _LOADING:
-        model = _AT_HAND.pop(key, None) or load(folder, path=path, device=device)
+        name = str(folder), revision
+        model_folder = _FETCHED.get(name) or fetched(folder, revision)
+        if not looks_local(name[0]):
+            _FETCHED[name] = model_folder
+        manifest = model_folder.absolute() / MANIFEST
+        key = manifest, stamp(manifest) if manifest.is_file() else None, path, device
+        model = _AT_HAND.pop(key, None) or load(model_folder, path=path, device=device)
         _AT_HAND[key] = model
         while len(_AT_HAND) > _MOST_AT_HAND:
             del _AT_HAND[next(iter(_AT_HAND))]
@@ -441,6 +452,7 @@ def let_go() -> None:
     """Hold no model and no opened folder any longer."""
     with _LOADING:
         _AT_HAND.clear()
+        _FETCHED.clear()
         _OPENED.clear()
 
 

@@ -25,6 +25,7 @@ from smbfast.run.checkpoint import amend_final
 from smbfast.serving import Embedder
 from smbfast.settings import POOLS
 from tests.factory import SPLITS, at, split_rows, table_of, tiny_run, write_meds, write_table
+from tests.hub_server import COMMIT, hub
 from tests.refusal import refused
 
 SINGLE = 2e-6  # of the largest state: a product of few rows sums in another order than of many
@@ -214,6 +215,24 @@ def test_a_fitted_pipeline_is_pickled_without_patients(
     assert "that was pickled" in refused(lambda: pickle.loads(content))
 
 
+def test_a_model_of_the_hub(
+    home: Path, step: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loaded by name and revision, and asked for once however often an estimator is copied."""
+    wanted = step().transform(NODES)
+    shutil.copytree(home / "run" / "final", tmp_path / "hub" / "own" / "model" / COMMIT)
+    with hub(tmp_path / "hub", tmp_path / "cache", monkeypatch) as asked:
+        model = smbfast.load("own/model", revision=COMMIT, device="cpu")
+        assert model.digest == smbfast.load(f"own/model@{COMMIT}", device="cpu").digest
+        np.testing.assert_array_equal(step(model=model).transform(NODES), wanted)
+        smbfast.clear_cache()
+        np.testing.assert_array_equal(step(model="own/model").transform(NODES), wanted)
+        num = len(asked)
+        clone(step(model="own/model")).fit_transform(NODES)
+        assert num and len(asked) == num
+        refused(lambda: step(model="own/model", revision="none").transform(NODES), "none")
+
+
 def test_what_cannot_be_meant(home: Path, step: Any) -> None:
     for nodes, words in [
         (NODES[["subject_id"]], ("`X`", "`prediction_time`", "`subject_id`")),
@@ -230,7 +249,8 @@ def test_what_cannot_be_meant(home: Path, step: Any) -> None:
         ({"model": None}, ("`model`", "smbfast.load", "NoneType")),
         ({"data": None}, ("`data`", "MEDS folder", "None")),
         ({"data": home / "none"}, ("none",)),
-        ({"model": home / "none"}, ("none", "final")),
+        ({"model": home / "none"}, ("none", "no such folder")),
+        ({"revision": "main"}, ("`revision`", "folder")),
     ]:
         said = refused(lambda more=more: step(**more).fit_transform(NODES))
         assert all(word in said for word in words), said

@@ -47,8 +47,8 @@ class EmbedSettings(Settings):
 
     model: str = Field(
         description="Folder of a trained model: `final` in a run folder, or one of those under "
-        "`best`; or its name on the Hugging Face Hub, owner/name or owner/name@revision. It brings "
-        "its tokenizer, its context length and the form of the text."
+        "`best`; or owner/name or owner/name@revision of the Hugging Face Hub. It brings its "
+        "tokenizer, its context length and the form of the text."
     )
     backbone: str | None = Field(
         None,
