@@ -12,6 +12,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from joblib import parallel_config
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
@@ -137,6 +138,7 @@ def test_a_search_over_pools_and_encoders_embeds_each_node_once(step: Any, made:
 
 
 def test_processes_share_a_folder_of_embeddings(step: Any, made: Any, tmp_path: Path) -> None:
+    torch.set_num_threads(1)  # threads of a pool do not outlive a fork
     cache = tmp_path / "cache"
     pipeline = risk(step(cache=cache))
     with parallel_config(backend="multiprocessing"):
