@@ -28,14 +28,16 @@ def shipped(root: Path, commit: str = COMMIT, *more: str) -> Path:
     return folder
 
 
-def test_exactly_the_files_of_a_model_are_fetched_and_once(tmp_path, monkeypatch):
+def test_exactly_the_files_of_a_model_are_fetched_and_once(tmp_path, monkeypatch, capsys):
     folder = shipped(tmp_path / "hub")
     with hub(tmp_path / "hub", tmp_path / "cache", monkeypatch) as asked:
         model = fetched("org/name")
         assert sorted(p.name for p in model.iterdir()) == sorted([*FILES, MANIFEST])
         assert all((model / n).read_bytes() == (folder / n).read_bytes() for n in FILES)
+        assert f"fetching org/name at commit {COMMIT[:12]}: 4 files" in capsys.readouterr().err
         asked.clear()
         assert fetched(f"org/name@{COMMIT}") == model and not asked  # a commit does not change
+        assert not capsys.readouterr().err
         shipped(tmp_path / "hub", OTHER)
         newest = fetched("org/name")
         assert newest.name == OTHER and fetched("org/name", COMMIT) == model

@@ -1,11 +1,13 @@
 """A model for others: its card, what goes to the Hub and comes back, and what other tools load."""
 
+import inspect
 import json
 import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -33,6 +35,7 @@ from tests.tiny import tiny_lm
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_report")]
 
 NAME = "org/name"
+HF_API = huggingface_hub.HfApi  # before a test puts its own there
 PLAIN = rounding(2 * 7 * 24)  # two layers of seven products of at most 24 terms, written otherwise
 PROBE = {
     "judged_on": "tuning",
@@ -90,6 +93,18 @@ class Api:
 
     root: Path
     is_public = False
+
+    def __getattribute__(self, name: str) -> Any:
+        """A method that takes what that of the library takes."""
+        value = object.__getattribute__(self, name)
+        if not callable(value) or name.startswith("_"):
+            return value
+
+        def bound(*words: Any, **more: Any) -> Any:
+            inspect.signature(getattr(HF_API, name)).bind(None, *words, **more)
+            return value(*words, **more)
+
+        return bound
 
     def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> None:
         assert exist_ok and (private or self.is_public)
@@ -319,8 +334,11 @@ def test_what_must_not_go_out_is_refused(
 
 
 def test_a_mistake_of_ours_is_no_answer_of_the_hub(final: Path, api: type[Api]) -> None:
-    api.model_info = None  # type: ignore[assignment]
-    with pytest.raises(TypeError):
+    def wrong(_self: Any, _name: str) -> None:
+        raise TypeError("ours")
+
+    api.model_info = wrong  # type: ignore[assignment]
+    with pytest.raises(TypeError, match="ours"):
         pushed(final)
 
 

@@ -51,8 +51,10 @@ def fetched(name: str | Path, revision: str | None = None) -> Path:
     revision = own or revision
     here = _lies_here(text, revision)
     manifest = _file(text, revision, MANIFEST, here=here)
-    for file in _names(text, manifest):  # all of one commit, also where a newer one comes now
-        _file(text, manifest.parent.name, file, here=here)
+    commit, names = manifest.parent.name, _names(text, manifest)
+    _announce(text, commit, manifest)
+    for file in names:  # all of one commit, also where a newer one comes now
+        _file(text, commit, file, here=here)
     try:
         verify_folder(manifest.parent)
     except ValueError as error:
@@ -112,6 +114,23 @@ def _names(name: str, manifest: Path) -> list[str]:
         if not MODEL_FILES.fullmatch(file):
             raise ValueError(f"{name} must hold the files of a model alone; it names {file[:80]!r}")
     return sorted(files)
+
+
+def _announce(name: str, commit: str, manifest: Path) -> None:
+    """Say what is about to be downloaded, if anything is."""
+    missing = {
+        file: entry
+        for file, entry in read_json(manifest)["files"].items()
+        if not (manifest.parent / file).is_file()
+    }
+    if missing:
+        sizes = [entry[0] for entry in missing.values() if isinstance(entry, list) and entry]
+        num_bytes = sum(size for size in sizes if isinstance(size, int))
+        print(
+            f"smbfast: fetching {name} at commit {commit[:12]}: {len(missing)} files, "
+            f"{num_bytes / 1e6:,.1f} MB",
+            file=sys.stderr,
+        )
 
 
 def is_of_network(error: Exception) -> bool:
