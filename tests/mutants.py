@@ -1117,6 +1117,57 @@ GPU_BENCH = [
         "tests/test_bench_gpu.py::test_an_item_over_its_own_limit_is_named",
     ),
 ]
+SHARING = [
+    mutant(
+        "fetched-unverified",
+        "a file of the Hub that is not the one of the manifest is loaded",
+        "smbfast/run/hub.py",
+        "        verify_folder(manifest.parent)\n",
+        "        pass\n",
+        "tests/test_hub.py::test_what_is_absent_or_has_changed_is_refused",
+    ),
+    mutant(
+        "any-file-fetched",
+        "a manifest of a stranger says what is written into the cache",
+        "smbfast/run/hub.py",
+        "        if not MODEL_FILES.fullmatch(file):",
+        "        if False:",
+        "tests/test_hub.py::test_a_manifest_that_names_anything_else_is_refused_before_it_is_asked_for",
+    ),
+    mutant(
+        "small-cell-in-card",
+        "a card shows figures of ten patients with the outcome",
+        "smbfast/run/model_card.py",
+        "return min(positives, rows - positives) > FEW",
+        "return min(positives, rows - positives) >= FEW",
+        "tests/test_share.py::test_figures_of_a_card_have_intervals_and_no_small_cell",
+    ),
+    mutant(
+        "rare-entries-pushed",
+        "a vocabulary of fewer than ten patients goes to the Hub",
+        "smbfast/run/shipping.py",
+        "least < _MIN_PATIENTS:",
+        "least < 1:",
+        "tests/test_share.py::test_what_must_not_go_out_is_refused[a rare entry]",
+    ),
+    mutant(
+        "pushed-to-a-public-place",
+        "a model goes into a repository that everybody may read",
+        "smbfast/run/shipping.py",
+        "if not settings.public and is_private is not True:",
+        "if False:",
+        "tests/test_share.py::test_a_public_repository_is_no_private_one",
+    ),
+    mutant(
+        "adapter-on-any-backbone",
+        "an adapter goes on with weights that it was not trained on",
+        "smbfast/run/identity.py",
+        "            check_digest(read_json(Path(adapter) / RECORD), path, digest)",
+        "            pass",
+        "tests/test_identity.py::"
+        "test_an_adapter_goes_on_with_the_weights_that_it_was_trained_on_alone",
+    ),
+]
 MUTANTS = [
     *OBJECTIVE,
     *AHEAD,
@@ -1130,6 +1181,7 @@ MUTANTS = [
     *ON_A_GPU,
     *RANKS,
     *GPU_BENCH,
+    *SHARING,
 ]
 
 
