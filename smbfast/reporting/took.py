@@ -63,7 +63,7 @@ def table(run: Run) -> Rows:
         rows.append(("epochs", f"{epochs:,.3f}: tokens seen over {of}all training windows"))
     if math.isfinite(flops):
         whose = f", of one of {ranks:.0f} ranks" if ranks > 1 else ""
-        work = f"{flops:.3g} in matrix products and attention{whose}, by formula"
+        work = f"{_si(flops)} in matrix products and attention{whose}, by formula"
         reached = _median(run, "matmul")
         if math.isfinite(reached):
             work += f"; {reached:.0%} of this device's rate for a large product, in the median"
