@@ -384,6 +384,7 @@ def test_what_a_run_took_is_said(tmp_path: Path, undrawn: list[str]) -> None:
     assert "25% of this device" in cells["FLOPs"] and cells["memory, measured"].startswith("1.50")
     assert cells["memory, predicted"].startswith("0.70 GiB for")
     assert cells["memory, predicted"].endswith("before, 1.00 GiB")
+    assert "memory, at the end" not in cells  # which this end did not record
     old = read(whole(tmp_path / "old"))[0]
     assert not re.search("tokens seen|epochs<|FLOPs|memory, predicted|fingerprint", old)
 

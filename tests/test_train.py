@@ -120,6 +120,9 @@ def test_records_say_what_a_run_read_and_took(whole):
         assert after["tokens"] - before["tokens"] > after["labels"]
         assert after["flops"] > before["flops"]
         assert after["epochs"] == after["tokens"] / header["data"]["window_tokens"]
+    end = records[-1]
+    assert [end[k] for k in ("tokens", "flops")] == [steps[-1][k] for k in ("tokens", "flops")]
+    assert end["memory_gib"] >= steps[-1]["memory_gib"]
 
 
 @pytest.mark.parametrize("form", ["merged", "tracked"])

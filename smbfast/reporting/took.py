@@ -75,6 +75,9 @@ def table(run: Run) -> Rows:
             less = f"; measured without what was there before, {_gib(peak - before)}"
             text = f"{_gib(predicted)} for model, optimizer and the largest step"
             rows.append(("memory, predicted", text + (less if math.isfinite(before) else "")))
+        with_probes = number((run.end or {}).get("memory_gib"))
+        if math.isfinite(with_probes):
+            rows.append(("memory, at the end", f"{_gib(with_probes)}, with embedding and probing"))
     return rows
 
 

@@ -23,7 +23,7 @@ from smbfast.reporting.page import write_report
 from smbfast.run import checkpoint, console
 from smbfast.run.evaluation import evaluate_entry, evaluate_step
 from smbfast.run.fixed import Fixed
-from smbfast.run.metrics import Meter, log_step, open_log
+from smbfast.run.metrics import Meter, log_end, log_step, open_log
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import due_after, learning_rate, place, tau, total_steps
 from smbfast.run.outlook import REPORT, Outlook
@@ -131,7 +131,7 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
     AHEAD.begin(REPORT)
     if not ranks.is_main:
         return "done"
-    log.write("end", step=total, seconds=seconds, best=run.progress.best)
+    log_end(log, run, seconds)
     log.close()
     with helper("the report"):
         write_report(run.folder, final=settings.probe.final)

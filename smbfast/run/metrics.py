@@ -240,6 +240,20 @@ def log_evaluation(
     print(evaluation_line(record, total_steps(run.settings), best), flush=True)
 
 
+def log_end(log: MetricsLog, run: OpenRun, seconds: float) -> None:
+    """Log that a run is over: its time, best steps and counts, and the memory with its probes."""
+    done = run.progress
+    log.write(
+        "end",
+        step=total_steps(run.settings),
+        seconds=seconds,
+        best=done.best,
+        tokens=done.tokens,
+        flops=done.flops,
+        memory_gib=peak_memory_gib(run.device),
+    )
+
+
 def step_line(record: dict, total: int) -> str:
     """Return a step as one plain line of at most `COLUMNS`, which suits the log of a job.
 
