@@ -15,6 +15,7 @@ import pytest
 import smbfast.train as train
 from smbfast.data.labels import Labels
 from smbfast.data.meds import MedsDataset
+from smbfast.judging.judge import Protocol
 from smbfast.judging.risk_function import FILE, read_risk_functions, write_risk_functions
 from smbfast.judging.scored import Scored
 from smbfast.probing.horizons import with_chances
@@ -85,8 +86,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run of a simulated cohort; not to be changed."""
     folder = tmp_path_factory.mktemp("risk") / "run"
     short = ["--phases.0.steps=1", "--phases.1.steps=1", "--objective.self_check=false"]
-    more = [f"--probe.labels={','.join(TASKS)}", "--probe.bootstraps=100"]
-    with contextlib.redirect_stdout(io.StringIO()):
+    more = [f"--probe.labels={','.join(TASKS)}", "--optim.micro_tokens=1024"]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr("smbfast.probing.run_probe._protocol", lambda _config: Protocol(0, 0))
         train.main(["tiny", f"--run.dir={folder}", "--run.threads=1", *short, *more])
     return folder
 

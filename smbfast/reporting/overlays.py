@@ -23,6 +23,7 @@ from smbfast.reporting.drawing import (
     ORANGE,
     PURPLE,
     dashed,
+    legend_below,
     panel,
     plain,
 )
@@ -72,7 +73,7 @@ def _loss_panel(
         if len(ends) and ends.max() > ends.min():
             room = 0.06 * (ends.max() - ends.min())
             ax.set_ylim(ends.min() - room, ends.max() + room)
-        ax.legend(loc="upper right")
+        legend_below(ax, columns=2)
 
     return panel(name, f"{title} of each run by optimizer step", draw)
 
@@ -122,7 +123,7 @@ def _draw_health(
     _marked(ax, names, lines)
     if level is not None:
         dashed(ax, *level, INK)
-    ax.legend(loc="best")
+    legend_below(ax, columns=2)
 
 
 def machine(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
@@ -147,10 +148,9 @@ def _draw_machine(
     looks = itertools.cycle(_LOOKS)
     for name, (step_N, value_N), (color, _) in zip(names, lines, looks, strict=False):
         _plot(ax, step_N, smooth(value_N), color=color, label=plain(name, 30))
-    # room for the names above all lines
-    ax.set_ylim(0, ax.get_ylim()[1] * (1.1 + 0.08 * len(names)) or 1.0)
+    ax.set_ylim(0, ax.get_ylim()[1] * 1.05 or 1.0)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    ax.legend(loc="upper right")
+    legend_below(ax, columns=2)
 
 
 def _scaled(records: list[Record], key: str, scale: float = 1.0) -> np.ndarray:

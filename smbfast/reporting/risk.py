@@ -28,6 +28,7 @@ from smbfast.reporting.drawing import (
     PURPLE,
     SOFT,
     WIDE,
+    legend_below,
     panel,
     plain,
 )
@@ -36,7 +37,7 @@ from smbfast.reporting.runlog import Record, Run
 
 FILE = "risk.json"
 _LOOKS = ((BLUE, "o"), (GREEN, "D"), (ORANGE, "s"), (PURPLE, "^"))  # as many tasks are drawn
-_RISKS, _ROW, _REST = 2.0, 0.26, 0.75  # inches: the risks, a row of events, titles and axis
+_RISKS, _ROW, _REST = 1.9, 0.26, 1.1  # inches: the risks, a row of events, titles, axis and names
 _ORDER = ("conditions", "observations", "measurements", "procedures", "drugs", "notes", "death")
 _TICKS = 1500  # events of a row that are drawn: more are one line
 
@@ -141,7 +142,7 @@ def _figure(
 
     def draw(ax: Axes) -> None:
         top = max([0.01, *(r for line in lines for r in line.risk_K if math.isfinite(r))])
-        top *= 1.06 + 0.1 * len(lines)  # room for the names
+        top *= 1.06
         row = top * _ROW / _RISKS
         seen = [time for own in events.values() for time in own]
         _draw_risks(ax, moments, lines, end or max([moments[-1], *seen]))
@@ -157,7 +158,7 @@ def _figure(
         ax.xaxis.set_major_locator(locator)
         ax.xaxis.set_major_formatter(dates.ConciseDateFormatter(locator))
         ax.set_title("Predicted risk, and events below", pad=6)
-        ax.legend(loc="upper left")
+        legend_below(ax, columns=2)
 
     label = "Predicted risk of one patient over time, with their events below"
     return panel("risk", label, draw, WIDE, _RISKS + _ROW * len(rows) + _REST)
