@@ -47,6 +47,7 @@ FREE_KEYS = (
     "run.keep",
     "run.threads",
     "run.profile",
+    "run.track",
     "probe.",
 )
 LOCATIONS = ("data.path", "data.prepared")  # may differ too where a checkpoint's digests agree

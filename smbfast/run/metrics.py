@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from smbfast.base.files import legal
@@ -16,6 +16,7 @@ from smbfast.run.open_run import OpenRun, Progress
 from smbfast.run.optim import place, total_steps
 from smbfast.run.outlook import Outlook
 from smbfast.run.step import StepLosses
+from smbfast.run.trackers import Tracker, numbers, open_trackers
 from smbfast.settings import PhaseSettings
 
 COLUMNS = 100  # of a line of the log: what terminals and the logs of clusters show unbroken
@@ -24,17 +25,20 @@ WAITS = 0.05  # share of the time from which a line says that the loop waits for
 
 
 class MetricsLog:
-    """Appends records to `metrics.jsonl` and TensorBoard.
+    """Appends records to `metrics.jsonl` and TensorBoard, and gives their numbers to trackers.
 
     A checkpoint saves `offset`, and a resumed run truncates the file there.
     """
 
-    def __init__(self, run: Path, offset: int = 0, step: int = 0) -> None:
+    def __init__(
+        self, run: Path, offset: int = 0, step: int = 0, trackers: Sequence[Tracker] = ()
+    ) -> None:
         self.warned: set[tuple[str, str]] = set()  # see `console.warn_of_step`
         self._path = run / "metrics.jsonl"
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         os.truncate(self._path, min(offset, self._path.stat().st_size))
-        self._board = Board(run / "tensorboard", step + 1)
+        self._board, self._trackers = Board(run / "tensorboard", step + 1), trackers
+        self._is_done = False
 
     @property
     def offset(self) -> int:
@@ -52,15 +56,20 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from None
-        step = values.get("step")
+        step, self._is_done = values.get("step"), kind == "end"
+        if kind in ("step", "eval", "end") and isinstance(step, int):
+            for tracker in self._trackers:
+                tracker.add(numbers(kind, values), step)
         for name, value in values.items():
             if kind in ("step", "eval") and isinstance(step, int) and isinstance(value, float):
                 self._board.add(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Flush and close all."""
         self._file.close()
         self._board.close()
+        for tracker in self._trackers:
+            tracker.close(done=self._is_done)
 
 
 class NoLog(MetricsLog):
@@ -103,6 +112,16 @@ class Meter:
         self._tokens = self._masked = self._flops = self._all_flops = 0
         self._waited = 0.0
 
+    @classmethod
+    def of(cls, run: OpenRun, ceiling: MatmulRate) -> "Meter":
+        """Start to measure a run, and look at what it has before it."""
+        return cls(total_steps(run.settings), run.progress, ceiling, Outlook.of(run))
+
+    def begin_rest(self) -> None:
+        """Say what follows the last step and how long it will take."""
+        if self._outlook is not None:
+            self._outlook.begin(self.pace)
+
     def waits(self, steps: Iterable[Step]) -> Iterator[Step]:
         """Yield the steps, and add up the time that the loop waits for each."""
         steps = iter(steps)
@@ -129,11 +148,6 @@ class Meter:
         if not self._all_flops:
             return None
         return (time.monotonic() - self._begin) / self._all_flops
-
-    def begin_stages(self) -> None:
-        """Say what follows the last step, and let lines of progress count it in."""
-        if self._outlook is not None:
-            self._outlook.begin(self.pace)
 
     def read(self, step: int) -> dict[str, float]:
         """Return the speed since the last call, and `eta`, the seconds left after `step` steps.
@@ -164,9 +178,10 @@ def open_log(run: OpenRun) -> MetricsLog:
     progress = run.progress
     if not run.ranks.is_main:
         return NoLog()
-    log = MetricsLog(run.folder, progress.metrics_offset, progress.step)
     if not progress.step:
         run.begin()
+    trackers = open_trackers(run.settings, run.identity.run)
+    log = MetricsLog(run.folder, progress.metrics_offset, progress.step, trackers)
     header = console.header(run)
     if not progress.step:
         log.write("header", **header, **_known_before(run))

@@ -12,7 +12,11 @@ from smbfast.settings.commands import (
 )
 from smbfast.settings.compare import CompareSettings, compare_arguments
 from smbfast.settings.data import CohortSettings, DataSettings, PrepareSettings, SimulateSettings
-from smbfast.settings.decide import decided_data, require_meds_folder, tokenizer_folder
+from smbfast.settings.decide import (
+    decided_data,
+    require_meds_folder,
+    tokenizer_folder,
+)
 from smbfast.settings.experiments import (
     EXPERIMENTS,
     Experiment,

@@ -395,6 +395,20 @@ class RunSettings(Settings):
         "model with the LoRA adapters added into its weights. It works for a finished run too, by "
         "the same command with --export=merged, which is short for this key.",
     )
+    track: list[Literal["wandb", "mlflow"]] = Field(
+        [],
+        description="Trackers that get the numbers of metrics.jsonl and the settings, beside "
+        "TensorBoard: `wandb`, `mlflow` or both, each of an extra of its name (pip install "
+        "'smbfast[wandb]'). They write into the folders wandb and mlruns of the run. Of a path "
+        "they get the last part, of patients nothing. One that fails or is slow is left, and the "
+        "run goes on; a resumed run goes on in the same run of the tracker.",
+    )
+    track_online: bool = Field(
+        False,
+        description="Whether trackers send what they get to their servers: `wandb` to the account "
+        "of `wandb login`, `mlflow` to MLFLOW_TRACKING_URI. `false` writes files only, which "
+        "`wandb sync` may send later.",
+    )
     resume: Literal["auto", "never", "restart"] = Field(
         "auto",
         description="What happens if the run folder already holds a run. `auto` continues it, or "
