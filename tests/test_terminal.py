@@ -18,7 +18,7 @@ from smbfast.base.entry import entry
 from smbfast.base.progress import AHEAD, Progress, time_left
 from smbfast.run import metrics, open_run
 from smbfast.run.metrics import Meter, evaluation_line, step_line
-from smbfast.run.outlook import A_REPORT, Outlook
+from smbfast.run.outlook import A_FIGURE, A_REPORT, Outlook
 from tests.factory import tiny_run, write_labels, write_meds
 from tests.tiny import tiny_lm
 
@@ -108,31 +108,42 @@ def test_time_left_counts_what_follows(
         assert time_left(10.0) == "10 s left"
 
 
+LATER = {"pools": 1.0, "probes": 7.0, "report": 4.0}
+
+
 def test_an_outlook_adds_up_phases_and_what_follows() -> None:
-    outlook = Outlook(
-        steps=((10, 100), (20, 300)), num_nodes=50, num_models=2, embedding=4000, probes=7.0
-    )
-    later = 4000 * 0.5 + 7.0 + A_REPORT
+    steps = ((10, 100), (20, 300))
+    outlook = Outlook(steps=steps, num_nodes=50, num_models=2, embedding=4000, seconds=LATER)
+    later = 4000 * 0.5 + 12.0
     assert outlook.seconds_after(4, 0.5) == (6 * 100 + 20 * 300) * 0.5 + later
     assert outlook.seconds_after(15, 0.5) == 15 * 300 * 0.5 + later
     assert outlook.seconds_after(30, 0.5) == later  # not 0 s while minutes are left
-    without = Outlook(steps=((1, 1),), num_nodes=0, num_models=2, embedding=0, probes=0.0)
-    assert without.later(1.0) == {"report": A_REPORT}
 
 
-def test_a_meter_takes_its_pace_from_the_flops_that_were_done(
+def test_what_follows_the_steps_is_counted_in(capsys: pytest.CaptureFixture[str]) -> None:
+    outlook = Outlook(steps=(), num_nodes=50, num_models=2, embedding=4000, seconds=LATER)
+    outlook.begin(0.01)
+    assert "50 nodes by 2 models" in (said := capsys.readouterr().out)
+    assert said.endswith("then probes and report, about 52 s in all\n")
+    assert AHEAD.seconds == 12.0  # the embedding itself is under way
+    Outlook(steps=(), num_nodes=0, num_models=2, embedding=0, seconds={"report": 4.0}).begin(None)
+    assert not capsys.readouterr().out and AHEAD.seconds == 4.0
+
+
+def test_a_meter_takes_its_pace_from_the_flops_behind_the_first_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    outlook = Outlook(steps=((4, 10), (4, 30)), num_nodes=0, num_models=0, embedding=0, probes=0)
+    outlook = Outlook(((4, 10), (4, 30)), num_nodes=0, num_models=0, embedding=0, seconds=LATER)
     meter = Meter(8, open_run.Progress(), SimpleNamespace(flops=1.0), outlook)
-    assert meter.pace is None
     step = SimpleNamespace(num_tokens=1, num_masked=0)
-    for _ in range(2):
-        meter.add(step, 10)
-    now[0] = 40.0  # 2 s a FLOP
-    assert meter.read(2)["eta"] == 2.0 * (2 * 10 + 4 * 30) + A_REPORT
+    meter.add(step, 10)
+    now[0] = 1000.0  # the first step compiles
+    assert meter.read(1)["eta"] == 100.0 * (3 * 10 + 4 * 30) + 12.0
+    meter.add(step, 10)
+    now[0] = 1020.0  # 2 s a FLOP
+    assert meter.read(2)["eta"] == 2.0 * (2 * 10 + 4 * 30) + 12.0
 
 
 def test_only_a_terminal_gets_colours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +214,7 @@ def test_a_run_says_what_its_lines_mean_and_how_long_it_takes(
     assert lines.index(steps[-1]) < embedding and "probes and report, about" in lines[embedding]
     assert any("the best so far" in line for line in lines if line.startswith("eval"))
     etas = [json.loads(line).get("eta") for line in (run / "metrics.jsonl").open()]
-    assert min(eta for eta in etas if eta is not None) >= A_REPORT
+    assert min(eta for eta in etas if eta is not None) >= A_REPORT + A_FIGURE
 
 
 def test_the_status_says_when_where_and_which_process(said: tuple[Path, str, str, list]) -> None:

@@ -78,7 +78,7 @@ def run_probe(
         if number:
             each = (time.monotonic() - begun) / number
             left = time_left(each * (len(contestants.tasks) - number))
-            progress(f"{number} of {len(contestants.tasks)} tasks, about {left}")
+            progress(f"{number} of {len(contestants.tasks)} tasks, {left}")
         result = measure(
             labels,
             contestants.traits(labels),

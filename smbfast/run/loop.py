@@ -26,7 +26,7 @@ from smbfast.run.fixed import Fixed
 from smbfast.run.metrics import Meter, log_end, log_step, open_log
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import due_after, learning_rate, place, tau, total_steps
-from smbfast.run.outlook import REPORT
+from smbfast.run.outlook import REPORT, Outlook
 from smbfast.run.probes import probe_run
 from smbfast.run.profile import profiled
 from smbfast.run.ranks import ALONE, Ranks
@@ -56,7 +56,9 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
     total, losses = total_steps(settings), losses_of(settings)
     updater = Updater(run.optimizer, settings.optim.clip)
     fixed = Fixed.of(run)
-    meter = Meter.of(run, matmul_rate(run.device, layer_dtype(encoder)))
+    meter = Meter(
+        total, run.progress, matmul_rate(run.device, layer_dtype(encoder)), Outlook.of(run)
+    )
     log = open_log(run)
     health: dict = {}
     run.write_status("running", first, command)
@@ -123,7 +125,7 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
     seconds = run.seconds()
     if ranks.is_main:
         export(settings, run.device)
-    meter.begin_rest()
+    meter.begin_stages()
     with run.matmul.used():
         probe_run(run, target, final=settings.probe.final, command=command)
     AHEAD.begin(REPORT)

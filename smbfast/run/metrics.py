@@ -110,17 +110,8 @@ class Meter:
         self._total, self._first, self._begin = total_steps, progress.step, time.monotonic()
         self._ceiling, self._mark, self._outlook = ceiling.flops, self._begin, outlook
         self._tokens = self._masked = self._flops = self._all_flops = 0
-        self._waited = 0.0
-
-    @classmethod
-    def of(cls, run: OpenRun, ceiling: MatmulRate) -> "Meter":
-        """Start to measure a run, and look at what it has before it."""
-        return cls(total_steps(run.settings), run.progress, ceiling, Outlook.of(run))
-
-    def begin_rest(self) -> None:
-        """Say what follows the last step and how long it will take."""
-        if self._outlook is not None:
-            self._outlook.begin(self.pace)
+        self._waited, self._paced_from = 0.0, self._begin
+        self.pace: float | None = None  # seconds of a FLOP, with evaluations and all else
 
     def waits(self, steps: Iterable[Step]) -> Iterator[Step]:
         """Yield the steps, and add up the time that the loop waits for each."""
@@ -142,12 +133,10 @@ class Meter:
         self._progress.flops += flops
         self._all_flops += flops
 
-    @property
-    def pace(self) -> float | None:
-        """The seconds a FLOP of a step has taken, with evaluations and all else; None at first."""
-        if not self._all_flops:
-            return None
-        return (time.monotonic() - self._begin) / self._all_flops
+    def begin_stages(self) -> None:
+        """Say what follows the last step, and let lines of progress count it in."""
+        if self._outlook is not None:
+            self._outlook.begin(self.pace)
 
     def read(self, step: int) -> dict[str, float]:
         """Return the speed since the last call, and `eta`, the seconds left after `step` steps.
@@ -158,10 +147,13 @@ class Meter:
         """
         now = time.monotonic()
         spent = max(now - self._mark, 1e-9)
-        a_step, a_flop = (now - self._begin) / max(step - self._first, 1), self.pace
-        left = a_step * (self._total - step)
-        if self._outlook is not None and a_flop is not None:
-            left = self._outlook.seconds_after(step, a_flop)
+        if self._all_flops:
+            self.pace = (now - self._paced_from) / self._all_flops
+        left = (now - self._begin) / max(step - self._first, 1) * (self._total - step)
+        if self._outlook is not None and self.pace is not None:
+            left = self._outlook.seconds_after(step, self.pace)
+        if step == self._first + 1:  # the first step allocates and compiles, the others do not
+            self._paced_from, self._all_flops = now, 0
         values = {
             "tokens_per_s": self._tokens / spent,
             "masked_per_s": self._masked / spent,
