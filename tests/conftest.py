@@ -50,6 +50,14 @@ def no_report() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module")
+def few_trees() -> Iterator[None]:
+    """Boosting ends after a tenth of the trees that it may grow: half the time of a tiny probe."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smbfast.probing.boosting._TREES", 100)
+        yield
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Where one mark is asked for (`-m numeric`), files that do not name it are not imported."""
     mark = config.option.markexpr

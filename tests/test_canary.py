@@ -28,6 +28,7 @@ def test_a_tokenizer_that_counts_words_instead_of_people_is_seen(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_trees")
 @pytest.mark.parametrize("form", ["codes", "text"])
 def test_no_command_shows_anything_of_one_patient(tmp_path: Path, form: str) -> None:
     data = canary.plant(tmp_path / "data", 400)  # labels of both classes

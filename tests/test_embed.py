@@ -450,7 +450,7 @@ def test_a_lora_run_loads_no_second_backbone():
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, no_report):
+def run(tmp_path_factory, no_report, few_trees):
     """A tiny run on simulated patients, probes included."""
     folder = tmp_path_factory.mktemp("embed")
     simulate(folder / "cohort", 160, 3)

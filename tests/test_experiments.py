@@ -145,7 +145,7 @@ def test_controls_have_sft_alone_at_equal_steps_and_flops():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_report")
+@pytest.mark.usefixtures("no_report", "few_trees")
 def test_an_experiment_from_its_plan_to_its_page(tmp_path, monkeypatch, capsys):
     regimes = PLANS["regimes"]
     arms = {name: regimes.arms[name] for name in ("sft", "sft_flops", "hybrid")}

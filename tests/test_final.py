@@ -54,7 +54,7 @@ def left_by(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def runs(tmp_path_factory: pytest.TempPathFactory, few_trees: None) -> dict[str, Any]:
     """A run, and by the same command one for which held-out outcomes were inverted."""
     root = tmp_path_factory.mktemp("final")
     simulate(root / "cohort", 120, 3, held_out=40)

@@ -16,7 +16,7 @@ from smbfast.data.labels import read_labels
 from smbfast.data.nodes import distinct_nodes
 from smbfast.judging.predictions import PREDICTIONS
 from smbfast.probe import main
-from smbfast.probing import boosting, features, logistic, ridge
+from smbfast.probing import features, logistic, ridge
 from smbfast.probing.features import join, read_embeddings
 from smbfast.probing.run_probe import run_probe
 from smbfast.probing.table import table
@@ -63,9 +63,8 @@ def write_embeddings(path: Path, nodes: dict, signal: float, **other: object) ->
 
 
 @pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+def world(tmp_path: Path, few_trees: None) -> dict:
     """A MEDS folder with a binary and a survival task, two nodes a patient, oracles, embeddings."""
-    monkeypatch.setattr(boosting, "_TREES", 100)  # a tenth: how they are chosen is tested elsewhere
     rng = np.random.default_rng(0)
     data = tmp_path / "data"
     nodes: dict[str, list] = {"subject": [], "day": [], "split": [], "latent": []}
