@@ -266,7 +266,7 @@ def test_clean() -> None:
 
 
 @pytest.mark.parametrize("kind", kinds_of(FAMILIES), ids="-".join)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(events=subjects())
 def test_ids_are_those_of_the_whole_text(
     serializers: dict[Kind, Serializer], kind: Kind, events: list[Event]
@@ -311,7 +311,7 @@ def test_pieces_of_a_merging_tokenizer_would_differ(
 
 
 @pytest.mark.parametrize("kind", kinds_of((*FAMILIES, *MERGING)), ids="-".join)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(cohort=st.lists(subjects(), min_size=2, max_size=4))
 def test_subjects_do_not_depend_on_their_batch(
     serializers: dict[Kind, Serializer], kind: Kind, cohort: list[list[Event]]

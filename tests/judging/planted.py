@@ -70,7 +70,7 @@ def planted(
 def example_record(draws: int = 240) -> dict[str, Any]:
     """Return the content of probe.json: tasks that are lost, won, undecided and below chance, one
     of time to event, and one that cannot be measured."""
-    protocol = Protocol(draws, 100)
+    protocol = Protocol(draws, 20)
     gains = {"lost_1y": 0.15, "won_1y": 4.0, "equal_1y": 1.0, "wrong_1y": -1.0}
     tasks = []
     for at, (name, gain) in enumerate(gains.items()):
