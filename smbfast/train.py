@@ -22,7 +22,6 @@ from smbfast.settings import (
     require_backbone,
     run_arguments,
     run_help,
-    run_schema,
 )
 
 if TYPE_CHECKING:
@@ -71,11 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     name, words = run_arguments([a for a in argv if a != "--print"])
     command, start = shlex.join([*prog.split(), name, *words]), time.monotonic()
     with _entry():
-        if {"-h", "--help"} & set(argv):
+        if {"-h", "--help", "--schema"} & set(argv):
             print(run_help(argv, prog, EPILOG))
-            return
-        if "--schema" in argv:
-            print(run_schema())
             return
         settings = load(name, words)
         if "--print" in argv:

@@ -126,8 +126,8 @@ _RUN: _Rows = (
     ("run.export", "merged writes a plain model at the end", "merge merge_lora save_merged export"),
     ("run.profile", "", "profiler profile"),
     (
-        "",
-        "metrics.jsonl and TensorBoard files are always written into the folder of the run",
+        "run.track",
+        "wandb, mlflow or both; metrics.jsonl and TensorBoard files are always written",
         "report_to logger use_wandb wandb wandb_project wandb_run_name use_tensorboard tracker "
         "with_tracking use_mlflow mlflow",
     ),
@@ -146,7 +146,7 @@ _RUN: _Rows = (
     ("", "a preset or a TOML file stands first: train run.toml", "config config_file config_path"),
     (
         "",
-        "the folder final of a run is what one shares",
+        "the command `smbfast push` sends the folder final of a run, once it is finished",
         "push_to_hub hub_model_id hub_token hub_private_repo",
     ),
 )

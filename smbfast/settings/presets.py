@@ -49,13 +49,17 @@ def load(name: str, overrides: list[str]) -> TrainSettings:
 def run_help(argv: list[str], prog: str, epilog: str = "") -> str:
     """The help of a command that takes a preset or file and overrides: `train` and `check`.
 
+    Where `argv` has --schema it is the JSON schema of such a file.
+
     Defaults are those of the preset or file that `argv` names, with its overrides. They need not
     be a valid run: `lora --help` is answered without the backbone that `lora` needs.
 
     Raises:
         ValueError: no such preset or file, or an unknown key.
     """
-    words = [word for word in argv if word not in ("-h", "--help", "--print", "--schema")]
+    if "--schema" in argv:
+        return run_schema()
+    words = [word for word in argv if word not in ("-h", "--help", "--print")]
     name, overrides = run_arguments(words)
     values = _values_of(name)
     source = f"file {name}" if name.endswith(".toml") else f"preset {name}"
