@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from mmap import mmap
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -312,9 +314,19 @@ def test_one_and_two_workers_give_the_same_shards(
         return pool(*args, **options)
 
     monkeypatch.setattr(base_workers, "worker_pool", counting)
+    # a spawned process would import for five seconds what this one has
+    monkeypatch.setattr(base_workers, "get_context", lambda _spawn: get_context("fork"))
     together = prepared(data, tmp_path / "two", workers=2).folder
     assert calls == ["pool"]
     assert content(alone) == content(together)
+
+
+def test_workers_are_processes_that_begin_anew() -> None:
+    with base_workers.worker_pool(1) as pool:
+        assert pool.submit(os.getpid).result() != os.getpid()
+        # signals of a job are for the parent to answer; a fork would have what pytest has imported
+        assert pool.submit(signal.getsignal, signal.SIGTERM).result() == signal.SIG_IGN
+        assert pool.submit(eval, "'numpy' in __import__('sys').modules").result() is False
 
 
 def test_a_stopped_run_goes_on_with_the_files_that_are_left(
