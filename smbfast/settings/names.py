@@ -146,7 +146,7 @@ _RUN: _Rows = (
     ("", "a preset or a TOML file stands first: train run.toml", "config config_file config_path"),
     (
         "",
-        "the command `smbfast push` sends the folder final of a run, once it is finished",
+        "`smbfast push RUN/final --to=owner/name` sends a trained model",
         "push_to_hub hub_model_id hub_token hub_private_repo",
     ),
 )

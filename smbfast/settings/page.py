@@ -12,6 +12,7 @@ from smbfast.settings.compare import CompareSettings
 from smbfast.settings.data import PrepareSettings, SimulateSettings
 from smbfast.settings.experiments import ExperimentSettings, FoldsSettings
 from smbfast.settings.plan import PlanSettings
+from smbfast.settings.push import PushSettings
 from smbfast.settings.tasks import TasksSettings
 from smbfast.settings.training import TrainSettings
 
@@ -26,6 +27,7 @@ PAGES: dict[str, type[BaseModel]] = {
     "probe": ProbeCommandSettings,
     "compare": CompareSettings,
     "report": ReportSettings,
+    "push": PushSettings,
     "tasks": TasksSettings,
     "experiment": ExperimentSettings,
     "experiment folds": FoldsSettings,

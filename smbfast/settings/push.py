@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field, field_validator
 
-from smbfast.base.config import Settings
+from smbfast.base.config import Settings, joined
 from smbfast.base.model_names import is_hub_name
 from smbfast.base.replace import MANIFEST
 
@@ -104,4 +104,5 @@ class PushSettings(Settings):
 
 def push_arguments(argv: list[str]) -> list[str]:
     """Return arguments in which the folder of the model, if it stands alone, has its key."""
-    return [a if a.startswith("-") or "=" in a else f"--model={a}" for a in argv]
+    words = joined(PushSettings, argv)
+    return [a if a.startswith("-") or "=" in a else f"--model={a}" for a in words]

@@ -130,7 +130,8 @@ def test_unknown_keys_of_the_other_commands(
     entry: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     told(lambda: entry(["--otu=x"]), capsys, "`otu`")
-    told(lambda: entry(["whatever"]), capsys, "`whatever`", "--key=value")
+    if entry is not report.main:  # there a word names a run
+        told(lambda: entry(["whatever"]), capsys, "`whatever`", "--key=value")
 
 
 @pytest.mark.parametrize(
