@@ -3,6 +3,7 @@
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from joblib import parallel_config
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_score
@@ -22,6 +21,7 @@ from sklearn.preprocessing import StandardScaler
 
 import smbfast
 from smbfast import PatientEmbedder, embed, train
+from smbfast.base.claims import claimed
 from smbfast.run.checkpoint import amend_final
 from smbfast.serving import Embedder
 from smbfast.settings import POOLS
@@ -58,19 +58,18 @@ def step(home: Path) -> Iterator[Callable[..., PatientEmbedder]]:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list[str]]:
-    """A line for each node that is embedded, in this process and in those forked from it."""
-    log, embedded = tmp_path / "made.log", Embedder.embedded
-    log.touch()
+def made(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """A line for each node that is embedded."""
+    lines: list[str] = []
+    embedded = Embedder.embedded
 
     def logged(self: Embedder, pools: Any, dataset: Any, nodes: Any, **more: Any) -> Any:
-        with log.open("a") as file:
-            for subject, time in zip(nodes.subject_K, nodes.time_K, strict=True):
-                file.write(f"{subject} {time} {more['encoder']}\n")
+        for subject, time in zip(nodes.subject_K, nodes.time_K, strict=True):
+            lines.append(f"{subject} {time} {more['encoder']}")
         return embedded(self, pools, dataset, nodes, **more)
 
     monkeypatch.setattr(Embedder, "embedded", logged)
-    return lambda: log.read_text().splitlines()
+    return lambda: lines
 
 
 def risk(step: PatientEmbedder) -> Pipeline:
@@ -137,15 +136,42 @@ def test_a_search_over_pools_and_encoders_embeds_each_node_once(step: Any, made:
     assert np.abs(again - alone).max() <= SINGLE * np.abs(alone).max()
 
 
-def test_processes_share_a_folder_of_embeddings(step: Any, made: Any, tmp_path: Path) -> None:
-    torch.set_num_threads(1)  # threads of a pool do not outlive a fork
+def test_processes_share_a_folder_of_embeddings(
+    step: Any, made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with a memory of its own, in turn and while another one waits."""
     cache = tmp_path / "cache"
-    pipeline = risk(step(cache=cache))
-    with parallel_config(backend="multiprocessing"):
-        scores = cross_val_score(pipeline, NODES, Y, cv=4, n_jobs=2, error_score="raise")
+    memories: list[dict] = [{}, {}, {}]
+
+    def asked(process: int, nodes: pd.DataFrame, **more: Any) -> np.ndarray:
+        with monkeypatch.context() as patch:
+            patch.setattr("smbfast.estimator._CACHES", memories[process])
+            return step(cache=cache, **more).transform(nodes)
+
+    asked(0, NODES[:20])
+    values = asked(1, NODES)
+    for process in (0, 2):
+        np.testing.assert_array_equal(asked(process, NODES), values)
     assert len(made()) == len(set(made())) == len(NODES)
+
+    @contextmanager
+    def late(folder: Path, name: str, *, wait: bool) -> Iterator[bool]:
+        assert wait
+        monkeypatch.setattr("smbfast.estimator.claimed", claimed)
+        asked(0, NODES, encoder="target")  # whoever had the claim
+        with claimed(folder, name, wait=wait) as mine:
+            yield mine
+
+    monkeypatch.setattr("smbfast.estimator.claimed", late)
+    assert (asked(1, NODES, encoder="target") != values).any()
+    assert len(made()) == len(set(made())) == 2 * len(NODES)
+
+
+def test_a_folder_of_embeddings_is_private_and_lasts(step: Any, made: Any, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    values = step(cache=cache).transform(NODES)
     smbfast.clear_cache()  # a later session
-    np.testing.assert_array_equal(cross_val_score(pipeline, NODES, Y, cv=4), scores)
+    np.testing.assert_array_equal(step(cache=cache).transform(NODES), values)
     assert len(made()) == len(NODES)
     files = sorted(cache.iterdir())
     assert {file.name.split("-")[1] for file in files} == {f"{pool}.parquet" for pool in POOLS}
