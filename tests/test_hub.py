@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from smbfast.base.files import MANIFEST, committed_folder
-from smbfast.base.model_names import divided, is_hub_name, looks_local
+from smbfast.base.hub_names import divided, is_local, is_repository
 from smbfast.run.hub import fetched
 from tests.hub_server import COMMIT, hub
 from tests.refusal import refused
@@ -84,11 +84,10 @@ def test_a_path_opens_no_socket(tmp_path, monkeypatch):
 
 
 def test_names():
-    assert divided("org/name@v1") == ("org/name", "v1") and divided("org/name") == (
-        "org/name",
-        None,
-    )
-    assert is_hub_name("Qwen/Qwen3-8B") and not is_hub_name("org/a/b") and looks_local("tests/none")
+    assert divided("org/name@v1") == ("org/name", "v1")
+    assert divided("org/name") == ("org/name", None)
+    assert is_repository("Qwen/Qwen3-8B") and is_local("tests/none")
+    assert not any(map(is_repository, ("org/a/b", "gpt2", "org/..", "tests/none")))
 
 
 def test_without_network_it_is_said_at_once(tmp_path, monkeypatch):

@@ -24,6 +24,19 @@ def is_local(name: str) -> bool:
     return "/" in name and Path(name).parent.exists()
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name is of the form owner/name, as our own models have it, and of no folder."""
+    return "/" in name and ".." not in name and not is_local(name)
+
+
+def divided(name: str) -> tuple[str, str | None]:
+    """Return the name and the revision of `owner/name@revision`; None where it has none."""
+    before, mark, revision = name.partition("@")
+    if not mark or Path(name).exists() or is_local(before):  # a folder may have an @ in its name
+        return name, None
+    return before, revision
+
+
 def require_model_folder(name: str, key: str) -> Path:
     """Return the folder of a local name.
 
@@ -65,7 +78,7 @@ def from_cache(name: str, key: str = "model.path") -> bool:
     if constants.HF_HUB_OFFLINE:
         problem = "HF_HUB_OFFLINE is set and the cache does not hold it; unset it"
     else:
-        problem = _within(PATIENCE, lambda: _problem(name), _no_answer())
+        problem = within(PATIENCE, lambda: _problem(name), _no_answer())
     if not problem:
         return False
     if cached:
@@ -127,7 +140,7 @@ def _no_answer() -> str:
     )
 
 
-def _within(seconds: float, ask: Callable[[], str], otherwise: str) -> str:
+def within(seconds: float, ask: Callable[[], str], otherwise: str) -> str:
     """Return what `ask` returns, or `otherwise` if it takes longer: a look-up of a name has no
     limit of its own."""
     answer: list[str] = []

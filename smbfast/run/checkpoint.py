@@ -34,7 +34,7 @@ from smbfast.base.files import (
     verify_folder,
     write_text,
 )
-from smbfast.base.model_names import is_hub_name
+from smbfast.base.hub_names import is_repository
 from smbfast.base.replace import foreign, sha256
 from smbfast.model.backbone import PatientEncoder, load_adapter, load_lm, merged, require_layers
 from smbfast.model.codes_head import CodesHead
@@ -467,7 +467,7 @@ def _backbone(record: dict, folder: Path, moved: str | None) -> str:
     path = (local_model(named, revision) if revision else None) or local_model(named)
     if path is None:
         how = "if it moved, name its folder now: --model.path=FOLDER"
-        if is_hub_name(named):
+        if is_repository(named):
             more = f" --revision {revision}" if revision else ""
             how = f"`hf download {named}{more}` fetches it, or {how}"
         raise ValueError(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from smbfast.base.files import MANIFEST, read_json, standing, verify_folder
-from smbfast.base.model_names import divided, is_hub_name, looks_local
+from smbfast.base.hub_names import PATIENCE, divided, is_local, is_repository, within
 
 # what a model consists of, and no other file goes to the Hub or comes from it
 MODEL_FILES = re.compile(
@@ -20,7 +20,6 @@ MODEL_FILES = re.compile(
     r"((generation|adapter|tokenizer)_)?config\.json|codes\.json|tokenizer\.(json|model)|"
     r"(special_tokens_map|added_tokens|vocab)\.json|merges\.txt|vocab\.txt|chat_template\.jinja"
 )
-_PATIENCE = 5.0  # seconds without an answer after which there is no network: our choice
 
 
 def fetched(name: str | Path, revision: str | None = None) -> Path:
@@ -37,11 +36,11 @@ def fetched(name: str | Path, revision: str | None = None) -> Path:
             is not the one that the manifest names.
     """
     text, own = divided(str(name))
-    if looks_local(text) and standing(Path(text).expanduser()).is_dir():
+    if is_local(text) and standing(Path(text).expanduser()).is_dir():
         if revision is not None:
             raise ValueError(f"`revision` must be left out for a folder, {text}; got {revision}")
         return Path(text).expanduser()
-    if not is_hub_name(text):
+    if not is_repository(text):
         raise ValueError(
             f"{text} must be the folder of a trained model, or owner/name of one on the Hugging "
             "Face Hub; there is no such folder"
@@ -75,11 +74,20 @@ def _lies_here(name: str, revision: str | None) -> bool:
     has_any = isinstance(try_to_load_from_cache(name, MANIFEST, revision=revision), str)
     if has_any and re.fullmatch(r"[0-9a-f]{40}", revision or ""):
         return True  # a commit does not change
-    try:
-        HfApi().model_info(name, revision=revision, timeout=_PATIENCE)
-    except Exception as error:
+    errors: list[Exception] = []
+
+    def asked() -> str:
+        try:
+            HfApi().model_info(name, revision=revision, timeout=PATIENCE)
+        except Exception as error:  # as it comes, to the thread that waits
+            errors.append(error)
+        return ""
+
+    if within(PATIENCE, asked, "late"):
+        errors = [TimeoutError()]
+    for error in errors:
         if not is_of_network(error):
-            raise
+            raise error
         if not has_any or _is_refusal(error):
             _raise(name, revision, None, error)
         print(

@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 import smbfast
 from smbfast.base.counts import FEW
 from smbfast.base.digests import short
-from smbfast.base.model_names import is_hub_name
+from smbfast.base.hub_names import is_repository
 from smbfast.run.card_text import BODY, LORA, MERGED, WHOLE
 from smbfast.settings import TrainSettings
 
@@ -165,7 +165,7 @@ def shared_card(
     if license is not None:
         data.license, data.license_name = license, None
     base = record.get("backbone")
-    if base and is_hub_name(base):
+    if base and is_repository(base):
         data.base_model = base
         content.text = content.text.replace(', path="BACKBONE_FOLDER"', "")
     text = re.sub(rf'(?<=")({re.escape(folder.name)})(?=")', name, content.text)

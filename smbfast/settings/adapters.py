@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from smbfast.base.files import read_json
-from smbfast.base.model_names import looks_local
+from smbfast.base.hub_names import is_local
 from smbfast.settings.training import TrainSettings
 
 
@@ -24,7 +24,7 @@ def on_its_backbone(settings: TrainSettings) -> TrainSettings:
         return settings
     base = _backbone(Path(path))
     both = f"--model.path={base or 'BACKBONE'} --model.adapter={path}"
-    if base is None or (looks_local(base) and not Path(base).is_dir()):
+    if base is None or (is_local(base) and not Path(base).is_dir()):
         where = f"its backbone {base} is not there" if base else "it does not say of which backbone"
         raise ValueError(
             f"model.path {path} holds a LoRA adapter, and {where}; give both, the backbone by its "

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field, field_validator
 
 from smbfast.base.config import Settings, joined
-from smbfast.base.model_names import is_hub_name
+from smbfast.base.hub_names import is_repository
 from smbfast.base.replace import MANIFEST
 
 
@@ -81,7 +81,7 @@ class PushSettings(Settings):
     @field_validator("to", "base")
     @classmethod
     def _is_of_the_hub(cls, name: str | None) -> str | None:
-        if name is not None and not is_hub_name(name):
+        if name is not None and not is_repository(name):
             raise ValueError("must be owner/name of the Hugging Face Hub, and no folder here")
         return name
 
