@@ -234,7 +234,7 @@ def test_a_dry_run_opens_no_socket(final: Path, monkeypatch: Any, capsys: Any) -
         raise AssertionError("a socket was opened")
 
     monkeypatch.setattr(socket, "socket", opened)
-    pushed(final, "--dry-run", "--base=org/backbone", "--license=apache-2.0", "--public")
+    pushed(final, "--dry-run", "--base", "org/backbone", "--license=apache-2.0", "--public")
     assert "nothing was sent" in capsys.readouterr().out
 
 
@@ -360,6 +360,8 @@ def test_a_run_and_a_name_that_is_none_are_refused(home: Path, capsys: Any) -> N
     for words, said in (
         ([str(home / "run"), f"--to={NAME}"], f"model of this run is {home / 'run' / 'final'}"),
         ([str(home / "run" / "final"), "--to=name"], "owner/name"),
+        ([str(home / "run" / "final"), NAME], "--to=OWNER/NAME"),
+        ([str(home / "no"), "--to", NAME], "must be the folder of a trained model"),
         ([str(home / "run" / "final"), f"--to={NAME}", "--license=My own"], "apache-2.0"),
     ):
         with pytest.raises(SystemExit) as stop:

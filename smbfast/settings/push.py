@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field, field_validator
 
-from smbfast.base.config import Settings, joined
+from smbfast.base.config import Settings, build, joined
 from smbfast.base.hub_names import is_repository
 from smbfast.base.replace import MANIFEST
 
@@ -102,7 +102,21 @@ class PushSettings(Settings):
         raise ValueError(f"must be the folder of a trained model; it has no {MANIFEST}{hint}")
 
 
-def push_arguments(argv: list[str]) -> list[str]:
-    """Return arguments in which the folder of the model, if it stands alone, has its key."""
-    words = joined(PushSettings, argv)
-    return [a if a.startswith("-") or "=" in a else f"--model={a}" for a in words]
+def push_arguments(argv: list[str]) -> PushSettings:
+    """Return the settings that a command line gives: one word names the model, the rest are keys.
+
+    Raises:
+        ValueError: an unknown key, a wrong value, or more than one word.
+    """
+    keys = PushSettings.model_fields
+    settings: list[str] = []
+    words: list[str] = []
+    for word in joined(PushSettings, argv):
+        is_key = word.startswith("-") or word.partition("=")[0].replace("-", "_") in keys
+        (settings if is_key else words).append(word)
+    if len(words) > 1:
+        raise ValueError(
+            "one word, the folder of a model, must stand without a key, got "
+            f"{len(words)}: {' '.join(words)}; the repository is --to=OWNER/NAME"
+        )
+    return build(PushSettings, {"model": words[0]} if words else {}, settings)
