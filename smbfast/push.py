@@ -4,6 +4,7 @@ import sys
 
 from smbfast.base.entry import entry
 from smbfast.base.help_page import help_text
+from smbfast.base.typed import as_typed
 from smbfast.settings import PushSettings, push_arguments
 
 
@@ -17,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         settings = push_arguments(argv)
     except ValueError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{as_typed(prog)}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     with entry("smbfast.push", stopped="a commit that was not finished is not there"):
         from smbfast.run.shipping import ship

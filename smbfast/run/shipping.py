@@ -19,6 +19,7 @@ from smbfast.base.digests import check_weights, hub_commit, local_model
 from smbfast.base.files import FORMAT as MANIFEST_FORMAT
 from smbfast.base.files import MANIFEST, read_json, verify_folder
 from smbfast.base.replace import sha256
+from smbfast.base.typed import as_typed
 from smbfast.run.hub import MODEL_FILES, is_of_network
 from smbfast.run.model_card import CARD, shared_card
 from smbfast.run.model_record import RECORD, check_record, shared_record
@@ -77,7 +78,8 @@ def ship(settings: PushSettings, say: Callable[[str], None] = print) -> str | No
         return None
     address = _sent(settings, shipment)
     say(f"pushed: {address}")
-    say(f"use: python -m smbfast.embed --model={settings.to} --data=MEDS_FOLDER --at=last --out=F")
+    use = f"python -m smbfast.embed --model={settings.to} --data=MEDS_FOLDER --at=last --out=F"
+    say(f"use: {as_typed(use)}")
     return address
 
 
