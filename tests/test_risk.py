@@ -18,8 +18,10 @@ from smbfast.data.meds import MedsDataset
 from smbfast.judging.judge import Protocol
 from smbfast.judging.risk_function import FILE, read_risk_functions, write_risk_functions
 from smbfast.judging.scored import Scored
+from smbfast.probing.contestants import Contestants
 from smbfast.probing.horizons import with_chances
 from smbfast.probing.logistic import fit_logistic
+from smbfast.probing.models import Model
 from smbfast.probing.survival import fit_cox
 from smbfast.report import main
 from smbfast.reporting import figures, risk
@@ -81,14 +83,21 @@ def test_a_risk_function_gives_the_probability_of_the_probe_to_the_bit(
             read_risk_functions(tmp_path)
 
 
+def _two(models: list[Model]) -> list[Model]:
+    return [model for model in models if model.name in ("smbfast", "age_sex")]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny run of a simulated cohort; not to be changed."""
+    """A tiny run of a simulated cohort, probed beside age and sex alone; not to be changed."""
+    every = Contestants.models
     folder = tmp_path_factory.mktemp("risk") / "run"
     short = ["--phases.0.steps=1", "--phases.1.steps=1", "--objective.self_check=false"]
     more = [f"--probe.labels={','.join(TASKS)}", "--optim.micro_tokens=1024"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr("smbfast.probing.run_probe._protocol", lambda _config: Protocol(0, 0))
+        patch.setattr(Contestants, "models", lambda own, labels: _two(every(own, labels)))
+        patch.setattr("smbfast.run.probes._untrained", lambda _run: {})
         train.main(["tiny", f"--run.dir={folder}", "--run.threads=1", *short, *more])
     return folder
 

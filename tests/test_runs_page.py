@@ -108,11 +108,13 @@ def test_what_differs_is_said_first_and_no_run_is_changed(
 
 def test_runs_of_one_command_are_the_same_to_the_bit(tmp_path: Path) -> None:
     """What a clock says is no difference."""
-    slow = [{**r, "tokens_per_s": 1.0, "wait": 0.9, "memory_gib": 9.0} for r in metrics()]
+    clock = {"tokens_per_s": 1.0, "wait": 0.9, "memory_gib": 9.0}
+    slow = [{**r, **clock, "tokens": 8 * r["step"], "epochs": r["step"] / 4} for r in metrics()]
     logs = first_unlike(read_run(make(tmp_path / "one")), read_run(make(tmp_path / "two", slow)))
     assert (logs.num_shared, logs.step, logs.large) == (300, None, None)
     _, page = page_of(tmp_path / "one", tmp_path / "two", out=tmp_path / "page.html")
     assert "No setting differs." in page.text
+    assert "tokens seen–2,400" in page.text and "epochs–75.000" in page.text
     assert "every measure of the 300 steps that both logged is the same to the bit" in page.text
 
 

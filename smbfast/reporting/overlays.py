@@ -73,7 +73,7 @@ def _loss_panel(
         if len(ends) and ends.max() > ends.min():
             room = 0.06 * (ends.max() - ends.min())
             ax.set_ylim(ends.min() - room, ends.max() + room)
-        legend_below(ax, columns=2)
+        legend_below(ax, columns=_columns(names))
 
     return panel(name, f"{title} of each run by optimizer step", draw)
 
@@ -123,7 +123,7 @@ def _draw_health(
     _marked(ax, names, lines)
     if level is not None:
         dashed(ax, *level, INK)
-    legend_below(ax, columns=2)
+    legend_below(ax, columns=_columns(names))
 
 
 def machine(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
@@ -150,7 +150,7 @@ def _draw_machine(
         _plot(ax, step_N, smooth(value_N), color=color, label=plain(name, 30))
     ax.set_ylim(0, ax.get_ylim()[1] * 1.05 or 1.0)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    legend_below(ax, columns=2)
+    legend_below(ax, columns=_columns(names))
 
 
 def _scaled(records: list[Record], key: str, scale: float = 1.0) -> np.ndarray:
@@ -178,6 +178,12 @@ def _plot(ax: Axes, step_N: np.ndarray, value_N: np.ndarray, **style: Any) -> No
         step_N, value_N = step_N[shown], value_N[shown]
     if len(step_N):
         ax.plot(step_N, value_N, **style)
+
+
+def _columns(names: Sequence[str]) -> int:
+    """Return how many names stand beside each other below a panel."""
+    longest = max(len(plain(name, 30)) for name in names)
+    return 3 if longest <= 10 else 2 if longest <= 18 else 1
 
 
 def _words(ax: Axes, title: str, unit: str) -> None:

@@ -148,8 +148,9 @@ def _figure(
         _draw_risks(ax, moments, lines, end or max([moments[-1], *seen]))
         _draw_events(ax, rows, events, row)
         for time, label in _ends(lines, end):
-            ax.axvline(dates.date2num(time), color=INK, linewidth=1.0, linestyle=DASHED)
-            _beside(ax, time, row / 4, label)
+            words = plain(f"{label}: {time:%Y-%m-%d}", 56)
+            at = dates.date2num(time)
+            ax.axvline(at, color=INK, linewidth=1.0, linestyle=DASHED, label=words)
         ax.set_ylim(-row * (len(rows) + 0.6), top)
         ax.set_yticks([tick for tick in ax.get_yticks() if 0 <= tick <= top])
         ax.set_ylim(-row * (len(rows) + 0.6), top)
@@ -212,27 +213,13 @@ def _draw_events(
 def _ends(lines: Sequence[_Line], end: datetime | None) -> list[tuple[datetime, str]]:
     """Return when outcomes came, those of one day under one name."""
     came = [(line.event, line.label.split(",")[0]) for line in lines if line.event]
-    came += [(end, "end of record")] if end else []
+    came += [(end, "end of the record")] if end else []
     together: dict[str, tuple[datetime, str]] = {}
     for time, label in came:
         day = f"{time:%Y-%m-%d}"
         before = together.get(day)
         together[day] = (time, f"{before[1]}, {label}" if before else label)
     return list(together.values())
-
-
-def _beside(ax: Axes, time: datetime, y: float, label: str) -> None:
-    ax.annotate(
-        plain(label, 40),
-        (dates.date2num(time), y),
-        (-3, 0),
-        textcoords="offset points",
-        ha="right",
-        va="bottom",
-        rotation=90,
-        color=INK,
-        fontsize=8.5,
-    )
 
 
 def _percent(risk: float) -> str:

@@ -195,17 +195,28 @@ def _glance(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     data = [mapping(run.header.get("data")) for run in runs]
     models = [mapping(run.header.get("model")) for run in runs]
     ends = [run.end or {} for run in runs]
+    tokens, epochs, flops = (
+        [(_known(run, "steps", key) or [math.nan])[-1] for run in runs]
+        for key in ("tokens", "epochs", "flops")
+    )
     rows += [
         ("steps", [f"{run.phases[-1].end:,}" if run.phases else "–" for run in runs]),
         ("time", [_duration(number(end.get("seconds"))) for end in ends]),
         ("tokens / s, median", [f"{own[len(own) // 2]:,.0f}" if own else "–" for own in speeds]),
         ("peak memory", [f"{max(own):.2f} GiB" if own else "–" for own in memory]),
+        ("peak memory, predicted", [_predicted(run) for run in runs]),
         ("tokens to train on", [_count(mapping(own.get("tokens")).get("train")) for own in data]),
-        ("tokens trained on", [_count(end.get("tokens")) for end in ends]),
-        ("FLOPs", [_count(end.get("flops"), ".3g") for end in ends]),
+        ("tokens seen", [_count(value) for value in tokens]),
+        ("epochs", [_count(value, ".3f") for value in epochs]),
+        ("FLOPs", [_count(value, ".3g") for value in flops]),
         ("parameters", [_count(model.get("parameters")) for model in models]),
     ]
     return [(name, cells) for name, cells in rows if set(cells) != {"–"}]
+
+
+def _predicted(run: Run) -> str:
+    peak = number(mapping(run.header.get("memory")).get("predicted"))
+    return f"{peak:.2f} GiB" if math.isfinite(peak) else "–"
 
 
 def _known(run: Run, kind: str, key: str) -> list[float]:

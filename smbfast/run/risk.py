@@ -187,6 +187,8 @@ def write_patient(
         ValueError: the run was not probed or its final model is not the one that was, the data are
             not there, the patient is not of train or tuning, or `out` is of others.
     """
+    if not folder.is_dir():
+        raise ValueError(f"run must be the folder of a training run, got {folder}: no such folder")
     out = out or folder / "patient.html"
     require_patient_page(out)
     functions, origin = read_risk_functions(folder)
