@@ -306,7 +306,7 @@ class ReportSettings(Settings):
     against: list[Path] = Field(
         [],
         description="Folders of further runs, which are compared with `run`; the other words are "
-        "short for it. No folder is changed then.",
+        "short for it. No folder is changed then, but for a look that --final counts.",
     )
     out: Path | None = Field(
         None,
