@@ -166,8 +166,9 @@ def test_probes_are_paired_and_held_out_figures_shown_with_final_alone_and_count
 
 
 def test_without_predictions_the_page_says_why(tmp_path: Path) -> None:
-    runs = [make(tmp_path / name, judged_on="tuning") for name in ("one", "two")]
-    _, page = page_of(*runs, out=tmp_path / "page.html")
+    runs = [make(tmp_path / name) for name in ("one", "two")]
+    _, page = page_of(*runs, out=tmp_path / "page.html", final=True)
+    assert not any((run / "held_out.json").exists() for run in runs)  # nothing was shown
     assert "Probes are not compared: " in page.text and "it has none" in page.text
 
 

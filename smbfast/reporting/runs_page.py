@@ -43,7 +43,7 @@ def write_runs(
     Args:
         out: the page, readable by its owner alone; an older one of ours is replaced.
         final: whether to show figures of held-out patients, where probes were judged on them; a
-            look is then counted in each such run.
+            look is counted in each such run if the page shows them.
         command: that asked for it, which the page shows and looks record.
         tell: what progress is said to.
 
@@ -58,34 +58,31 @@ def write_runs(
             + ", ".join(str(folder) for folder in folders)
         )
     runs = [read_run(Path(folder)) for folder in folders]
-    if final:
+    names = names_of([run.path for run in runs])
+    probes, reason = _probes(names, runs, final, tell)
+    if final and probes:  # before the page is there, so that no look is missed
         for run in runs:
             if run.probe and judged_on(run) == "held_out":
                 count_look(run.path, command)
-    page = render(runs, command, final=final, tell=tell)
+    page = render(names, runs, probes, reason, command)
     with committed_file(out, private=True) as staging:
         staging.write_bytes(page.encode("utf-8", errors="replace"))
     return out
 
 
 def render(
-    runs: Sequence[Run],
-    command: str,
-    *,
-    final: bool = False,
-    tell: Callable[[str], None] = lambda _: None,
+    names: Sequence[str], runs: Sequence[Run], probes: Record | None, reason: str, command: str
 ) -> str:
     """Return the whole page as text, without script.
 
     Args:
-        final: whether to show figures of held-out patients.
+        names: of the runs.
+        probes: as `compare_page.paired` gives them, or None; `reason` then says why.
     """
-    names = names_of([run.path for run in runs])
     settings = differences.unlike([differences.settings_of(run) for run in runs])
     made_by = differences.unlike([differences.made_by(run) for run in runs])
     data = differences.unlike([_data_facts(run) for run in runs])
     logs = [differences.first_unlike(runs[0], run) for run in runs[1:]]
-    probes, reason = _probes(names, runs, final, tell)
     same_data = differences.data_finding(names, runs)
     return rendered(
         "runs.html",
