@@ -2,11 +2,12 @@
 
 import shlex
 import sys
+from pathlib import Path
 
 from smbfast.base.config import command_line
 from smbfast.base.entry import entry
 from smbfast.experiments.plans import epilog
-from smbfast.settings import ExperimentSettings, FoldsSettings
+from smbfast.settings import ExperimentSettings, FoldsSettings, require_meds_folder
 
 PROG = "python -m smbfast.experiment"
 
@@ -20,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     if words[:1] == ["folds"]:
         folds = command_line(FoldsSettings, words[1:], prog=f"{PROG} folds")
         with entry("smbfast.experiment", stopped=stopped):
+            require_meds_folder(Path(folds.data))
             from smbfast.experiments.cross_validation import cross_validate
 
             print(f"folds: {cross_validate(folds, command)}")

@@ -37,20 +37,6 @@ def refused(call: Callable[[], object], *words: object) -> str:
     return message
 
 
-def told(call: Callable[[], object], capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """As `refused`, for arguments: exit status 2 and one line on stderr that holds all `words`."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        call()
-    shown = capsys.readouterr()
-    message = shown.err if caught.value.code == 2 else str(caught.value.code)
-    assert message.count("\n") <= 1 and not shown.out, shown
-    for word in words:
-        assert str(word) in message, message
-    no_canary(message)
-    return message
-
-
 def nothing_half_written(folder: Path) -> None:
     """No temporary file or folder, and no folder that looks like finished work."""
     left = [p.name for p in folder.rglob("*")] if folder.is_dir() else []

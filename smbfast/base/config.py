@@ -35,6 +35,16 @@ class Settings(BaseModel):
     foreign: ClassVar[Mapping[str, Foreign]] = {}  # names of other programs, for messages alone
     instead: ClassVar[Mapping[str, str]] = {}  # keys of a table that take the place of another
 
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _at_home(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """Write out the home folder, as no shell does behind `=`, and refuse an empty word."""
+        if value == "" and cls.model_fields[str(info.field_name)].default != "":
+            raise ValueError("must have a value, got nothing; is a variable of the shell empty?")
+        if isinstance(value, list):
+            return [_home(one) for one in value]
+        return _home(value)
+
 
 def command_line(
     model: type[T],
@@ -356,17 +366,47 @@ def _rows(values: dict, head: str) -> list[str]:
     return [n if isinstance(n, str) else str(at) for at, n in enumerate(names)] or ["0"]
 
 
+# our words for the errors of pydantic, by their type; the rest have pydantic's
+_WORDS = {
+    "int_type": "must be an integer",
+    "int_parsing": "must be an integer",
+    "int_from_float": "must be an integer",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "too_short": "must have at least {min_length}, got {actual_length}",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+}
+
+
 def _message(error: Any) -> str:
     """Return an error of pydantic in one line: the key, what was expected, what was received."""
-    key = ".".join(str(p) for p in error["loc"]) or "settings"
+    *above, last = error["loc"] or ("",)
+    key, value = ".".join(map(str, error["loc"])), error.get("input")
+    if error["type"] == "missing" and isinstance(last, int):
+        fewer = f"must have {last + 1} values with commas between them, got {len(value)}"
+        return f"`{'.'.join(map(str, above))}`: {fewer}"
     if error["type"] == "missing":
         return f"`{key}` is required"
-    message = error["msg"].removeprefix("Value error, ")
-    message = re.sub(r"^(Input|String|List|Tuple) should", "must", message)
-    value = error.get("input")
-    # our own validators may have named the value already
+    if error["type"] == "value_error":  # of our own validators, who may have named the value
+        message = error["msg"].removeprefix("Value error, ")
+    else:
+        plain = re.sub(r"^(Input|String|List|Tuple) should", "must", error["msg"])
+        words = _WORDS.get(error["type"], f"{plain[0].lower()}{plain[1:]}")
+        limits = error.get("ctx", {}).items()
+        message = words.format_map({k: f"{v:g}" if isinstance(v, float) else v for k, v in limits})
     received = isinstance(value, str | int | float | bool) and ", got " not in message
-    return f"`{key}`: {message[0].lower()}{message[1:]}" + (f", got {value!r}" if received else "")
+    return (f"`{key}`: " if key else "") + message + (f", got {value!r}" if received else "")
+
+
+def _home(value: Any) -> Any:
+    is_below = isinstance(value, str) and value.startswith("~/")
+    return str(Path(value).expanduser()) if is_below else value
 
 
 def _write_table(values: dict, prefix: str, lines: list[str]) -> None:

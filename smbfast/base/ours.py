@@ -48,6 +48,7 @@ def require_run_folder(folder: Path) -> None:
         ValueError: it names the first such file.
     """
     folder = Path(folder)
+    _require_folder(folder)
     if not folder.is_dir():
         return
     if _has_begun(folder):
@@ -70,6 +71,7 @@ def require_prepared_folder(folder: Path) -> None:
         ValueError: it names the first such file.
     """
     folder = Path(folder)
+    _require_folder(folder)
     if folder.is_dir() and (foreign := _foreign_to_prepared(folder)):
         raise ValueError(
             f"{folder} must be empty or hold token shards; it holds "
@@ -126,6 +128,11 @@ def prepared_entries(folder: Path) -> list[Path]:
     """Return the entries of a folder of token shards that are ours."""
     ours = [e for e in _entries(folder) if e.name in (*_PREPARED, *_INDEXES) or is_staging(e)]
     return [e for e in ours if not e.is_symlink()]
+
+
+def _require_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise ValueError(f"{folder} must be a folder to write to; it is a file")
 
 
 def _require(file: Path, is_ours: Callable[[Path], bool]) -> None:

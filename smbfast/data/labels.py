@@ -89,6 +89,11 @@ def find_tasks(names: list[str], data: Path) -> list[Path]:
         raise ValueError(f"labels must name task folders; none given and none under {folder}")
     paths = []
     for name in names or known:
+        if known and Path(name).resolve() == folder.resolve():
+            raise ValueError(
+                f"labels {name} must be one task, and it is the folder of all tasks "
+                f"({', '.join(known)}); an empty list of labels takes them all"
+            )
         options = [Path(name), data / "labels" / name]
         path = next((p for p in options if p.exists()), None)
         if path is None:
@@ -101,6 +106,9 @@ def find_tasks(names: list[str], data: Path) -> list[Path]:
                 f"({', '.join(known) or 'which has none'})"
             )
         paths.append(path)
+    tasks = [_task_of(path) for path in paths]
+    if twice := next((task for task in tasks if tasks.count(task) > 1), None):
+        raise ValueError(f"labels must name each task once; `{twice}` is there twice")
     return paths
 
 

@@ -191,7 +191,10 @@ def _read_csv(path: Path) -> Keys:
             header = next(csv.reader(file), [])
         name = next((n for n in _NAMES if n in header), _NAMES[0])
         if missing := [n for n in (name, "prediction_time") if header.count(n) != 1]:
-            raise ValueError(f"{path} must have one column `{missing[0]}` in its first line")
+            raise ValueError(
+                f"{path} must have one column `{missing[0]}` in its first line; it has "
+                f"{len(header)} columns, {header.count(missing[0]) or 'none'} of that name"
+            )
         types = {name: pa.int64(), "prediction_time": pa.timestamp("us")}
         options = arrow_csv.ConvertOptions(column_types=types, include_columns=list(types))
         table = arrow_csv.read_csv(path, convert_options=options)

@@ -33,7 +33,18 @@ def open_parquet(file: Path, buffer: pa.Buffer | None = None) -> pq.ParquetFile:
     except FileNotFoundError:
         raise ValueError(f"no such file: {file}") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError):
-        raise ValueError(f"{file} must be a parquet file; it cannot be read as one") from None
+        raise ValueError(f"{file} must be a parquet file; {_kind(file)}") from None
+
+
+def _kind(file: Path) -> str:
+    """Return what a file is that is not read as parquet."""
+    if Path(file).is_dir():
+        return "it is a folder"
+    if Path(file).is_file():
+        with open(file, "rb") as opened:
+            if opened.read(24).startswith(b"version https://git-lfs"):
+                return "it is a pointer of git-lfs: fetch the file itself with `git lfs pull`"
+    return "it cannot be read as one"
 
 
 def read_columns(

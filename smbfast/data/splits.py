@@ -69,6 +69,7 @@ def find_files(
     if not everything:
         raise ValueError(
             f"{folder} must hold {{train,tuning,held_out}}/*.parquet; it has no parquet"
+            + _other_files(folder)
         )
     table = path / "metadata" / "subject_splits.parquet"
     in_folder = _by_folder(folder, everything)
@@ -197,6 +198,20 @@ def _read_table(file: Path) -> tuple[np.ndarray, np.ndarray]:
     known = dict(zip(SPLITS, range(len(SPLITS)), strict=True))
     place = np.array([known.get(_NAMES.get(n, n), len(SPLITS)) for n in names] or [0], np.int8)
     return rows[name].to_numpy().astype(np.int64), place[encoded.indices.to_numpy()]
+
+
+def folders_of_no_split(path: Path) -> list[str]:
+    """Return the names of the folders in `path`/data that are of no split, in their order."""
+    folder = path / "data"
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [e.name for e in entries if e.is_dir() and e.name not in _NAMES]
+
+
+def _other_files(folder: Path) -> str:
+    """Return which other files of tables there are, for a message."""
+    there = {"".join(p.suffixes[-2:]) for p in folder.rglob("*") if p.is_file()}
+    tables = sorted(s for s in there if re.fullmatch(r"(\.csv|\.tsv|\.parquet)(\.\w+)?", s))
+    return f" but files of {', '.join(tables)}" if tables else ""
 
 
 def _by_folder(folder: Path, files: list[Path]) -> dict[str, list[Path]]:

@@ -69,7 +69,9 @@ def serializer_at(model: Path, dataset: MedsDataset) -> "PatientSerializer":
     from smbfast.data.formats import read_encoding, serializer_of
 
     if not (model / "smbfast.json").is_file():
-        raise ValueError(f"`model` must be the folder of a trained model, such as final; {model}")
+        raise ValueError(
+            f"`model` must be the folder of a trained model, such as final, got {model}"
+        )
     record = read_json(model / "smbfast.json")
     tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     return serializer_of(dataset, read_encoding(model, tokenizer, record), record)

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from smbfast.base.counts import few
 from smbfast.base.files import committed_file
 from smbfast.base.ours import require_embeddings
 from smbfast.data.nodes import SPLIT_NAMES, Nodes
@@ -85,7 +86,7 @@ class EmbeddingTable(EmbeddingRows):
             ValueError: if no node has an embedding.
         """
         index_M, value_MD = self.written()
-        _require_one(index_M)
+        _require_one(index_M, len(self._nodes.subject_K))
         columns = _columns(self._nodes, index_M, value_MD)
         return pa.table(columns, _schema(value_MD.shape[1], origin))
 
@@ -122,7 +123,7 @@ class EmbeddingFile:
         Raises:
             ValueError: if no node has one.
         """
-        _require_one(np.flatnonzero(self._written_K))
+        _require_one(np.flatnonzero(self._written_K), len(self._written_K))
         with committed_file(self.path, private=True) as staging:
             schema = _schema(self._width, origin, request)
             with pq.ParquetWriter(staging, schema, write_page_checksum=True) as writer:
@@ -137,7 +138,7 @@ class EmbeddingFile:
         Raises:
             ValueError: if no node has one.
         """
-        _require_one(np.flatnonzero(self._written_K))
+        _require_one(np.flatnonzero(self._written_K), len(self._written_K))
         nodes = self._nodes
         node_N = join(subject_N, time_N, nodes.subject_K, nodes.time_K)
         has_N = (node_N >= 0) & self._written_K[node_N]
@@ -165,11 +166,11 @@ def _checked(values_MD: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values_MD, np.float32)
 
 
-def _require_one(index_M: np.ndarray) -> None:
+def _require_one(index_M: np.ndarray, num_asked: int) -> None:
     if not len(index_M):
         raise ValueError(
-            "no decision node can be embedded: none is asked for, or its subject is not in the "
-            "data or has no event by its time"
+            "no decision node can be embedded: its subject must be in the data and have an event "
+            f"by its time; {few(num_asked)} asked for, none with both"
         )
 
 

@@ -170,10 +170,6 @@ def _read_tasks(
     tasks = [with_splits(read_labels(folder), dataset) for folder in folders]
     for labels in tasks:
         require_splits(labels, config.final)
-    names = [labels.task for labels in tasks]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"`labels` must name each task once; `{name}` is there twice")
     tasks = competing_tasks(tasks, config.competing, config.data, dataset)
     tasks = tasks if config.final else [without_held_out(labels) for labels in tasks]
     for finding in check_against_definitions(dataset, zip(folders, tasks, strict=True)):

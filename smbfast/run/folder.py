@@ -18,6 +18,7 @@ from smbfast.data.meds import MedsDataset
 from smbfast.data.prepared import Prepared
 from smbfast.data.preparing import check_prepared, prepare
 from smbfast.data.source_index import FOLDER
+from smbfast.data.splits import folders_of_no_split
 from smbfast.data.windows import WindowSet
 from smbfast.labelling.checking import check_against_definitions
 from smbfast.labelling.competing import competing_tasks
@@ -312,6 +313,7 @@ def check_windows(windows: WindowSet, tuning: WindowSet, path: str | None) -> No
         if not len(window_set):
             raise ValueError(
                 f"{path}: split `{split}` must have subjects with timed events; it has none"
+                + _others(path)
             )
 
 
@@ -346,3 +348,8 @@ def write_end(settings: TrainSettings, state: str) -> None:
                 file.write(text.ljust(len(before)))
     except (OSError, ValueError, KeyError):
         return  # no run had begun, or its folder is not writable; the caller prints the error
+
+
+def _others(path: str | None) -> str:
+    names = folders_of_no_split(Path(path)) if path else []
+    return f", and these folders are of no split: {', '.join(names)}" if names else ""

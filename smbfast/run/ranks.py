@@ -217,6 +217,7 @@ def joined() -> Iterator[Ranks]:
     if "RANK" not in os.environ:
         yield ALONE
         return
+    _require_launch()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, rank, world = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
@@ -237,6 +238,20 @@ def joined() -> Iterator[Ranks]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _require_launch() -> None:
+    """Refuse an environment that says half of what torchrun says, in which ranks wait for ever."""
+    given = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
+    address = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    numbers = [int(v) for v in given.values() if v.isdecimal()]
+    if address or len(numbers) < 2 or numbers[0] >= numbers[1]:
+        words = ", ".join(f"{name}={value or 'nothing'}" for name, value in given.items())
+        missing = f" and no {' or '.join(address)}" if address else ""
+        raise ValueError(
+            "RANK must be a number below WORLD_SIZE, beside MASTER_ADDR and MASTER_PORT; the "
+            f"environment has {words}{missing}. Start several processes by torchrun, or unset RANK"
+        )
 
 
 def launched(command: str) -> str:

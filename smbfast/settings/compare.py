@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from smbfast.base.config import Settings, build, joined, known_keys
+from smbfast.base.config import Settings, build, joined, known_keys, with_overrides
 
 
 class CompareSettings(Settings):
@@ -110,6 +110,7 @@ def compare_arguments(argv: list[str]) -> CompareSettings:
     for word in joined(CompareSettings, argv):
         is_key = word.startswith("-") or word.partition("=")[0].replace("-", "_") in keys
         (settings if is_key and word != "-" else words).append(word)
+    with_overrides(CompareSettings, {}, settings)  # an unknown key is named before what is missing
     if not words and not any(s.lstrip("-").startswith("methods=") for s in settings):
         raise ValueError(
             "must be given at least one method to compare: a prediction file, a folder of them or "

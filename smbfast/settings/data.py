@@ -219,9 +219,13 @@ def whole_fractions(value: object) -> object:
     if not fits or abs(sum(numbers) - 1) > 1e-6:
         raise ValueError(
             "must be three fractions, of train, tuning and held_out, that add up to 1, such as "
-            "0.8,0.1,0.1; only that of held_out may be 0"
+            f"0.8,0.1,0.1; only that of held_out may be 0; got {_written(value)}"
         )
     return numbers
+
+
+def _written(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _is_row(value: object) -> TypeGuard[list | tuple]:

@@ -1,6 +1,7 @@
 """What settings decide beyond their own keys, and refuse before anything large is imported."""
 
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -52,6 +53,11 @@ def tokenizer_folder(settings: TrainSettings) -> str | None:
 
 def require_meds_folder(path: Path) -> None:
     """Raise a ValueError unless there is a folder at `path`."""
+    if re.match(r"\w{2,}:/", str(path)):  # a path holds no two slashes
+        raise ValueError(
+            f"{str(path).replace(':/', '://', 1)} must be a folder of this machine; copy or mount "
+            "it, as no other is read"
+        )
     if not path.is_dir():
         there = "it is a file" if path.exists() else "there is no such folder"
         raise ValueError(f"{path} must be the folder of a MEDS dataset; {there}")

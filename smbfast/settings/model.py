@@ -359,7 +359,9 @@ class ObjectiveSettings(Settings):
     @classmethod
     def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not 0 <= value[0] <= value[1] <= 1:
-            raise ValueError("must be two shares in order, such as 0.25,0.9")
+            raise ValueError(
+                f"must be two shares in order, such as 0.25,0.9, got {value[0]:g},{value[1]:g}"
+            )
         return value
 
 

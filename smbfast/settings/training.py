@@ -86,6 +86,7 @@ class PhaseSettings(Settings):
     lr: float | None = Field(
         None,
         gt=0,
+        le=1,
         description="Peak learning rate, reached after the warm-up; from there it falls along a "
         "cosine to optim.min_lr times the peak at the end of the phase. A table that leaves it "
         "out (`none`) gets 2e-4 with LoRA and 1e-3 for a model trained whole.",
@@ -350,6 +351,7 @@ class RunSettings(Settings):
     threads: int = Field(
         0,
         ge=0,
+        le=1024,
         description="Number of CPU threads that PyTorch computes with; 0 leaves the choice to "
         "PyTorch, usually one for each core. Lower it on a machine that others use too.",
     )
@@ -508,7 +510,7 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> "TrainSettings":
         if not self.phases:
-            raise ValueError("phases must name at least one phase")
+            raise ValueError("phases must name at least one phase, got none")
         names = [p.name for p in self.phases]
         if len(set(names)) != len(names):
             raise ValueError(f"phases must differ in their names, got {', '.join(names)}")
@@ -533,7 +535,8 @@ class TrainSettings(Settings):
         if self.model.hidden % (2 * self.model.heads) or self.model.heads % self.model.kv_heads:
             raise ValueError(
                 "model.hidden must be a multiple of twice model.heads (rotary embeddings need an "
-                "even width of each head), and model.heads a multiple of model.kv_heads"
+                "even width of each head), and model.heads a multiple of model.kv_heads, got "
+                f"{self.model.hidden}, {self.model.heads} and {self.model.kv_heads}"
             )
         return self
 

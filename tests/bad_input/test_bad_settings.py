@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from smbfast import embed, prepare, probe, report, simulate, train
+from smbfast import prepare, report, simulate, train
 from smbfast.simulation import dataset
-from tests.refusal import refused, told
-
-ENTRIES = [prepare.main, embed.main, probe.main, report.main, simulate.main]
+from tests.refusal import refused
 
 
 def train_with(run: Path, *words: str) -> Callable[[], None]:
@@ -19,23 +17,16 @@ def train_with(run: Path, *words: str) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("word", "nearest"),
     [
-        ("--data.paht=x", "data.path"),
-        ("data.windw=128", "data.window"),
         ("--run.dirr=x", "run.dir"),
         ("--optim.learning_rate=1", ""),
-        ("--phases.0.stps=2", "phases.0.steps"),
         ("--phases.0.0=2", ""),
         ("--phases.first.steps=2", "phases"),
-        ("--phases.9.steps=2", "phases"),
         ("--phases.0=2", "phases"),
         ("--phases.0.steps.x=2", "phases"),
-        ("--data=3", "data.path"),
-        ("--model.path.x=3", "model.path"),
         ("--lora.targets.0=q_proj", "lora.targets"),
         ("--=3", ""),
         ("--.=3", ""),
         ("--data.=3", ""),
-        ("--window", "data.window"),
     ],
 )
 def test_an_unknown_key_on_the_command_line(tmp_path: Path, word: str, nearest: str) -> None:
@@ -79,81 +70,6 @@ def test_a_toml_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     refused(lambda: train.main([str(tmp_path / "folder.toml")]), "folder.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
     refused(lambda: train.main([str(tmp_path / "binary.toml")]), "binary.toml", "TOML")
-
-
-@pytest.mark.parametrize("name", ["tinny", "sections", "../tiny", "tiny/", ""])
-def test_an_unknown_preset(name: str) -> None:
-    refused(lambda: train.main([name]), "preset", "tiny", "default")
-
-
-@pytest.mark.parametrize(
-    ("word", "words"),
-    [
-        ("--phases.0.lr=-0.1", ("phases.0.lr", "greater than 0", "-0.1")),
-        ("--phases.0.lr=nan", ("phases.0.lr",)),
-        ("--phases.0.lr=inf", ("phases.0.lr", "finite")),
-        ("--phases.0.lr=fast", ("phases.0.lr", "number")),
-        ("--phases.0.steps=0", ("phases.0", "steps must be at least 1")),
-        ("--phases.0.steps=2.5", ("phases.0.steps", "integer")),
-        ("--phases.0.w_sft=0", ("phases.0", "above 0")),
-        ("--phases=", ("phases", "at least one")),
-        ("--lora.dropout=0.1", ("lora.dropout", "must be 0")),
-        ("--lora.r=0", ("lora.r",)),
-        ("--objective.mask_ratio=0", ("objective.mask_ratio", "greater than 0")),
-        ("--objective.mask_ratio=1.5", ("objective.mask_ratio", "1")),
-        ("--objective.mask_unit=word", ("objective.mask_unit", "token", "event", "span")),
-        ("--objective.context=0.9,0.1", ("objective.context", "order")),
-        ("--objective.context=0.5", ("objective.context",)),
-        ("--objective.tau=nan", ("objective.tau",)),
-        ("--optim.micro_tokens=8", ("optim.micro_tokens", "64")),
-        ("--optim.micro_batch=2", ("unknown key", "optim.micro_batch")),
-        ("--objective.path=fast", ("objective.path", "shared", "reference")),
-        ("--kernels=cuda", ("kernels", "torch", "cuda")),
-        ("--kernels=attention:sdpa", ("kernels", "timeline_attention", "attention")),
-        ("--model.hidden=30", ("model.hidden", "heads")),
-        ("--model.adapter=x", ("model.adapter", "model.path")),
-        ("--model.train=lora", ("model.train", "model.path")),
-        ("--data.window=8", ("data.window", "64")),
-        ("--data.gap_floor=-1", ("data.gap_floor", "0 minutes or more", "got -1")),
-        ("--data.bucket=week", ("data.bucket", "day", "hour", "moment")),
-        ("--data.window=", ("data.window",)),
-        ("--run.resume=maybe", ("run.resume", "auto", "never")),
-    ],
-)
-def test_a_bad_value(tmp_path: Path, word: str, words: tuple[str, ...]) -> None:
-    refused(train_with(tmp_path / "run", word), *words)
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("entry", ENTRIES)
-def test_unknown_keys_of_the_other_commands(
-    entry: Callable[[list[str]], None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    told(lambda: entry(["--otu=x"]), capsys, "`otu`")
-    if entry is not report.main:  # there a word names a run
-        told(lambda: entry(["whatever"]), capsys, "`whatever`", "--key=value")
-
-
-@pytest.mark.parametrize(
-    ("entry", "words", "named"),
-    [
-        (prepare.main, ["--path=x"], "`out` is required"),
-        (prepare.main, ["--path=x", "--out=y", "--splits=test"], "held_out"),
-        (prepare.main, ["--path=x", "--out=y", "--splits="], "`splits`"),
-        (embed.main, ["--model=x"], "`data` is required"),
-        (embed.main, ["--model=x", "--data=y", "--labels=z", "--out=o", "--pool=max"], "mean"),
-        (embed.main, ["--model=x", "--data=y", "--labels=z", "--out=o", "--tokens=0"], "`tokens`"),
-        (probe.main, ["--data=x"], "`embeddings` is required"),
-        (simulate.main, ["--out=x", "--patients=0"], "`patients`"),
-    ],
-)
-def test_missing_and_bad_arguments(
-    entry: Callable[[list[str]], None],
-    words: list[str],
-    named: str,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    told(lambda: entry(words), capsys, named)
 
 
 @pytest.mark.parametrize(
