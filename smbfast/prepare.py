@@ -5,6 +5,7 @@ from pathlib import Path
 
 from smbfast.base.config import command_line
 from smbfast.base.entry import entry
+from smbfast.base.hub_names import options_of
 from smbfast.base.terminal import say_first
 from smbfast.settings import PrepareSettings, require_meds_folder
 
@@ -16,6 +17,8 @@ def main(argv: list[str] | None = None) -> None:
         require_meds_folder(
             settings.folder
         )  # refused at once, before the imports that take seconds
+        if settings.tokenizer:
+            options_of(settings.tokenizer, "tokenizer")
         settings.decided(settings.tokenizer)
         say_first("smbfast.prepare")
         from smbfast.base.runtime import few

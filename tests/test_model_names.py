@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import save_file
 
-from smbfast import check, train
+from smbfast import check, prepare, train
 from smbfast.base import hub_names
 from smbfast.base.runtime import choose_device
 from smbfast.model.backbone import load_lm
@@ -85,6 +85,12 @@ def test_a_name_that_looks_like_a_folder_opens_no_socket(
     monkeypatch.chdir(tmp_path)
     refused(start(name, command=command), f"`model.path` {name} must be a folder", *words)
     refused(lambda: load_lm(name, torch.float32), f"`model.path` {name} must be a folder", *words)
+
+
+@pytest.mark.usefixtures("no_socket")
+def test_so_does_the_name_of_a_tokenizer(tmp_path: Path) -> None:
+    words = [f"--path={tmp_path}", f"--out={tmp_path / 'out'}", "--tokenizer=./nope"]
+    refused(lambda: prepare.main(words), "`tokenizer` ./nope must be a folder", "there is none")
 
 
 @pytest.mark.parametrize(
