@@ -556,7 +556,7 @@ def test_a_run_chooses_its_pool_and_the_model_says_which(run, tmp_path, monkeypa
     # who loads the model embeds as the run did, to the same bits
     again = embedded(run / "cohort", tmp_path / "run", tmp_path / "e.parquet")
     np.testing.assert_array_equal(matrix(again), matrix(table))
-    monkeypatch.setattr(probes, "run_probe", lambda *inputs, **more: None)
+    monkeypatch.setattr(probes, "run_probe", lambda *inputs, **more: probe)
     for broken in ("amend_final", "run_probe"):
         with monkeypatch.context() as patched:
             patched.setattr(probes, broken, raising)
