@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from smbfast import commands
-from smbfast.base.entry import RunFailed, entry
+from smbfast.base.entry import SIGNALS, RunFailed, entry
 from smbfast.base.progress import Progress
 from tests.test_floors import FLOORS
 
@@ -163,6 +163,31 @@ def test_a_signal_to_stop_is_one_line(status, capsys):
     assert stop.value.code == status and states == ["preempted"]
     assert capsys.readouterr().err == "\nsmbfast.name: stopped; go on\n"
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("spec", "program", "ours"),
+    [
+        ("smbfast.name", "python", True),
+        ("smbfast.__main__", "python", True),
+        (None, "/usr/bin/smbfast", True),
+        ("pytest.__main__", "python", False),
+        (None, "/usr/bin/pytest", False),
+    ],
+)
+def test_signals_stay_ignored_only_in_a_process_of_the_command(spec, program, ours, monkeypatch):
+    """Until it has ended, its words and status stay what they are; other programs go on."""
+    main = SimpleNamespace(__spec__=spec and SimpleNamespace(name=spec))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", [program])
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        with pytest.raises(SystemExit), entry("smbfast.name"):
+            raise ValueError("wrong")
+        assert (signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]) == ours
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_bug_keeps_its_traceback_and_an_exit_its_status():
