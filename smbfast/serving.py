@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -193,6 +193,8 @@ class Embedder:
         for pool in pools:
             if pool not in POOLS:
                 raise ValueError(f"pools must be of {', '.join(POOLS)}, got {pool!r}")
+        if encoder not in get_args(Which):
+            raise ValueError(f"`encoder` must be online or target, got {encoder!r}")
         moments, dataset = read_moments(at), self.dataset(data, codes)
         nodes = nodes_at(dataset, moments)
         sinks, counts = self.embedded(

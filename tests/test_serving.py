@@ -183,6 +183,8 @@ def test_events_in_any_order_of_any_library(model: Any, home: Path, recwarn: Any
         assert model.text(mixed)["text"] != known.text(mixed)["text"]
     lazy = pl.from_arrow(mixed).lazy()
     assert ".collect()" in refused(lambda: model.embed(lazy), "`data`", "lazy LazyFrame")
+    refused(lambda: model.embed(mixed.to_pandas()["code"]), "`data`", "columns", "Series")
+    refused(lambda: model.embed(mixed, encoder="ema"), "`encoder`", "target", "'ema'")
     for one in (mixed.drop_columns("time"), mixed.to_pandas().assign(time="2024-01-31")):
         refused(lambda one=one: model.embed(one), "`time`")
 

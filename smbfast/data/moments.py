@@ -94,7 +94,7 @@ def as_table(data: Any, name: str) -> pa.Table:
             return pa.Table.from_pandas(data, preserve_index=False)
         if hasattr(data, "__dataframe__"):
             return interchange.from_dataframe(data)
-    except (pa.ArrowException, TypeError):  # their messages may hold a cell
+    except (pa.ArrowException, TypeError, AttributeError):  # their messages may hold a cell
         raise ValueError(
             f"`{name}` must have columns that Arrow can hold; this {type(data).__name__} has not"
         ) from None
