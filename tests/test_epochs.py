@@ -75,7 +75,7 @@ def test_steps_and_epochs_take_the_place_of_each_other_on_a_command_line(tmp_pat
     assert load(str(file), ["--phases.a.steps=7"]).phases[0].steps == 7
     assert load(str(file), ["--phases.a.steps=7"]).phases[0].epochs is None
     for words in (["--phases.0.steps=3", "--phases.sft.epochs=2"], ["--phases.0.epochs=0"]):
-        with pytest.raises(ValueError, match=r"phases\.0.*(one of steps and epochs|greater than)"):
+        with pytest.raises(ValueError, match=r"phases\.0.*(one of steps and epochs|above 0)"):
             given(*words)
     file.write_text(file.read_text() + "steps = 3\n")
     with pytest.raises(

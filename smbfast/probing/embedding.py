@@ -173,8 +173,15 @@ def packed_of(
     """Return the packed forward of the encoder `which`.
 
     Raises:
-        ValueError: `which` is the target encoder, but the run had none.
+        ValueError: `which` is the target encoder, but the run had none; `which` or `path` is
+            neither of its two.
     """
+    for name, value, two in (
+        ("encoder", which, ("online", "target")),
+        ("path", path, ("shared", "reference")),
+    ):
+        if value not in two:
+            raise ValueError(f"`{name}` must be {' or '.join(two)}, got {value!r}")
     chosen = encoder if which == "online" else target
     if chosen is None:
         raise ValueError("encoder=target needs a run with a JEPA phase; this one had none")

@@ -367,7 +367,8 @@ def report_arguments(argv: list[str]) -> ReportSettings:
     settings: list[str] = []
     words: list[str] = []
     for word in joined(ReportSettings, argv):
-        is_key = word.startswith("-") or word.partition("=")[0].replace("-", "_") in keys
+        name, given_value, _ = word.partition("=")  # a folder may be called `run`
+        is_key = word.startswith("-") or (given_value and name.replace("-", "_") in keys)
         (settings if is_key else words).append(word)
     given = {word.lstrip("-").partition("=")[0] for word in settings}
     if words and (twice := sorted(given & {"run", "against"})):

@@ -108,7 +108,8 @@ def compare_arguments(argv: list[str]) -> CompareSettings:
     settings: list[str] = []
     words: list[str] = []
     for word in joined(CompareSettings, argv):
-        is_key = word.startswith("-") or word.partition("=")[0].replace("-", "_") in keys
+        name, given_value, _ = word.partition("=")  # a folder may be called `out`
+        is_key = word.startswith("-") or (given_value and name.replace("-", "_") in keys)
         (settings if is_key and word != "-" else words).append(word)
     with_overrides(CompareSettings, {}, settings)  # an unknown key is named before what is missing
     if not words and not any(s.lstrip("-").startswith("methods=") for s in settings):

@@ -107,7 +107,12 @@ DATA = mistakes(
     (CHECK, "events repeat", "remove the duplicates", "42.9%", everything_twice, 0),
     ("prepare --path=meds --out=meds", "meds", "must be empty or hold", "data/held_out/0.parquet"),
     (f"prepare --path=meds --out={EVENTS}", EVENTS, "must be a folder", "it is a file"),
-    (f"{PREPARE} --tokenizer=./nosuch", "nosuch", "tokenizer", "nosuch"),
+    (
+        f"{PREPARE} --tokenizer=./nosuch",
+        "./nosuch",
+        "must be a folder with a model",
+        "there is none",
+    ),
     ("simulate --out=meds", "meds", "must not exist yet", "name another folder"),
 )
 

@@ -168,6 +168,7 @@ OTHERS = mistakes(
     ("compare run other.parquet", "methods", "the same patients", "share no patient", STRANGERS),
     ("compare run other.parquet", "other.parquet", "from 0 to 1", "not all are", TOO_SURE),
     ("report --run=nosuch", "run", "the folder of a training run", "got nosuch"),
+    ("report run nosuch", "nosuch", "the folder of a training run", "no such folder"),
     ("report --run=run/final", "run/final", "metrics.jsonl", "no metrics.jsonl"),
     ("report --run=run", "run", "metrics.jsonl", "no metrics.jsonl", no_metrics),
     ("report --run=run", "run/report.html", "not written by smbfast", "exists", a_page_of_mine),
