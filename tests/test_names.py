@@ -76,7 +76,7 @@ TYPED = {
     "hidden_size": "model.hidden",
     "num_hidden_layers": "model.layers",
     "packing": None,
-    "report_to": None,
+    "report_to": "run.track",
     "trust_remote_code": None,
     "optim": None,
     "num_gpus": None,
