@@ -4,6 +4,7 @@ from pathlib import Path
 
 from smbfast.base.config import command_line
 from smbfast.base.entry import entry
+from smbfast.base.hub_names import refuse_missing
 from smbfast.base.terminal import say_first
 from smbfast.settings import EmbedSettings, require_meds_folder
 
@@ -15,6 +16,7 @@ def main(argv: list[str] | None = None) -> None:
         if Path(settings.out).is_dir():
             raise ValueError(f"`out` must be a parquet file to write; {settings.out} is a folder")
         require_meds_folder(Path(settings.data))  # refused before the imports that take seconds
+        refuse_missing(settings.model, "model")
         say_first("smbfast.embed")
         from smbfast.base.runtime import few
         from smbfast.data.moments import read_moments

@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors.torch import save_file
 
-from smbfast import check, prepare, train
+from smbfast import check, embed, prepare, train
 from smbfast.base import hub_names
 from smbfast.base.runtime import choose_device
 from smbfast.model.backbone import load_lm
@@ -88,9 +88,12 @@ def test_a_name_that_looks_like_a_folder_opens_no_socket(
 
 
 @pytest.mark.usefixtures("no_socket")
-def test_so_does_the_name_of_a_tokenizer(tmp_path: Path) -> None:
+def test_so_do_the_names_of_a_tokenizer_and_of_a_trained_model(tmp_path: Path) -> None:
     words = [f"--path={tmp_path}", f"--out={tmp_path / 'out'}", "--tokenizer=./nope"]
     refused(lambda: prepare.main(words), "`tokenizer` ./nope must be a folder", "there is none")
+    words = [f"--data={tmp_path}", "--out=x.parquet", "--at=last", "--model=./nope"]
+    refused(lambda: embed.main(words), "`model` ./nope must be a folder", "there is none")
+    hub_names.refuse_missing("owner/name@v1", "model")  # of the hub
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,16 @@ def require_model_folder(name: str, key: str) -> Path:
     raise ValueError(f"`{key}` {name} must be a folder with a model; {there}{hint}")
 
 
+def refuse_missing(name: str, key: str) -> None:
+    """Refuse a name that looks like a folder where there is none; `owner/name@revision` passes.
+
+    Raises:
+        ValueError: see `require_model_folder`.
+    """
+    if is_local(name.partition("@")[0]) and not Path(name).expanduser().is_dir():
+        require_model_folder(name, key)
+
+
 @cache
 def from_cache(name: str, key: str = "model.path") -> bool:
     """Whether a model of the hub must be read from the cache, because the hub does not answer.
