@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 from smbfast.base.digests import short
 from smbfast.base.files import MANIFEST, digest_of, standing
-from smbfast.base.hub_names import is_local
+from smbfast.base.hub_names import divided, is_local
 from smbfast.base.progress import Progress
 from smbfast.base.runtime import choose_device
 from smbfast.data.code_table import CodeTable
@@ -439,7 +439,7 @@ def at_hand(
     with _LOADING:
         name = str(folder), revision
         model_folder = _FETCHED.get(name) or fetched(folder, revision)
-        if not is_local(name[0]):
+        if not is_local(divided(name[0])[0]):
             _FETCHED[name] = model_folder
         manifest = model_folder.absolute() / MANIFEST
         key = manifest, stamp(manifest) if manifest.is_file() else None, path, device
