@@ -97,8 +97,8 @@ def test_lists_none_and_tables():
 
 
 def test_a_phase_is_changed_by_its_name_or_its_number():
-    settings = load("tiny", ["--phases.sft.steps=9", "--phases.1.steps", "8", "phases.jepa.lr=2"])
-    assert [p.steps for p in settings.phases] == [9, 8] and settings.phases[1].lr == 2
+    settings = load("tiny", ["--phases.sft.steps=9", "--phases.1.steps", "8", "phases.jepa.lr=0.2"])
+    assert [p.steps for p in settings.phases] == [9, 8] and settings.phases[1].lr == 0.2
     assert load("default", ["--phases.sft.lr=none"]).phases[0].lr is None
     with pytest.raises(ValueError, match=r"one of the 2 phases \(sft, jepa\).*`phases.sft.steps`"):
         load("tiny", ["--phases.stf.steps=9"])
