@@ -1,6 +1,6 @@
 """python -m bench.scale_requeue: a run that a queue ends again and again, against one alone.
 
-`docs/slurm/train.sbatch` runs under the fake Slurm of `tests/slurm`. Turns end when the log reaches
+`examples/slurm/train.sbatch` runs under the fake Slurm of `tests/slurm`. Turns end when the log reaches
 random steps, or at random seconds: every second one as a time limit ends it (USR1 to the batch
 shell), the others as the death of a node does (KILL to every process). Both runs have the same
 ranks, so every logged loss and every byte of the final model must be the same. A difference ends
@@ -107,7 +107,7 @@ def queued(settings: RequeueBench, folder: Path, turns: list[str]) -> tuple[Path
         "OMP_NUM_THREADS": "1",
         "PATH": f"{ROOT / 'tests' / 'slurm'}:{os.environ['PATH']}",
     }
-    script = ROOT / "docs" / "slurm" / "train.sbatch"
+    script = ROOT / "examples" / "slurm" / "train.sbatch"
     start, over = time.monotonic(), threading.Event()
     at_steps = [int(n) for line in turns for n in re.findall(r"step-(\d+)", line)]
     watch = threading.Thread(target=touch_at_steps, args=(run, at_steps, over), daemon=True)

@@ -56,14 +56,14 @@ while :; do sleep 0.02; done
 
 
 def queued(tmp_path: Path, script: str, words: list[str], turns: list[str], **more: str):
-    """Run a batch script of docs/slurm in the fake queue, with programs that play ours."""
+    """Run a batch script of examples/slurm in the fake queue, with programs that play ours."""
     for name, text in (("torchrun", TORCHRUN), ("rank", RANK), ("python", PYTHON)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o700)
     (tmp_path / "turns").write_text("".join(f"{t}\n" for t in turns))
     path = f"{tmp_path}:{ROOT / 'tests' / 'slurm'}:{os.environ['PATH']}"
     environment = {"PATH": path, "FAKE_SLURM": str(tmp_path), "RUN": str(tmp_path / "run"), **more}
-    command = ["sbatch", "--time=1", str(ROOT / "docs" / "slurm" / script), *words]
+    command = ["sbatch", "--time=1", str(ROOT / "examples" / "slurm" / script), *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert "processes left" not in done.stdout, done.stdout
     launched = (tmp_path / "launched").read_text().splitlines() if words else []

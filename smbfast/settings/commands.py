@@ -35,7 +35,7 @@ class EmbedSettings(Settings):
     python -m smbfast.embed --model=runs/default/final --data=MEDS_FOLDER \\
         --labels=mortality_1y,readmission_30d --out=embeddings.parquet
 
-  Embed by eight GPUs of this machine; docs/slurm/embed.sbatch is a job array:
+  Embed by eight GPUs of this machine; examples/slurm/embed.sbatch is a job array:
     torchrun --nproc-per-node=8 -m smbfast.embed --model=runs/default/final \\
         --data=MEDS_FOLDER --at=last --out=now.parquet
 
