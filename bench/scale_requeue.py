@@ -1,10 +1,11 @@
 """python -m bench.scale_requeue: a run that a queue ends again and again, against one alone.
 
-`examples/slurm/train.sbatch` runs under the fake Slurm of `tests/slurm`. Turns end when the log reaches
-random steps, or at random seconds: every second one as a time limit ends it (USR1 to the batch
-shell), the others as the death of a node does (KILL to every process). Both runs have the same
-ranks, so every logged loss and every byte of the final model must be the same. A difference ends
-with status 1, and so does a run that no signal reached during training: then ask for more steps.
+`examples/slurm/train.sbatch` runs under the fake Slurm of `tests/slurm`. Turns end when the log
+reaches random steps, or at random seconds: every second one as a time limit ends it (USR1 to the
+batch shell), the others as the death of a node does (KILL to every process). Both runs have the
+same ranks, so every logged loss and every byte of the final model must be the same. A difference
+ends with status 1, and so does a run that no signal reached during training: then ask for more
+steps.
 """
 
 import hashlib

@@ -225,7 +225,8 @@ def test_the_status_is_written_where_nothing_else_can_be(tmp_path: Path, monkeyp
 
     monkeypatch.setattr("smbfast.run.folder.write_text", full)
     write_end(SimpleNamespace(folder=tmp_path), "preempted")
-    assert json.loads(status.read_text()) == {"state": "preempted", "step": 3, "command": "x"}
+    written = {"state": "preempted", "step": 3, "command": "x"}
+    assert json.loads(status.read_text()).items() >= written.items()
 
 
 def foreign_run(folder: Path, name: str) -> Path:

@@ -200,7 +200,7 @@ def test_a_blank_in_place_of_the_equals_sign():
         (["--optim.batch", "--run.seed=1"], "`--optim.batch` must have the form --key=value"),
         (["--probe.labels", "a", "b"], "with commas, --probe.labels=a,b"),
         (["--optim.batch=2", "b"], "argument `b` must have the form --key=value"),
-        (["--optim.batch="], "`optim.batch`: must be a valid integer, unable to parse"),
+        (["--optim.batch="], "`optim.batch`: must have a value, got nothing"),
     ],
 )
 def test_what_stands_alone_gets_the_form_to_type(words, said):

@@ -124,13 +124,22 @@ def opened(file: Path) -> int:
     """
     for attempt in count():
         try:
-            with suppress(FileExistsError):
-                file.parent.mkdir(parents=True, mode=0o700)
+            _make_private(file.parent)
             return os.open(file, _OPEN, 0o600)
         except FileNotFoundError:
             if attempt == _ATTEMPTS:  # such as a link to a folder that is not there
                 raise
     raise AssertionError  # unreachable
+
+
+def _make_private(folder: Path) -> None:
+    """Make a folder, and what is missing above it, for this user alone."""
+    with suppress(FileExistsError):
+        try:
+            folder.mkdir(mode=0o700)
+        except FileNotFoundError:
+            _make_private(folder.parent)
+            folder.mkdir(mode=0o700)
 
 
 def _taken(folder: Path, what: str) -> int | None:

@@ -280,7 +280,7 @@ def test_the_gate_runs_the_tests_of_the_operation(monkeypatch, tmp_path, body, s
     [
         (["masked_mse"], "masked_jepa_mse"),
         (["--device=gpu"], "must be 'auto', 'cpu' or 'cuda'"),
-        (["--sed=1"], "did you mean `seconds`?"),
+        (["--secnds=1"], "did you mean `seconds`?"),
     ],
 )
 def test_a_wrong_argument_is_refused(arguments, said, capsys):
