@@ -218,6 +218,8 @@ def _shared(folder: Path | None, key: str) -> Iterator[None]:
     if folder is None:
         yield
         return
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`cache` must be a folder for embeddings; {folder} is a file")
     if not folder.exists():
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with claimed(folder, key, wait=True):

@@ -11,7 +11,9 @@ codes.parquet is read, and the vocabulary laid out, by the first of them.
 Legend: K nodes, D width.
 """
 
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from smbfast.base.hub_names import divided, is_local
 from smbfast.base.progress import Progress
 from smbfast.base.runtime import choose_device
 from smbfast.data.code_table import CodeTable
+from smbfast.data.codes.ladder import RUNGS, SECTION
 from smbfast.data.formats import PatientSerializer, read_encoding, serializer_of
 from smbfast.data.labels import find_tasks, read_labels, with_splits
 from smbfast.data.meds import MedsDataset
@@ -50,6 +53,7 @@ from smbfast.settings import POOLS, Pool, require_meds_folder
 
 Which = Literal["online", "target"]
 Forward = Literal["shared", "reference"]
+_MOST_UNKNOWN = 0.9  # share of events beyond which data are of another coding system: our choice
 _MOST_AT_HAND = 2  # models: a search over two of them loads each once (our choice)
 _AT_HAND: dict[tuple, "Embedder"] = {}
 _FETCHED: dict[tuple[str, str | None], Path] = {}  # folders of names on the Hub
@@ -216,8 +220,10 @@ class Embedder:
         tokens: int = 16384,
     ) -> tuple[dict[Pool, EmbeddingTable], dict[str, int]]:
         """Return what `embed_by` makes its result of, also where no node can be embedded."""
+        _require_tokens(tokens)
         model = Model(packed_of(self._encoder, self._target, encoder, path))
         source = self._source(dataset, nodes)
+        before = self._serializer(dataset).counts.copy()
         sinks = {pool: EmbeddingTable(nodes) for pool in pools}
         lost: list[dict[str, int]] = [{} for _ in source.parts]
         # part by part as the command, so that no forward is another
@@ -228,6 +234,8 @@ class Embedder:
         progress = Progress("smbfast.embed", len(nodes.subject_K), "embeddings")
         with self._products():
             embed_tasks(tasks, self.device, tokens=tokens, stopped=Event(), progress=progress.add)
+        if words := _on_codes(self._serializer(dataset).counts - before):
+            warnings.warn(words, stacklevel=4)
         return sinks, source.counted(lost)
 
     def origin(self, encoder: Which, pool: Pool) -> dict[str, Any]:
@@ -331,6 +339,7 @@ class Embedder:
             ValueError: see `embed`; or another process embeds something else to the same file.
             OSError: the file cannot be written.
         """
+        _require_tokens(tokens)
         pool = pool or self.record["pool"]
         origin = self.origin(encoder, pool)
         model = Model(packed_of(self._encoder, self._target, encoder, path))
@@ -343,11 +352,15 @@ class Embedder:
         else:
             nodes = nodes_at(dataset, moments)
         key = digest_of(origin, path, tokens, self.device.type, torch.__version__, nodes.digest())
+        before = self._serializer(dataset).counts.copy()
         with self._products():
             source = self._source(dataset, nodes)
-            return embed_nodes(
+            counts = embed_nodes(
                 out, model, source, self.device, tokens=tokens, pool=pool, key=key, origin=origin
             )
+        if words := _on_codes(self._serializer(dataset).counts - before):
+            print(f"smbfast: {words}", file=sys.stderr)
+        return counts
 
     def _source(self, dataset: MedsDataset, nodes: Nodes) -> NodeSource:
         return NodeSource(dataset, self._serializer(dataset), nodes, self.record["window"])
@@ -423,6 +436,27 @@ def load(
     """
     where = None if path is None else str(path)
     return Embedder(fetched(folder, revision), choose_device(device), where, codes)
+
+
+def _require_tokens(tokens: int) -> None:
+    if tokens < 1:
+        raise ValueError(f"`tokens` must be at least 1, got {tokens}")
+
+
+def _on_codes(counts: Counter[str]) -> str:
+    """Return a warning about events whose codes the model does not know; "" without one.
+
+    Args:
+        counts: of a serializer, of the events that were read.
+    """
+    num_events = sum(counts[rung] for rung in RUNGS)  # none in text, which writes any code
+    if counts[RUNGS[SECTION]] <= _MOST_UNKNOWN * num_events:
+        return ""
+    return (
+        "of more than nine in ten of these events the model knows neither the code nor one near "
+        "it, and reads no more than when they were and of which section; are they of another "
+        "coding system than its training data?"
+    )
 
 
 def at_hand(

@@ -272,6 +272,8 @@ def test_a_finished_run_says_so_and_changes_nothing(cohort, whole, capsys):
 def test_other_settings_or_resume_never_do_not_touch_a_run(cohort, whole):
     with pytest.raises(SystemExit, match=r"optim\.batch: 4 -> 3"):
         run_tiny(cohort, whole, "--optim.batch=3", "--optim.micro_tokens=128")
+    with pytest.raises(SystemExit, match=r"phases\.0\.lr: none -> 0\.001"):
+        run_tiny(cohort, whole, "--phases.0.lr=1e-3")
     with pytest.raises(SystemExit, match=r"run\.resume is never"):
         run_tiny(cohort, whole, "--resume=never")
 

@@ -62,6 +62,12 @@ def require_model_folder(name: str, key: str) -> Path:
     raise ValueError(f"`{key}` {name} must be a folder with a model; {there}{hint}")
 
 
+def model_inside(folder: Path) -> str:
+    """Return the end of a message about a folder that is no model but a run: where its model is."""
+    inner = folder / "final"
+    return f"; the model of this run is {inner}" if inner.is_dir() else ""
+
+
 def refuse_missing(name: str, key: str) -> None:
     """Refuse a name that looks like a folder where there is none; `owner/name@revision` passes.
 

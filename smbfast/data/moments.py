@@ -44,6 +44,8 @@ def read_moments(at: Any) -> Moments:
     """
     if isinstance(at, tuple):  # what this function returns
         return at
+    if isinstance(at, date) and at != at:  # NaT of pandas, which is a datetime
+        return _read_text(str(at))
     if isinstance(at, datetime):
         return _without_zone(at)
     if isinstance(at, date):
@@ -94,7 +96,8 @@ def as_table(data: Any, name: str) -> pa.Table:
             return pa.Table.from_pandas(data, preserve_index=False)
         if hasattr(data, "__dataframe__"):
             return interchange.from_dataframe(data)
-    except (pa.ArrowException, TypeError, AttributeError):  # their messages may hold a cell
+    except (pa.ArrowException, ValueError, TypeError, AttributeError):
+        # their messages may hold a cell
         raise ValueError(
             f"`{name}` must have columns that Arrow can hold; this {type(data).__name__} has not"
         ) from None

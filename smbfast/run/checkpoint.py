@@ -34,7 +34,7 @@ from smbfast.base.files import (
     verify_folder,
     write_text,
 )
-from smbfast.base.hub_names import is_repository
+from smbfast.base.hub_names import is_repository, model_inside
 from smbfast.base.replace import foreign, sha256
 from smbfast.model.backbone import PatientEncoder, load_adapter, load_lm, merged, require_layers
 from smbfast.model.codes_head import CodesHead
@@ -383,7 +383,10 @@ def verified_final(folder: Path) -> dict:
     """
     folder = Path(folder)
     if not (folder / "smbfast.json").is_file():
-        raise ValueError(f"{folder} must be the `final` folder of a run; it has no smbfast.json")
+        raise ValueError(
+            f"{folder} must be the `final` folder of a run; it has no smbfast.json"
+            f"{model_inside(folder)}"
+        )
     manifest = verify_folder(folder)
     require_files(manifest, folder, ("smbfast.json", "predictor.safetensors"))
     record = check_record(folder / "smbfast.json")

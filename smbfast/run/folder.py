@@ -128,7 +128,13 @@ def changed_settings(then: dict[str, object], now: dict[str, object]) -> list[st
     known = TrainSettings.model_construct().model_dump(mode="json", exclude={"phases"})
     then = {k: v for k, v in _flat(known).items() if k not in LOCATIONS} | then
     keys = [k for k in {**then, **now} if not k.startswith(FREE_KEYS)]
-    return [f"{k}: {then.get(k)} -> {now.get(k)}" for k in keys if then.get(k) != now.get(k)]
+    pairs = [(k, then.get(k), now.get(k)) for k in keys]
+    return [f"{k}: {_typed(a)} -> {_typed(b)}" for k, a, b in pairs if a != b]
+
+
+def _typed(value: object) -> object:
+    """Return a value as a command line has it."""
+    return "none" if value is None else value
 
 
 def _left_by_a_run(run: Path) -> str | None:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from pydantic import Field, field_validator
 
 from smbfast.base.config import Settings, build, joined
-from smbfast.base.hub_names import is_repository
+from smbfast.base.hub_names import is_repository, model_inside
 from smbfast.base.replace import MANIFEST
 
 
@@ -97,9 +97,9 @@ class PushSettings(Settings):
     def _is_a_model(cls, folder: Path) -> Path:
         if (folder / MANIFEST).is_file():
             return folder
-        inner = folder / "final"
-        hint = f"; the model of this run is {inner}" if inner.is_dir() else ""
-        raise ValueError(f"must be the folder of a trained model; it has no {MANIFEST}{hint}")
+        raise ValueError(
+            f"must be the folder of a trained model; it has no {MANIFEST}{model_inside(folder)}"
+        )
 
 
 def push_arguments(argv: list[str]) -> PushSettings:
