@@ -25,7 +25,8 @@ from smbfast.data.tokens import train_tokenizer
 from smbfast.run.checkpoint import write_card
 from smbfast.run.hub import MODEL_FILES
 from smbfast.run.model_card import merged_card, model_card, shared_card
-from smbfast.settings import load
+from smbfast.run.shipping import shipment_of
+from smbfast.settings import load, push_arguments
 from tests.factory import split_rows, table_of, write_meds
 from tests.hub_server import COMMIT, hub
 from tests.ops.tolerance import rounding
@@ -255,6 +256,17 @@ def test_a_name_of_the_backbone_and_a_license_stand_in_what_goes_out(
     refused(lambda: smbfast.load(repository), "`hf download org/backbone` fetches it")
 
 
+def test_a_whole_model_goes_out_without_the_place_of_its_backbone(
+    final: Path, tmp_path: Path
+) -> None:
+    folder = copied(final, tmp_path / "final")
+    edit(folder / "smbfast.json", {"trains": "all", "backbone": "/disk/hospital/base"})
+    edit(folder / "adapter_config.json", {"base_model_name_or_path": "base"})
+    reseal(folder)
+    shipped = shipment_of(push_arguments([str(folder), f"--to={NAME}"])).files["smbfast.json"]
+    assert isinstance(shipped, bytes) and json.loads(shipped)["backbone"] == "base"
+
+
 def test_a_backbone_of_the_hub_is_known_by_name_and_commit(
     home: Path, final: Path, api: type[Api], tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -295,6 +307,8 @@ REFUSED: dict[str, tuple[Any, list[str], tuple[str, ...]]] = {
     "notes": (lambda f: (f / "notes.md").write_text("x"), [], ("notes.md",)),
     "a small cell": (lambda f: add(f / "README.md", SMALL), [], ("README.md, line", "10 people")),
     "a small row": (lambda f: add(f / "README.md", "| women | 3 |\n"), [], ("README.md, line",)),
+    "a small part": (lambda f: add(f / "README.md", "4 of 20 patients died\n"), [], ("10 people",)),
+    "a small group": (lambda f: add(f / "README.md", "n=3 male patients\n"), [], ("10 people",)),
     "no card": (lambda f: (f / "README.md").unlink(), [], ("must hold a card",)),
     "a rare entry": (
         lambda f: edit(f / "codes.json", {"vocabulary": {"min_subjects": 9}}),
@@ -303,6 +317,11 @@ REFUSED: dict[str, tuple[Any, list[str], tuple[str, ...]]] = {
     ),
     "a path": (
         lambda f: edit(f / "tokenizer_config.json", {"name_or_path": str(f.resolve())}),
+        [],
+        ("tokenizer_config.json", "no path"),
+    ),
+    "a path elsewhere": (
+        lambda f: edit(f / "tokenizer_config.json", {"more": [{"name": "/disk/hospital/base"}]}),
         [],
         ("tokenizer_config.json", "no path"),
     ),

@@ -34,9 +34,12 @@ _BESIDE = ("LICENSE", "NOTICE")  # what people may put beside a card
 _OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9a-f]+|Thumbs\.db|desktop\.ini")
 _MIN_PATIENTS = 10  # behind every entry of a vocabulary
 _PEOPLE = r"(patients?|subjects?|persons?|people|women|men|deaths?|positives?|cases|rows|nodes)"
-# a count of 1 to 10 people in a sentence, or in a row of a table that begins with what it counts
+_PATH = re.compile(r"(/[^/\n]+){2,}/?|[A-Za-z]:\\[^\n]*")  # all of a text
+# a count of 1 to 10 people in a sentence, 3 patients, 3 older patients or 3 of 20 patients, or in a
+# row of a table that begins with what it counts
 _SMALL = re.compile(
-    rf"(?<![\d.,%$-])(?<!than )(?<![<≤=] )(?<![<≤=])\b([1-9]|10)\s+{_PEOPLE}\b|"
+    r"(?<![\d.,%$-])(?<!than )(?<![<≤>≥] )(?<![<≤>≥])(?<![<>]= )(?<![<>]=)"
+    rf"\b([1-9]|10)\s+(of\s+(the\s+)?[\d,]+\s+|[a-z]+\s+)?{_PEOPLE}\b|"
     rf"^\|\s*{_PEOPLE}\s*\|\s*([1-9]|10)\s*\|",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -116,6 +119,8 @@ def shipment_of(settings: PushSettings) -> Shipment:
         files["adapter_config.json"] = _json(config)
     elif settings.base is not None:
         raise ValueError(f"`base` must be left out for {folder}, which holds all weights")
+    elif Path(record.get("backbone") or "").is_absolute():  # from which all weights were trained
+        record = {**record, "backbone": Path(record["backbone"]).name}
     if has_record:
         files[RECORD] = _json(shared_record(record))
     _require_no_paths(folder, files)
@@ -184,11 +189,18 @@ def _require_no_paths(folder: Path, files: dict[str, Path | bytes]) -> None:
         if not name.endswith("config.json") and name != RECORD:  # others hold words of any kind
             continue
         text = (file if isinstance(file, bytes) else file.read_bytes()).decode("utf-8", "replace")
-        for path in {str(folder.resolve()), home} - {"/"}:
-            if json.dumps(path)[1:-1] in text:
-                raise ValueError(
-                    f"{folder / name} must name no path of this machine to go out; it names one"
-                )
+        known = {str(folder.resolve()), home} - {"/"}
+        if any(json.dumps(path)[1:-1] in text for path in known) or _has_path(json.loads(text)):
+            raise ValueError(
+                f"{folder / name} must name no path of this machine to go out; it names one"
+            )
+
+
+def _has_path(value: Any) -> bool:
+    """Whether a text among JSON values is an absolute path."""
+    if isinstance(value, dict | list):
+        return any(map(_has_path, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and _PATH.fullmatch(value) is not None
 
 
 def _manifest(files: dict[str, Path | bytes]) -> bytes:
