@@ -162,7 +162,7 @@ def test_the_specification_stands_alone():
 def test_the_training_loop_can_be_read_at_once():
     """At most 120 lines and 30 names; ruff holds its branches."""
     tree = ast.parse((ROOT / "smbfast" / "run" / "loop.py").read_text())
-    [loop] = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "train"]
+    [loop] = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "_train"]
     assert loop.end_lineno - loop.lineno + 1 <= 120
     stored = [n for n in ast.walk(loop) if isinstance(n, ast.Name)]
     assert len({n.id for n in stored if isinstance(n.ctx, ast.Store)}) <= 30
@@ -188,7 +188,7 @@ def test_names_say_a_type_or_a_unit():
 
 
 # closed forms of a backward, which are read beside their formula, and the loop of the training
-LONG_FUNCTIONS = {"by_hand", "one_pass", "train"}
+LONG_FUNCTIONS = {"by_hand", "one_pass", "_train"}
 
 
 def test_no_file_or_function_is_too_long_to_read():

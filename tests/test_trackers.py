@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from smbfast import train
-from smbfast.run import trackers
+from smbfast.run import loop, trackers
 from smbfast.run.metrics import MetricsLog
 from smbfast.run.trackers import About, Tracker, numbers, open_trackers, shared_settings
 from smbfast.settings import load
@@ -142,6 +142,7 @@ def test_wandb_is_offline_quiet_and_goes_on(
     # neither what is printed, nor host, user, paths, code or the state of git
     assert calls["settings"]["console"] == "off" and calls["settings"]["save_code"] is False
     assert all(calls["settings"][f"x_disable_{n}"] for n in ("meta", "machine_info", "stats"))
+    assert calls["settings"]["x_save_requirements"] is False
     sink.log({"step/sft": 1.0}, 3)
     sink.finish(done=False)
     assert calls["log"] == [{"step": 3, "step/sft": 1.0}] and calls["finish"] == {"exit_code": 1}
@@ -210,6 +211,22 @@ def test_a_run_asks_for_its_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tracker,) = open_trackers(load("tiny", run), "id")
     tracker.close(done=True)
     assert made[0].run == "id" and made[0].name == "run" and not made[0].online
+
+
+def test_a_run_that_fails_closes_its_trackers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Recorder] = []
+    monkeypatch.setitem(trackers.SINKS, "mlflow", lambda a: made.append(Recorder(a)) or made[-1])
+    monkeypatch.setattr("smbfast.settings.decide.find_spec", lambda name: name)
+
+    def fails(*_args: Any, **_more: Any) -> None:
+        raise ValueError("the step fails")
+
+    monkeypatch.setattr(loop, "evaluate_entry", fails)
+    words = ["tiny", f"--run.dir={tmp_path / 'run'}", "--run.track=mlflow"]
+    refused(lambda: train.main(words), "the step fails")
+    assert [sink.done for sink in made] == [[False]]
 
 
 def test_what_a_tracker_needs_is_asked_for_before_anything_is_made(

@@ -1,6 +1,6 @@
 """The training loop: the phases (SFT, then JEPA), then embeddings, probes and a report.
 
-`train` is one flat function, to be read from top to bottom. It builds on `open_run` (all that
+`_train` is one flat function, to be read from top to bottom. It builds on `open_run` (all that
 comes before the first step), `loader` (a step is a pure function of seed and number), `objective`
 (one forward for both losses, specified by `reference`), `step` (forward, backward, update),
 `evaluation` and `checkpoint`.
@@ -9,6 +9,7 @@ Between two lines of the log, the CPU never waits for the GPU: the loader counts
 losses stay on the GPU, and the optimizer's own kernel skips a step whose gradient is not finite.
 """
 
+from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -38,6 +39,8 @@ from smbfast.settings import TrainSettings
 def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
     """Run all phases of `settings`, from the start or from the newest checkpoint.
 
+    However it ends, the log is closed, so that trackers know of it.
+
     Args:
         command: what goes on with this run, for its status.
         ranks: the processes that train it together, each of which calls this function.
@@ -50,6 +53,16 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
         RunFailed: if the gradient was not finite in several steps in a row, or the run collapsed
             and `eval.stop_on_collapse` asks to stop then.
     """
+    with ExitStack() as at_end:
+        return _train(settings, command, ranks, at_end)
+
+
+def _train(settings: TrainSettings, command: str, ranks: Ranks, at_end: ExitStack) -> str:
+    """Do what `train` says.
+
+    Args:
+        at_end: what is closed at the end.
+    """
     run = OpenRun.open(settings, ranks)
     settings = run.settings  # with the steps of phases that are given in epochs
     encoder, target, first = run.encoder, run.take_target(), run.progress.step
@@ -60,6 +73,7 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
         total, run.progress, matmul_rate(run.device, layer_dtype(encoder)), Outlook.of(run)
     )
     log = open_log(run)
+    at_end.callback(log.close)
     health: dict = {}
     run.write_status("running", first, command)
     with stop_on_signals() as stop, run.matmul.used():

@@ -65,11 +65,14 @@ class MetricsLog:
                 self._board.add(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Flush and close all."""
-        self._file.close()
-        self._board.close()
-        for tracker in self._trackers:
-            tracker.close(done=self._is_done)
+        """Flush and close all, once; trackers are told of the end though a file cannot be written."""
+        trackers, self._trackers = self._trackers, ()
+        try:
+            self._file.close()
+            self._board.close()
+        finally:
+            for tracker in trackers:
+                tracker.close(done=self._is_done)
 
 
 class NoLog(MetricsLog):

@@ -169,6 +169,7 @@ class _Wandb:
             x_disable_meta=True,  # host, user, paths and the command
             x_disable_machine_info=True,
             x_disable_stats=True,
+            x_save_requirements=False,
         )
         self._run = wandb.init(
             project=PROJECT,
