@@ -5,6 +5,7 @@ import sys
 
 from smbfast.base.config import command_line
 from smbfast.base.entry import entry
+from smbfast.base.terminal import say_first
 from smbfast.settings import CompareSettings, compare_arguments
 
 
@@ -16,6 +17,7 @@ def main(argv: list[str] | None = None) -> None:
         CompareSettings, argv, prog=prog, words="METHOD METHOD ...", read=compare_arguments
     )
     with entry("smbfast.compare"):
+        say_first("smbfast.compare", "predictions are read and resampled")
         from smbfast.judging.compare import compare
         from smbfast.judging.compare_table import table
         from smbfast.reporting.compare_page import require_outputs, write_comparison

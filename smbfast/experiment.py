@@ -6,6 +6,7 @@ from pathlib import Path
 
 from smbfast.base.config import command_line
 from smbfast.base.entry import entry
+from smbfast.base.terminal import say_first
 from smbfast.experiments.plans import epilog
 from smbfast.settings import ExperimentSettings, FoldsSettings, require_meds_folder
 
@@ -22,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         folds = command_line(FoldsSettings, words[1:], prog=f"{PROG} folds")
         with entry("smbfast.experiment", stopped=stopped):
             require_meds_folder(Path(folds.data))
+            say_first("smbfast.experiment")
             from smbfast.experiments.cross_validation import cross_validate
 
             print(f"folds: {cross_validate(folds, command)}")
@@ -30,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         words[0] = f"--name={words[0]}"
     config = command_line(ExperimentSettings, words, prog=PROG, words="[NAME]", epilog=epilog())
     with entry("smbfast.experiment", stopped=stopped):
+        say_first("smbfast.experiment")
         from smbfast.experiments.conduct import conduct
 
         conduct(config, command)

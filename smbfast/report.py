@@ -6,6 +6,7 @@ from pathlib import Path
 
 from smbfast.base.config import command_line
 from smbfast.base.entry import entry
+from smbfast.base.terminal import say_first
 from smbfast.settings import ReportSettings, report_arguments
 
 
@@ -23,6 +24,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _written(settings: ReportSettings, command: str) -> Path:
+    if settings.patient is not None:
+        say_first("smbfast.report")
+    else:
+        say_first("smbfast.report", "the folder is read, and the page drawn")
     if settings.against:
         from smbfast.reporting.runs_page import write_runs
 

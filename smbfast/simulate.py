@@ -2,6 +2,7 @@
 
 from smbfast.base.config import command_line
 from smbfast.base.entry import entry
+from smbfast.base.terminal import say_first
 from smbfast.settings import SimulateSettings
 
 
@@ -9,6 +10,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command: arguments and one call of `smbfast.simulation.dataset`."""
     config = command_line(SimulateSettings, argv, prog="python -m smbfast.simulate")
     with entry("smbfast.simulate", private=False):  # nobody real
+        say_first("smbfast.simulate", "patients are drawn")
         from smbfast.simulation.dataset import simulate
 
         simulate(

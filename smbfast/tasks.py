@@ -5,6 +5,7 @@ import sys
 from smbfast.base.config import command_line
 from smbfast.base.entry import entry
 from smbfast.base.schema import schema_text
+from smbfast.base.terminal import say_first
 from smbfast.settings.tasks import TaskFile, TasksSettings
 
 
@@ -18,6 +19,7 @@ def main(argv: list[str] | None = None) -> None:
         argv[0] = f"--definitions={argv[0]}"
     config = command_line(TasksSettings, argv, prog="python -m smbfast.tasks")
     with entry("smbfast.tasks"):
+        say_first("smbfast.tasks", "events and labels are read")
         if config.check:
             from smbfast.labelling.checking import check_labels
 

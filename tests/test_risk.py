@@ -199,6 +199,12 @@ def test_a_real_patient_has_a_page_only_when_asked_for(
     main([str(real), f"--patient={dataset.subjects('train')[0]}"])
     page = Page((real / "patient.html").read_text())
     assert "was fitted on this patient" in page.text and "filled, the outcome" not in page.text
+    main([str(real), f"--patient={subject}", f"--data={tmp_path / 'meds'}"])
+    other = shutil.copytree(tmp_path / "meds", tmp_path / "other")
+    splits = pq.read_table(other / "metadata" / "subject_splits.parquet")
+    pq.write_table(splits.slice(0, len(splits) - 1), other / "metadata" / "subject_splits.parquet")
+    with pytest.raises(SystemExit, match="must be the dataset of the run, with the fingerprint"):
+        main([str(real), f"--patient={subject}", f"--data={other}"])
     (real / FILE).rename(real / "away")
     for patient, words in (
         (dataset.subjects("held_out")[0], "must hold risk_functions.safetensors"),

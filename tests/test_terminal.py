@@ -95,14 +95,16 @@ def test_time_left_counts_what_follows(
 ) -> None:
     AHEAD.expect({"embedding": 60.0, "probes": 30.0, "report": 5.0})
     AHEAD.begin("embedding")
-    assert time_left(10.0) == "10 s left, about 45 s in all"
+    assert time_left(10.0) == "about 45 s left in all"
     times = iter([0.0, 5.0])
     clock = SimpleNamespace(monotonic=lambda: next(times))
     monkeypatch.setattr("smbfast.base.progress.time", clock)
     Progress("smbfast.embed", 1000, "embeddings").add(500)
-    assert capsys.readouterr().err.endswith("5 s left, about 40 s in all\n")
+    assert capsys.readouterr().err.endswith("a second, about 40 s left in all\n")
     AHEAD.begin("report")
     assert time_left(10.0) == "10 s left"
+    AHEAD.expect({}, before="the first step")  # whose pace is not known yet
+    assert time_left(10.0) == "10 s left of this, before the first step"
     AHEAD.expect({"report": 5.0})
     with entry("smbfast.name"):  # of an earlier command in the same process nothing stays
         assert time_left(10.0) == "10 s left"

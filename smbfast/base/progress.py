@@ -11,10 +11,15 @@ class Ahead:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
+        self.before = ""
 
-    def expect(self, seconds: dict[str, float]) -> None:
-        """Take the stages to come, in order, in place of all that were known."""
-        self._seconds = dict(seconds)
+    def expect(self, seconds: dict[str, float], before: str = "") -> None:
+        """Take the stages to come, in order, in place of all that were known.
+
+        Args:
+            before: what follows of which nobody can say yet how long it takes.
+        """
+        self._seconds, self.before = dict(seconds), before
 
     def begin(self, stage: str) -> None:
         """Go on to a stage: it and those before it are to come no more."""
@@ -60,10 +65,12 @@ class Progress:
 
 
 def time_left(seconds: float) -> str:
-    """Return the time left of a stage, and with all that is predicted to follow it."""
+    """Return the time left of a stage with all that is predicted to follow it, or until when."""
+    if AHEAD.before:
+        return f"{duration(seconds)} left of this, before {AHEAD.before}"
     if not AHEAD.seconds:
         return f"{duration(seconds)} left"
-    return f"{duration(seconds)} left, about {duration(seconds + AHEAD.seconds)} in all"
+    return f"about {duration(seconds + AHEAD.seconds)} left in all"
 
 
 def duration(seconds: float) -> str:

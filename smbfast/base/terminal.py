@@ -33,11 +33,15 @@ def failed(prog: str, text: object) -> str:
     return f"{coloured(f'{prog}:', RED)} {text}"
 
 
-def say_first(prog: str) -> None:
-    """Say that a command has begun, before the imports that take seconds; once for all ranks."""
+def say_first(prog: str, then: str = "loading PyTorch takes a few seconds") -> None:
+    """Say that a command has begun, before what takes seconds; once for all ranks.
+
+    Args:
+        then: what follows.
+    """
     if os.environ.get("RANK", "0") == "0":
         print(
-            f"{prog}: the settings are fine; loading PyTorch takes a few seconds",
+            f"{prog}: the settings are fine; {then}",
             file=sys.stderr,
             flush=True,
         )

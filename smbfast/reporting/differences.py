@@ -147,7 +147,7 @@ def first_unlike(one: Run, other: Run) -> Unlike:
         step, kind, _ = key
         gaps = list(_gaps(ours[key], theirs[key], kind))
         if gaps and first is None:
-            texts = [f"{name} {a:.7g} and {b:.7g}" for name, a, b in gaps[:3]]
+            texts = [f"{name} {_known(a)} and {_known(b)}" for name, a, b in gaps[:3]]
             more = f" and {len(gaps) - 3} more" if len(gaps) > 3 else ""
             kinds = {"step": "in training", "eval": "in the evaluation"}
             first = step, str(ours[key].get("phase")), f"{kinds[kind]}: {', '.join(texts)}{more}"
@@ -197,6 +197,11 @@ def _gaps(one: Record, other: Record, kind: str) -> Iterator[tuple[str, float, f
         a, b = number(one.get(key)), number(other.get(key))
         if a != b and not (math.isnan(a) and math.isnan(b)):
             yield key, a, b
+
+
+def _known(value: float) -> str:
+    """Return a measure as text; one that the log of a run lacks, or that is not finite, says so."""
+    return f"{value:.7g}" if math.isfinite(value) else "none"
 
 
 def _flat(value: Record, prefix: str) -> Iterator[tuple[str, str]]:

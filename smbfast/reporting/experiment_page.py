@@ -1,6 +1,7 @@
 """Writes the page of an experiment: what was said before it, claims, plots, and all figures."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def render(record: dict[str, Any]) -> str:
         "experiment.html",
         title=record["experiment"],
         plan=record["plan"],
-        text=record["text"],
+        text=re.sub(r"(?<![\w.])-(?=\d)", "−", record["text"]),
         claims=claims,
         plots=plots(figures(record)),
         columns=_columns(record),

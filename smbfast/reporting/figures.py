@@ -67,7 +67,7 @@ def _loss_panel(ax: Axes, phases: list[Phase], key: str, title: str, unit: str) 
         step_N, value_N = _finite(phase.evals, column(phase.evals, key))
         style = {"color": ORANGE, "marker": "o", "linewidth": 1.0}
         _plot(ax, step_N, value_N, label=None if i else "tuning split", **style)
-    ax.legend(loc="upper right")
+    legend_below(ax, columns=2)
 
 
 def health(phases: list[Phase]) -> list[str]:

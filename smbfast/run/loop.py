@@ -53,6 +53,7 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
         RunFailed: if the gradient was not finite in several steps in a row, or the run collapsed
             and `eval.stop_on_collapse` asks to stop then.
     """
+    AHEAD.expect({}, before="the first step")
     with ExitStack() as at_end:
         return _train(settings, command, ranks, at_end)
 
@@ -72,6 +73,7 @@ def _train(settings: TrainSettings, command: str, ranks: Ranks, at_end: ExitStac
     meter = Meter(
         total, run.progress, matmul_rate(run.device, layer_dtype(encoder)), Outlook.of(run)
     )
+    AHEAD.expect({})
     log = open_log(run)
     at_end.callback(log.close)
     health: dict = {}

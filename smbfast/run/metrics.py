@@ -65,7 +65,7 @@ class MetricsLog:
                 self._board.add(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        """Flush and close all, once; trackers are told of the end though a file cannot be written."""
+        """Flush and close all, once; trackers hear of the end though a file cannot be written."""
         trackers, self._trackers = self._trackers, ()
         try:
             self._file.close()

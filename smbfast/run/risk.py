@@ -41,6 +41,7 @@ from smbfast.settings import Pool, TrainSettings
 FILE = "risk.json"
 _MOST = 60  # moments of one patient: of more, those at the ends of months; our choice
 _DAY = 86_400_000_000  # microseconds
+_TRAINED_ON = ("train", "tuning")  # splits of the shards that a run makes
 _TEXT = 48  # characters of a text value that the page shows
 _OF_SIMULATED = (
     "of the simulated tuning patients who had the outcome of the first task that any had, the one "
@@ -185,7 +186,7 @@ def write_patient(
 
     Raises:
         ValueError: the run was not probed or its final model is not the one that was, the data are
-            not there, the patient is not of train or tuning, or `out` is of others.
+            not there or others, the patient is not of train or tuning, or `out` is of others.
     """
     if not folder.is_dir():
         raise ValueError(f"run must be the folder of a training run, got {folder}: no such folder")
@@ -197,6 +198,8 @@ def write_patient(
     settings = _settings(folder)
     path = data or Path(settings.data.path or folder / settings.cohort.folder_name)
     dataset = MedsDataset.open(path, split=settings.data.split)
+    if data is not None:
+        _require_same_data(dataset, folder, settings)
     split = _split_of(dataset, subject)
     scorer = final_scorer(folder, settings, dataset, origin)
     tasks = _labels(settings, path, dataset, list(functions)) if split == "tuning" else []
@@ -242,6 +245,21 @@ def _settings(folder: Path) -> TrainSettings:
     if not config.is_file():
         raise ValueError(f"run must be the folder of a training run, got {folder}: no config.toml")
     return build(TrainSettings, read_toml(config), [])
+
+
+def _require_same_data(dataset: MedsDataset, folder: Path, settings: TrainSettings) -> None:
+    """Raise ValueError where a dataset that was moved is not the one of the run: its splits would
+    not say who was held out."""
+    record = json.loads((folder / "final" / "smbfast.json").read_text())
+    shards = Path(settings.data.prepared or folder / "prepared") / "prepare.json"
+    splits = json.loads(shards.read_text())["splits"] if shards.is_file() else _TRAINED_ON
+    trained_on = record.get("data_digest")
+    missing = [split for split in splits if split not in dataset.splits]
+    if trained_on is not None and (missing or dataset.digest(splits) != trained_on):
+        raise ValueError(
+            f"`data` must be the dataset of the run, with the fingerprint {trained_on}, in which "
+            f"held_out has the same patients; {dataset.path} is another"
+        )
 
 
 def _split_of(dataset: MedsDataset, subject: int) -> str:
