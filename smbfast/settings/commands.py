@@ -327,7 +327,8 @@ class ReportSettings(Settings):
     data: Path | None = Field(
         None,
         description="Folder of the MEDS dataset of `patient`, if it is no longer where it was "
-        "during training. `none` takes it from where it was.",
+        "during training; it must have the fingerprint of the run's data. `none` takes it from "
+        "where it was.",
     )
     final: bool = Field(
         False,
