@@ -527,6 +527,19 @@ def test_small_counts_are_not_told(tmp_path: Path, undrawn: list[str]) -> None:
     assert set(groups) == {("F", "300", "–"), ("M", "210", "≤10")}
 
 
+@pytest.mark.parametrize("positives, clear", [(11, True), (10, False), (3, False), (490, False)])
+def test_no_curve_of_shares_tells_of_few_patients(
+    tmp_path: Path, undrawn: list[str], positives: int, clear: bool
+) -> None:
+    """Each step of an incidence, and a point of a calibration, would be a count of them."""
+    small = probe()
+    small["tasks"] = [task_of("death_1y")]
+    small["tasks"][0] |= {"rows": {"tuning": 500}, "positives": {"tuning": positives}}
+    source, _ = read(run_folder(tmp_path / "run", head=header(), probe=small))
+    assert ("Calibration and incidence are not drawn" in source) is not clear
+    assert source.count("<svg") == len(undrawn) - (not clear)
+
+
 def test_held_out_figures_are_shown_with_final_alone_and_counted(
     tmp_path: Path, undrawn: list[str]
 ) -> None:

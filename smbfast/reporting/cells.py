@@ -26,6 +26,12 @@ def part(value: object, whole: object) -> str:
     return count(value)
 
 
+def tells(value: object, whole: object) -> bool:
+    """Whether shares of a count of a whole can be shown; of few, each step of a curve is one."""
+    rest = number(whole) - number(value)
+    return number(value) > SMALL and (rest == 0 or rest > SMALL)
+
+
 def interval(item: object) -> tuple[float, float, float]:
     """Return value, low and high of a record, nan where unknown."""
     item = mapping(item)

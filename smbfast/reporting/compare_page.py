@@ -149,7 +149,7 @@ def _task(task: Record, name: str, small: int) -> Record:
         "left_out": left_out(task, small),
         "reason": task["reason"],
         "forests": plots([] if task["reason"] else _forests(task, name)),
-        "calibration": plots(_calibration(task, name)),
+        "calibration": plots(_calibration(task, name) if _tells(task, small) else []),
         "columns": list(titles.values()),
         "rows": [
             (_label(model), [written(interval(_figures(model).get(key))) for key in titles])
@@ -208,6 +208,12 @@ def _forests(task: Record, name: str) -> list[str | None]:
             f"{name}-gaps", gaps, title=f"Difference in {metric}", unit=unit, level=0.0, signed=True
         ),
     ]
+
+
+def _tells(task: Record, small: int) -> bool:
+    """Whether a curve of shares can be drawn: of so few patients each of its steps is one."""
+    rows, positives = (sum(task[name].values()) for name in ("rows", "positives"))
+    return not small or (positives > small and not 0 < rows - positives <= small)
 
 
 def _calibration(task: Record, name: str) -> list[str | None]:

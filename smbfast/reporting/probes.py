@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from smbfast.base.held_out import num_looks, times
 from smbfast.reporting import comparisons
-from smbfast.reporting.cells import count, interval, mapping, mappings, numbers, part
+from smbfast.reporting.cells import count, interval, mapping, mappings, numbers, part, tells
 from smbfast.reporting.comparisons import Curve, Estimate, look_of, written
 from smbfast.reporting.html import plots
 from smbfast.reporting.runlog import Finding, Record, Run, number
@@ -166,6 +166,8 @@ def _task(task: Record, place: int, primary: dict[str, str], split: str) -> Reco
     )
     hidden = _BY_CONSTRUCTION if split == "tuning" else ()
     about = _About(task, models, primary.get(str(task.get("kind")), ""), f"task-{place}", hidden)
+    shares = [about.calibration(), about.incidence()]
+    clear = tells(*(mapping(task.get(key)).get(split) for key in ("positives", "rows")))
     measured = [model for model in models if math.isfinite(interval(model.get("primary"))[0])]
     return {
         "id": about.id,
@@ -174,7 +176,8 @@ def _task(task: Record, place: int, primary: dict[str, str], split: str) -> Reco
         "reason": task.get("reason"),
         "facts": _facts(task, split),
         "forests": plots([about.values(measured), about.differences(), about.groups()]),
-        "curves": plots([about.calibration(), about.incidence(), about.few_shot()]),
+        "curves": plots([*(shares if clear else []), about.few_shot()]),
+        "undrawn": any(shares) and not clear,
         "unmeasured": [
             f"{_label(model)} ({model.get('reason')})" for model in models if model.get("reason")
         ],

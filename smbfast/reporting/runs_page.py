@@ -22,6 +22,7 @@ from smbfast.reporting.html import plots, rendered
 from smbfast.reporting.page import verdict
 from smbfast.reporting.probes import judged_on
 from smbfast.reporting.runlog import Record, Run, column, number, read_run
+from smbfast.reporting.took import si
 from smbfast.reporting.verdict import collapse
 from smbfast.settings.compare import CompareSettings
 
@@ -147,7 +148,8 @@ def _probes(
 def _settings_text(settings: list[tuple[str, list[str]]]) -> str:
     if not settings:
         return "No setting differs."
-    keys = [key for key, _ in settings]
+    # where and how a run is written says least of what it does
+    keys = sorted((key for key, _ in settings), key=lambda key: key.startswith(("run.", "preset")))
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     many = "1 setting differs" if len(keys) == 1 else f"{len(keys)} settings differ"
     return f"{many}: {', '.join(keys[:_SHOWN])}{more}."
@@ -205,7 +207,7 @@ def _glance(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
         ("tokens to train on", [_count(mapping(own.get("tokens")).get("train")) for own in data]),
         ("tokens seen", [_count(value) for value in tokens]),
         ("epochs", [_count(value, ".3f") for value in epochs]),
-        ("FLOPs", [_count(value, ".3g") for value in flops]),
+        ("FLOPs", [si(value) or "–" for value in flops]),
         ("parameters", [_count(model.get("parameters")) for model in models]),
     ]
     return [(name, cells) for name, cells in rows if set(cells) != {"–"}]

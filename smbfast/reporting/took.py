@@ -28,9 +28,9 @@ def at_a_glance(run: Run) -> Rows:
     ]
     tokens, epochs = _seen(run, "tokens"), _seen(run, "epochs")
     rows += [
-        ("tokens seen", _si(tokens)),
+        ("tokens seen", si(tokens)),
         ("epochs", f"{epochs:,.3g}" if math.isfinite(epochs) else ""),
-        ("FLOPs", _si(_seen(run, "flops"))),
+        ("FLOPs", si(_seen(run, "flops"))),
         ("tokens / s, median", _whole(_median(run, "tokens_per_s"))),
         ("peak memory", _gib(_peak(run))),
     ]
@@ -63,7 +63,7 @@ def table(run: Run) -> Rows:
         rows.append(("epochs", f"{epochs:,.3f}: tokens seen over {of}all training windows"))
     if math.isfinite(flops):
         whose = f", of one of {ranks:.0f} ranks" if ranks > 1 else ""
-        work = f"{_si(flops)} in matrix products and attention{whose}, by formula"
+        work = f"{si(flops)} in matrix products and attention{whose}, by formula"
         reached = _median(run, "matmul")
         if math.isfinite(reached):
             work += f"; {reached:.0%} of this device's rate for a large product, in the median"
@@ -155,7 +155,7 @@ def _gib(value: float) -> str:
     return f"{value:,.2f} GiB" if math.isfinite(value) else ""
 
 
-def _si(value: float) -> str:
+def si(value: float) -> str:
     """Return a large count with its unit, such as 1.32 M; nothing where it is unknown."""
     if not math.isfinite(value):
         return ""
