@@ -160,6 +160,21 @@ class PatientEmbedder(TransformerMixin, BaseEstimator):
         if self.data is None:
             raise ValueError("`data` must be a MEDS folder or a table of its events, got None")
 
+    def _cache_folder(self) -> Path | None:
+        """Return the folder of `cache`, which is none of the data: all its parquet is events."""
+        if self.cache is None:
+            return None
+        folder = Path(self.cache)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"`cache` must be a folder; {folder} is a file")
+        if isinstance(self.data, str | Path):
+            data = Path(self.data).resolve()
+            if data in (folder.resolve(), *folder.resolve().parents):
+                raise ValueError(
+                    f"`cache` must be a folder outside of `data`, which is only read, got {folder}"
+                )
+        return folder
+
     def _loaded(self) -> Embedder:
         if isinstance(self.model, Embedder):
             return self.model
@@ -178,7 +193,7 @@ class PatientEmbedder(TransformerMixin, BaseEstimator):
             (model.digest, dataset.state(), self.encoder, self.tokens),
             (model.device.type, torch.__version__),
         )
-        folder = None if self.cache is None else Path(self.cache)
+        folder = self._cache_folder()
         made = _cache_of(key, pool, model.width(pool), folder)
         if not made.lacks(subject_N, time_N).any():
             return made

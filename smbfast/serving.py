@@ -411,6 +411,11 @@ class Embedder:
         return recorded(self.record.get("matmul"), self.device)
 
 
+def _require_tokens(tokens: int) -> None:
+    if tokens < 64:  # as of the command: none at all would embed no node, and say so
+        raise ValueError(f"`tokens` must be at least 64, got {tokens}")
+
+
 def load(
     folder: str | Path,
     *,

@@ -279,6 +279,12 @@ def test_what_cannot_be_meant(home: Path, step: Any) -> None:
         ({"data": home / "none"}, ("none",)),
         ({"model": home / "none"}, ("none", "no such folder")),
         ({"revision": "main"}, ("`revision`", "folder")),
+        ({"tokens": 0}, ("`tokens`", "64", "0")),
+        ({"cache": Path(__file__)}, ("`cache`", "folder", "file")),
+        # all parquet of a folder of data is read as events
+        ({"cache": home / "data"}, ("`cache`", "outside of `data`")),
+        ({"cache": home / "data" / "new"}, ("`cache`", "outside of `data`")),
     ]:
         said = refused(lambda more=more: step(**more).fit_transform(NODES))
         assert all(word in said for word in words), said
+    assert not (home / "data" / "new").exists()

@@ -265,6 +265,8 @@ def test_the_backbone_has_moved(command: Any, home: Path, tmp_path: Path, capsys
         lm.resize_token_embeddings(json.loads((moved / "config.json").read_text())["vocab_size"])
         lm.save_pretrained(other)
         refused(lambda: command("--at=last", f"--model.path={other}"), other)
+        with pytest.raises(ValueError, match=f"folder of .*; {tmp_path}/no is neither"):
+            smbfast.load(final, path=tmp_path / "no")
     finally:
         moved.rename(home / "base")
 

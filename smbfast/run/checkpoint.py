@@ -468,6 +468,11 @@ def _backbone(record: dict, folder: Path, moved: str | None) -> str:
     named = moved or record["backbone"]
     revision = None if moved else record.get("backbone_revision")
     path = (local_model(named, revision) if revision else None) or local_model(named)
+    if path is None and moved:
+        raise ValueError(
+            f"the backbone of {folder} must be a folder of this machine, or a model of the Hub's "
+            f"cache; {moved} is neither"
+        )
     if path is None:
         how = "if it moved, name its folder now: --model.path=FOLDER"
         if is_repository(named):
