@@ -220,7 +220,8 @@ def _tails(
         chosen = np.concatenate([picks[i] for i in full])
         bounds = np.append(offset[full], offset[-1])
         before_S = np.array([before[i] for i in full], np.int64)
-        parts = serializer.timelines(batch.rows(chosen, bounds), before_S)
+        own = batch.rows(chosen, bounds).with_codes_of_its_events()
+        parts = serializer.timelines(own, before_S)
         for i, tail in zip(full, parts, strict=True):
             tails[i] = tail
     return tails

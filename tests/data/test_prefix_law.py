@@ -320,6 +320,26 @@ def test_no_event_is_serialized_again_for_a_tail_in_codes() -> None:
     assert len(texts) == 3 * 10 - 1 and called.call_count == 1
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_tail_reads_the_codes_of_its_own_events_and_has_the_same_bits(form: str) -> None:
+    names = ["DIAGNOSIS//b", "LAB//a", "LAB//z", "MEDICATION//c"]
+    events = [event("2150-01-30 10:00", name, 1) for name in names]
+    events += [event(f"2150-01-31 1{h}:00", names[h % 3], h) for h in range(4)]
+    batch, nodes = batch_of(events), at(1, [us("2150-01-31 11:00"), us("2150-01-31 12:00")])
+
+    def read(serializer: Serializer) -> tuple[list[list[str]], list[list[int]]]:
+        with patch.object(serializer, "code_table", wraps=serializer.code_table) as table:
+            texts = node_texts(InMemory(batch), serializer, nodes, WINDOW, {})
+            ids = [text.ids_T.tolist() for text in texts]
+        return [call.args[0] for call in table.call_args_list], ids
+
+    tables, ids = read(serializer_of(OURS, format=form))
+    assert [sorted(table) for table in tables] == [names, names[:3]]
+    with patch.object(EventBatch, "with_codes_of_its_events", lambda self: self):
+        tables, wanted = read(serializer_of(OURS, format=form))
+    assert [sorted(table) for table in tables] == [names, names] and ids == wanted
+
+
 def test_the_law_is_broken_by_a_code_serializer_that_counts_the_next_moment() -> None:
     events = [event("2150-01-31 10:00", "LAB//GLU"), event("2150-01-31 12:00", "LAB//GLU", 1)]
     batch, nodes = batch_of(events), at(1, [us("2150-01-31 11:00")])
