@@ -443,11 +443,6 @@ def load(
     return Embedder(fetched(folder, revision), choose_device(device), where, codes)
 
 
-def _require_tokens(tokens: int) -> None:
-    if tokens < 1:
-        raise ValueError(f"`tokens` must be at least 1, got {tokens}")
-
-
 def _on_codes(counts: Counter[str]) -> str:
     """Return a warning about events whose codes the model does not know; "" without one.
 

@@ -53,9 +53,9 @@ def embedder(model: Any, data: Path, **more: Any) -> object:
         (lambda m, d: smbfast.load(d.parent / "run"), ("`final` folder", "this run is", MODEL)),
         (lambda m, d: m.embed(d, at=pd.NaT), ("`at`", "last", "NaT")),
         (lambda m, d: m.embed({"time": [datetime.max, pd.NaT]}), ("`data`", "Arrow", "dict")),
-        (lambda m, d: m.embed(d, tokens=0), ("`tokens`", "at least 1", "got 0")),
-        (lambda m, d: m.write(d.parent / "o.parquet", d, at="last", tokens=-1), ("at least 1",)),
-        (lambda m, d: embedder(m, d, tokens=0, missing="nan"), ("`tokens`", "at least 1")),
+        (lambda m, d: m.embed(d, tokens=0), ("`tokens`", "at least 64", "got 0")),
+        (lambda m, d: m.write(d.parent / "o.parquet", d, at="last", tokens=-1), ("at least 64",)),
+        (lambda m, d: embedder(m, d, tokens=0, missing="nan"), ("`tokens`", "at least 64")),
         (lambda m, d: embedder(m, d, cache=d / "metadata/codes.parquet"), ("`cache`", "a file")),
     ],
 )
