@@ -77,7 +77,9 @@ def table(run: Run) -> Rows:
             rows.append(("memory, predicted", text + (less if math.isfinite(before) else "")))
         with_probes = number((run.end or {}).get("memory_gib"))
         if math.isfinite(with_probes):
-            rows.append(("memory, at the end", f"{_gib(with_probes)}, with embedding and probing"))
+            # of a run that went on in another process, the last one may have taken less
+            most = max(peak, with_probes)
+            rows.append(("memory, at the end", f"{_gib(most)}, with embedding and probing"))
     return rows
 
 
