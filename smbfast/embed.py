@@ -15,7 +15,14 @@ def main(argv: list[str] | None = None) -> None:
     with entry("smbfast.embed", stopped="the same command goes on with the parts that are done"):
         if Path(settings.out).is_dir():
             raise ValueError(f"`out` must be a parquet file to write; {settings.out} is a folder")
-        require_meds_folder(Path(settings.data))  # refused before the imports that take seconds
+        data = Path(settings.data)
+        require_meds_folder(data)  # refused before the imports that take seconds
+        events = data / "data" if (data / "data").is_dir() else data
+        if events.resolve() in Path(settings.out).resolve().parents:
+            raise ValueError(
+                f"`out` must be outside of {events}, where every parquet file is read as events, "
+                f"got {settings.out}"
+            )
         refuse_missing(settings.model, "model")
         say_first("smbfast.embed")
         from smbfast.base.runtime import few

@@ -328,12 +328,15 @@ def test_what_cannot_be_meant_is_refused_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr("smbfast.serving.load", lambda *a, **k: pytest.fail("it was loaded"))
     (tmp_path / "folder.parquet").mkdir()
+    inside = home / "data" / "data" / "e.parquet"
     good = {"model": home / "run" / "final", "data": home / "new", "out": tmp_path / "e.parquet"}
     for more, words in [
         ({}, ("labels", "at", "neither")),
         ({"at": "last", "labels": "task"}, ("labels", "at", "both")),
         ({"at": "last", "out": tmp_path / "e.csv"}, ("out", ".parquet")),
         ({"at": "last", "out": tmp_path / "folder.parquet"}, ("out", "folder")),
+        # every parquet file there is read as events
+        ({"at": "last", "data": home / "data", "out": inside}, ("out", "outside of")),
         ({"at": "yesterday"}, ("at", "last", "2024-01-31")),
         ({"at": tmp_path / "none.csv"}, ("none.csv",)),
     ]:
