@@ -6,7 +6,7 @@ EXPORT_FOLDER holds files such as Patient.ndjson or Observation.000.ndjson.gz, o
 MEDS_FOLDER gets data/N.parquet, metadata/codes.parquet and, for you alone, subject_ids.parquet,
 which leads from `subject_id` back to the patient's id. Change CODED and `moments` to the profiles
 of your export: they decide which resources become events, and when each was known. All events are
-in memory at once, about 0.4 GB a million; a larger export is converted in parts by patients.
+in memory at once, about 1.7 GB a million; a larger export is converted in parts by patients.
 
 - A time is the clock time where the patient was: the offset from UTC is dropped, as MEDS has none.
   What has a day, month or year alone stands at its last second, a birth at its first: an event may
