@@ -762,8 +762,8 @@ RESUMING = [
         "changed-setting-accepted",
         "a run goes on with other settings",
         "smbfast/run/folder.py",
-        "if then.get(k) != now.get(k)",
-        "if k not in then",
+        "for k, a, b in pairs if a != b]",
+        "for k, a, b in pairs if a is None]",
         "tests/test_before_training.py"
         "::test_a_folder_that_holds_a_run_of_other_settings_is_refused",
     ),

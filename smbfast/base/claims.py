@@ -64,7 +64,7 @@ def _taken(file: Path, wait: bool) -> tuple[bool, int | None]:
     """Return whether the work is this process's, and the handle of the lock if there is one."""
     while True:
         try:
-            handle = opened(file)
+            handle, _ = opened(file)
         except OSError as error:
             if error.errno in (EROFS, EACCES, EPERM) and file.parent.parent.is_dir():
                 return True, None  # who cannot write here may still read

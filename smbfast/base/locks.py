@@ -114,32 +114,36 @@ def is_alive(record: dict) -> bool:
     return True
 
 
-def opened(file: Path) -> int:
-    """Return the handle of a file to lock, which is made if it is missing, and its folder too.
+def opened(file: Path) -> tuple[int, bool]:
+    """Return the handle of a file to lock, made if it is missing, and whether its folder was made.
 
-    Whoever has made the folder may remove it at any moment; then it is made again.
+    Whoever has made the folder may remove it at any moment; then it is made again, for this user
+    alone, with what is missing above it.
 
     Raises:
         OSError: it cannot be opened.
     """
     for attempt in count():
         try:
-            _make_private(file.parent)
-            return os.open(file, _OPEN, 0o600)
+            made = _make_private(file.parent)
+            return os.open(file, _OPEN, 0o600), made
         except FileNotFoundError:
             if attempt == _ATTEMPTS:  # such as a link to a folder that is not there
                 raise
     raise AssertionError  # unreachable
 
 
-def _make_private(folder: Path) -> None:
-    """Make a folder, and what is missing above it, for this user alone."""
-    with suppress(FileExistsError):
-        try:
-            folder.mkdir(mode=0o700)
-        except FileNotFoundError:
-            _make_private(folder.parent)
-            folder.mkdir(mode=0o700)
+def _make_private(folder: Path) -> bool:
+    """Make a folder and what is missing above it, if it is not there; whether it was made."""
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        return False
+    except FileNotFoundError:
+        if _make_private(folder.parent):
+            return _make_private(folder)
+        raise  # it is there now, or is a link to nothing
+    return True
 
 
 def _taken(folder: Path, what: str) -> int | None:
@@ -147,7 +151,7 @@ def _taken(folder: Path, what: str) -> int | None:
     file, patience = folder / LOCK, time.monotonic() + _PATIENCE
     while True:
         try:
-            handle = opened(file)
+            handle, _ = opened(file)
         except OSError as error:
             if error.errno in (EROFS, EACCES, EPERM) and folder.is_dir():
                 return None  # to read a folder that nobody can write is harmless

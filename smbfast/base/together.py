@@ -57,48 +57,59 @@ def together(folder: Path, note: Callable[[], Any]) -> Iterator[Together]:
         note: makes what the first of them notes, as JSON; it is called before others come in.
     """
     folder = Path(folder)
-    made = not folder.exists()
-    handle, first = _joined(folder, lambda: {"made": made, "noted": note()})
+    handle, first, made = _joined(folder, note)
     if handle is None:
         yield Together(folder, first=True, noted=note())
         return
     try:
-        start = _content(handle)[0]
-        group = Together(folder, first, start.get("noted"), handle)
-        group._count(b"+")
+        group = Together(folder, first, _content(handle)[0].get("noted"), handle)
+        group._count(b"m+" if made else b"+")
         yield group
     finally:
         if acquire(handle):  # the last one
-            made = bool(_content(handle)[0].get("made"))
-            with suppress(OSError):
-                os.unlink(folder / LOCK)
-            if made:
-                with suppress(OSError):
-                    folder.rmdir()
+            _remove(folder, made="m" in _content(handle)[1])
         release(handle)
 
 
-def _joined(folder: Path, note: Callable[[], dict]) -> tuple[int | None, bool]:
-    """Return the handle of the lock that is shared now, and whether nobody else had it."""
+def _remove(folder: Path, *, made: bool) -> None:
+    """Remove the lock's file, which is held alone, and the folder if it was `made` and is empty.
+
+    The folder goes away at once with the lock in it: a process that came between the two would
+    think that the folder had been there, and leave it.
+    """
+    with suppress(OSError):
+        if made and os.listdir(folder) == [LOCK]:
+            aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+            folder = folder.rename(aside)
+        else:
+            made = False
+        os.unlink(folder / LOCK)
+        if made:
+            folder.rmdir()
+
+
+def _joined(folder: Path, note: Callable[[], Any]) -> tuple[int | None, bool, bool]:
+    """Return the handle of the lock that is shared now, whether nobody else had it, and whether
+    this process has made the folder."""
     while True:
         try:
-            handle = opened(folder / LOCK)
+            handle, made = opened(folder / LOCK)
         except OSError as error:
             if error.errno in (EROFS, EACCES, EPERM) and folder.is_dir():
-                return None, True
+                return None, True, False
             raise
         first = acquire(handle)
         if first is None:
             os.close(handle)
             with suppress(OSError):
                 os.unlink(folder / LOCK)
-            return None, True
+            return None, True, made
         if first and same_file(handle, folder / LOCK):
             os.truncate(handle, 0)
-            os.pwrite(handle, json.dumps(note()).encode() + b"\n", 0)
+            os.pwrite(handle, json.dumps({"noted": note()}).encode() + b"\n", 0)
         acquire(handle, wait=True, shared=True)
         if same_file(handle, folder / LOCK):
-            return handle, first
+            return handle, first, made
         release(handle)  # the last one has removed it
 
 
