@@ -25,6 +25,7 @@ import torch
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import Tags
 
+import smbfast
 from smbfast.base.claims import claimed
 from smbfast.base.counts import few
 from smbfast.base.files import digest_of
@@ -191,7 +192,7 @@ class PatientEmbedder(TransformerMixin, BaseEstimator):
         """Return the cache by `pool`, which has all these nodes."""
         key = digest_of(
             (model.digest, dataset.state(), self.encoder, self.tokens),
-            (model.device.type, torch.__version__),
+            (model.device.type, torch.__version__, smbfast.__version__),
         )
         folder = self._cache_folder()
         made = _cache_of(key, pool, model.width(pool), folder)

@@ -448,3 +448,25 @@ def test_cards_of_people_are_carried(final: Path) -> None:
 def test_no_other_file_of_a_run_is_on_the_list() -> None:
     for name in ("metrics.jsonl", "probe.json", "sample.json", "online.parquet", "report.html"):
         assert not MODEL_FILES.fullmatch(name)
+
+
+@pytest.mark.parametrize("line", ["It lies in /disk/hospital/x.", "Of `C:\\data\\x`", "(/a/b)"])
+def test_a_card_that_names_a_path_stays_here(final: Path, tmp_path: Path, line: str) -> None:
+    copy = copied(final, tmp_path / "final")
+    settings = push_arguments([str(copy), f"--to={NAME}"])
+    card = copy / "README.md"
+    before = card.read_text()
+    card.write_text(f"{before}\n{line}\n")
+    refused(lambda: shipment_of(settings), "no path of this machine")
+    card.write_text(f"{before}\nSee https://huggingface.co/org/x and his/her notes, 1/2/2020.\n")
+    assert shipment_of(settings).files["README.md"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "LICENSE"])
+def test_a_link_beside_a_model_is_not_followed(final: Path, tmp_path: Path, name: str) -> None:
+    copy = copied(final, tmp_path / "final")
+    (tmp_path / "notes").write_text("words of somebody")
+    (copy / name).unlink(missing_ok=True)
+    (copy / name).symlink_to(tmp_path / "notes")
+    settings = push_arguments([str(copy), f"--to={NAME}"])
+    refused(lambda: shipment_of(settings), name, "it is a link to another place")

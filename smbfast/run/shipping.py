@@ -35,6 +35,7 @@ _OF_SYSTEMS = re.compile(r"\.DS_Store|\._.*|\.nfs[0-9a-f]+|Thumbs\.db|desktop\.i
 _MIN_PATIENTS = 10  # behind every entry of a vocabulary
 _PEOPLE = r"(patients?|subjects?|persons?|people|women|men|deaths?|positives?|cases|rows|nodes)"
 _PATH = re.compile(r"(/[^/\n]+){2,}/?|[A-Za-z]:\\[^\n]*")  # all of a text
+_BETWEEN = re.compile(r"[\s`'\"()<>|,;=\[\]]+")  # the words of a card
 # a count of 1 to 10 people in a sentence, 3 patients, 3 older patients or 3 of 20 patients, or in a
 # row of a table that begins with what it counts
 _SMALL = re.compile(
@@ -218,8 +219,15 @@ def _card(settings: PushSettings, record: dict) -> bytes:
     file = settings.model / CARD
     if not file.is_file():
         raise ValueError(f"{settings.model} must hold a card, {CARD}, to go out; it has none")
+    for each in (file, *(settings.model / name for name in _BESIDE)):
+        if each.is_symlink():
+            raise ValueError(f"{each} must be a file to go out; it is a link to another place")
     before = file.read_text(encoding="utf-8")
     for number, line in enumerate(before.splitlines(), start=1):
+        if any(_PATH.fullmatch(word) for word in _BETWEEN.split(line)):
+            raise ValueError(
+                f"{file}, line {number}, must name no path of this machine to go out; it names one"
+            )
         if _SMALL.search(line):
             raise ValueError(
                 f"{file}, line {number}, must not count {FEW} people or fewer to go out; write "
