@@ -1,0 +1,1 @@
+"""The scorecard of reliability: `python -m tests.reliability`."""
