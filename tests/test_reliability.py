@@ -1,0 +1,66 @@
+"""The scorecard does not rot: its rows have bars and mistakes that can be made.
+
+That each row holds is what `python -m tests.reliability` says, which CI runs beside pytest.
+"""
+
+import json
+
+import pytest
+
+from tests.mutants import ROOT, Mutant
+from tests.reliability import card
+from tests.reliability.__main__ import RECORD
+from tests.reliability.proof import MUTANT, SIZES, Proof, Row, Work
+from tests.reliability.running import Task
+
+ROWS = card.rows()
+MUTANTS = [mutant for row in ROWS for mutant in row.mutants]
+
+
+def test_each_row_has_a_bar_and_mistakes() -> None:
+    for row in ROWS:
+        assert row.mutants, row.id
+        assert row.least("push") >= 1 and row.bar.keys() <= set(SIZES), row.id
+        assert row.property.endswith(".") and callable(row.prove), row.id
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_mistake_can_be_made(mutant: Mutant) -> None:
+    text = (ROOT / mutant.file).read_text(encoding="utf-8")
+    assert text.count(mutant.old) == 1
+    changed = text.replace(mutant.old, mutant.new)
+    assert changed != text
+    if mutant.file.endswith(".py"):
+        compile(changed, mutant.file, "exec")
+
+
+def test_what_is_recorded_is_of_rows_that_are_there() -> None:
+    recorded = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+    by_id = {row.id: row for row in ROWS}
+    assert recorded.keys() <= by_id.keys()
+    for name, record in recorded.items():
+        assert set(record["caught"]) <= {m.name for m in by_id[name].mutants}, name
+
+
+@pytest.mark.parametrize(
+    ("proof", "holds", "caught"),
+    [
+        (Proof(5, "trials"), True, False),
+        (Proof(4, "trials"), False, False),  # fewer than the bar
+        (Proof(5, "trials", ["one broke it"]), False, True),
+        (None, False, False),  # it raised, which is no finding
+    ],
+)
+def test_a_row_holds_where_enough_trials_broke_nothing(proof, holds, caught) -> None:
+    row = Row("X", "A property.", {"push": 5, "recorded": 50}, lambda work: proof, ())
+    task = Task(row, "push", proof=proof)
+    assert (task.holds, task.caught) == (holds, caught)
+    assert [row.least(size) for size in SIZES] == [5, 5, 50]
+
+
+def test_a_proof_has_the_trials_of_its_size(tmp_path) -> None:
+    chosen = {
+        size: Work(size, tmp_path).pick(push=1, recorded=3, mutant=7) for size in (*SIZES, MUTANT)
+    }
+    assert chosen == {"push": 1, "nightly": 3, "recorded": 3, MUTANT: 7}
+    assert Work(MUTANT, tmp_path).pick(push=1, nightly=2) == 1
