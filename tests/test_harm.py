@@ -6,9 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -16,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from smbfast.base import helpers, locks, ours, replace, runtime
-from smbfast.base.entry import RunFailed, entry
+from smbfast.base.entry import entry
 from smbfast.base.files import (
     committed_file,
     committed_folder,
@@ -25,7 +23,6 @@ from smbfast.base.files import (
     verify_folder,
     write_text,
 )
-from smbfast.data import loader
 from smbfast.probing.embedding_file import embedding_file
 from smbfast.run.board import Board
 from smbfast.run.folder import write_end
@@ -440,29 +437,6 @@ def test_git_that_does_not_answer_is_not_waited_for(how: str, tmp_path: Path, mo
     monkeypatch.setattr(Path, "exists", lambda self: True)
     assert runtime.git_state.__wrapped__() == ""
     assert "warning: git failed" in capsys.readouterr().err
-
-
-def dead() -> None:
-    raise SystemExit(3)
-
-
-def test_a_thread_of_the_loader_that_ends_ends_the_run_with_a_line():
-    with pytest.raises(RunFailed, match="a thread of the loader ended: SystemExit"):
-        list(loader.prefetched([dead]))
-    gone = Thread(target=int)
-    gone.start()
-    gone.join()
-    with pytest.raises(RunFailed, match="threads have ended"):
-        loader._result(Future(), [gone])
-
-
-def test_threads_that_cannot_start_are_a_line(monkeypatch: pytest.MonkeyPatch):
-    def none(self: Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(Thread, "start", none)
-    with pytest.raises(RunFailed, match="cannot make the next step"):
-        list(loader.prefetched([dead]))
 
 
 @pytest.fixture

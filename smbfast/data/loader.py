@@ -12,21 +12,16 @@ Legend: W windows, C windows with a cut, T tokens, M masked tokens, R tokens tha
 replaces.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
-from itertools import islice, pairwise
-from threading import Thread, current_thread
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from smbfast.base.entry import RunFailed
-from smbfast.base.helpers import reason
+from smbfast.base.ahead import made_ahead
 from smbfast.batch import PackedBatch, Timeline, WindowPairs, idle_batch, pack_segments
 from smbfast.data.draws import FIXED as FIXED
 from smbfast.data.draws import permuted, word
@@ -43,8 +38,6 @@ from smbfast.data.packing import online_cost, plan_micro_batches
 from smbfast.data.pairs import window_pairs
 from smbfast.data.windows import WindowSet
 from smbfast.settings import ObjectiveSettings
-
-_LOOK = 1.0  # seconds after which a wait looks at its threads
 
 
 @dataclass(frozen=True)
@@ -327,64 +320,33 @@ def _counted(
 
 
 def prefetched(
-    make: Iterable[Callable[[], Step]], *, workers: int = 2, pin: bool = False
-) -> Iterator[Step]:
+    make: Iterable[Callable[[], Step]],
+    *,
+    workers: int = 2,
+    pin: bool = False,
+    stop: Callable[[], object] = lambda: False,
+) -> Generator[Step, None, None]:
     """Yield the results of the callables `make` in order, computed ahead by threads.
 
     Threads are enough, as a step of 8 windows takes a few milliseconds, mostly in NumPy. The log
     shows how long training waited for them.
 
     Args:
-        workers: the number of threads, and of finished steps that may wait.
+        workers: the number of threads, and half of that of finished steps that may wait; with 0, a
+            step is made when it is asked for.
         pin: whether to copy batches into page-locked memory, for a GPU.
+        stop: whether a signal asked to stop; a step that does not come is then not waited for.
 
     Raises:
-        RunFailed: if the threads have ended, or none can be started.
+        RunFailed, KeyboardInterrupt: see `made_ahead`.
     """
-    ready: deque[Future[Step]] = deque()
-    ahead = iter(make)
 
     def made(make_one: Callable[[], Step]) -> Step:
         step = make_one()
         return _pinned(step) if pin else step
 
-    threads: list[Thread] = []
-    pool = ThreadPoolExecutor(workers, initializer=lambda: threads.append(current_thread()))
-    try:
-        _submit(pool, ready, (partial(made, f) for f in islice(ahead, 2 * workers)))
-        while ready:
-            step = _result(ready.popleft(), threads)
-            _submit(pool, ready, (partial(made, f) for f in islice(ahead, 1)))
-            yield step
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _submit(
-    pool: ThreadPoolExecutor, ready: deque[Future[Step]], jobs: Iterable[Callable[[], Step]]
-) -> None:
-    for job in jobs:
-        try:
-            ready.append(pool.submit(job))
-        except RuntimeError as error:  # the system starts no more threads
-            raise RunFailed(f"the loader cannot make the next step: {reason(error)}") from None
-
-
-def _result(future: Future[Step], threads: list[Thread]) -> Step:
-    """Wait for a step, and look now and then whether anybody makes it."""
-    while True:
-        ended = threads and not any(thread.is_alive() for thread in threads)
-        try:
-            return future.result(timeout=0 if ended else _LOOK)
-        except NotYet:
-            if future.done():  # the job itself has raised it
-                raise
-            if ended:
-                raise RunFailed("the loader's threads have ended without the next step") from None
-        except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:
-            if future.done():  # raised in the thread
-                raise RunFailed(f"a thread of the loader ended: {reason(error)}") from None
-            raise
+    calls = (partial(made, one) for one in make)
+    return made_ahead(calls, what="the loader", threads=workers, waiting=2 * workers, stop=stop)
 
 
 def _pinned(step: Step) -> Step:

@@ -9,10 +9,10 @@ Legend: K nodes, M nodes of a call, W windows, B padded sequences, T tokens, D w
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
-from itertools import groupby, takewhile
+from functools import partial
+from itertools import groupby, repeat, takewhile
 from threading import Event
 from typing import Literal, Protocol, TypeVar
 
@@ -21,6 +21,7 @@ import torch
 from smbkernels.attention import Segments
 from torch import Tensor
 
+from smbfast.base.ahead import made_ahead
 from smbfast.base.progress import Progress
 from smbfast.data.nodes import NodeText, SharedWindow, shared_windows
 from smbfast.data.packing import plan_micro_batches
@@ -146,14 +147,13 @@ def _groups(windows: Iterator[SharedWindow], tokens: int) -> Iterator[list[Row]]
 
 def _ahead(groups: Iterator[Item], stopped: Event) -> Generator[Item, None, None]:
     """Yield groups, each made by a thread while the one before it is embedded."""
-    with ThreadPoolExecutor(1) as thread:
-        try:
-            coming = thread.submit(next, groups, None)
-            while (group := coming.result()) is not None:
-                coming = thread.submit(next, groups, None)
-                yield group
-        finally:
-            stopped.set()
+    calls = repeat(partial(next, groups, None))
+    made = made_ahead(calls, what="the embedding", threads=1, waiting=1)
+    try:
+        yield from takewhile(lambda group: group is not None, made)
+    finally:
+        stopped.set()
+        made.close()
 
 
 def _next_windows(windows: Iterator[SharedWindow], tokens: int) -> list[SharedWindow]:

@@ -9,7 +9,7 @@ Between two lines of the log, the CPU never waits for the GPU: the loader counts
 losses stay on the GPU, and the optimizer's own kernel skips a step whose gradient is not finite.
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 
 import torch
@@ -79,7 +79,9 @@ def _train(settings: TrainSettings, command: str, ranks: Ranks, at_end: ExitStac
     health: dict = {}
     run.write_status("running", first, command)
     with stop_on_signals() as stop, run.matmul.used():
-        ahead = prefetched(run.steps_to_do(), pin=run.device.type == "cuda")
+        pin = run.device.type == "cuda"
+        ahead = prefetched(run.steps_to_do(), pin=pin, stop=lambda: stop)
+        at_end.enter_context(closing(ahead))
         for batch in profiled(meter.waits(ahead), run):
             step, at = batch.index, place(settings, batch.index)
             phase = at.phase
