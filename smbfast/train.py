@@ -105,7 +105,8 @@ def _run(settings: TrainSettings, command: str, start: float, ranks: "Ranks") ->
         console.already_done(settings)
         return
     # from here on how it ends is written to the run's status
-    with _entry(on_end=partial(write_end, settings)) as signals, ranks.loss_is_failure():
+    on_end = partial(write_end, settings)
+    with _entry(on_end=on_end) as signals, ranks.loss_is_failure(on_end):
         with use(everywhere, **by_op):
             outcome = loop.train(settings, command, ranks)
         if outcome == "preempted":

@@ -22,6 +22,7 @@ from smbfast.data.windows import WindowSet
 from smbfast.model.backbone import PatientEncoder, make_encoder
 from smbfast.model.sharding import held_bytes
 from smbfast.model.target import TargetEncoder, TargetForm
+from smbfast.run.agreement import require_same_state
 from smbfast.run.gradients import gradients
 from smbfast.run.optim import make_optimizer
 from smbfast.run.ranks import ALONE, Ranks, joined
@@ -114,7 +115,7 @@ def steps(base: str, out: str, recompute: str) -> list:
             _save(named, ranks, f"{out}-{number}")
             norm = float(updater.step(1e-3, target, 0.9))
             given.append([total.tolist(), norm, len(step.micro_batches)])
-        ranks.require_same_weights(encoder)
+        require_same_state(ranks, encoder, updater.optimizer, target)
         return [*given, measured(encoder, target, settings)]
 
 

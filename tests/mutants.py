@@ -1077,7 +1077,7 @@ RANKS = [
         "weights-not-compared",
         "ranks go on with weights that differ",
         "smbfast/run/evaluation.py",
-        "run.ranks.require_same_weights(run.encoder)",
+        "require_same_state(run.ranks, run.encoder, run.optimizer, target)",
         "pass",
         f"{UNLIKE}[weights]",
     ),

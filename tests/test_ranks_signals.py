@@ -159,7 +159,7 @@ def test_the_rank_that_is_left_writes_that_the_run_has_failed(dies: int, tmp_pat
     case = {"run": str(tmp_path), "dies": dies}
     ends = run_ranks(2, "tests.test_ranks_signals:stepping", timeout=60, **case)
     assert ends[dies].error == "killed by signal 9"
-    assert "smbfast.name: another rank has ended" in ends[1 - dies].value, ends
+    assert f"smbfast.name: rank {dies} has ended" in ends[1 - dies].value, ends
     assert ends[1 - dies].value.startswith("rank 1: ") == (dies == 0)
     status = json.loads((tmp_path / "status.json").read_text())
     assert status.items() >= {"state": "failed", "step": 7, "command": "the command"}.items()

@@ -18,6 +18,7 @@ from smbfast.model.target import HorizonStates, JepaStates, TargetEncoder
 from smbfast.model.terms import Measured
 from smbfast.probing.embedding import packed_of
 from smbfast.run import console
+from smbfast.run.agreement import require_same_state
 from smbfast.run.diagnostics import diagnose, diagnose_horizons, spread
 from smbfast.run.fixed import Fixed
 from smbfast.run.gradients import gradients
@@ -136,7 +137,8 @@ def evaluate_entry(
     Returns:
         The measures, as from `evaluate`; `untrained` is true where weights are random still.
     """
-    health = _as_main_has(run, evaluate(run.encoder, target, fixed, run.settings, phase))
+    own = evaluate(run.encoder, target, fixed, run.settings, phase)
+    health = _as_main_has(run, target, own)
     if step == 0 and run.settings.model.path is None:
         health["untrained"] = True
     log_evaluation(log, run, step, phase, health)
@@ -144,12 +146,12 @@ def evaluate_entry(
     return health
 
 
-def _as_main_has(run: OpenRun, health: dict) -> dict:
-    """Return the measures of the main rank, once all ranks have proved to have its weights.
+def _as_main_has(run: OpenRun, target: TargetEncoder | None, health: dict) -> dict:
+    """Return the measures of the main rank, once all ranks have proved to have its state.
 
     Each rank evaluates all of the few fixed windows, and all stop or go on by the same figures.
     """
-    run.ranks.require_same_weights(run.encoder)
+    require_same_state(run.ranks, run.encoder, run.optimizer, target)
     return run.ranks.tell(health)
 
 
@@ -171,10 +173,11 @@ def evaluate_step(
 
     Raises:
         RunFailed: if the run has collapsed and `eval.stop_on_collapse` asks to stop then, or the
-            weights of ranks differ.
+            states of ranks differ.
     """
     settings, progress = run.settings, run.progress
-    health = _as_main_has(run, evaluate(run.encoder, target, fixed, settings, phase))
+    own = evaluate(run.encoder, target, fixed, settings, phase)
+    health = _as_main_has(run, target, own)
     log_evaluation(log, run, step, phase, health)
     collapsed = console.warn(health, progress.entry, phase)
     if collapsed and settings.eval.stop_on_collapse:

@@ -28,6 +28,7 @@ from smbfast.model.backbone import PatientEncoder, make_encoder, parameter_count
 from smbfast.model.flops import ModelShape
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.run import checkpoint
+from smbfast.run.agreement import require_same_state
 from smbfast.run.checkpoint import Checkpoint
 from smbfast.run.data_card import DataCard, data_card
 from smbfast.run.epochs import as_asked, resolved
@@ -213,7 +214,12 @@ class OpenRun:
 
     @is_part("checkpoint")
     def save(self, target: TargetEncoder | None, step: int, offset: int, command: str) -> None:
-        """Write a checkpoint after `step` steps, when metrics.jsonl has `offset` bytes."""
+        """Write a checkpoint after `step` steps, when metrics.jsonl has `offset` bytes.
+
+        Raises:
+            RunFailed: if a rank's state is not that of the others. Then nothing is written.
+        """
+        require_same_state(self.ranks, self.encoder, self.optimizer, target)
         self.progress.step = step
         with self.ranks.main_first():  # the others must not be inside a layer if this fails
             if not self.ranks.is_main:

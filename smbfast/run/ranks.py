@@ -25,11 +25,14 @@ from torch import Tensor, nn
 
 from smbfast.base.entry import RunFailed
 from smbfast.base.files import digest_of
+from smbfast.run.watch import Watch
 
 # for the main one alone at work, on windows or probes; a rank that ends is noticed sooner, by the
 # next message or by torchrun
 PATIENCE = timedelta(hours=12)
 _DIGEST = 8  # bytes of a plan's digest
+_TRANSPORT = "gloo/transport"  # in what gloo says of a connection
+_CONNECT = timedelta(seconds=60)  # torchrun's own store is there before its ranks
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     store: dist.Store | None = None  # of those that torchrun started, where they leave a word
+    watch: Watch | None = None
 
     @property
     def is_main(self) -> bool:
@@ -51,9 +55,9 @@ class Ranks:
             return value
         raw = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
         size = torch.tensor([len(raw)])
-        _send(lambda: dist.broadcast(size, 0))
+        self._send(lambda: dist.broadcast(size, 0))
         box = raw if self.is_main else torch.empty(int(size), dtype=torch.uint8)
-        _send(lambda: dist.broadcast(box, 0))
+        self._send(lambda: dist.broadcast(box, 0))
         return json.loads(bytes(box.tolist()))
 
     @contextmanager
@@ -78,46 +82,82 @@ class Ranks:
         return self.tell(made)
 
     @contextmanager
-    def loss_is_failure(self) -> Iterator[None]:
-        """Turn an interrupt into RunFailed if another rank has ended and no signal asked it to.
+    def loss_is_failure(self, on_end: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Turn an interrupt or an error into RunFailed if it came of another rank's death.
 
         Where a rank has died torchrun sends a TERM to the others, as it does when all are to stop.
         A rank that is asked says so before it leaves, so one that is gone without a word has died.
+        Where ranks share a backbone, the layers gather what they need with messages of torch's own.
+
+        Args:
+            on_end: called with "failed" before this process ends for a rank that does not answer.
         """
+        if self.watch is not None:
+            self.watch.on_end = on_end
         try:
             yield
         except KeyboardInterrupt:
-            if self.store is not None:
-                with suppress(RuntimeError):  # its host has died
-                    self.store.set(f"asked {self.rank}", "")
-            lost = [r for r in range(self.world) if r != self.rank and self._has_died(r)]
-            if not lost:
+            self._say("asked")
+            if (lost := self._lost()) is None:
                 raise
-            raise RunFailed(
-                f"rank {lost[0]} has ended; torchrun says below how, and the same command goes on"
-            ) from None
+            raise self._failed(lost) from None
+        except RuntimeError as error:
+            if isinstance(error, RunFailed) or (lost := self._lost()) is None:
+                raise
+            raise self._failed(lost) from None
+        finally:
+            if self.watch is not None:
+                self.watch.on_end = None
 
-    def _has_died(self, rank: int) -> bool:
-        """Whether a rank is gone and has not said that it was asked to."""
+    def _say(self, word: str) -> None:
+        """Leave a word for the others why this rank ends."""
+        if self.store is not None:
+            with suppress(RuntimeError):  # its host has died
+                self.store.set(f"word {self.rank}", word)
+
+    def _word(self, rank: int) -> str:
+        try:
+            if self.store is not None and self.store.check([f"word {rank}"]):
+                return self.store.get(f"word {rank}").decode()
+        except RuntimeError:
+            pass
+        return ""
+
+    def _is_gone(self, rank: int) -> bool:
         try:
             dist.isend(torch.zeros(1), rank, tag=1)  # fails at once if it is gone; is not received
         except RuntimeError:
-            try:
-                return self.store is None or not self.store.check([f"asked {rank}"])
-            except RuntimeError:
-                return True
+            return True
         return False
+
+    def _lost(self) -> int | None:
+        """Return the rank that has died first, as far as can be known, or None."""
+        if self.world == 1:
+            return None
+        gone = [r for r in range(self.world) if r != self.rank and self._is_gone(r)]
+        words = {rank: self._word(rank) for rank in gone}
+        silent = [rank for rank, word in words.items() if not word]
+        # one that has left because it lost another says which
+        named = [int(word) for word in words.values() if word.isdecimal()]
+        return next(iter(silent + [rank for rank in named if rank != self.rank]), None)
+
+    def _failed(self, lost: int) -> RunFailed:
+        self._say(str(lost))
+        return RunFailed(
+            f"rank {lost} has ended; torchrun says below how, and the same command goes on from "
+            "the last checkpoint"
+        )
 
     def least(self, number: int) -> int:
         """Return the least of the numbers of all ranks."""
-        return min(row[0] for row in self._gathered([number]))
+        return min(row[0] for row in self.gathered([number]))
 
     def require_same(self, values: dict[str, object]) -> None:
         """Raise a ValueError that names the values which a rank has otherwise than rank 0."""
         own = {name: digest_of(value) for name, value in values.items()}
         expected = self.tell(own)
         bits = sum(1 << i for i, name in enumerate(expected) if own.get(name) != expected[name])
-        for rank, (unlike,) in enumerate(self._gathered([bits])):
+        for rank, (unlike,) in enumerate(self.gathered([bits])):
             names = [name for i, name in enumerate(expected) if unlike >> i & 1]
             if names:
                 raise ValueError(
@@ -125,26 +165,12 @@ class Ranks:
                     "rank 0. Give every machine the same command, version and prepared folder"
                 )
 
-    def require_same_weights(self, encoder: nn.Module) -> None:
-        """Raise RunFailed unless all ranks have trained weights of the same bits."""
-        if self.world == 1:
-            return
-        trained = [p for p in encoder.parameters() if p.requires_grad]
-        rows = self._gathered(torch.stack([_fingerprint(p) for p in trained]).tolist())
-        unlike = [rank for rank, row in enumerate(rows) if row != rows[0]]
-        if unlike:
-            raise RunFailed(
-                f"the weights of rank {unlike[0]} are no longer those of rank 0, so one of the two "
-                "computes wrongly. Checkpoints from before stay; the same command goes on from "
-                "the newest"
-            )
-
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one dtype by their sums over all ranks."""
         if self.world == 1:
             return
         flat = torch.cat([t.flatten() for t in tensors])
-        _send(lambda: dist.all_reduce(flat))
+        self._send(lambda: dist.all_reduce(flat))
         for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -175,7 +201,7 @@ class Ranks:
         own = plan[:_DIGEST]
         # the greatest bytes, and by their complements the least: equal where all plans are
         words = torch.tensor([stop, *has, *own, *(255 - byte for byte in own)], dtype=torch.uint8)
-        _send(lambda: dist.all_reduce(words, dist.ReduceOp.MAX))
+        self._send(lambda: dist.all_reduce(words, dist.ReduceOp.MAX))
         any_stop, *any_has = words[: -2 * len(own)].tolist()
         greatest, least = words[-2 * len(own) :].view(2, -1)
         if not greatest.equal(255 - least):
@@ -189,20 +215,36 @@ class Ranks:
         for grad in grads:
             dtype = torch.promote_types(dtype, grad.dtype)
         flat = torch.cat([*(g.flatten().to(dtype) for g in grads), losses.to(dtype)])
-        _send(lambda: dist.all_reduce(flat))
+        self._send(lambda: dist.all_reduce(flat))
         *sums, total = flat.split([*(p.numel() for p in live), len(losses)])
         for parameter, part in zip(live, sums, strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
         return total.to(losses.dtype), bool(any_stop)
 
-    def _gathered(self, numbers: list[int]) -> list[list[int]]:
+    def gathered(self, numbers: list[int]) -> list[list[int]]:
         """Return the numbers of all ranks, each as many."""
         if self.world == 1:
             return [numbers]
         own = torch.tensor(numbers, dtype=torch.int64)
         rows = [torch.empty_like(own) for _ in range(self.world)]
-        _send(lambda: dist.all_gather(rows, own))
+        self._send(lambda: dist.all_gather(rows, own))
         return [row.tolist() for row in rows]
+
+    def _send(self, message: Callable[[], object]) -> None:
+        """Exchange a message; say in words if another rank has ended, or the network has failed."""
+        try:
+            message()
+        except RuntimeError as error:
+            lost = self._lost()
+            if lost is not None:
+                raise self._failed(lost) from None
+            words = (str(error).strip().splitlines() or ["no reason"])[-1].partition(". ")[0]
+            if not isinstance(error, dist.DistError) and _TRANSPORT not in words:
+                raise  # it is not of the network: memory, or a mistake
+            raise RunFailed(
+                f"a message between the ranks has failed, and none of them has ended ({words}); "
+                "the same command goes on from the last checkpoint"
+            ) from None
 
 
 ALONE = Ranks()
@@ -219,9 +261,11 @@ def joined() -> Iterator[Ranks]:
         return
     _require_launch()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store, rank, world = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+    watch = Watch()
+    store, rank, world = _rendezvous()
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
-    ranks = Ranks(rank, world, store)
+    watch.listen(store, rank, world)
+    ranks = Ranks(rank, world, store, watch)
     try:
         if ranks.is_main:
             yield ranks
@@ -237,7 +281,24 @@ def joined() -> Iterator[Ranks]:
             raise SystemExit(f"rank {ranks.rank}: {end.code}") from None
         raise
     finally:
+        watch.end()
         dist.destroy_process_group()
+
+
+def _rendezvous() -> tuple[dist.Store, int, int]:
+    """Return the store, this rank, and how many there are.
+
+    Raises:
+        RunFailed: if torchrun has ended meanwhile.
+    """
+    has_own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    patience = _CONNECT if has_own else PATIENCE  # without it, rank 0 may still have to start
+    try:
+        store, rank, world = next(iter(dist.rendezvous("env://", timeout=patience)))
+    except dist.DistNetworkError:
+        raise RunFailed("torchrun has ended, or cannot be reached; start it again") from None
+    store.set_timeout(PATIENCE)
+    return store, rank, world
 
 
 def _require_launch() -> None:
@@ -268,22 +329,3 @@ def launched(command: str) -> str:
         nodes, each = (os.environ.get(n, "1") for n in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         many = f"--nnodes={nodes} " if nodes != "1" else ""
         return f"torchrun {many}--nproc-per-node={each} {own}"
-
-
-def _send(message: Callable[[], object]) -> None:
-    try:
-        message()
-    except RuntimeError as error:
-        words = (str(error).strip().splitlines() or ["no reason"])[-1].partition(". ")[0]
-        raise RunFailed(
-            f"another rank has ended or cannot be reached ({words}); torchrun says below which, "
-            "and the same command goes on from the last checkpoint"
-        ) from None
-
-
-def _fingerprint(parameter: Tensor) -> Tensor:
-    """Return a number that follows from the bits of a tensor and their places, int64."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    words = parameter.detach().contiguous().view(bits).flatten().long()
-    places = torch.arange(1, len(words) + 1, device=words.device)
-    return (words * (2 * places + 1)).sum()
