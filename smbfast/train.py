@@ -65,8 +65,7 @@ _entry = partial(entry, "smbfast.train", stopped="the same command goes on", sta
 
 def main(argv: list[str] | None = None) -> None:
     """The command: arguments, then one call of `smbfast.run.loop`."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    prog = "python -m smbfast.train"
+    argv, prog = list(sys.argv[1:] if argv is None else argv), "python -m smbfast.train"
     name, words = run_arguments([a for a in argv if a != "--print"])
     command, start = shlex.join([*prog.split(), name, *words]), time.monotonic()
     with _entry():
@@ -99,14 +98,14 @@ def _run(settings: TrainSettings, command: str, start: float, ranks: "Ranks") ->
     if ranks.decide(lambda: earlier(settings.folder, settings)) == "done":
         if ranks.is_main:
             loop.export(settings, choose_device(settings.run.device))
-        if settings.probe.final:
-            with use(everywhere, **by_op):
+        with use(everywhere, **by_op):
+            if settings.probe.final:
                 loop.judge(settings, command, ranks)
         console.already_done(settings)
         return
     # from here on how it ends is written to the run's status
-    on_end = partial(write_end, settings)
-    with _entry(on_end=on_end) as signals, ranks.loss_is_failure(on_end):
+    end = partial(write_end, settings)
+    with _entry(on_end=end) as signals, ranks.loss_is_failure(end):
         with use(everywhere, **by_op):
             outcome = loop.train(settings, command, ranks)
         if outcome == "preempted":

@@ -109,8 +109,8 @@ def _sums(tensors: dict[str, Tensor]) -> list[int]:
         by_device.setdefault(tensor.device, []).append(place)
     listed, sums = list(tensors.values()), [0] * len(tensors)
     for places in by_device.values():
-        found = torch.stack([checksum(listed[place]) for place in places]).tolist()
-        for place, value in zip(places, found, strict=True):
+        values = torch.stack([checksum(listed[place]) for place in places]).tolist()
+        for place, value in zip(places, values, strict=True):
             sums[place] = value
     return sums
 
