@@ -12,6 +12,9 @@ that stay resident. When every block had its own mapping (MALLOC_MMAP_THRESHOLD_
 memory was within 4 % of the trace, and steps were slower. With glibc's defaults it was larger by 12
 to 28 times the largest frequent block below 32 MiB (widths 256 and 512, 1024 to 4096 tokens).
 
+Of a CPU, `smbfast.run.startup` adds the copy that checkpoints are written from; of a GPU, that is
+memory of the host.
+
 The prediction leaves out the CUDA context, libraries and their workspaces.
 """
 
@@ -34,7 +37,7 @@ from torch.utils._pytree import tree_leaves
 
 from smbfast.batch import PackedBatch, WindowPairs, pack_segments
 from smbfast.model.backbone import PatientEncoder
-from smbfast.model.target import TargetEncoder, TargetForm
+from smbfast.model.target import TargetEncoder, TargetForm, state_bytes
 from smbfast.settings import ObjectiveSettings
 
 BLOCK = 512  # bytes
@@ -203,6 +206,18 @@ def choose_micro_tokens(
     while tokens > least and needs(tokens) > budget:  # each try is a trace, so steps double
         tokens, step = tokens - step, 2 * step
     return max(tokens, least)
+
+
+def checkpoint_bytes(encoder: PatientEncoder, form: TargetForm | None) -> int:
+    """Return the most bytes of a checkpoint: what is trained, both moments, and averages.
+
+    The host holds a copy of that from the first step to the last.
+
+    Args:
+        form: of the target encoder; None if there is none.
+    """
+    trained = sum(p.nbytes for p in encoder.parameters() if p.requires_grad)
+    return 3 * trained + (state_bytes(encoder, form) if form else 0)
 
 
 def free_memory(device: torch.device) -> int:

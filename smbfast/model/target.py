@@ -30,6 +30,7 @@ Form = Literal["auto", "merged", "tracked"]
 Slot = tuple[torch.nn.Module, str]  # a module that holds a parameter, and its name there
 ROWS = "token_rows"
 SCALE = "horizon_scale."  # before the names of its tensors
+_COUNTERS = 3 * 8 + 2 * 8  # bytes: the settings and the discarded norms of a tracked target
 NARROW = 0.2  # largest share of FLOPs that tracked columns may add to a forward: our choice
 
 
@@ -304,6 +305,21 @@ def target_bytes(encoder: PatientEncoder, form: TargetForm) -> int:
         else:
             copied = 0 if encoder.compute is None else encoder.compute.itemsize
             total += (max(4, weight.element_size()) + copied) * weight.numel()
+    return total
+
+
+def state_bytes(encoder: PatientEncoder, form: TargetForm) -> int:
+    """Return the most bytes that `TargetEncoder.state` has, at any step, of a target of a form."""
+    tracked = form.resolved(encoder).name == "tracked"
+    total = _COUNTERS + 8 * encoder.num_horizons * (1 + 2 * encoder.width)
+    for source in _sources(encoder):
+        if source.b is not None and tracked:
+            b, a = source.factors
+            (n, r), k = b.shape, a.shape[1]
+            # full columns are truncated before a step ends; fp64 says what a module has lost
+            total += 4 * (n + k) * (form.columns(n, k, r) - r) + 8
+        else:
+            total += max(4, source.weight.element_size()) * source.weight.numel()
     return total
 
 

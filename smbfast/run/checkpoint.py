@@ -41,6 +41,7 @@ from smbfast.model.codes_head import CodesHead
 from smbfast.model.decoder import HfModule
 from smbfast.model.target import TargetEncoder
 from smbfast.model.vocabulary import grow
+from smbfast.run.background import Buffer
 from smbfast.run.model_card import CARD, merged_card
 from smbfast.run.model_record import FORMAT, check_record
 from smbfast.run.optim import trained
@@ -86,22 +87,58 @@ def save(
     Raises:
         ValueError: if a tensor is not finite. Then nothing is written and older checkpoints stay.
     """
-    folder = run / "checkpoints" / _name(step)
+    buffer = Buffer(0, encoder.mask_vector.device)
+    snapshot = taken(step, encoder, target, optimizer, record, buffer)
+    try:
+        return write(run, snapshot, keep)
+    finally:
+        buffer.close()
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a run at one moment: a copy of its tensors, and its record as JSON."""
+
+    step: int
+    record: str
+    tensors: Buffer
+
+
+def taken(
+    step: int,
+    encoder: PatientEncoder,
+    target: TargetEncoder | None,
+    optimizer: torch.optim.Optimizer,
+    record: dict,
+    buffer: Buffer,
+) -> Snapshot:
+    """Copy what a checkpoint holds, each tensor once; for the arguments see `save`.
+
+    Args:
+        buffer: that is copied into; what it held is gone.
+    """
     tensors = {f"model.{n}": p.detach() for n, p in trained(encoder).items()}
     moments, steps = _optimizer_state(encoder, optimizer)
     tensors |= moments
     if target is not None:
         tensors |= {f"target.{n}": w for n, w in target.state().items()}
-    _refuse_non_finite(tensors)
     content = {
         **record,
         "step": step,
         "optimizer_steps": steps,
         "target_updates": target.updates if target else None,
     }
+    buffer.copy(tensors)
+    return Snapshot(step, json.dumps(content, indent=1), buffer)
+
+
+def write(run: Path, snapshot: Snapshot, keep: int) -> Path:
+    """Write a snapshot as `save` does, which has the arguments and what is raised."""
+    folder = run / "checkpoints" / _name(snapshot.step)
+    snapshot.tensors.require_finite()
     with committed_folder(folder, replace=True) as staging:
-        save_file(_contiguous(tensors), staging / "state.safetensors")
-        (staging / "record.json").write_text(json.dumps(content, indent=1))
+        snapshot.tensors.write(staging / "state.safetensors")
+        (staging / "record.json").write_text(snapshot.record)
     for old in [f for f in folders(run) if f != folder][: -keep + 1 or None]:
         remove_folder(old)
     return folder

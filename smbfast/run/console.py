@@ -18,6 +18,7 @@ from smbfast.run.data_card import DataCard
 from smbfast.run.epochs import in_words
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import total_steps
+from smbfast.run.startup import copied_bytes
 from smbfast.settings import PhaseSettings, TrainSettings
 
 LEGEND = (  # of the lines of steps and evaluations
@@ -91,6 +92,8 @@ def _step_rows(run: OpenRun, trained: int) -> list[tuple[str, str]]:
     weights = held_bytes(run.encoder)
     has_target = any(phase.w_jepa > 0 for phase in phases)
     average = target_bytes(run.encoder, run.target_form) if has_target else 0
+    copied = copied_bytes(run.settings, run.encoder)
+    where = "" if run.device.type == "cpu" else " of the host"
     return [
         (
             "step",
@@ -101,7 +104,7 @@ def _step_rows(run: OpenRun, trained: int) -> list[tuple[str, str]]:
         (
             "memory",
             f"weights {weights / GIB:.2f} GiB, AdamW moments {8 * trained / GIB:.2f}, target "
-            f"{average / GIB:.2f}; peak of a step "
+            f"{average / GIB:.2f}, copy of a checkpoint {copied / GIB:.2f}{where}; peak of a step "
             + (f"{peak / GIB:.2f}, predicted" if peak else "not predicted"),
         ),
     ]

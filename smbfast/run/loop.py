@@ -78,10 +78,10 @@ def _train(settings: TrainSettings, command: str, ranks: Ranks, at_end: ExitStac
     at_end.callback(log.close)
     health: dict = {}
     run.write_status("running", first, command)
-    with stop_on_signals() as stop, run.matmul.used():
-        pin = run.device.type == "cuda"
-        ahead = prefetched(run.steps_to_do(), pin=pin, stop=lambda: stop)
-        at_end.enter_context(closing(ahead))
+    with stop_on_signals() as stop, run.matmul.used(), run.saves_in_background():
+        ahead = at_end.enter_context(
+            closing(prefetched(run.steps_to_do(), pin=run.device.type == "cuda", stop=lambda: stop))
+        )
         for batch in profiled(meter.waits(ahead), run):
             step, at = batch.index, place(settings, batch.index)
             phase = at.phase
@@ -106,9 +106,13 @@ def _train(settings: TrainSettings, command: str, ranks: Ranks, at_end: ExitStac
                 num_by_horizon=batch.num_by_horizon,
                 ranks=ranks,
             )
-            # a signal may come at any moment, so the flag is read only once per step
+            # a signal may come at any moment, so the flag is read only once per step; where a
+            # checkpoint could not be written, all ranks stop to hear of it in `save`
             summed_3, stopping = ranks.summed(
-                updater.parameters, torch.stack(summed), bool(stop), batch.digest
+                updater.parameters,
+                torch.stack(summed),
+                bool(stop) or run.lost_a_checkpoint,
+                batch.digest,
             )
             grad_norm = updater.step(lr, target, tau(settings, step))
             # FLOPs of the shared forward; what the reference path computes beyond them is waste
@@ -132,6 +136,7 @@ def _train(settings: TrainSettings, command: str, ranks: Ranks, at_end: ExitStac
             if due.save and not skipped:
                 run.save(target, step + 1, log.offset, command)
             if due.stop:
+                run.settle()
                 run.write_status("preempted", run.progress.step, command)
                 log.close()
                 why = stop.name or "a signal to another rank"

@@ -6,6 +6,7 @@ does, for a new run and for one that resumes.
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,7 +30,8 @@ from smbfast.model.flops import ModelShape
 from smbfast.model.target import TargetEncoder, TargetForm
 from smbfast.run import checkpoint
 from smbfast.run.agreement import require_same_state
-from smbfast.run.checkpoint import Checkpoint
+from smbfast.run.background import Buffer, Writer
+from smbfast.run.checkpoint import Checkpoint, Snapshot
 from smbfast.run.data_card import DataCard, data_card
 from smbfast.run.epochs import as_asked, resolved
 from smbfast.run.folder import (
@@ -45,7 +47,7 @@ from smbfast.run.matmul import Matmul, agreed_matmul
 from smbfast.run.model_card import model_card
 from smbfast.run.optim import make_optimizer, place, total_steps
 from smbfast.run.ranks import ALONE, Ranks
-from smbfast.run.startup import micro_tokens
+from smbfast.run.startup import copied_bytes, micro_tokens
 from smbfast.settings import DataSettings, TrainSettings
 
 SAMPLE = 1000  # windows in which the prevalence of codes to come is counted: our choice
@@ -95,6 +97,7 @@ class OpenRun:
     bytes_before: int  # memory of the process before the model was made
     start_time: float  # time.monotonic() when the run was opened
     ranks: Ranks
+    writer: Writer | None = None  # of checkpoints while steps go on; see `saves_in_background`
 
     @classmethod
     def open(
@@ -140,8 +143,7 @@ class OpenRun:
         num_horizons = len(opened.windows.horizons or ())
         tokens, peak = micro_tokens(settings, encoder, progress.micro_tokens, num_horizons)
         tokens = ranks.least(tokens)  # every rank plans the same step
-        size = f"up to {tokens:,} tokens a micro-batch"
-        report("memory", f"{size}, {peak / GIB:.2f} GiB at the peak predicted")
+        report("memory", _memory_text(tokens, peak, copied_bytes(settings, encoder), device))
         return cls(
             device=device,
             **opened._asdict(),
@@ -212,9 +214,42 @@ class OpenRun:
         """Return the seconds spent on this run, by earlier processes and by this one."""
         return self.progress.seconds + time.monotonic() - self.start_time
 
+    @contextmanager
+    def saves_in_background(self) -> Iterator[None]:
+        """Let `save` return once the state is copied, in the block; at its end all is saved.
+
+        Raises:
+            ValueError: a tensor was not finite; that and what else keeps a checkpoint from being
+                written is raised by the next `save` or `settle`, or at the end of the block.
+        """
+        if not self.ranks.is_main:
+            yield
+            self.settle()
+            return
+        with Writer(Buffer(copied_bytes(self.settings, self.encoder), self.device)) as self.writer:
+            try:
+                yield
+                self.settle()
+            finally:
+                self.writer = None
+
+    @property
+    def lost_a_checkpoint(self) -> bool:
+        """Whether a checkpoint could not be written, which `settle` and `save` raise."""
+        return self.writer is not None and self.writer.has_failed
+
+    def settle(self) -> None:
+        """Wait until all that was saved is on the disk; if it cannot be, all ranks end."""
+        with self.ranks.main_first():
+            if self.writer is not None:
+                self.writer.wait()
+
     @is_part("checkpoint")
     def save(self, target: TargetEncoder | None, step: int, offset: int, command: str) -> None:
         """Write a checkpoint after `step` steps, when metrics.jsonl has `offset` bytes.
+
+        In `saves_in_background` it is copied, once the one before is on the disk, and written while
+        steps go on. `status.json` says the step then.
 
         Raises:
             RunFailed: if a rank's state is not that of the others. Then nothing is written.
@@ -235,9 +270,19 @@ class OpenRun:
                 "tokens": self.progress.tokens,
                 "flops": self.progress.flops,
             }
-            keep = self.settings.run.keep
-            checkpoint.save(self.folder, step, self.encoder, target, self.optimizer, record, keep)
-            write_status(self.folder, "running", step, command)
+            state = (step, self.encoder, target, self.optimizer, record)
+            if self.writer is None:
+                checkpoint.save(self.folder, *state, self.settings.run.keep)
+                write_status(self.folder, "running", step, command)
+                return
+            self.writer.wait()  # it reads the buffer
+            snapshot = checkpoint.taken(*state, self.writer.buffer)
+            self.writer.begin(partial(self._write, snapshot, command))
+
+    def _write(self, snapshot: Snapshot, command: str) -> None:
+        """Write a checkpoint, and then that it is there."""
+        checkpoint.write(self.folder, snapshot, self.settings.run.keep)
+        write_status(self.folder, "running", snapshot.step, command)
 
     def write_status(self, state: str, step: int, command: str) -> None:
         """Write `status.json`, if this is the main rank."""
@@ -245,10 +290,15 @@ class OpenRun:
             write_status(self.folder, state, step, command)
 
     def save_model(self, folder: Path, target: TargetEncoder | None, step: int) -> None:
-        """Write the model after `step` steps, in the format that transformers and PEFT load."""
+        """Write the model after `step` steps, in the format that transformers and PEFT load.
+
+        It is written while nothing else is: the loop waits for it, and for a checkpoint before it.
+        """
         with self.ranks.main_first():
             if not self.ranks.is_main:
                 return
+            if self.writer is not None:
+                self.writer.wait()
             record, prepared, best = _model_record(self, step), self.prepared, self.progress.best
             has_target = target is not None
             card = model_card(
@@ -407,6 +457,14 @@ def _model_record(run: OpenRun, step: int) -> dict:
 def _lasting(path: str | None) -> str | None:
     """Return a local folder as an absolute path, which is valid in any working directory."""
     return str(Path(path).resolve()) if path and Path(path).is_dir() else path
+
+
+def _memory_text(tokens: int, peak: int, copied: int, device: torch.device) -> str:
+    where = "of it a" if device.type == "cpu" else "and of the host a"
+    return (
+        f"up to {tokens:,} tokens a micro-batch, {peak / GIB:.2f} GiB at the peak predicted, "
+        f"{where} copy of a checkpoint, {copied / GIB:.2f}"
+    )
 
 
 def _model_text(encoder: PatientEncoder, num_ids: int, step: int) -> str:

@@ -23,11 +23,12 @@ from smbfast.model.memory import predict_peak
 from smbfast.model.target import TargetEncoder
 from smbfast.objective import Losses
 from smbfast.run import checkpoint, console
+from smbfast.run.background import Buffer
 from smbfast.run.epochs import in_words
 from smbfast.run.folder import earlier
 from smbfast.run.open_run import OpenRun
 from smbfast.run.optim import trained
-from smbfast.run.startup import checks_itself, losses_of, self_check
+from smbfast.run.startup import checks_itself, copied_bytes, losses_of, self_check
 from smbfast.run.step import LossScales, Updater, forward_backward
 from smbfast.settings import PhaseSettings, TrainSettings
 
@@ -159,13 +160,15 @@ def _largest_pack(
 ) -> str:
     """Run the largest pack through a whole step with learning rate 0; return time and memory."""
     device, updater = run.device, Updater(run.optimizer, run.settings.optim.clip)
+    copied = copied_bytes(run.settings, run.encoder)
+    buffer = Buffer(copied, device)  # as a run has it from its first step on
     predicted = predict_peak(
         run.encoder,
         plan.largest,
         partial(losses, **plan.scales._asdict()),
         target=run.target_form if target else None,
         accumulates=False,
-    ).total
+    ).total + (copied if device.type == "cpu" else 0)
     smallest = min(plan.step.micro_batches, key=lambda m: m.segments.tokens)
     forward_backward(losses, run.encoder, target, [smallest], plan.scales)
     updater.step(lr=0.0)
@@ -181,6 +184,7 @@ def _largest_pack(
     grad_norm = updater.step(lr=0.0)
     seconds = _synchronized(device) - start
     peak = held_memory(device, peak=True)
+    buffer.close()
     if not bool(torch.isfinite(grad_norm)):
         raise ValueError("the gradient of the largest pack must be finite; it is not")
     text = f"{tokens:,} tokens in {seconds:.2f} s; predicted {predicted / GIB:.2f} GiB"

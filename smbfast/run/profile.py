@@ -42,7 +42,7 @@ TITLES = {
     "optimizer": "clipping and AdamW",
     "data": "waiting for data",
     "evaluation": "evaluation",
-    "checkpoint": "writing a checkpoint",
+    "checkpoint": "copying a checkpoint, or waiting for the one before",
     "other": "all else",
 }
 _NODE = "autograd::engine::evaluate_function: "

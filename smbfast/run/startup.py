@@ -20,6 +20,7 @@ from smbfast.model.backbone import PatientEncoder
 from smbfast.model.memory import (
     MOST,
     Memory,
+    checkpoint_bytes,
     choose_micro_tokens,
     free_memory,
     full_batch,
@@ -67,7 +68,7 @@ def micro_tokens(
 
     The tokens are those of the settings; with `auto`, those of an earlier process of this run, or
     as many as fit. The reference path takes any backbone, so there `auto` is a fixed number and the
-    peak is not predicted (0).
+    peak is not predicted (0). On a CPU the copy of a checkpoint counts in it.
 
     Args:
         earlier: the tokens that the checkpoint of this run records.
@@ -86,6 +87,8 @@ def micro_tokens(
     kinds = heaviest([Kind.of(phase) for phase in settings.phases])
     traced = _traced(settings, encoder, num_horizons)
     extra = gathered_bytes(encoder.decoder) - whole
+    if device.type == "cpu":
+        extra += copied_bytes(settings, encoder)
 
     @cache
     def needs(tokens: int) -> int:
@@ -113,6 +116,12 @@ def _traced(settings: TrainSettings, encoder: PatientEncoder, num_horizons: int)
         num_classes=head.class_KE.shape[0] if head else 0,
         device=encoder.mask_vector.device,
     )
+
+
+def copied_bytes(settings: TrainSettings, encoder: PatientEncoder) -> int:
+    """Return the bytes of the host in which the main rank holds a copy of a checkpoint."""
+    has_target = any(phase.w_jepa > 0 for phase in settings.phases)
+    return checkpoint_bytes(encoder, TargetForm.of(settings.objective) if has_target else None)
 
 
 def largest_window(settings: TrainSettings) -> int:
