@@ -11,7 +11,14 @@ import pytest
 from smbfast import train
 from smbfast.run import loop, trackers
 from smbfast.run.metrics import MetricsLog
-from smbfast.run.trackers import About, Tracker, numbers, open_trackers, shared_settings
+from smbfast.run.trackers import (
+    About,
+    Tracker,
+    close_trackers,
+    numbers,
+    open_trackers,
+    shared_settings,
+)
 from smbfast.settings import load
 from tests.refusal import refused
 
@@ -92,7 +99,7 @@ def test_a_tracker_that_fails_is_left(tmp_path: Path, capsys: pytest.CaptureFixt
 
     tracker = Tracker("wandb", fails, about(tmp_path))
     tracker.add({"a": 1.0}, 1)
-    tracker.close(done=True)
+    close_trackers([tracker], done=True)
     said = capsys.readouterr().err
     assert said.startswith("warning: wandb failed (SystemExit in test_trackers.py:")
     assert said.endswith("the run goes on without it\n") and "Zebrafinch" not in said
@@ -112,10 +119,46 @@ def test_a_tracker_that_hangs_is_not_waited_for(
     tracker = Tracker("mlflow", hangs, about(tmp_path))
     for step in range(5):
         tracker.add({"a": 1.0}, step)  # returns though nothing is taken
-    tracker.close(done=True)
+    close_trackers([tracker], done=True)
     said = capsys.readouterr().err
     free.set()
     assert "3 records are not in it" in said and "has not written all within" in said
+
+
+def test_trackers_that_hang_are_waited_for_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that was asked to stop must have left before a scheduler kills it."""
+    monkeypatch.setattr(trackers, "PATIENCE", 0.2)
+    free, waited = threading.Event(), list[float]()
+    join = threading.Thread.join
+
+    def joined(thread: threading.Thread, seconds: float = 0.0) -> None:
+        waited.append(seconds)
+        join(thread, seconds)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "join", joined)
+        log = MetricsLog(
+            tmp_path, trackers=[Tracker(n, lambda _: free.wait(), about(tmp_path)) for n in "ab"]
+        )
+        log.close()
+    free.set()
+    assert capsys.readouterr().err.count("has not written all within") == 2
+    assert len(waited) == 2 and sum(waited) < 2 * 0.2
+
+
+def test_a_tracker_without_a_thread_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none)
+    log = MetricsLog(tmp_path, trackers=[Tracker("wandb", Recorder, about(tmp_path))])
+    log.write("step", step=3, sft=1.5)
+    log.close()
+    assert capsys.readouterr().err.startswith("warning: wandb failed (RuntimeError")
 
 
 def fake_wandb(calls: dict[str, Any]) -> ModuleType:
@@ -209,7 +252,7 @@ def test_a_run_asks_for_its_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(trackers.SINKS, "mlflow", lambda a: made.append(a) or Recorder(a))
     run = [f"run.dir={tmp_path / 'here' / 'run'}", "run.track=mlflow"]
     (tracker,) = open_trackers(load("tiny", run), "id")
-    tracker.close(done=True)
+    close_trackers([tracker], done=True)
     assert made[0].run == "id" and made[0].name == "run" and not made[0].online
 
 

@@ -16,7 +16,7 @@ from smbfast.run.open_run import OpenRun, Progress
 from smbfast.run.optim import place, total_steps
 from smbfast.run.outlook import Outlook
 from smbfast.run.step import StepLosses
-from smbfast.run.trackers import Tracker, numbers, open_trackers
+from smbfast.run.trackers import Tracker, close_trackers, numbers, open_trackers
 from smbfast.settings import PhaseSettings
 
 COLUMNS = 100  # of a line of the log: what terminals and the logs of clusters show unbroken
@@ -71,8 +71,7 @@ class MetricsLog:
             self._file.close()
             self._board.close()
         finally:
-            for tracker in trackers:
-                tracker.close(done=self._is_done)
+            close_trackers(trackers, done=self._is_done)
 
 
 class NoLog(MetricsLog):

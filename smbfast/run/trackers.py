@@ -23,7 +23,7 @@ from smbfast.settings import TrainSettings
 
 PROJECT = "smbfast"  # the name of the project in wandb, and of the experiment in MLflow
 RECORDS = 4096  # that wait for a tracker; more are dropped
-PATIENCE = 20.0  # seconds in which a tracker must write what is left at the end
+PATIENCE = 20.0  # seconds in which trackers must write what is left at the end
 _PATHS = ("data.path", "data.prepared", "data.sections", "model.adapter", "run.dir")
 _PARAMETERS = 100  # of MLflow in a request
 
@@ -71,18 +71,26 @@ class Tracker:
         self._thread = threading.Thread(
             target=self._run, args=(make, about), name=name, daemon=True
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the system starts no more threads
+            self._failed = True
+            warn_failed(name, error, "the run goes on without it")
 
     def add(self, values: dict[str, float], step: int) -> None:
         """Hand over the numbers of a record; never waits."""
         self._put(_Record(values, step))
 
-    def close(self, *, done: bool) -> None:
-        """Let the tracker write what is left, for a limited time."""
+    def end(self, *, done: bool) -> None:
+        """Let the tracker write what is left; `wait` waits for it."""
         if self._dropped:
             terminal.warn(f"{self._name} was too slow: {self._dropped} records are not in it")
         self._put(_End(done))
-        self._thread.join(PATIENCE)
+
+    def wait(self, until: float) -> None:
+        """Wait for the end of what is left, until a time of `time.monotonic`."""
+        if self._thread.ident is not None:  # it was started
+            self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             terminal.warn(
                 f"{self._name} has not written all within {PATIENCE:.0f} s and is left; "
@@ -119,6 +127,19 @@ def open_trackers(settings: TrainSettings, run: str) -> list[Tracker]:
         run, folder.name, folder, shared_settings(settings), online=settings.run.track_online
     )
     return [Tracker(name, SINKS[name], about) for name in names]
+
+
+def close_trackers(trackers: Sequence[Tracker], *, done: bool) -> None:
+    """Let trackers write what is left, all together for a limited time.
+
+    Args:
+        done: whether the run is; otherwise it may go on.
+    """
+    for tracker in trackers:
+        tracker.end(done=done)
+    until = time.monotonic() + PATIENCE
+    for tracker in trackers:
+        tracker.wait(until)
 
 
 def numbers(kind: str, values: dict[str, object]) -> dict[str, float]:
