@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smbfast.base.early import watch
+
 if TYPE_CHECKING:
     from smbfast.estimator import PatientEmbedder as PatientEmbedder
     from smbfast.estimator import clear_cache as clear_cache
@@ -22,6 +24,7 @@ __all__ = ["Embedder", "Embeddings", "PatientEmbedder", "__version__", "clear_ca
 
 __version__ = "0.1.0"
 
+watch()
 if find_spec("smbkernels") is None:  # a checkout that was never installed
     sys.path.append(str(Path(__file__).resolve().parents[1] / "kernels"))
 

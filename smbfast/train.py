@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from smbfast.base.config import to_toml
-from smbfast.base.entry import entry
+from smbfast.base.entry import STOPPED, entry
 from smbfast.base.locks import locked
 from smbfast.base.ours import require_run_folder
 from smbfast.base.progress import duration
@@ -59,8 +59,7 @@ Examples
 
   See the settings of a preset with their explanations:
     python -m smbfast.train lora --help"""
-PREEMPTED = 75  # EX_TEMPFAIL: run it again
-_entry = partial(entry, "smbfast.train", stopped="the same command goes on", status=PREEMPTED)
+_entry = partial(entry, "smbfast.train", stopped="the same command goes on")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -111,7 +110,7 @@ def _run(settings: TrainSettings, command: str, start: float, ranks: "Ranks") ->
         if outcome == "preempted":
             signals.ignore()  # a rank that left now would end the main one while it saves
             ranks.tell(None)  # the main rank has saved: torchrun ends all once one has ended
-            raise SystemExit(PREEMPTED)
+            raise SystemExit(STOPPED)
     print(f"total {duration(time.monotonic() - start)}")
 
 

@@ -153,7 +153,7 @@ def run(*words: str, stop_after: int | None = None) -> list[list[list[str]]]:
     try:
         entry.main(list(words))
     except SystemExit as end:
-        if end.code != entry.PREEMPTED:
+        if end.code != entry.STOPPED:
             raise
     return seen
 

@@ -1,10 +1,12 @@
 """Nothing of others is touched, no folder has two writers, and no helper stops a run."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -478,3 +480,54 @@ def test_an_interrupt_that_is_lost_can_be_repeated(monkeypatch: pytest.MonkeyPat
             clock[0] += 5
         assert ended == [75]
         raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_an_interrupt_that_python_drops_is_repeated(capsys):
+    """In the callback of a weak reference nobody can catch it."""
+
+    class Thing:
+        pass
+
+    def callback(_reference: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.sigtimedwait([], 0.01)
+
+    thing = Thing()
+    reference = weakref.ref(thing, callback)
+    with pytest.raises(SystemExit) as stop, entry("smbfast.name"):
+        del thing
+        signal.sigtimedwait([], 60)
+    assert stop.value.code == 75 and reference() is None
+    err = capsys.readouterr().err
+    assert "smbfast.name: stopped" in err and "ignored" not in err
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_an_interrupt_that_a_library_swallows_is_repeated(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("smbfast.base.entry._AGAIN", 0.05)
+    with pytest.raises(SystemExit) as stop, entry("smbfast.name"):
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        signal.sigtimedwait([], 60)
+    assert stop.value.code == 75
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+BEGINS = """
+import os, signal, sys
+sys.argv[0] = sys.argv[1]
+import smbfast
+os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+signal.sigtimedwait([], 60)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1"])
+def test_a_command_that_has_not_begun_is_stopped_with_a_line(name: str):
+    run = [sys.executable, "-c", BEGINS]
+    done = subprocess.run([*run, "-m", name], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (75, "\nsmbfast: stopped before it began\n")
+    other = subprocess.run([*run, "notebook", name], capture_output=True)
+    assert other.returncode == -getattr(signal, name)

@@ -18,7 +18,10 @@ from smbfast.base.terminal import failed
 from smbfast.base.typed import prog_as_typed
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPED = 75  # exit status after a signal, EX_TEMPFAIL: run it again
 _PATIENCE = 2  # signals that ask; the next one ends the process
+_AGAIN = 10.0  # seconds after which an interrupt that nobody has answered is repeated: our choice
+_SOON = 0.05  # seconds after which one is that was raised where Python drops it
 MOMENT = 5.0  # seconds in which signals are one, which srun and torchrun hand on: our choice
 
 _NO_THREAD = "can't start new thread"  # what Python says where the system refuses one
@@ -33,15 +36,16 @@ def entry(
     prog: str,
     *,
     stopped: str = "nothing was written",
-    status: int = 1,
+    status: int = STOPPED,
     on_end: Callable[[str], None] | None = None,
     private: bool = True,
 ) -> Iterator["Signals"]:
     """Run the work of command `prog`; if it fails, end the process with one line on stderr.
 
-    The exit status after an error is 1. An error that is not listed below is a bug and keeps its
-    traceback. SIGTERM and SIGUSR1 stop the work as Ctrl-C does. A second signal interrupts what the
-    first one began; a third ends the process. Those within 5 seconds of one that counts are it.
+    The exit status after an error is 1, after a signal 75. An error that is not listed below is a
+    bug and keeps its traceback. SIGTERM and SIGUSR1 stop the work as Ctrl-C does. A second signal
+    interrupts what the first one began; a third ends the process. Those within 5 seconds of one
+    that counts are it.
 
     Args:
         prog: the beginning of the line, such as `smbfast.embed`.
@@ -120,18 +124,35 @@ class Requests:
 
 
 class Signals:
-    """Turns signals into KeyboardInterrupt, and ends the process if they are not heard."""
+    """Turns signals into KeyboardInterrupt, and ends the process if they are not heard.
+
+    Python drops an exception that is raised where nobody could catch it, as in the callback of a
+    weak reference. Such an interrupt is repeated by a timer, until the way out has begun.
+    """
 
     def __init__(self, status: int) -> None:
         self._requests, self._status, self._ignored = Requests(), status, False
+        self._hook = sys.unraisablehook
 
     def handle(self, number: int, frame: object) -> None:
         if not self._requests.add():
             return
         if self._requests.count > _PATIENCE:
             os._exit(self._status)  # what is on the disk is whole at any moment
+        self.interrupt()
+
+    def interrupt(self, *_signal: object) -> None:
+        """Raise KeyboardInterrupt, now and again."""
         if not self._ignored:
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN)
             raise KeyboardInterrupt
+
+    def dropped(self, what: "sys.UnraisableHookArgs") -> None:
+        """Hear of an exception that Python has dropped."""
+        if issubclass(what.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, _SOON)
+        else:
+            self._hook(what)
 
     def ignore(self) -> None:
         """Let the way out be interrupted no more: torchrun ends a rank when another has failed."""
@@ -146,16 +167,25 @@ def _signals(prog: str, status: int) -> Iterator[Signals]:
         yield signals
         return
     before = {number: signal.signal(number, signals.handle) for number in SIGNALS}
-    ends = False
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, signals.interrupt)
+    sys.unraisablehook, hook = signals.dropped, sys.unraisablehook
+    is_inner = isinstance(getattr(before[signal.SIGTERM], "__self__", None), Signals)
+    ends = not is_inner
     try:
         yield signals
     except SystemExit:
         ends = True
         raise
+    except BaseException:
+        ends = False  # a bug, whose traceback follows
+        raise
     finally:
+        if not is_inner or ends:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         if ends and _is_the_program(prog):
             signals.ignore()  # until the process has ended, its status and words stay what they are
         else:
+            sys.unraisablehook = hook
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
 
