@@ -4,12 +4,13 @@ That each row holds is what `python -m tests.reliability` says, which CI runs be
 """
 
 import json
+import re
 
 import pytest
 
 from tests.mutants import ROOT, Mutant
 from tests.reliability import card
-from tests.reliability.__main__ import RECORD
+from tests.reliability.__main__ import RECORD, listed
 from tests.reliability.proof import MUTANT, SIZES, Proof, Row, Work
 from tests.reliability.running import Task
 
@@ -32,6 +33,13 @@ def test_a_mistake_can_be_made(mutant: Mutant) -> None:
     assert changed != text
     if mutant.file.endswith(".py"):
         compile(changed, mutant.file, "exec")
+
+
+def test_the_page_has_the_rows_as_they_are() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    assert listed(ROWS) in page, "run `python -m tests.reliability --list` and put it there"
+    named = {name for words in re.findall(r"--row=([\w,]+)", page) for name in words.split(",")}
+    assert named <= {row.id for row in ROWS}
 
 
 def test_what_is_recorded_is_of_rows_that_are_there() -> None:

@@ -6,6 +6,7 @@ Python itself would end it by a traceback or without a word. Nothing is written 
 import os
 import signal
 import sys
+from itertools import pairwise
 from types import FrameType
 
 _STOPPED = 75  # as `smbfast.base.entry.STOPPED`, whose imports come later
@@ -16,8 +17,9 @@ def watch() -> None:
 
     While Python looks for the module behind `-m`, that is the first word.
     """
-    program = sys.argv[0] if sys.argv else ""
-    if program == "-m" or os.path.basename(program) == "smbfast":
+    program, words = sys.argv[0] if sys.argv else "", sys.orig_argv
+    ours = any(a == "-m" and b.partition(".")[0] == "smbfast" for a, b in pairwise(words))
+    if (program == "-m" and ours) or os.path.basename(program) == "smbfast":
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, _leave)
 

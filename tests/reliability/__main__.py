@@ -24,7 +24,7 @@ from pathlib import Path
 
 from tests.mutants import ROOT
 from tests.reliability import card
-from tests.reliability.proof import SIZES
+from tests.reliability.proof import SIZES, Row
 from tests.reliability.running import Runner, Task, import_libraries, mutants_of, tasks_of
 
 RECORD = Path(__file__).with_name("record.json")
@@ -41,6 +41,9 @@ def main() -> None:
         known = ", ".join(row.id for row in every)
         raise SystemExit(f"--row must name rows of {known}, got {', '.join(unknown)}")
     rows = [row for row in every if row.id in asked]
+    if words.list:
+        print(listed(rows))
+        return
     import_libraries()
     seen = _run(rows, words)
     recorded = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
@@ -53,6 +56,15 @@ def main() -> None:
     raise SystemExit(0 if all(held) else 1)
 
 
+def listed(rows: list[Row]) -> str:
+    """The rows as lines of a table: property, least trials at push and recorded, mistakes."""
+    return "\n".join(
+        f"| {row.id} | {row.property} | {row.least('push'):,} | {row.least('recorded'):,} | "
+        f"{'; '.join(mutant.breaks for mutant in row.mutants)} |"
+        for row in rows
+    )
+
+
 def _words() -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("tests.reliability", description=__doc__, formatter_class=form)
@@ -62,11 +74,12 @@ def _words() -> argparse.Namespace:
     parser.add_argument("--save", action="store_true", help="write tests/reliability/record.json")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="proofs at a time (2)")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (0)")
+    parser.add_argument("--list", action="store_true", help="print the rows, as docs have them")
     parser.add_argument("--verbose", action="store_true", help="show what proofs print")
     return parser.parse_args()
 
 
-def _run(rows: list, words: argparse.Namespace) -> dict[str, list[Task]]:
+def _run(rows: list[Row], words: argparse.Namespace) -> dict[str, list[Task]]:
     """Prove rows, then their mistakes; what came of it, by row."""
     seen: dict[str, list[Task]] = {row.id: [] for row in rows}
     first = card.LONGEST if words.size == "push" else ()
