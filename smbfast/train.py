@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     argv, prog = list(sys.argv[1:] if argv is None else argv), "python -m smbfast.train"
     name, words = run_arguments([a for a in argv if a != "--print"])
     command, start = shlex.join([*prog.split(), name, *words]), time.monotonic()
-    with _entry():
+    with _entry() as began:
         if {"-h", "--help", "--schema"} & set(argv):
             print(run_help(argv, prog, EPILOG))
             return
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         say_first("smbfast.train")
         from smbfast.run.ranks import joined, launched
 
-        with joined() as ranks, ExitStack() as stack:
+        with joined(began.parent) as ranks, ExitStack() as stack:
             ranks.decide(lambda: stack.enter_context(locked(settings.folder, "smbfast.train")))
             _run(settings, launched(command), start, ranks)
 

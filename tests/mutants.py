@@ -1081,14 +1081,6 @@ RANKS = [
         "pass",
         f"{UNLIKE}[weights]",
     ),
-    mutant(
-        "signal-of-another-rank-is-missed",
-        "a rank stops and the others wait for it",
-        "smbfast/run/ranks.py",
-        "bool(any_stop)",
-        "stop",
-        "tests/test_ranks.py::test_checkpoints_go_on_with_any_number_of_ranks",
-    ),
 ]
 
 GPU_BENCH = [

@@ -130,22 +130,6 @@ def test_ranks_without_a_window_take_part(data, tmp_path):
     assert_same_run(tmp_path / "ranks", tmp_path / "alone")
 
 
-def test_checkpoints_go_on_with_any_number_of_ranks(data, tmp_path):
-    """Four ranks, one, two; each time one rank alone is asked to stop, and all of them do."""
-    case, seen = Case(4, 400, "horizon", "codes", "tracked", "none"), []
-    words = words_for(data, case, tmp_path / "alone")
-    alone = ranks_give(0, TRAINED, words=words, measured=True)[0]
-    words = words_for(data, case, tmp_path / "ranks")
-    for world, stop in ((4, {"on": 2, "stop_after": 7}), (0, {"on": 0, "stop_after": 6}), (2, {})):
-        ranks = ranks_give(world, TRAINED, words=words, measured=True, **stop)
-        seen += [[micro for own in step for micro in own] for step in zip(*ranks, strict=True)]
-        status = json.loads((tmp_path / "ranks" / "status.json").read_text())
-        assert status["step"] == len(seen)
-        assert status["state"] == ("preempted" if stop else "done")
-    assert flat(seen) == flat(alone)
-    assert_same_run(tmp_path / "ranks", tmp_path / "alone")
-
-
 def test_all_ranks_plan_with_the_least_that_fits(data, tmp_path):
     words = words_of(data, "first", "text", "whole")
     words += [f"--run.dir={tmp_path / 'ranks'}", "--optim.micro_tokens=auto"]

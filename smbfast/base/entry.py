@@ -133,6 +133,7 @@ class Signals:
     def __init__(self, status: int) -> None:
         self._requests, self._status, self._ignored = Requests(), status, False
         self._hook = sys.unraisablehook
+        self.parent = os.getppid()  # which may die in the seconds that imports take
 
     def handle(self, number: int, frame: object) -> None:
         if not self._requests.add():

@@ -130,12 +130,15 @@ class Ranks:
             return True
         return False
 
+    def _words_of_gone(self) -> dict[int, str]:
+        gone = [r for r in range(self.world) if r != self.rank and self._is_gone(r)]
+        return {rank: self._word(rank) for rank in gone}
+
     def _lost(self) -> int | None:
         """Return the rank that has died first, as far as can be known, or None."""
         if self.world == 1:
             return None
-        gone = [r for r in range(self.world) if r != self.rank and self._is_gone(r)]
-        words = {rank: self._word(rank) for rank in gone}
+        words = self._words_of_gone()
         silent = [rank for rank, word in words.items() if not word]
         # one that has left because it lost another says which
         named = [int(word) for word in words.values() if word.isdecimal()]
@@ -238,6 +241,8 @@ class Ranks:
             lost = self._lost()
             if lost is not None:
                 raise self._failed(lost) from None
+            if "asked" in self._words_of_gone().values():
+                raise KeyboardInterrupt from None  # this one will be asked as well
             words = (str(error).strip().splitlines() or ["no reason"])[-1].partition(". ")[0]
             if not isinstance(error, dist.DistError) and _TRANSPORT not in words:
                 raise  # it is not of the network: memory, or a mistake
@@ -251,17 +256,20 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def joined(launcher: int | None = None) -> Iterator[Ranks]:
     """Yield this process's place among those that torchrun started; alone where it did not.
 
     Other ranks than the main one print nothing in the block but the error with which they end.
+
+    Args:
+        launcher: the parent that this process began with; None is the present one.
     """
     if "RANK" not in os.environ:
         yield ALONE
         return
     _require_launch()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    watch = Watch()
+    watch = Watch(launcher or os.getppid())
     store, rank, world = _rendezvous()
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
     watch.listen(store, rank, world)

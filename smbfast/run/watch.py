@@ -25,10 +25,14 @@ _LEFT = b"left"
 class Watch:
     """The thread of a rank; see the module."""
 
-    def __init__(self) -> None:
-        """Begin to look whether torchrun runs, where it started this process."""
+    def __init__(self, launcher: int) -> None:
+        """Begin to look whether torchrun runs, where it started this process.
+
+        Args:
+            launcher: the parent that this process began with.
+        """
         self.on_end: Callable[[str], None] | None = None  # called with "failed" before the exit
-        self._parent = os.getppid() if ELASTIC in os.environ else None
+        self._parent = launcher if ELASTIC in os.environ else None
         self._next: int | None = None
         self._silent, self._heard, self._over = 0, b"", threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -78,6 +82,8 @@ class Watch:
 
     def _orphaned(self) -> None:
         """Ask this process to stop as torchrun would have done, and end it if it does not."""
+        if self._next is None:
+            self._leave("torchrun has ended before the ranks had met")
         _say("torchrun has ended, so this rank saves and ends as well")
         os.kill(os.getpid(), signal.SIGTERM)
         grace = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")

@@ -114,8 +114,8 @@ def _copied(shared: Path, here: Path, words: str) -> Iterator[Path]:
 ROWS: tuple[Row, ...] = (
     Row(
         id="P1",
-        property="nothing of a patient is in a log, an error, a report or a model: codes, texts, "
-        "values, ids, times, descriptions, labels",
+        property="Nothing of a patient is in a log, an error, a report or a model: codes, texts, "
+        "values, ids, times, descriptions, labels.",
         bar={"push": 15 + 60, "recorded": 110 + 300},
         prove=patients_are_nowhere,
         mutants=(
