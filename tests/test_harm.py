@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -133,6 +134,64 @@ def test_after_a_kill_there_is_the_old_or_the_new_and_the_next_write_clears(wher
     assert {p.name for p in tmp_path.iterdir()} == {"final", "other"}
     verify_folder(final)
     assert (final / "mine.bin").read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", ["no marker", "an empty marker"])
+def test_what_a_kill_left_around_its_marker_is_cleared_a_minute_later(left: str, tmp_path: Path):
+    folder = tmp_path / "final.0123456789abcdef.tmp"
+    folder.mkdir()
+    if left == "an empty marker":
+        (folder / ".smbfast-writes-here").touch()
+        (folder / "final").mkdir()
+    write_text(tmp_path / "other", "")
+    assert folder.is_dir()  # it may be the one of a process that is about to write
+    os.utime(folder, (1, 1))
+    write_text(tmp_path / "other", "")
+    assert {p.name for p in tmp_path.iterdir()} == {"other"}
+
+
+def test_a_manifest_that_cannot_be_read_now_costs_nobody_a_file(tmp_path: Path, monkeypatch):
+    write(tmp_path / "step", model="1")
+    (tmp_path / "step" / "mine").write_text("mine")
+    read, failed = Path.read_text, []
+
+    def fails_once(self: Path, *args: Any, **more: Any) -> str:
+        if self.parent.name == replace.GONE and not failed:
+            failed.append(self)
+            raise OSError(5, "Input/output error", str(self))
+        return read(self, *args, **more)
+
+    monkeypatch.setattr(Path, "read_text", fails_once)
+    remove_folder(tmp_path / "step")
+    assert failed and tree(tmp_path) == {"step.left-1/mine": "mine"}
+
+
+def test_a_removal_that_failed_half_way_leaves_one_folder(tmp_path: Path):
+    write(tmp_path / "step", model="1")
+    (tmp_path / "step" / "mine").write_text("mine")
+    (tmp_path / "step.left-1").mkdir()
+    remove_folder(tmp_path / "step")
+    assert tree(tmp_path) == {"step.left-1/mine": "mine"}
+
+
+def test_names_and_copies_are_on_the_disk_before_a_write_ends(tmp_path: Path, monkeypatch):
+    synced: list[Path] = []
+    monkeypatch.setattr(replace, "fsync", synced.append)
+    monkeypatch.setattr(locks, "fsync", synced.append)
+    write_text(tmp_path / "a" / "b" / "c", "")
+    with locks.locked(tmp_path / "d" / "e", "smbfast.train"):
+        pass
+    assert {tmp_path, tmp_path / "a", tmp_path / "d"} <= set(synced)
+    final = tmp_path / "final"
+    write(final, model="1")
+    (final / "mine").write_text("mine")
+
+    def refuses(*args: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuses)
+    write(final, model="2")
+    assert any(path.name == "mine" for path in synced)
 
 
 def test_a_write_under_way_is_not_cleared_by_another(tmp_path: Path):

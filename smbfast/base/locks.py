@@ -18,6 +18,8 @@ from errno import EACCES, EAGAIN, EPERM, EROFS, EWOULDBLOCK
 from itertools import count
 from pathlib import Path
 
+from smbfast.base.replace import fsync
+
 LOCK = ".smbfast.lock"
 _PATIENCE = 1.0  # seconds that a lock of a process that has ended is waited for
 _ATTEMPTS = 1000  # each fails only if another process has removed the folder in between
@@ -143,6 +145,8 @@ def _make_private(folder: Path) -> bool:
         if _make_private(folder.parent):
             return _make_private(folder)
         raise  # it is there now, or is a link to nothing
+    with suppress(OSError):  # a parent that cannot be read
+        fsync(folder.parent)
     return True
 
 

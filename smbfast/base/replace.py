@@ -30,12 +30,12 @@ def is_note(name: str) -> bool:
 def put(content: Path, path: Path) -> None:
     """Put the sealed folder `content`, which lies in a staging folder, in the place of `path`."""
     if not os.path.lexists(path):
-        _fsync_folders(content)
+        fsync_folders(content)
         os.rename(content, path)
         fsync(path.parent)
         return
     clash = _carry(path, content)
-    _fsync_folders(content)
+    fsync_folders(content)
     if clash is not None:
         _set_aside(content, path, clash)
         return
@@ -54,7 +54,8 @@ def remove_folder(folder: Path, staging: Path) -> None:
     if _ours(folder) is None:
         return
     os.rename(folder, staging / GONE)
-    discard(staging / GONE, free_name(folder, "left"))
+    fsync(folder.parent)  # else a power cut could leave the folder, without its files
+    discard(staging / GONE, left_name(folder))
 
 
 def discard(old: Path, path: Path) -> None:
@@ -71,6 +72,9 @@ def discard(old: Path, path: Path) -> None:
         (old / name).unlink(missing_ok=True)
     for name in others:
         _move(old / name, path / name)
+    if others:  # without a manifest, all that is still there would be taken for ours
+        fsync_folders(path)
+        fsync(old)
     (old / MANIFEST).unlink(missing_ok=True)
     for folder, _, _ in os.walk(old, topdown=False):
         os.rmdir(folder)
@@ -100,6 +104,38 @@ def free_name(path: Path, word: str) -> Path:
     return path.with_name(f"{path.name}.{word}-{number}")
 
 
+def left_name(path: Path) -> Path:
+    """Return `path.left-1`, or the first higher number where nothing lies, for files of others."""
+    number = 1
+    while True:
+        left = path.with_name(f"{path.name}.left-{number}")
+        # one that is empty was made by a removal that failed
+        if not os.path.lexists(left) or (left.is_dir() and not any(left.iterdir())):
+            return left
+        number += 1
+
+
+def make_folder(path: Path, mode: int = 0o777) -> None:
+    """Make a folder and what is missing above it, so that they outlive a power cut.
+
+    Raises:
+        FileExistsError: if there is a file of that name.
+    """
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_folder(path.parent, mode)
+    path.mkdir(mode=mode, exist_ok=True)
+    try:
+        fsync(path.parent)
+    except PermissionError:  # one that may be entered and not read
+        return
+    except OSError:
+        with suppress(OSError):
+            path.rmdir()  # so that the next attempt does not take it for made
+        raise
+
+
 def fsync(path: Path) -> None:
     """Wait until a file or folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -116,13 +152,19 @@ def sha256(path: Path) -> str:
 
 
 def _ours(folder: Path) -> set[str] | None:
-    """Return the names that we have written and nobody has edited since; None without manifest."""
+    """Return the names that we have written and nobody has edited since; None without manifest.
+
+    Raises:
+        OSError: the manifest is there and cannot be read.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = dict(manifest["files"])
         notes = {n: e for n, e in files.items() if is_note(n)} | dict(manifest.get("notes", {}))
         unedited = {n for n, (_, digest) in notes.items() if _is(folder / n, digest)}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    except (ValueError, KeyError, AttributeError, TypeError):
         return None
     inside = {n for n in files if ".." not in Path(n).parts and not Path(n).is_absolute()}
     return (inside - notes.keys()) | unedited | {MANIFEST}
@@ -165,19 +207,20 @@ def link(source: Path, target: Path) -> None:
             os.link(source, target)
         except OSError:
             shutil.copy2(source, target)
+            fsync(target)
 
 
 def _move(source: Path, target: Path) -> None:
     """Move a file of others to `target`, unless it is there already; nothing is overwritten."""
     if source.is_dir() and not source.is_symlink():
-        target.mkdir(parents=True, exist_ok=True)
+        make_folder(target)
         return
     if os.path.lexists(target):
         if _alike(source, target):
             source.unlink()
             return
         target = free_name(target, "earlier")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     os.rename(source, target)
 
 
@@ -237,6 +280,7 @@ def exchange(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(other))
 
 
-def _fsync_folders(folder: Path) -> None:
+def fsync_folders(folder: Path) -> None:
+    """Wait until the names of all that is in a folder are on the disk."""
     for root, _, _ in os.walk(folder, topdown=False):
         fsync(Path(root))

@@ -2,7 +2,8 @@
 
 Such a folder holds a marker, whose lock is held while it is in use, and what is being written, by
 the name of the target. After a kill it may also hold what was to be replaced. The next write beside
-it clears it. A folder without our marker is never touched, whatever its name.
+it clears it; one whose marker does not say yet whose it is, only when it is a minute old. A folder
+without our marker is never touched, whatever its name, unless it is empty.
 """
 
 import json
@@ -10,22 +11,24 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from smbfast.base.locks import acquire, holder, is_alive, release
-from smbfast.base.replace import GONE, RETIRED, discard, free_name
+from smbfast.base.replace import GONE, RETIRED, discard, left_name, make_folder
 
 MARKER = ".smbfast-writes-here"
 _NAME = re.compile(r".+\.[0-9a-f]{16}\.tmp")
 _OWN: set[Path] = set()  # of this process, in use
+_MADE_BY_THEN = 60.0  # seconds in which a process has surely written its marker: our choice
 
 
 @contextmanager
 def staged(path: Path) -> Iterator[Path]:
     """Yield a new folder beside `path`, which is removed at the end; clear those of kills."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     clear_left(path.parent)
     folder, marker = _made(path)
     try:
@@ -98,23 +101,34 @@ def _left(parent: Path) -> Iterator[Path]:
     with suppress(OSError), os.scandir(parent) as entries:
         named = [Path(e.path) for e in entries if _NAME.fullmatch(e.name)]
         for folder in named:
-            if folder not in _OWN and is_staging(folder) and _is_dead(folder / MARKER):
+            if folder not in _OWN and is_staging(folder) and _is_dead(folder):
                 yield folder
 
 
-def _is_dead(marker: Path) -> bool:
+def _is_dead(folder: Path) -> bool:
+    """Whether the process has ended that writes in a folder of `staged`."""
+    marker = folder / MARKER
     try:
         handle = os.open(marker, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:  # it is being made, or was left before or after its marker was there
+        return _is_old(folder)
     except OSError:
         return False
     try:
         got = acquire(handle)
         record = _record(marker)
-        if got is None:  # no locks here: judge by the process
-            return bool(record) and not is_alive(record)
-        return got and bool(record)  # without a record it is being made
+        if not record:  # being made, or a power cut has left a marker without content
+            return got is not False and _is_old(folder)
+        return not is_alive(record) if got is None else got  # no locks here: judge by the process
     finally:
         release(handle)
+
+
+def _is_old(folder: Path) -> bool:
+    try:
+        return time.time() - folder.stat().st_mtime > _MADE_BY_THEN
+    except OSError:  # its process has removed it
+        return False
 
 
 def _record(marker: Path) -> dict:
@@ -135,7 +149,7 @@ def _clear(folder: Path, path: Path) -> None:
     if retired.is_dir() and not os.path.lexists(path):  # a kill between two renames
         os.rename(retired, path)
     if gone.is_dir():
-        discard(gone, free_name(path, "left"))
+        discard(gone, left_name(path))
     for old in (retired, folder / path.name):
         if old.is_dir() and path.is_dir():
             discard(old, path)
@@ -151,5 +165,5 @@ def _remove(folder: Path) -> None:
             shutil.rmtree(entry.path)
         else:
             os.unlink(entry.path)
-    os.unlink(folder / MARKER)
+    (folder / MARKER).unlink(missing_ok=True)
     folder.rmdir()

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from smbfast.base.files import committed_file
+from smbfast.base.replace import make_folder
 
 _MARK = b"smbarray"
 _PREFIX = len(_MARK) + 8 + 32
@@ -224,9 +225,7 @@ class OpenMaps:
 
 def make_private(folder: Path) -> None:
     """Make a folder and what is missing above it, each 0700."""
-    if not folder.is_dir():
-        make_private(folder.parent)
-        folder.mkdir(mode=0o700, exist_ok=True)
+    make_folder(folder, 0o700)
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, str, tuple[int, int]]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smbfast.base.files import committed_file
-from smbfast.base.replace import sha256
+from smbfast.base.replace import make_folder, sha256
 from smbfast.data.columns import event_columns, subject_column
 from smbfast.data.parquet import open_parquet
 
@@ -242,8 +242,7 @@ def write_arrow(file: Path, table: pa.Table) -> bool:
     An index saves time; a folder that cannot be written is no reason to stop.
     """
     try:
-        for folder in (file.parent.parent, file.parent):  # the mode is that of the last one made
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(file.parent, 0o700)
         with (
             committed_file(file, private=True) as staging,
             pa.ipc.new_file(os.fspath(staging), table.schema) as writer,

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from smbfast.base.counts import few
 from smbfast.base.files import committed_file
 from smbfast.base.ours import require_embeddings
+from smbfast.base.replace import make_folder
 from smbfast.data.nodes import SPLIT_NAMES, Nodes
 from smbfast.probing.features import Features, Rows, join
 
@@ -205,6 +206,6 @@ def embedding_file(path: Path, nodes: Nodes) -> Iterator[EmbeddingFile]:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     require_embeddings(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with tempfile.TemporaryFile(dir=path.parent) as unnamed:
         yield EmbeddingFile(path, nodes, unnamed)
