@@ -28,6 +28,7 @@ from smbfast.run.folder import earlier, run_id, status_of
 from smbfast.run.open_run import OpenRun
 from smbfast.settings import LoraSettings, load, run_arguments
 from tests.factory import tiny_run, write_labels, write_meds
+from tests.kills import killed_in_a_write
 from tests.refusal import no_canary, refused
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_report")]
@@ -423,6 +424,17 @@ def test_finished_is_what_has_a_whole_final_folder(
     assert "says that it is done, but" in capsys.readouterr().err
     assert verify_folder(mine.run / "final")["files"] == written
     assert status_of(mine.run)["state"] == "done"
+
+
+def test_what_kills_have_left_is_gone_once_a_run_goes_on(box: Callable[..., Box]) -> None:
+    """Also beside what is not written again, as nothing is after the last checkpoint."""
+    mine = box()
+    for path in (mine.run / "best" / "jepa", mine.checkpoint):
+        killed_in_a_write(path)
+    assert len(list(mine.run.rglob("*.tmp"))) == 2
+    train.main(mine.argv())
+    assert status_of(mine.run)["state"] == "done"
+    assert not list(mine.run.rglob("*.tmp"))
 
 
 def test_an_emptied_manifest_is_damage_and_the_older_checkpoint_is_used(

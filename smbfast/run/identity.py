@@ -14,6 +14,7 @@ from pathlib import Path
 
 from smbfast.base.digests import CACHE, check_digest, short, weights_digest
 from smbfast.base.files import digest_of, read_json, write_text
+from smbfast.base.staging import clear_left
 from smbfast.data.prepared import Prepared
 from smbfast.run import checkpoint
 from smbfast.run.checkpoint import Checkpoint
@@ -140,13 +141,17 @@ def newest_checkpoint(
     returns None, and the identity has a new id.
 
     Args:
-        set_aside: whether to rename checkpoints that are damaged or left behind.
+        set_aside: whether to rename checkpoints that are damaged or left behind, and to remove what
+            writes that were killed have left in the folder of the run.
 
     Raises:
         ValueError: if there are checkpoints and none is intact, if the newest intact one is not of
-            this run, or if `config.toml` is missing. Then nothing is renamed.
+            this run, or if `config.toml` is missing. Then no checkpoint is renamed.
     """
     run, identity = settings.folder, Identity.of(settings, prepared)
+    if set_aside:  # what kills have left, also beside what is not written again
+        for folder in (run, run / "checkpoints", run / "best"):
+            clear_left(folder)
     try:
         newest = _newest(run, identity, set_aside=set_aside)
     except ValueError as error:
