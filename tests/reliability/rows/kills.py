@@ -1,0 +1,120 @@
+"""Rows of runs that are killed or stopped and go on, and of their checkpoints."""
+
+from tests.mutants import mutant
+from tests.reliability.proof import MUTANT, Proof, Row, Work
+
+LOOP = "smbfast/run/loop.py"
+CHECKPOINT = "smbfast/run/checkpoint.py"
+OPEN_RUN = "smbfast/run/open_run.py"
+
+
+def _killed(work: Work) -> Proof:
+    from tests.reliability import small_runs
+    from tests.reliability.killing import EVERY_SHAPE, Killing
+    from tests.reliability.small_runs import Shape
+
+    first = Shape("codes", "whole", "horizon")
+    shapes = list(work.pick(push=(first, Shape("codes", "tracked", "mask")), nightly=EVERY_SHAPE))
+    small_runs.make_data(work.folder, shapes if work.size != MUTANT else [first])
+    killing = Killing(
+        work,
+        per_life=work.pick(push=4, nightly=5),
+        damages=work.pick(push=1, recorded=20),
+        report=work.pick(push=False, nightly=True),
+    )
+    if work.size == MUTANT:
+        killing.at_steps(first, (5, 5))
+        return killing.proof()
+    for shape in shapes:
+        killing.shape(shape, work.pick(push=4, nightly=5, recorded=10))
+    return killing.proof()
+
+
+def _stopped(work: Work) -> Proof:
+    from tests.reliability import small_runs
+    from tests.reliability.killing import EVERY_SHAPE, stopped_at_every_step
+    from tests.reliability.small_runs import TOTAL, Shape
+
+    alone = [shape for shape in EVERY_SHAPE if shape.world == 1]
+    shapes = work.pick(push=[Shape("codes", "tracked", "horizon")], nightly=alone)
+    small_runs.make_data(work.folder, list(shapes))
+    bad = [text for shape in shapes for text in stopped_at_every_step(work, shape)]
+    figure = f"{len(shapes)} kinds of run, all tensors of all checkpoints and all lines to the bit"
+    return Proof(len(shapes) * TOTAL, "stops", bad, figure)
+
+
+ROWS = (
+    Row(
+        "R2",
+        "a run that is killed at any moment and begun again ends as one that nobody killed",
+        {"push": 8, "nightly": 60, "recorded": 120},
+        _killed,
+        (
+            mutant(
+                "optimizer-of-before",
+                "a checkpoint counts the optimizer's steps before the last",
+                CHECKPOINT,
+                'steps[name] = int(state["step"])',
+                'steps[name] = int(state["step"]) - 1',
+            ),
+            mutant(
+                "optimizer-order",
+                "a checkpoint has the moments of the last parameter of the same shape",
+                CHECKPOINT,
+                "state = optimizer.state.get(parameter)",
+                "state = optimizer.state.get([p for p in trained(encoder).values() "
+                "if p.shape == parameter.shape][-1])",
+            ),
+            mutant(
+                "metrics-offset",
+                "a checkpoint's place in the log is one byte late",
+                OPEN_RUN,
+                '"metrics_offset": offset,',
+                '"metrics_offset": offset + 1,',
+            ),
+            mutant(
+                "target-updates",
+                "a run that goes on counts the updates of its target from 0",
+                CHECKPOINT,
+                'target.updates = record["target_updates"]',
+                "target.updates = 0",
+            ),
+            mutant(
+                "horizon-statistics",
+                "the running scale of horizon targets is not what was saved",
+                "smbfast/model/target.py",
+                "            self.scale.load(scale)",
+                "            pass",
+            ),
+        ),
+    ),
+    Row(
+        "R3",
+        "a run that is stopped at every step and goes on equals one that was never stopped",
+        {"push": 12, "nightly": 120},
+        _stopped,
+        (
+            mutant(
+                "schedule-of-a-process",
+                "warm-up and decay of the learning rate begin again where a run goes on",
+                LOOP,
+                "lr = learning_rate(settings, at)",
+                "lr = learning_rate(settings, place(settings, step - first))",
+            ),
+            mutant(
+                "draws-of-a-process",
+                "a run that goes on draws other windows, cuts and masks",
+                OPEN_RUN,
+                "seed=self.settings.run.seed,",
+                "seed=self.settings.run.seed + (self.progress.seconds > 0),",
+            ),
+            mutant(
+                "moments-forgotten",
+                "a run that goes on has lost the second moments of its optimizer",
+                CHECKPOINT,
+                '"exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),',
+                '"exp_avg_sq": 0 * tensors[f"exp_avg_sq.{name}"].to(parameter.device),',
+            ),
+        ),
+    ),
+)
