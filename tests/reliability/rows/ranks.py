@@ -9,11 +9,12 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.mutants import mutant
+from tests.reliability.cohort import Cohort, cohort, imported
+from tests.reliability.flips import flips
 from tests.reliability.proof import Proof, Row, Work
 
 RANK_DEATHS = (
@@ -36,49 +37,6 @@ BEFORE_MEETING = ("start-up", "joining")
 REAL_STEPS = 150  # of each phase of a run by the real torchrun, which must not end too early
 
 
-@dataclass(frozen=True)
-class Cohort:
-    """Simulated patients, and the words of a run on them but for its folder."""
-
-    folder: Path
-
-    def words(self, form: str = "codes", steps: int = 3, save: int = 2) -> list[str]:
-        """Arguments of `smbfast.train` for two phases of so many steps."""
-        from tests.ranks_case import COMMON, PHASE
-
-        preset = self.folder / f"{steps}.toml"
-        phases = PHASE.format("a", steps, 1.0, 0.0, "") + PHASE.format("b", steps, 0.5, 1.0, "")
-        preset.write_text('base = "tiny"\n' + phases)
-        common = [word for word in COMMON if not word.startswith("--run.save_every")]
-        data = [f"--data.path={self.folder / 'cohort'}", f"--data.format={form}"]
-        more = [f"--data.prepared={self.folder / form}", f"--run.save_every={save}"]
-        return [str(preset), *common, *data, *more, "--data.vocab_size=400"]
-
-
-def cohort(work: Work, *formats: str) -> Cohort:
-    """Simulate and prepare, once."""
-    from smbfast.run.folder import data_of, prepared_data
-    from smbfast.settings import load
-    from smbfast.simulation.dataset import simulate
-
-    made = Cohort(work.folder / "data")
-    made.folder.mkdir()
-    simulate(made.folder / "cohort", 40, work.seed)
-    for form in formats:
-        preset, *words = made.words(form)
-        settings = load(preset, words)
-        prepared_data(settings, data_of(settings, made.folder), made.folder)
-    return made
-
-
-def _imported() -> None:
-    from tests import rank_server
-
-    read, _ = os.pipe()
-    os.dup2(read, 0)  # the server of ranks looks whether its input has ended
-    rank_server._import()
-
-
 # R7: deaths
 
 
@@ -86,7 +44,7 @@ def deaths(work: Work) -> Proof:
     """Kill or stop ranks and launchers at moments of a run; then let the same command go on."""
     from tests.reliability import jobs
 
-    _imported()
+    imported()
     jobs.adopt()
     words = cohort(work, "codes").words()
     alone = work.folder / "alone"
@@ -309,7 +267,7 @@ def changes(work: Work) -> Proof:
     from tests.ranks_case import make_data, words_of
     from tests.test_ranks import assert_same_run, flat
 
-    _imported()
+    imported()
     bad: list[str] = []
     trained = "tests.ranks_case:trained"
 
@@ -430,5 +388,34 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
         limit={"mutant": 200},
+    ),
+    Row(
+        "N2",
+        "A bit that flips in the state of one rank is seen before it is saved, and named.",
+        {"push": 312, "nightly": 3000, "recorded": 30_000},
+        flips,
+        (
+            mutant(
+                "moments-not-summed",
+                "the second moments of ranks are not compared",
+                "smbfast/run/agreement.py",
+                "for name, moment in moments.items() if moment}",
+                'for name, moment in moments.items() if key != "exp_avg_sq"}',
+            ),
+            mutant(
+                "tail-not-summed",
+                "what fills no 64-bit integer is not compared",
+                "smbfast/run/agreement.py",
+                "return total + flat[whole:].view(_INTEGERS[size]).sum(dtype=torch.int64)",
+                "return total",
+            ),
+            mutant(
+                "scale-not-summed",
+                "the running scale of horizons is not compared",
+                "smbfast/run/agreement.py",
+                "{n: averages[n] for n in sorted(scale)}",
+                "{}",
+            ),
+        ),
     ),
 )
