@@ -46,7 +46,7 @@ def _stopped(work: Work) -> Proof:
 ROWS = (
     Row(
         "R2",
-        "a run that is killed at any moment and begun again ends as one that nobody killed",
+        "A run that is killed at any moment and begun again ends as one that nobody killed.",
         {"push": 8, "nightly": 60, "recorded": 120},
         _killed,
         (
@@ -90,7 +90,7 @@ ROWS = (
     ),
     Row(
         "R3",
-        "a run that is stopped at every step and goes on equals one that was never stopped",
+        "A run that is stopped at every step and goes on equals one that was never stopped.",
         {"push": 12, "nightly": 120},
         _stopped,
         (
