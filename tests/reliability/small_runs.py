@@ -212,7 +212,7 @@ def run_here(words: list[str], run: Path, stop_after: int | None = None) -> bool
         try:
             entry.main(words)
         except SystemExit as stop:
-            if stop.code != entry.PREEMPTED or stop_after is None:
+            if stop.code != entry.STOPPED or stop_after is None:
                 raise
             return False
     return True
