@@ -3,6 +3,8 @@
 Functions of this module run in processes that `tests.rank_server` forks.
 """
 
+import os
+import signal
 from functools import partial
 
 import torch
@@ -10,10 +12,12 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 from smbfast import objective, reference
+from smbfast.base.entry import RunFailed
 from smbfast.batch import NewToken, Timeline, idle_batch
 from smbfast.data.horizons import Horizons
 from smbfast.data.loader import make_batch, make_step
@@ -117,6 +121,33 @@ def steps(base: str, out: str, recompute: str) -> list:
             given.append([total.tolist(), norm, len(step.micro_batches)])
         require_same_state(ranks, encoder, updater.optimizer, target)
         return [*given, measured(encoder, target, settings)]
+
+
+def gathering(base: str, dies: int) -> str:
+    """Kill a rank at its third gathering of a layer; what the other one says."""
+    real, turns = param_group.foreach_all_gather, [0]
+
+    def gathered(*words: object, **more: object) -> object:
+        turns[0] += 1
+        if turns[0] == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*words, **more)
+
+    with joined() as ranks:
+        encoder = encoder_of(settings_of(base, fsdp=True))
+        if ranks.rank == dies:
+            vars(param_group)["foreach_all_gather"] = gathered
+        batch = make_batch([window_of(3)], FORM, 0, 0, jepa=False)
+        try:
+            with ranks.loss_is_failure():
+                for _ in range(9):
+                    terms = objective.losses(
+                        encoder, None, batch, sft_scale=1.0, jepa_scale=0.0, normalize=True
+                    )
+                    torch.autograd.backward([terms.sft])
+        except RunFailed as error:
+            return str(error)
+    return "nothing"
 
 
 def measured(encoder: PatientEncoder, target: TargetEncoder, settings: TrainSettings) -> list:

@@ -82,6 +82,13 @@ def test_no_rank_waits_for_one_without_rows_or_without_masks(base, world, horizo
         assert sizes == true[2]
 
 
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_rank_that_dies_while_layers_are_gathered_is_named(base, dies):
+    ends = run_ranks(2, f"{CASES}:gathering", base=str(base), dies=dies, timeout=HANGS)
+    assert ends[dies].error == "killed by signal 9"
+    assert ends[1 - dies].value.startswith(f"rank {dies} has ended"), ends
+
+
 @pytest.mark.parametrize(
     ("words", "way_out"),
     [

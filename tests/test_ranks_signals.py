@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from smbfast.base.entry import RunFailed, entry
 from smbfast.run.folder import write_end, write_status
-from smbfast.run.ranks import joined
+from smbfast.run.ranks import Ranks, joined
 from smbfast.settings import load
 from tests.rank_server import run_ranks
 
@@ -194,3 +195,23 @@ def test_a_rank_tells_the_end_of_all_from_the_death_of_one(how, said, state, tmp
     ends = run_ranks(2, "tests.test_ranks_signals:left", timeout=60, run=str(tmp_path), how=how)
     assert ends[0].value is not None and ends[0].value.startswith(said), ends
     assert json.loads((tmp_path / "status.json").read_text())["state"] == state
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (RuntimeError("[x/gloo/transport/tcp/pair.cc:1] Timed out"), RunFailed, "none of them has"),
+        (torch.OutOfMemoryError("out of memory"), torch.OutOfMemoryError, "out of memory"),
+        (RuntimeError("shapes differ"), RuntimeError, "shapes differ"),
+    ],
+)
+def test_an_error_of_a_message_is_no_death(error, kind, said, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Ranks, "_is_gone", lambda *_: False)
+    monkeypatch.setattr(dist, "all_gather", partial(raised, error))
+    with pytest.raises(kind, match=said) as seen:
+        Ranks(0, 2).least(1)
+    assert type(seen.value) is kind
+
+
+def raised(error: Exception, *_words: object) -> None:
+    raise error

@@ -15,6 +15,7 @@ from smbfast.run.board import Board
 from smbfast.run.open_run import OpenRun, Progress
 from smbfast.run.optim import place, total_steps
 from smbfast.run.outlook import Outlook
+from smbfast.run.recomputed import Recomputed
 from smbfast.run.step import StepLosses
 from smbfast.run.trackers import Tracker, close_trackers, numbers, open_trackers
 from smbfast.settings import PhaseSettings
@@ -36,6 +37,7 @@ class MetricsLog:
         self.warned: set[tuple[str, str]] = set()  # see `console.warn_of_step`
         self._path = run / "metrics.jsonl"
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        self.again = Recomputed.of(self._path, offset)
         os.truncate(self._path, min(offset, self._path.stat().st_size))
         self._board, self._trackers = Board(run / "tensorboard", step + 1), trackers
         self._is_done = False
@@ -81,6 +83,7 @@ class NoLog(MetricsLog):
 
     def __init__(self) -> None:
         self.warned = set()
+        self.again = Recomputed()
 
     def write(self, kind: str, **values: object) -> None:
         """Write nothing."""
@@ -237,6 +240,8 @@ def log_step(
     log.write("step", **record)
     console.warn_of_step(record, phase, log.warned)
     print(step_line(record, total_steps(run.settings)), flush=True)
+    if words := log.again.add(record):
+        print(words, flush=True)
 
 
 def log_evaluation(

@@ -320,6 +320,95 @@ def changes(work: Work) -> Proof:
     )
 
 
+# N3: a step that is computed again
+
+
+def recomputed(work: Work) -> Proof:
+    """Log steps, lose them, compute them again: the same, rounded, or otherwise in one number."""
+    from smbfast.run.metrics import MetricsLog
+
+    draw, bad = random.Random(work.seed), []
+    count = work.pick(push=60, nightly=300, recorded=1000, mutant=40)
+    for number in range(count):
+        run = work.folder / f"log-{number}"
+        run.mkdir()
+        first, steps = draw.randint(0, 5), draw.randint(1, 12)
+        lines = [_logged_step(draw, n + 1) for n in range(first + steps)]
+        log = MetricsLog(run)
+        for line in lines[:first]:
+            log.write("step", **line)
+        offset = log.offset
+        for line in lines[first:]:
+            log.write("step", **line)
+        log.close()
+        case = draw.choice(("same", "rounded", "otherwise", "skipped"))
+        victim, name = draw.randrange(first, first + steps), draw.choice(("sft", "grad_norm"))
+        far = {"same": 0.0, "rounded": 10 ** draw.uniform(-15, -4)}.get(case, draw.uniform(0.01, 3))
+        log = MetricsLog(run, offset, first)
+        said = []
+        for place, line in enumerate(lines[first:], first):
+            new = dict(line)
+            if place == victim:
+                new[name] = line[name] * (1 + far)
+                new |= {"grad_norm": None} if case == "skipped" else {}
+            log.write("step", **new)
+            said.append(log.again.add(new))
+        log.close()
+        wrong = f"step {victim + 1} gives"
+        expected = {"same": "the same bits", "rounded": "within"}.get(case, wrong)
+        if any(said[:-1]) or expected not in (said[-1] or ""):
+            bad.append(f"{case}, {name} of step {victim + 1}: {said}")
+    runs = work.pick(push=1, nightly=4, recorded=12, mutant=0)
+    for number in range(runs):
+        bad += _suspect(work, number, transient=number % 2 == 0)
+    return Proof(count + runs, "steps", bad, f"{runs} in runs of two ranks")
+
+
+def _logged_step(draw: random.Random, step: int) -> dict[str, Any]:
+    values = {name: draw.uniform(0.1, 9) for name in ("sft", "jepa", "grad_norm")}
+    return {"step": step, "codes": None, **values}
+
+
+def faulty(words: list[str]) -> None:
+    """Train, with a gradient of this rank that is wrong at the fourth step that it makes."""
+    from smbfast.run import loop
+    from tests.reliability.jobs import train
+
+    real, seen = loop.forward_backward, [0]
+
+    def computed(losses: Any, encoder: Any, *rest: Any, **more: Any) -> Any:
+        summed = real(losses, encoder, *rest, **more)
+        seen[0] += 1
+        if seen[0] == 4 and os.environ["RANK"] == "1":
+            encoder.mask_vector.grad = None
+            last = next(p for p in encoder.parameters() if p.grad is not None)
+            last.grad.view(-1)[0] += 1.0
+        return summed
+
+    vars(loop)["forward_backward"] = computed
+    train(words)
+
+
+def _suspect(work: Work, number: int, *, transient: bool) -> list[str]:
+    """A run whose fourth step is wrong, killed behind it; then the same command."""
+    from tests.reliability import jobs
+
+    if not (work.folder / "data").is_dir():
+        cohort(work, "codes")
+        imported()
+        jobs.adopt()
+    words = Cohort(work.folder / "data").words(steps=6, save=3)
+    run, log = work.folder / f"suspect-{number}", work.folder / f"log-suspect-{number}"
+    job = [*words, f"--run.dir={run}"]
+    death = jobs.Death(1, "step", 6)
+    jobs.run_job(2, job, log, death, grace=4.0, work=faulty if transient else jobs.train)
+    again = jobs.run_job(2, job, Path(f"{log}-again"))
+    expected = "step 4 gives a gradient's norm" if transient else "after the restart: the same bits"
+    if expected not in again.said[0] or any(again.codes.values()):
+        return [f"{'a transient' if transient else 'no'} fault: {again.said[0][-600:]}"]
+    return []
+
+
 ROWS: tuple[Row, ...] = (
     Row(
         "R7",
@@ -415,6 +504,31 @@ ROWS: tuple[Row, ...] = (
                 "smbfast/run/agreement.py",
                 "{n: averages[n] for n in sorted(scale)}",
                 "{}",
+            ),
+        ),
+    ),
+    Row(
+        "N3",
+        "A step that is computed again after a restart is compared: same bits, rounding, or wrong "
+        "once. It costs nothing, where computing suspect steps twice would cost steps.",
+        {"push": 61, "nightly": 300, "recorded": 1000},
+        recomputed,
+        (
+            mutant(
+                "norms-not-compared",
+                "a wrong gradient is taken for one of the step behind it",
+                "smbfast/run/recomputed.py",
+                'NAMES = ("sft", "jepa", "codes", "grad_norm")',
+                'NAMES = ("sft", "jepa", "codes")',
+            ),
+            mutant(
+                "read-when-cut-off",
+                "the log is cut off at the checkpoint before its steps are read",
+                "smbfast/run/metrics.py",
+                "        self.again = Recomputed.of(self._path, offset)\n"
+                "        os.truncate(self._path, min(offset, self._path.stat().st_size))\n",
+                "        os.truncate(self._path, min(offset, self._path.stat().st_size))\n"
+                "        self.again = Recomputed.of(self._path, offset)\n",
             ),
         ),
     ),
