@@ -35,7 +35,7 @@ MOMENTS = {
     "step": ("smbfast.run.loop", "forward_backward"),
     "collective": ("torch.distributed", "all_reduce"),
     "evaluation": ("smbfast.run.loop", "evaluate_step"),
-    "saving": ("smbfast.run.checkpoint", "save_file"),
+    "saving": ("smbfast.run.checkpoint", "committed_folder"),  # checkpoints and the best model
     "saved": ("smbfast.run.open_run", "write_status"),
     "end": ("smbfast.run.loop", "probe_run"),
 }

@@ -27,6 +27,7 @@ RANK_DEATHS = (
     (0, "collective"),
     (1, "collective"),
     (0, "saving"),
+    (0, "saving"),
     (0, "saved"),
     (0, "evaluation"),
     (1, "evaluation"),
@@ -85,10 +86,8 @@ def _trials(work: Work) -> list[Any]:
         slow = 2.5 if work.size == "recorded" else 1.0
         turn = draw.randint(2, 5) if moment in ("step", "collective") else 1
         launchers.append(Death(rank, moment, turn, "launcher", slow))
-    kills = [
-        Death(r, m, draw.randint(1, 5) if m in ("step", "collective") else 1)
-        for r, m in RANK_DEATHS
-    ]
+    turns = {"step": 5, "collective": 5, "saving": 3, "saved": 2}
+    kills = [Death(r, m, draw.randint(1, turns.get(m, 1))) for r, m in RANK_DEATHS]
     stops = [Death(1, "step", 2, "stop"), Death(0, "saving", 1, "stop"), Death(0, "end", 1, "stop")]
     if work.size == "mutant":
         return [next(d for d in launchers if d.moment == "step"), Death(1, "collective", 3)]
@@ -151,7 +150,7 @@ def _real(work: Work) -> tuple[list[str], int]:
         if name == "a second one":
             second = jobs.torchrun(2, job, work.folder / "log-second")
             text = (work.folder / "log-second").read_text() if second.wait(300) else ""
-            if "is at work" not in text and "in use" not in text:
+            if "is in use by" not in text:
                 bad.append(f"{name}: ended with {second.returncode}: {text[-300:]}")
         elif name == "rank killed":
             os.kill(ranks[-1], signal.SIGKILL)
