@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
             )
         refuse_missing(settings.model, "model")
         say_first("smbfast.embed")
-        from smbfast.base.runtime import few
+        from smbfast.base.counts import of_whole
         from smbfast.data.moments import read_moments
         from smbfast.serving import load
 
@@ -44,8 +44,9 @@ def main(argv: list[str] | None = None) -> None:
     if counts is None:
         print(f"{settings.out} holds these embeddings; another process has written it")
         return
-    print(f"embedded {few(counts['embedded'])} nodes: {settings.out}")
-    print(", ".join(f"{k.replace('_', ' ')} {few(v)}" for k, v in counts.items()))
+    shown = {name: of_whole(count, counts["nodes"]) for name, count in counts.items()}
+    print(f"embedded {shown['embedded']} nodes: {settings.out}")
+    print(", ".join(f"{name.replace('_', ' ')} {count}" for name, count in shown.items()))
 
 
 if __name__ == "__main__":

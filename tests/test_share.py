@@ -306,6 +306,7 @@ REFUSED: dict[str, tuple[Any, list[str], tuple[str, ...]]] = {
     "a sample": (lambda f: (f / "sample.json").write_text("{}"), [], ("sample.json",)),
     "notes": (lambda f: (f / "notes.md").write_text("x"), [], ("notes.md",)),
     "a small cell": (lambda f: add(f / "README.md", SMALL), [], ("README.md, line", "10 people")),
+    "a small word": (lambda f: add(f / "README.md", "Three women died.\n"), [], ("10 people",)),
     "a small row": (lambda f: add(f / "README.md", "| women | 3 |\n"), [], ("README.md, line",)),
     "a small part": (lambda f: add(f / "README.md", "4 of 20 patients died\n"), [], ("10 people",)),
     "a small group": (lambda f: add(f / "README.md", "n=3 male patients\n"), [], ("10 people",)),

@@ -23,6 +23,7 @@ from smbfast.judging.judge import OWN, STACK, Protocol, judge, unmeasurable
 from smbfast.judging.methods import Method, read_methods
 from smbfast.judging.prediction_files import Predictions
 from smbfast.judging.scored import Role, Scored, Traits
+from smbfast.judging.small_cells import without_small_cells
 from smbfast.judging.verdicts import verdicts
 from smbfast.settings.compare import CompareSettings
 
@@ -79,6 +80,7 @@ def compare(
         records.append(record | {"left_out": paired.left_out, "judged_on": paired.judged_on})
     primary = measures.PRIMARY
     made = headline(records, primary) if alone else verdicts(records, pairs, primary)
+    records = [without_small_cells(record, config.small_cells) for record in records]
     return {
         "methods": [
             _about(m, word) for m, word in zip(methods, _words(config, methods), strict=True)

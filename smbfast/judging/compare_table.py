@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from smbfast.judging.small_cells import shown
+
 COLUMNS = {
     "binary": {
         "primary": "AUROC (first)",
@@ -23,49 +25,34 @@ COLUMNS = {
 
 def table(record: dict[str, Any]) -> str:
     """Return the content of `compare.json` as text."""
-    small = record["small_cells"]
     lines = ["", *(verdict["text"] for verdict in record["headline"])]
     for task in record["tasks"]:
-        lines += ["", *_block(task, small)]
+        lines += ["", *_block(task)]
     notes = [*record["notes"], "95 % intervals in brackets. (first): each patient's first row."]
     return "\n".join([*lines, "", *notes])
 
 
-def sizes(task: dict[str, Any], small: int) -> str:
+def sizes(task: dict[str, Any]) -> str:
     """Return in words on how many rows and patients a task is compared."""
+    # all rows count as those of one split
     rows, positives, patients = (
-        sum(task[name].values()) for name in ("rows", "positives", "patients")
+        shown(next(iter(task[name].values()))) for name in ("rows", "positives", "patients")
     )
     kind = "positive" if task["kind"] == "binary" else "with the event"
     days = task["horizons_days"] or []
     horizons = f"; horizons of {', '.join(f'{h:,.4g}' for h in days)} days" if days else ""
-    return (
-        f"{shown(rows, small)} shared rows ({_part(positives, rows, small)} {kind}) of "
-        f"{shown(patients, small)} patients{horizons}"
-    )
+    return f"{rows} shared rows ({positives} {kind}) of {patients} patients{horizons}"
 
 
-def left_out(task: dict[str, Any], small: int) -> str:
+def left_out(task: dict[str, Any]) -> str:
     """Return in words how many rows were left out; empty if none was."""
-    parts = [
-        f"{shown(number, small)} of {name}" for name, number in task["left_out"].items() if number
-    ]
+    parts = [f"{shown(number)} of {name}" for name, number in task["left_out"].items() if number]
     return f"Rows left out, because not all have them: {', '.join(parts)}." if parts else ""
 
 
-def shown(number: int, small: int) -> str:
-    """Return a count of rows or people as text; a small one is only said to be small."""
-    return f"<={small}" if 0 < number <= small else f"{number:,}"
-
-
-def _part(number: int, whole: int, small: int) -> str:
-    """Return a count of a whole that stands beside it, so that none is learned by subtraction."""
-    return f"all but <={small}" if 0 < whole - number <= small < number else shown(number, small)
-
-
-def _block(task: dict[str, Any], small: int) -> list[str]:
-    lines = [f"{task['task']}: {sizes(task, small)}"]
-    if words := left_out(task, small):
+def _block(task: dict[str, Any]) -> list[str]:
+    lines = [f"{task['task']}: {sizes(task)}"]
+    if words := left_out(task):
         lines.append(f"  {words}")
     if task["reason"]:
         return [*lines, f"  not measured: {task['reason']}"]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from smbfast.base.counts import FEW
 from smbfast.data.labels import Labels
 from smbfast.judging.scored import Scored
 from smbfast.statistics import binary, incidence, resample, survival
@@ -91,7 +92,7 @@ def curve(judged: Labels, model: Scored, horizons_H: tuple[float, ...]) -> list[
     chance_J = model.chance_SNH[:, :, middle].mean(0)
     return [
         _survival_bin(judged.take(part_M), chance_J[part_M], horizons_H[middle])
-        for part_M in binary.bins(chance_J, judged.subject_N)
+        for part_M in binary.bins(chance_J, outcome(judged), judged.subject_N)
     ]
 
 
@@ -114,14 +115,35 @@ def _survival_bin(part: Labels, chance_M: np.ndarray, days: float) -> dict[str, 
 
 
 def incidence_curve(judged: Labels) -> dict[str, Any]:
-    """Return how common the event, and what competes with it, is by 25 times up to the last event
-    (Aalen and Johansen; without competing events one less Kaplan and Meier)."""
+    """Return how common the event, and what competes with it, is by up to 25 times up to the last
+    event (Aalen and Johansen; without competing events one less Kaplan and Meier). Between two of
+    the times more than ten people have each of them, or none has: a step tells of nobody."""
     rows = follow_up(judged)
     last = float(rows.duration_N[rows.ended_N].max(initial=0.0))
-    days_H = np.linspace(0, last, _POINTS)
+    days_H = _without_few(np.linspace(0, last, _POINTS), judged, rows)
     event_H, competing_H = incidence.aalen_johansen(rows, days_H)
     return {
         "days": days_H.tolist(),
         "event": event_H.tolist(),
         "competing": None if competing_H is None else competing_H.tolist(),
     }
+
+
+def _without_few(days_H: np.ndarray, judged: Labels, rows: FollowUp) -> np.ndarray:
+    """Return the days without those that come 1 to 10 people's events after the day before."""
+    competes_J = competing_of(judged)
+    kinds = [outcome(judged)] + ([] if competes_J is None else [competes_J])
+
+    def tells(after: float, until: float) -> bool:
+        within_J = (rows.duration_N > after) & (rows.duration_N <= until)
+        people = (len(np.unique(judged.subject_N[within_J & kind_J])) for kind_J in kinds)
+        return any(0 < n <= FEW for n in people)
+
+    ends = [-np.inf]
+    for days in days_H:
+        if not tells(ends[-1], days):
+            ends.append(float(days))
+    # the last day ends the curve; what is left before it joins the step before
+    while len(ends) > 2 and tells(ends[-1], days_H[-1]):
+        ends.pop()
+    return np.unique([*ends[1:], float(days_H[-1])])

@@ -210,7 +210,8 @@ class _Task:
             "type": self.task.kind,
             "about": self.task.about,
             "splits": {
-                split: {name: recorded(count[name]) for name in names}
+                # each is a part of the rows, and no part tells a small rest
+                split: {name: recorded(count[name], count["rows"]) for name in names}
                 for split, count in self.counts.items()
             },
             "excluded": {reason: recorded(n) for reason, n in sorted(self.excluded.items())},

@@ -32,6 +32,7 @@ from smbfast.judging.judge import OWN
 from smbfast.judging.measures import PRIMARY
 from smbfast.judging.predictions import require_predictions, write_predictions
 from smbfast.judging.risk_function import FILE, RiskFunction, write_risk_functions
+from smbfast.judging.small_cells import without_small_cells
 from smbfast.labelling.checking import check_against_definitions
 from smbfast.labelling.competing import competing_tasks
 from smbfast.probing.contestants import Contestants
@@ -110,9 +111,10 @@ def _protocol(config: ProbeCommandSettings) -> Protocol:
 def _record(
     config: ProbeCommandSettings, protocol: Protocol, measured: list[Measured], looks: int
 ) -> dict[str, Any]:
-    """Return the content of `probe.json`."""
+    """Return the content of `probe.json`, which holds no small count."""
     tasks = [result.record for result in measured]
     verdicts = headline(tasks, PRIMARY)
+    tasks = [without_small_cells(task, config.small_cells) for task in tasks]
     return {
         "judged_on": protocol.judged_on,
         "num_looks": looks,

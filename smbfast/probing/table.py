@@ -3,7 +3,9 @@
 import textwrap
 from typing import Any
 
+from smbfast.base.counts import FEW
 from smbfast.base.held_out import times
+from smbfast.judging.small_cells import shown, without_small_cells
 
 _WIDTH = 100
 _WIDEST = 110  # of a table: a label that makes it wider is broken
@@ -41,7 +43,8 @@ _INTERVALS = (
 def table(record: dict[str, Any]) -> str:
     """Return the content of `probe.json` as text: verdicts worst first, one block for each task
     with a line for each model, and what was not measured."""
-    small = int(record.get("small_cells", 10))
+    small = int(record.get("small_cells", FEW))
+    record = record | {"tasks": [without_small_cells(task, small) for task in record["tasks"]]}
     lines = ["", "Verdicts, worst first:"]
     for verdict in record["headline"]:
         lines += textwrap.wrap(
@@ -51,11 +54,11 @@ def table(record: dict[str, Any]) -> str:
     if len(measured) > _MANY:
         lines += ["", *_summary(record, measured)]
     for task in record["tasks"]:
-        lines += ["", *_heading(task, record, small)]
+        lines += ["", *_heading(task, record)]
         if not task["reason"]:
             metric = record["primary"][task["kind"]]
             lines += _models(task, metric, record["judged_on"])
-            lines += [*_groups(task, metric, small), *_shots(task, metric)]
+            lines += [*_groups(task, metric), *_shots(task, metric)]
     lines += ["", *_not_measured(record)]
     for note in (*record.get("notes", []), _INTERVALS):
         lines += textwrap.wrap(note, _WIDTH)
@@ -66,26 +69,24 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join([*lines, *_judges(record["judged_on"], record["num_looks"])])
 
 
-def _heading(task: dict[str, Any], record: dict[str, Any], small: int) -> list[str]:
+def _heading(task: dict[str, Any], record: dict[str, Any]) -> list[str]:
     kind = "positive" if task["kind"] == "binary" else "events"
     judged_on = record["judged_on"]
     sizes = ", ".join(
-        f"{split} {_count(task['rows'][split], small)} "
-        f"({_part(task['positives'][split], task['rows'][split], small)} {kind})"
+        f"{split} {shown(task['rows'][split])} ({shown(task['positives'][split])} {kind})"
         for split in task["rows"]
     )
-    patients = f"{_count(task['patients'][judged_on], small)} {_PATIENTS[judged_on]} patients"
+    patients = f"{shown(task['patients'][judged_on])} {_PATIENTS[judged_on]} patients"
     lines = textwrap.wrap(
         f"{task['task']}: {sizes}; judged on {patients}", _WIDEST, subsequent_indent="  "
     )
     if task["unmatched"]:
-        lines.append(f"  {_count(task['unmatched'], small)} label rows have no embedding")
+        lines.append(f"  {shown(task['unmatched'])} label rows have no embedding")
     if task["reason"]:
         return [*lines, f"  not measurable: {task['reason']}"]
     if task["horizons_days"]:
         lines.append(f"  horizons {', '.join(f'{days:g}' for days in task['horizons_days'])} days")
-    positives, rows = task["positives"][judged_on], task["rows"][judged_on]
-    if small < positives < rows - small and task["kind"] == "binary":
+    if task["prevalence"] is not None and task["kind"] == "binary":
         lines.append(f"  prevalence {task['prevalence']:.3f}, the AUPRC of a model of no worth")
     return lines
 
@@ -128,14 +129,12 @@ def _models(task: dict[str, Any], metric: str, judged_on: str) -> list[str]:
     return lines
 
 
-def _groups(task: dict[str, Any], metric: str, small: int) -> list[str]:
+def _groups(task: dict[str, Any], metric: str) -> list[str]:
     """Return a line for each group that has a figure, and one for all others."""
     if not task["groups"]:
         return []
     if all(group["reason"] for group in task["groups"]):
         return ["  no group (node, past events, sex, age) has rows enough for a figure"]
-    # groups add up to the task: where one is small, no other of its kind may tell how small
-    of_small = {g["by"] for g in task["groups"] if 0 < g["rows"] <= small}
     cells = [[f"{_PRIMARY[metric]} in groups", "rows", "smbfast", "best rival", "difference"]]
     without: dict[str, dict[str, list[str]]] = {}
     for group in task["groups"]:
@@ -144,14 +143,13 @@ def _groups(task: dict[str, Any], metric: str, small: int) -> list[str]:
             without.setdefault(group["reason"], {}).setdefault(by, []).append(group["name"])
             continue
         own = [_number(group["models"].get(name)) for name in ("smbfast", task["best"])]
-        rows = "-" if group["by"] in of_small else _count(group["rows"], small)
         difference = _shown(group["difference"], "+")
-        cells.append([f"{by}: {group['name']}", rows, *own, difference])
+        cells.append([f"{by}: {group['name']}", shown(group["rows"]), *own, difference])
     lines = ["", *_aligned(cells)] if len(cells) > 1 else [""]
     for reason, kinds in without.items():
-        shown = "; ".join(f"{by}: {', '.join(names)}" for by, names in kinds.items())
+        groups = "; ".join(f"{by}: {', '.join(names)}" for by, names in kinds.items())
         lines += textwrap.wrap(
-            f"no figure in groups ({reason}): {shown}",
+            f"no figure in groups ({reason}): {groups}",
             _WIDTH,
             initial_indent="  ",
             subsequent_indent="    ",
@@ -212,15 +210,6 @@ def _judges(judged_on: str, num_looks: int) -> list[str]:
     if num_looks:
         lines.append(f"Held-out patients: looked at {times(num_looks)} in this run.")
     return lines
-
-
-def _count(number: int, small: int) -> str:
-    return f"<={small}" if 0 < number <= small else f"{number:,}"
-
-
-def _part(number: int, whole: int, small: int) -> str:
-    """Return a count of a whole that stands beside it, so that none is learned by subtraction."""
-    return f"all but <={small}" if 0 < whole - number <= small < number else _count(number, small)
 
 
 def _number(cell: dict[str, Any] | None) -> str:

@@ -1,18 +1,19 @@
 """From values of JSON records, whatever their type, to what stands in a cell of a page."""
 
 import math
+import re
 
-from smbfast.base.counts import FEW_TEXT
 from smbfast.reporting.runlog import Record, number
 
 # below this nobody can be found again in a count: the rule of the US claims data (CMS)
 SMALL = 10
+_SMALL_TEXT = re.compile(r"(all but )?<=\d{1,9}")
 
 
 def count(value: object) -> str:
     """Return a count for readers; one of 1 to 10 is only said to be small."""
-    if value == FEW_TEXT:  # a record that holds no small count either
-        return f"≤{SMALL}"
+    if isinstance(value, str) and _SMALL_TEXT.fullmatch(value):  # a record without small counts
+        return value.replace("<=", "≤")
     amount = number(value)
     if not math.isfinite(amount):
         return "–"

@@ -78,9 +78,7 @@ def paired(record: Record) -> Record:
         "summary": [_verdict(verdict) for verdict in record["headline"]],
         "notes": record["notes"],
         "forest": plots([_summary(record)]) if len(tasks) > 1 else [],
-        "tasks": [
-            _task(task, f"task-{at}", record["small_cells"]) for at, task in enumerate(tasks)
-        ],
+        "tasks": [_task(task, f"task-{at}") for at, task in enumerate(tasks)],
         "protocol": record["protocol"],
     }
 
@@ -139,17 +137,17 @@ def _pair(verdict: Record) -> str:
     return f"{verdict.get('model', 'smbfast')} − {verdict['against']}"
 
 
-def _task(task: Record, name: str, small: int) -> Record:
+def _task(task: Record, name: str) -> Record:
     columns = COLUMNS[task["kind"]]
     titles = {key: title + _direction(key) for key, title in columns.items() if _known(task, key)}
     return {
         "id": name,
         "name": task["task"],
-        "sizes": sizes(task, small),
-        "left_out": left_out(task, small),
+        "sizes": sizes(task),
+        "left_out": left_out(task),
         "reason": task["reason"],
         "forests": plots([] if task["reason"] else _forests(task, name)),
-        "calibration": plots(_calibration(task, name) if _tells(task, small) else []),
+        "calibration": plots(_calibration(task, name)),
         "columns": list(titles.values()),
         "rows": [
             (_label(model), [written(interval(_figures(model).get(key))) for key in titles])
@@ -208,12 +206,6 @@ def _forests(task: Record, name: str) -> list[str | None]:
             f"{name}-gaps", gaps, title=f"Difference in {metric}", unit=unit, level=0.0, signed=True
         ),
     ]
-
-
-def _tells(task: Record, small: int) -> bool:
-    """Whether a curve of shares can be drawn: of so few patients each of its steps is one."""
-    rows, positives = (sum(task[name].values()) for name in ("rows", "positives"))
-    return not small or (positives > small and not 0 < rows - positives <= small)
 
 
 def _calibration(task: Record, name: str) -> list[str | None]:

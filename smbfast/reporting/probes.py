@@ -177,7 +177,7 @@ def _task(task: Record, place: int, primary: dict[str, str], split: str) -> Reco
         "facts": _facts(task, split),
         "forests": plots([about.values(measured), about.differences(), about.groups()]),
         "curves": plots([*(shares if clear else []), about.few_shot()]),
-        "undrawn": any(shares) and not clear,
+        "undrawn": bool(measured) and not clear,
         "unmeasured": [
             f"{_label(model)} ({model.get('reason')})" for model in models if model.get("reason")
         ],

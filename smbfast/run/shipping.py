@@ -36,11 +36,12 @@ _MIN_PATIENTS = 10  # behind every entry of a vocabulary
 _PEOPLE = r"(patients?|subjects?|persons?|people|women|men|deaths?|positives?|cases|rows|nodes)"
 _PATH = re.compile(r"(/[^/\n]+){2,}/?|[A-Za-z]:\\[^\n]*")  # all of a text
 _BETWEEN = re.compile(r"[\s`'\"()<>|,;=\[\]]+")  # the words of a card
-# a count of 1 to 10 people in a sentence, 3 patients, 3 older patients or 3 of 20 patients, or in a
-# row of a table that begins with what it counts
+_WORDS = "one|two|three|four|five|six|seven|eight|nine|ten"
+# a count of 1 to 10 people in a sentence, 3 or three patients, 3 older patients or 3 of 20
+# patients, or in a row of a table that begins with what it counts
 _SMALL = re.compile(
     r"(?<![\d.,%$-])(?<!than )(?<![<≤>≥] )(?<![<≤>≥])(?<![<>]= )(?<![<>]=)"
-    rf"\b([1-9]|10)\s+(of\s+(the\s+)?[\d,]+\s+|[a-z]+\s+)?{_PEOPLE}\b|"
+    rf"\b([1-9]|10|{_WORDS})\s+(of\s+(the\s+)?[\d,]+\s+|[a-z]+\s+)?{_PEOPLE}\b(?! or fewer)|"
     rf"^\|\s*{_PEOPLE}\s*\|\s*([1-9]|10)\s*\|",
     re.IGNORECASE | re.MULTILINE,
 )

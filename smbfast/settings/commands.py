@@ -255,8 +255,9 @@ class ProbeCommandSettings(Settings):
     small_cells: int = Field(
         10,
         ge=0,
-        description="Privacy of small groups: in the printed table a count from 1 to this number "
-        "appears as <=N. 0 prints every count as it is.",
+        description="Privacy of small groups: in the printed table and probe.json a count "
+        "from 1 to this number appears as <=N, and one that leaves so many of its whole as all "
+        "but <=N. 0 shows every count as it is.",
     )
 
     @field_validator("untrained", mode="before")

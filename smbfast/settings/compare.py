@@ -86,8 +86,9 @@ class CompareSettings(Settings):
     small_cells: int = Field(
         10,
         ge=0,
-        description="Privacy of small groups: in the printed table and on the page a count from 1 "
-        "to this number appears as <=N. 0 shows every count as it is.",
+        description="Privacy of small groups: in the printed table, in compare.json and on "
+        "the page a count from 1 to this number appears as <=N, and one that leaves so many of its "
+        "whole as all but <=N. 0 shows every count as it is.",
     )
 
     @field_validator("methods")

@@ -14,7 +14,7 @@ from smbfast.statistics.weights import Metric, ratio, weighted_sums
 _NEAREST = 1e-9  # to 0 and 1 that a probability may come before its logit is taken (our choice)
 _STEPS = 40  # of Newton's method, after which a draw has no solution (separated classes)
 _LAST = 1e-5  # a step this short is the last: the next would be about its square
-_FEWEST = 10  # people in a bin of the calibration curve
+_FEW = 10  # people in a bin of the calibration curve that are too few to show
 _NORMAL = 1.959963984540054  # the 97.5 % point of the normal law
 
 
@@ -118,31 +118,39 @@ def curve(
 ) -> list[Bin]:
     """Return the calibration curve: observed against predicted by deciles of the prediction.
 
-    Equal predictions stay in one bin, and a bin of fewer than 10 people joins its neighbour. The
-    interval (95 %) is Wilson's with the people in the bin as its number: rows of one patient are
-    not independent, so it is on the wide side (our choice).
+    Equal predictions stay in one bin, and a bin of at most 10 people joins its neighbour, as does
+    one with 1 to 10 people of either outcome, whom a share of the bin would tell. The interval
+    (95 %) is Wilson's with the people in the bin as its number: rows of one patient are not
+    independent, so it is on the wide side (our choice).
 
     Args:
         probability_N: float, true_N: bool, subject_N: whose the row is.
     """
-    parts = bins(probability_N, subject_N, num_bins)
+    parts = bins(probability_N, true_N, subject_N, num_bins)
     return [_bin(probability_N[rows], true_N[rows], subject_N[rows]) for rows in parts]
 
 
-def bins(probability_N: np.ndarray, subject_N: np.ndarray, num_bins: int = 10) -> list[np.ndarray]:
+def bins(
+    probability_N: np.ndarray, true_N: np.ndarray, subject_N: np.ndarray, num_bins: int = 10
+) -> list[np.ndarray]:
     """Return the rows of each bin of a calibration curve, least prediction first; see `curve`."""
     if len(probability_N) == 0:
         return []
     edges = np.quantile(probability_N, np.arange(1, num_bins) / num_bins)
     bin_N = np.searchsorted(np.unique(edges), probability_N, side="right")
+
+    def tells(rows: np.ndarray) -> bool:
+        people = (len(np.unique(subject_N[rows[true_N[rows] == one]])) for one in (True, False))
+        return len(np.unique(subject_N[rows])) <= _FEW or any(0 < n <= _FEW for n in people)
+
     parts: list[np.ndarray] = []
     for number in np.unique(bin_N):
         rows = np.flatnonzero(bin_N == number)
-        if parts and len(np.unique(subject_N[parts[-1]])) < _FEWEST:
+        if parts and tells(parts[-1]):
             parts[-1] = np.concatenate([parts[-1], rows])
         else:
             parts.append(rows)
-    if len(parts) > 1 and len(np.unique(subject_N[parts[-1]])) < _FEWEST:
+    while len(parts) > 1 and tells(parts[-1]):
         parts[-2:] = [np.concatenate(parts[-2:])]
     return parts
 

@@ -238,15 +238,19 @@ def test_one_class(world: dict, split: str, final: bool) -> None:
         assert not (world["out"] / "predictions" / "sick").exists()
 
 
-def test_small_counts_are_not_printed(world: dict) -> None:
+def test_small_counts_are_in_no_output(world: dict) -> None:
     file = world["data"] / "labels" / "sick" / "tuning.parquet"
     labels = pq.read_table(file)
-    few = pa.array([row < 7 for row in range(len(labels))])
-    pq.write_table(labels.set_column(2, "boolean_value", few), file)
-    record = probe(world, labels=["sick"])
-    assert record["tasks"][0]["positives"]["tuning"] == 7
-    assert "tuning 60 (<=10 positive)" in table(record)
-    assert "tuning 60 (7 positive)" in table(record | {"small_cells": 0})
+    for few, said in ((7, "<=10"), (len(labels) - 7, "all but <=10")):
+        true = pa.array([row < few for row in range(len(labels))])
+        pq.write_table(labels.set_column(2, "boolean_value", true), file)
+        record = probe(world, labels=["sick"])
+        task = record["tasks"][0]
+        assert task["positives"]["tuning"] == said and task["prevalence"] is None
+        assert not any(model["curve"] for model in task["models"])
+        assert f"tuning 60 ({said} positive)" in table(record)
+        assert json.loads((world["out"] / "probe.json").read_text())["tasks"] == record["tasks"]
+    assert "tuning 60 (53 positive)" in table(probe(world, labels=["sick"], small_cells=0))
     assert "Bayes filter = bound for any model in expectation" in table(record)
 
 

@@ -92,29 +92,36 @@ def test_skill_is_against_the_prevalence_of_the_draw() -> None:
 
 def test_the_curve_is_of_deciles_with_wilsons_interval_of_people() -> None:
     random = np.random.default_rng(0)
-    probability_N = random.permutation(1000) / 1000
-    true_N, subject_N = random.random(1000) < probability_N, np.arange(1000) // 2
-    bins = binary.curve(probability_N, true_N, np.arange(1000))
-    assert [b["num"] for b in bins] == [100] * 10
+    probability_N = random.permutation(4000) / 4000
+    true_N, subject_N = random.random(4000) < probability_N, np.arange(4000) // 2
+    bins = binary.curve(probability_N, true_N, np.arange(4000))
+    assert [b["num"] for b in bins] == [400] * 10
     for number, own in enumerate(bins):
         rows = (probability_N * 10).astype(int) == number
         assert own["predicted"] == pytest.approx(probability_N[rows].mean())
         assert own["observed"] == pytest.approx(true_N[rows].mean())
-        wilson = binomtest(int(true_N[rows].sum()), 100).proportion_ci(method="wilson")
+        wilson = binomtest(int(true_N[rows].sum()), 400).proportion_ci(method="wilson")
         assert (own["low"], own["high"]) == pytest.approx((wilson.low, wilson.high), abs=1e-12)
     # two rows of a patient count once: fewer people, wider intervals
     people = binary.curve(probability_N, true_N, subject_N)
-    assert all(b["num"] < 100 for b in people)
+    assert all(b["num"] < 400 for b in people)
     assert all(
         b["high"] - b["low"] > a["high"] - a["low"] for a, b in zip(bins, people, strict=True)
     )
 
 
-def test_bins_of_fewer_than_ten_people_join() -> None:
-    probability_N = np.arange(45) / 45
-    bins = binary.curve(probability_N, probability_N > 0.5, np.arange(45))
-    assert sum(b["num"] for b in bins) == 45 and len(bins) >= 3
-    assert min(b["num"] for b in bins) >= 10
+def test_bins_that_tell_of_ten_people_or_fewer_join() -> None:
+    """A share of a bin with 1 to 10 people of an outcome would tell how many they are."""
+    random = np.random.default_rng(1)
+    probability_N = random.permutation(300) / 300
+    true_N = random.random(300) < probability_N**2
+    for subject_N in (np.arange(300), np.arange(300) // 3):
+        parts = binary.bins(probability_N, true_N, subject_N)
+        assert len(parts) >= 2 and len(np.concatenate(parts)) == 300
+        for rows in parts:
+            for kind in (rows[true_N[rows]], rows[~true_N[rows]]):
+                assert not 0 < len(np.unique(subject_N[kind])) <= 10
+            assert len(np.unique(subject_N[rows])) > 10
     assert len(binary.curve(np.full(50, 0.2), np.arange(50) < 9, np.arange(50))) == 1
     assert binary.curve(np.empty(0), np.empty(0, bool), np.empty(0)) == []
     assert [
