@@ -164,7 +164,7 @@ def _ours(folder: Path) -> set[str] | None:
         unedited = {n for n, (_, digest) in notes.items() if _is(folder / n, digest)}
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
     inside = {n for n in files if ".." not in Path(n).parts and not Path(n).is_absolute()}
     return (inside - notes.keys()) | unedited | {MANIFEST}

@@ -134,7 +134,7 @@ def _is_old(folder: Path) -> bool:
 def _record(marker: Path) -> dict:
     try:
         record = json.loads(marker.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) and isinstance(record.get("writes"), str) else {}
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import struct
 import tempfile
 from collections import OrderedDict
@@ -31,6 +32,7 @@ _MARK = b"smbarray"
 _PREFIX = len(_MARK) + 8 + 32
 _ALIGN = 64  # bytes: a cache line
 _CHUNK = 1 << 20  # bytes read at once
+_NUMBER = re.compile(r"[<|][biuf][1248]")  # dtypes of which any bytes are some
 
 
 class ArrayWriter:
@@ -117,6 +119,15 @@ class Place(NamedTuple):
     num: int  # of its elements
 
 
+def _place(first: int, dtype: object, at: object, num: object) -> Place:
+    """Return the place of an array that a header describes; a ValueError if there can be none."""
+    if not (isinstance(dtype, str) and isinstance(at, int) and isinstance(num, int)):
+        raise ValueError(dtype, at, num)
+    if min(at, num) < 0 or not _NUMBER.fullmatch(dtype):
+        raise ValueError(dtype, at, num)
+    return Place(np.dtype(dtype), first + at, num)
+
+
 @dataclass(frozen=True)
 class ArrayFile:
     """A finished file of arrays. It holds neither a map nor a file descriptor."""
@@ -136,14 +147,11 @@ class ArrayFile:
         """
         header, first, sha256, stamp = _read_header(path)
         try:
-            places = {
-                name: Place(np.dtype(dtype), first + at, num)
-                for name, (dtype, at, num) in header["arrays"].items()
-            }
-            ends = [p.first + p.num * p.dtype.itemsize for p in places.values()]
-            size = first + max((end - first + -(end - first) % _ALIGN for end in ends), default=0)
-        except (KeyError, TypeError, ValueError, AttributeError):
+            places = {name: _place(first, *entry) for name, entry in header["arrays"].items()}
+        except (TypeError, ValueError, AttributeError, SyntaxError):
             raise damaged(path) from None
+        ends = [p.first + p.num * p.dtype.itemsize for p in places.values()]
+        size = first + max((end - first + -(end - first) % _ALIGN for end in ends), default=0)
         if stamp[0] != size:
             raise ValueError(f"{path} must hold {size} bytes as its header says; it does not")
         return cls(path, stamp, sha256, places)
@@ -242,9 +250,11 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, str, tuple[int, int]]
         raise ValueError(f"{path} must be a finished file of arrays; it is not")
     try:
         header = json.loads(raw)
-        header["index"], header["arrays"]
-    except (ValueError, KeyError, TypeError):
-        raise damaged(path) from None
+        whole = isinstance(header["index"], dict) and isinstance(header["arrays"], dict)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise damaged(path)
     return header, _PREFIX + size, prefix[-32:].hex(), stamp
 
 

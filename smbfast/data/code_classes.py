@@ -117,7 +117,7 @@ class CodeClasses:
         try:
             ids = content["ids"]
             classes = cls(content["names"], None if ids is None else np.array(ids, np.int64))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             classes = None
         if classes is None or classes.digest != digest:
             raise ValueError(

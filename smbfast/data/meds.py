@@ -312,7 +312,7 @@ class MedsDataset:
 def _version(path: Path) -> str:
     try:
         return str(json.loads((path / "metadata" / "dataset.json").read_text())["meds_version"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "unknown"
 
 

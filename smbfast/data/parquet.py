@@ -67,13 +67,14 @@ def read_columns(
     parquet = open_parquet(file, buffer)
     schema = parquet.schema_arrow
     columns = [c for c in (optional or ()) if c in schema.names]
+    for name in (*wanted, *columns):
+        if schema.names.count(name) > 1:
+            raise ValueError(f"{file} must have one column `{name}`; it has {column_names(schema)}")
     for name, types in wanted.items():
         if name not in schema.names:
             if None in types:
                 continue
             raise ValueError(f"{file} must have a column `{name}`; it has {column_names(schema)}")
-        if schema.names.count(name) > 1:
-            raise ValueError(f"{file} must have one column `{name}`; it has {column_names(schema)}")
         actual = schema.field(name).type
         if pa.types.is_dictionary(actual):
             actual = actual.value_type

@@ -1,6 +1,5 @@
 """Opens a prepared folder: what knows the ids, the token shards of each split, their record."""
 
-import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from smbfast.data.formats import (
 from smbfast.data.horizon_counts import candidates, chosen
 from smbfast.data.horizons import Horizons
 from smbfast.data.meds import MedsDataset
+from smbfast.data.prepare_record import read_record, require_record
 from smbfast.data.shards import LAYOUT, Shard
 from smbfast.data.style import SPAN
 from smbfast.data.timelines import Preamble
@@ -82,18 +82,18 @@ class Prepared:
         """
         folder = Path(folder)
         try:
-            record = json.loads((folder / "prepare.json").read_text())
-            made_by, delimiters = record["encoder"], record["delimiters"]
-        except (OSError, ValueError, KeyError, TypeError):
+            record = read_record(folder / "prepare.json")
+        except ValueError:
             raise ValueError(
                 f"{folder} must be a finished folder of `python -m smbfast.prepare`; it has no "
                 "readable prepare.json"
             ) from None
         require_current(folder, record)
+        require_record(folder / "prepare.json", record)
         verify_folder(folder / "tokenizer")
-        tokenizer, _ = load_tokenizer(str(folder / "tokenizer"), delimiters)
+        tokenizer, _ = load_tokenizer(str(folder / "tokenizer"), record["delimiters"])
         encoding = read_encoding(folder / "tokenizer", tokenizer, record)
-        if encoding.fingerprint() != made_by:
+        if encoding.fingerprint() != record["encoder"]:
             raise ValueError(f"{folder}: the tokenizer is not the one its shards were made with")
         opened = cls(folder, tokenizer, encoding, record, spare)
         shards = (shard for of_split in record["shards"].values() for shard in of_split)

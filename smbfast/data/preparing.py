@@ -47,6 +47,7 @@ from smbfast.data.formats import (
     sections_of,
 )
 from smbfast.data.meds import MedsDataset
+from smbfast.data.prepare_record import read_record
 from smbfast.data.prepared import CLASSES, Prepared, ShardRecord, require_current
 from smbfast.data.quality import count_quality
 from smbfast.data.sections import SectionMap
@@ -165,7 +166,7 @@ def _checked(out: Path, source: dict) -> dict:
     plan, finished = out / "plan.json", out / "prepare.json"
     if not (plan.is_file() or finished.is_file()):
         return {}
-    before = _recorded(plan if plan.is_file() else finished)
+    before = read_record(plan if plan.is_file() else finished)
     require_current(out, before)
     changed = ", ".join(k for k in source if not _same(source[k], before.get(k)))
     if changed:
@@ -246,16 +247,6 @@ def _same(wanted: object, recorded: object) -> bool:
         return wanted == recorded
     open_choice = wanted.get("bucket") == "auto"
     return (wanted | {"bucket": recorded.get("bucket")} if open_choice else wanted) == recorded
-
-
-def _recorded(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must say what was prepared, as JSON; remove its folder")
-    return content
 
 
 def check_prepared(prepared: Prepared, data: DataSettings, backbone: str | None) -> None:
@@ -359,7 +350,7 @@ def _find_classes(
 
 def _serializer(dataset: MedsDataset, out: Path) -> PatientSerializer:
     """Return the serializer of the plan; its tokenizer or vocabulary must be there."""
-    plan = json.loads((out / "plan.json").read_text())
+    plan = read_record(out / "plan.json")
     sections = SectionMap(**plan["section_rules"])
     return make_serializer(dataset, _encoding(out, plan), sections, plan["options"])
 

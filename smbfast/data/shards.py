@@ -43,6 +43,7 @@ _ARRAYS = {
     "subjects_K2": np.int64,  # ids of `line_code_L`, each with the number of timelines that have it
     **dict(reversed(FIELDS.items())),  # ids are last, so that reading the header reads none ahead
 }
+_ONE_OF_EACH = ("ids_T", "bucket_end_B", "line_start_L")
 _MAPS = OpenMaps(MOST_MAPS)
 _LEFT_OUT = ("ids_T", "line_time_L", "line_code_L")  # of a block
 _WITHOUT_IDS = tuple(n for n in FIELDS if n not in _LEFT_OUT)
@@ -200,25 +201,40 @@ class Shard:
             ValueError: `num_timelines` is None, and the shard is unfinished.
         """
         self.path, self._expected = path, sha256
+        self._num = -1 if num_timelines is None else num_timelines
         if num_timelines is None:
-            num_timelines = self._file.places["timelines"].num // len(TABLE)
-        self._num = num_timelines
+            self._num = self._file.places["timelines"].num // len(TABLE)
 
     @cached_property
     def _file(self) -> ArrayFile:
         file = ArrayFile.open(self.path)
-        if file.places.keys() != _ARRAYS.keys():
+        have = {name: place.dtype for name, place in file.places.items()}
+        if have != {name: np.dtype(dtype) for name, dtype in _ARRAYS.items()}:
             raise damaged(self.path)
         if self._expected not in (None, file.sha256):
             raise ValueError(
                 f"{self.path} must have the SHA-256 {self._expected}; it is another file"
             )
+        num, over = divmod(file.places["timelines"].num, len(TABLE))
+        sizes = {(name[-1], file.places[name].num) for name in FIELDS}
+        if over or len(sizes) != len("TBL") or self._num not in (-1, num):
+            raise damaged(self.path)
         return file
+
+    def _require_within(self, starts: list[int], ends: list[int]) -> None:
+        """Raise a ValueError unless spans of tokens, buckets and lines lie in their arrays."""
+        places = self._file.places
+        for start, end, name in zip(starts, ends, _ONE_OF_EACH, strict=True):
+            if not 0 <= start <= end <= places[name].num:
+                raise damaged(self.path)
 
     @property
     def index(self) -> dict[str, Any]:
         """What the writer counted, with `timelines` and `tokens`."""
-        return self._file.index
+        index = self._file.index
+        if not all(isinstance(index.get(name), int) for name in ("timelines", "tokens")):
+            raise damaged(self.path)
+        return index
 
     @property
     def sha256(self) -> str:
@@ -228,14 +244,23 @@ class Shard:
     def codes(self) -> list[str]:
         """Return the codes whose places stand in `line_code_L`, read anew; none if ids do."""
         raw = self._whole("codes").tobytes()
-        return json.loads(raw) if raw else []
+        try:
+            codes = json.loads(raw) if raw else []
+        except (ValueError, RecursionError):
+            raise damaged(self.path) from None
+        if not (isinstance(codes, list) and all(isinstance(code, str) for code in codes)):
+            raise damaged(self.path)
+        return codes
 
     def subjects_of_codes(self) -> np.ndarray:
         """Return ids of `line_code_L` and how many timelines have each, int64 [K, 2], read anew.
 
         Shards of other splits than train have none.
         """
-        return self._whole("subjects_K2").reshape(-1, 2)
+        flat = self._whole("subjects_K2")
+        if len(flat) % 2:
+            raise damaged(self.path)
+        return flat.reshape(-1, 2)
 
     def _whole(self, name: str) -> np.ndarray:
         return self._file.read({name: (0, self._file.places[name].num)})[name]
@@ -262,6 +287,7 @@ class Shard:
         starts = table[item - 1, len(ABOUT) :].tolist() if item else [0, 0, 0]
         row = table[item].tolist()
         about, ends = dict(zip(ABOUT, row, strict=False)), row[len(ABOUT) :]
+        self._require_within(starts, ends)
         spans = dict(zip("TBL", zip(starts, ends, strict=True), strict=True))
         fields: dict[str, Any] = {n: arrays[n][slice(*spans[n[-1]])] for n in FIELDS}
         return Timeline(**about, **fields)
@@ -286,6 +312,9 @@ class Shard:
             num = int(np.searchsorted(table[:, -1], before_3[2] + 1000 * BLOCK, side="right"))
             table = table[: max(num, 1)]
             last_3 = table[-1, len(ABOUT) :]
+            if (np.diff(table[:, len(ABOUT) :], axis=0, prepend=before_3[None]) < 0).any():
+                raise damaged(self.path)
+            self._require_within(before_3.tolist(), last_3.tolist())
             spans = dict(
                 zip("TBL", zip(before_3.tolist(), last_3.tolist(), strict=True), strict=True)
             )

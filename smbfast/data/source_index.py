@@ -25,6 +25,7 @@ FOLDER = "source"  # of the index, beside the shards
 FILE = "files.arrow"
 ROWS = 1 << 20  # subject ids decoded at once: 8 MiB
 _FORMAT = b"1"
+_WHOLE = 1 << 26  # bytes of an index up to which every offset and text is checked: our choice
 _THREADS = 8  # files hashed at once; hashing leaves the interpreter free
 _SCHEMA = pa.schema(
     [
@@ -212,9 +213,12 @@ def _read(folder: Path | None) -> _Known:
     """Return the index of a folder; an empty one where it is missing, damaged or of old form."""
     table = map_arrow(folder / FILE) if folder is not None else None
     if table is None or table.schema != _SCHEMA or table.schema.metadata != _SCHEMA.metadata:
-        return _Known([], [], [], [], np.empty(0, np.int64), np.zeros(1, np.int64))
+        return _nothing()
     columns = {n: one_array(table[n]) for n in table.column_names}
     subjects = columns["subjects"]
+    known = [array for name, array in columns.items() if name != "sha256"]
+    if any(array.null_count for array in (*known, subjects.values)):
+        return _nothing()
     stamps = zip(*(columns[n].to_pylist() for n in ("size", "mtime_ns", "ctime_ns")), strict=True)
     return _Known(
         columns["name"].to_pylist(),
@@ -226,12 +230,19 @@ def _read(folder: Path | None) -> _Known:
     )
 
 
+def _nothing() -> _Known:
+    return _Known([], [], [], [], np.empty(0, np.int64), np.zeros(1, np.int64))
+
+
 def map_arrow(file: Path) -> pa.Table | None:
-    """Return the table of an arrow file, mapped; None where it is missing or damaged."""
+    """Return the table of an arrow file, mapped; None where it is missing or damaged.
+
+    Of a large file only the structure is read, as reading all of it is what the map is to save.
+    """
     try:
         table = pa.ipc.open_file(pa.memory_map(os.fspath(file))).read_all()
-        table.validate()
-    except (OSError, pa.ArrowException):
+        table.validate(full=table.nbytes <= _WHOLE)
+    except (OSError, pa.ArrowException, UnicodeDecodeError):
         return None
     return table
 

@@ -76,6 +76,6 @@ def _now(folder: Path, files: Mapping[str, str]) -> dict[str, list]:
 def _read(file: Path) -> dict:
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

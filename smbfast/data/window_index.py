@@ -17,7 +17,7 @@ import numpy as np
 from smbfast.base.dividing import in_turn
 from smbfast.base.files import committed_file, digest_of, read_json
 from smbfast.base.progress import Progress
-from smbfast.data.array_file import ArrayFile, ArrayWriter, make_private
+from smbfast.data.array_file import ArrayFile, ArrayWriter, damaged, make_private
 from smbfast.data.code_classes import CodeClasses
 from smbfast.data.horizon_counts import counted_pairs
 from smbfast.data.horizons import Horizons, PairCounts
@@ -111,9 +111,23 @@ def _finished(folder: Path, name: str) -> ArrayFile | None:
     try:
         file = ArrayFile.open(folder / name)
         verify_files(folder, {name: file.sha256}, [folder])
+        _require_table(file)
     except ValueError:
         return None
     return file
+
+
+def _require_table(file: ArrayFile) -> None:
+    """Raise a ValueError unless a file has the columns of a table of windows, and its sums."""
+    dtypes = {name: np.dtype(d) for name, d in (COLUMNS | dict.fromkeys(ORDERS, np.int32)).items()}
+    num = file.places["length_W"].num if "length_W" in file.places else 0
+    sizes = {name: 5 * num if name == "place_W5" else num for name in COLUMNS}
+    whole = {name: place.dtype for name, place in file.places.items()} == dtypes
+    whole = whole and all(file.places[name].num == size for name, size in sizes.items())
+    sums = file.index
+    whole = whole and sums.keys() == vars(Sums()).keys()
+    if not (whole and all(isinstance(value, int) for value in sums.values())):
+        raise damaged(file.path)
 
 
 def _write(

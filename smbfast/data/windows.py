@@ -103,8 +103,17 @@ class WindowSet:
 
     def __getitem__(self, index: int) -> Timeline:
         shard, timeline, start, end, new = self.place_W5[index].tolist()
-        of_shard = self.shards[shard]
-        whole = of_shard[timeline]
+        try:
+            of_shard = self.shards[shard]
+            whole = of_shard[timeline]
+            fits = 0 <= start < end <= len(whole)
+        except IndexError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"window {index} must be of a timeline of these shards; the table of windows is of "
+                "others. Remove the folder `windows` of the prepared data, and it is made again"
+            )
         window = window_of(whole, start, end, new, self.window, self.preamble)[0]
         if self.horizons is None:
             return window

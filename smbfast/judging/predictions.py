@@ -93,7 +93,7 @@ def about_predictions(file: Path) -> dict[str, Any]:
     try:
         metadata = pq.read_schema(file).metadata or {}
         about = json.loads(metadata.get(METADATA, b"{}"))
-    except (OSError, ValueError, pa.ArrowException):
+    except (OSError, ValueError, RecursionError, pa.ArrowException):
         return {}
     return about if isinstance(about, dict) else {}
 

@@ -112,7 +112,7 @@ def read_risk_functions(folder: Path) -> tuple[dict[str, RiskFunction], dict[str
             about = json.loads((opened.metadata() or {})[METADATA])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         functions = {task: _function(tensors, at) for at, task in enumerate(about["tasks"])}
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError):
         raise ValueError(
             f"{file} must be as a probe writes it; it is damaged or of others"
         ) from None

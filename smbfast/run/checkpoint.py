@@ -177,8 +177,9 @@ def _verified(folder: Path) -> Checkpoint:
         )
     step, updates = record.get("step"), record.get("target_updates")
     whole = isinstance(step, int) and isinstance(record.get("metrics_offset", 0), int)
-    whole = whole and isinstance(record.get("optimizer_steps"), dict)
-    if not whole or not isinstance(updates, int | None):
+    counts = record.get("optimizer_steps")
+    whole &= isinstance(counts, dict) and all(isinstance(n, int) for n in counts.values())
+    if not whole or not isinstance(updates, int | None) or "target_updates" not in record:
         raise ValueError(f"{folder / 'record.json'} must be the record of a checkpoint; it is not")
     if folder.name != _name(record["step"]):
         raise ValueError(f"{folder} must be of the step that it is named by, got {step}")

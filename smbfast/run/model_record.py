@@ -108,6 +108,11 @@ def check_record(file: Path) -> dict[str, Any]:
     _validated(options, record.options, file, "options.")
     if record.trains == "lora" and record.backbone is None:
         raise ValueError(f"{file}: `backbone` must name what the adapter is for; it is null")
+    if record.trains == "lora" and record.compute not in (None, record.dtype):
+        raise ValueError(
+            f"{file}: `compute` must be the dtype of the frozen weights, {record.dtype}, got "
+            f"{record.compute}"
+        )
     if not all(0 <= section < len(SECTIONS) for section in record.section_rules.rules.values()):
         raise ValueError(
             f"{file}: `section_rules.rules` must name sections 0 to {len(SECTIONS) - 1}; one is "

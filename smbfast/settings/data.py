@@ -237,7 +237,7 @@ def _trained_floor(model: Path, default: int) -> int:
     try:
         record = json.loads((model / "smbfast.json").read_text(encoding="utf-8"))
         floor = record["options"]["gap_floor"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return default
     return floor if isinstance(floor, int) and floor >= 0 else default
 

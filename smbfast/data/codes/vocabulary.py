@@ -131,7 +131,9 @@ class CodeVocabulary:
             version = content["version"]
             if whole and version == VERSION:
                 return cls(content, parents)
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            whole, version = False, VERSION
+        except OverflowError:  # a number that no array holds
             whole, version = False, VERSION
         if not whole:
             raise ValueError(f"{file} must hold a vocabulary of codes; it is missing or damaged")

@@ -1,0 +1,627 @@
+"""The five readers that are fuzzed: settings, events, labels, shards and indices, models.
+
+A case of bytes is read from a file that lies where the real one does, in a folder made by
+`tests.reliability.sealed`. What is sealed by a checksum is read twice over: as it is, when nothing
+but what was written may be read, and sealed again, when it may be refused and must not break.
+"""
+
+import json
+import random
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.reliability import sealed
+from tests.reliability.fuzzing import (
+    Case,
+    Wrong,
+    changed,
+    draw_bytes,
+    draw_json,
+    edit_bytes,
+    edit_json,
+)
+
+WORDS = ["x", "0", "-1", "1e400", "nan", "inf", "true", "none", "", "[", "[[1,2],[3]]", "{}", "a,b"]
+WORDS += ["'", '"""', "2020-01-01", "0x10", "1_000", "9" * 400, "é", "\0", "[" * 3000, "=", "../x"]
+PRESETS = ("tiny", "default", "lora", "sft", "nothing")
+
+
+class Config:
+    """Settings from TOML and from the words of a command line."""
+
+    name = "config"
+
+    def __init__(self, folder: Path) -> None:
+        from smbfast.base.config import known_keys
+        from smbfast.settings import (
+            EmbedSettings,
+            ObjectiveSettings,
+            PrepareSettings,
+            ProbeCommandSettings,
+            SimulateSettings,
+            TasksSettings,
+            TrainSettings,
+            presets,
+        )
+
+        commands = (EmbedSettings, PrepareSettings, ProbeCommandSettings, SimulateSettings)
+        self.models = {m.__name__: m for m in (*commands, TasksSettings, ObjectiveSettings)}
+        self.keys = known_keys(TrainSettings)
+        self.keys += [f"phases.{row}.{key}" for row in ("0", "1", "jepa") for key in PHASE_KEYS]
+        root = Path(__import__("smbfast").__file__).parent / "configs"
+        self.texts = {name: (root / f"{name}.toml").read_text() for name in presets()}
+        self.file = folder / "run.toml"
+
+    def draw(self, dice: random.Random) -> Case:
+        kind = dice.random()
+        if kind < 0.25:
+            model = dice.choice(list(self.models))
+            from smbfast.base.config import known_keys
+
+            keys = known_keys(self.models[model])
+            return {"model": model, "words": self._words(dice, keys)}
+        words = self._words(dice, self.keys) if dice.random() < 0.7 else []
+        if kind < 0.6:
+            return {"preset": dice.choice(PRESETS), "words": words}
+        edits = [self._line(dice) for _ in range(dice.randint(1, 3))]
+        return {"toml": dice.choice(list(self.texts)), "edits": edits, "words": words}
+
+    def more(self, case: Case, dice: random.Random) -> Case:
+        made = {**case, "words": list(case["words"])}
+        if "edits" in made:
+            made["edits"] = [*made["edits"], self._line(dice)][-4:]
+        elif made["words"]:
+            made["words"].pop(dice.randrange(len(made["words"])))
+        made["words"] += self._words(dice, self.keys)[:1]
+        return made
+
+    def _words(self, dice: random.Random, keys: list[str]) -> list[str]:
+        words = []
+        for _ in range(dice.randint(1, 3)):
+            key = dice.choice(keys)
+            if dice.random() < 0.25:
+                at = dice.randrange(len(key))
+                key = dice.choice([key[:at], key[at:], key[:at] + "x" + key[at:], key + ".0", "."])
+            value = dice.choice(WORDS) if dice.random() < 0.8 else str(dice.randint(-5, 10**6))
+            form = dice.choice(["--{}={}", "--{}={}", "{}={}", "--{}", "--{} {}", "-{}{}", "{}"])
+            words += form.format(key, value).split(" ", 1)
+        return words
+
+    def _line(self, dice: random.Random) -> list:
+        kind = dice.choice(["value", "value", "value", "drop", "twice", "text", "table", "flip"])
+        return [kind, dice.randrange(100), dice.choice(WORDS), dice.choice(self.keys)]
+
+    def read(self, case: Case) -> None:
+        from smbfast.base.config import build, to_toml
+        from smbfast.settings import TrainSettings, load
+        from smbfast.settings.presets import run_arguments
+
+        if "model" in case:
+            model: Any = self.models[case["model"]]
+            settings = build(model, {}, case["words"])
+        else:
+            model, name = TrainSettings, case.get("preset", "")
+            if "toml" in case:
+                text = edit_lines(self.texts[case["toml"]], case["edits"])
+                self.file.write_bytes(text.encode("utf-8", "surrogatepass"))
+                name = str(self.file)
+            _, words = run_arguments([name, *case["words"]])
+            settings = load(name, words)
+        self.file.write_text(to_toml(settings), encoding="utf-8")
+        from smbfast.base.config import read_toml
+
+        if build(model, read_toml(self.file), []) != settings:
+            raise Wrong("settings that were written as TOML read back as others")
+
+
+PHASE_KEYS = ("steps", "lr", "w_sft", "w_jepa", "warmup", "epochs", "name", "nothing")
+
+
+def edit_lines(text: str, edits: list[list]) -> str:
+    """Return TOML with other values, without or with a line twice, or with a new table."""
+    lines = text.splitlines()
+    for kind, at, word, key in edits:
+        at = at % max(len(lines), 1)
+        if not lines or kind == "text":
+            lines.insert(at, word)
+        elif kind == "value" and "=" in lines[at]:
+            lines[at] = f"{lines[at].partition('=')[0]}= {word}"
+        elif kind == "drop":
+            lines.pop(at)
+        elif kind == "twice":
+            lines.insert(at, lines[at])
+        elif kind == "table":
+            lines.insert(at, f"[{key}]\n{key.rpartition('.')[2]} = {word}")
+        elif kind == "flip":
+            lines[at] = lines[at][::-1]
+    return "\n".join(lines)
+
+
+class Tables:
+    """What events and labels share: parquet by bytes, and tables whose columns break a rule."""
+
+    SCENES: tuple[str, ...] = ()  # what may be wrong with a folder
+    KINDS = ("int32", "uint64", "float64", "string", "large_string", "binary", "bool", "null")
+    KINDS += ("date32", "ms", "ns", "s", "utc", "paris", "list", "dictionary", "decimal", "int8")
+
+    def __init__(self, rows: int, columns: list[str], sizes: dict[str, int]) -> None:
+        self.rows, self.columns, self.sizes = rows, columns, sizes
+
+    def draw(self, dice: random.Random) -> Case:
+        base = dice.choice(list(self.sizes))
+        if self.SCENES and dice.random() < 0.04:
+            return {"base": base, "scene": dice.choice(self.SCENES), "table": [], "group": 0}
+        if dice.random() < 0.55:
+            edits = [draw_bytes(dice, self.sizes[base]) for _ in range(dice.randint(1, 3))]
+            return {"base": base, "edits": edits}
+        edits = [self._edit(dice) for _ in range(dice.randint(1, 3))]
+        return {"base": base, "table": edits, "group": dice.choice([0, 1, 7, 64])}
+
+    def more(self, case: Case, dice: random.Random) -> Case:
+        if "scene" in case:
+            return self.draw(dice)
+        if "table" in case:
+            return {**case, "table": changed(case["table"], self._edit(dice), dice)}
+        new = draw_bytes(dice, self.sizes[case["base"]])
+        return {**case, "edits": changed(case["edits"], new, dice)}
+
+    def _edit(self, dice: random.Random) -> list:
+        kind = dice.choice(KINDS)
+        column = dice.choice(self.columns)
+        row = dice.randrange(self.rows)
+        value = {
+            "cast": dice.choice(self.KINDS),
+            "swap": dice.randrange(self.rows),
+            "copy": dice.randrange(self.rows),
+            "rename": dice.choice([*self.columns, "patient_id", "", "é"]),
+        }.get(kind, dice.choice([*NUMBERS, *TEXTS]))
+        return [kind, column, row, value]
+
+    def table(self, base: Any, edits: list[list]) -> Any:
+        """Return a table after edits; those that make no sense of it are left out."""
+        import pyarrow as pa
+
+        table = base
+        for kind, column, row, value in edits:
+            names = table.column_names
+            if kind == "none":
+                table = table.slice(0, row % 3)
+            if column not in names:
+                continue
+            at = names.index(column)
+            try:
+                table = _edited(table, kind, at, row, value)
+            except (pa.ArrowException, TypeError, ValueError, OverflowError, LookupError):
+                continue
+        return table
+
+    def write(self, file: Path, base: Any, case: Case) -> bool:
+        """Write the table of a case, if parquet can hold it."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        options = {"row_group_size": case["group"]} if case["group"] else {}
+        try:
+            pq.write_table(self.table(base, case["table"]), file, **options)
+        except (pa.ArrowException, OverflowError):
+            return False
+        return True
+
+
+KINDS = ["cast", "cast", "null", "value", "value", "drop", "twice", "rename", "swap", "none"]
+KINDS += ["copy"]
+NUMBERS = [0, -1, 1, 1 << 31, (1 << 63) - 1, -(1 << 63), (1 << 62) + 1, 10**15]
+TEXTS = ["", "\0", "é", "//", "LAB//", "\ud800", "x" * 5000, "MEDS_BIRTH", "<script>", "\x1b[2J"]
+
+
+def _edited(table: Any, kind: str, at: int, row: int, value: Any) -> Any:
+    import pyarrow as pa
+
+    name, column = table.column_names[at], table.column(at)
+    if kind == "drop":
+        return table.drop_columns([name])
+    if kind == "twice":
+        return table.append_column(name, column)
+    if kind == "rename":
+        names = table.column_names
+        return table.rename_columns([*names[:at], value, *names[at + 1 :]])
+    if kind == "cast":
+        return table.set_column(at, name, _cast(column, value))
+    rows = column.to_pylist()
+    row %= max(len(rows), 1)
+    if kind == "swap" and rows:
+        order = list(range(len(rows)))
+        order[row], order[value % len(rows)] = order[value % len(rows)], order[row]
+        return table.take(pa.array(order))
+    if kind == "copy" and rows:
+        value = rows[value % len(rows)]
+    if rows:
+        rows[row] = None if kind == "null" else value
+    if kind == "value" and isinstance(value, int) and pa.types.is_timestamp(column.type):
+        whole = column.cast(pa.int64()).to_pylist()
+        whole[row] = value
+        return table.set_column(at, name, pa.array(whole, pa.int64()).cast(column.type))
+    return table.set_column(at, name, pa.array(rows, column.type))
+
+
+def _cast(column: Any, kind: str) -> Any:
+    import pyarrow as pa
+
+    kinds = {
+        "ms": pa.timestamp("ms"),
+        "ns": pa.timestamp("ns"),
+        "s": pa.timestamp("s"),
+        "utc": pa.timestamp("us", "UTC"),
+        "paris": pa.timestamp("us", "Europe/Paris"),
+        "list": pa.list_(pa.int64()),
+        "decimal": pa.decimal128(38, 3),
+        "bool": pa.bool_(),
+    }
+    if kind == "dictionary":
+        return column.combine_chunks().dictionary_encode()
+    if kind == "list":
+        return pa.array([[1]] * len(column), kinds[kind])
+    if kind == "null":
+        return pa.nulls(len(column))
+    wanted = kinds.get(kind) or getattr(pa, kind)()
+    try:
+        return column.cast(wanted, safe=False)
+    except pa.ArrowException:
+        return pa.nulls(len(column), wanted)
+
+
+class Events(Tables):
+    """A MEDS folder: one file of events, and what is said of codes."""
+
+    name = "events"
+
+    def __init__(self, folder: Path) -> None:
+        import pyarrow.parquet as pq
+
+        from tests.factory import subject_rows, table_of, write_codes, write_table
+        from tests.refusal import CANARY, CANARY_SUBJECT
+
+        self.folder, self.file = folder / "meds", folder / "meds" / "data" / "0.parquet"
+        self.codes = self.folder / "metadata" / "codes.parquet"
+        rows = [r for s in (3, 4, CANARY_SUBJECT) for r in subject_rows(s, days=2)]
+        rows.append((CANARY_SUBJECT + 1, rows[-1][1], f"LAB//{CANARY}", 1.5, CANARY))
+        self.base = table_of(rows)
+        write_codes(self.folder, {"LAB//glucose": "Glucose", f"LAB//{CANARY}": CANARY})
+        self.said = pq.read_table(self.codes)
+        self.bytes = {"codes": self.codes.read_bytes()}
+        for name, options in {
+            "sums": {"write_page_checksum": True, "compression": "none"},
+            "snappy": {"row_group_size": 8},
+            "plain": {"use_dictionary": False, "compression": "gzip", "data_page_version": "2.0"},
+        }.items():
+            self.bytes[name] = write_table(self.file, self.base, **options).read_bytes()
+        sizes = {name: len(content) for name, content in self.bytes.items()}
+        super().__init__(len(rows), [*self.base.column_names, "description", "parent_codes"], sizes)
+        self._events()
+
+    def read(self, case: Case) -> None:
+        file, base = self.file, self.base
+        if case["base"] == "codes":
+            self.file.write_bytes(self.bytes["snappy"])
+            file, base = self.codes, self.said
+        else:
+            self.codes.write_bytes(self.bytes["codes"])
+        if "table" in case:
+            if not self.write(file, base, case):
+                return
+        else:
+            file.write_bytes(edit_bytes(self.bytes[case["base"]], case["edits"]))
+        with self._scene(case.get("scene", "")):
+            self._events(case.get("scene", ""))
+
+    SCENES = ("train", "folder", "pointer", "flat", "no codes", "some", "nobody")
+
+    @contextmanager
+    def _scene(self, scene: str) -> Iterator[None]:
+        """Let the folder be another for a while."""
+        from tests.factory import write_table
+
+        aside = self.folder.parent / "aside"
+        if scene == "folder":
+            self.file.unlink()
+            self.file.mkdir()
+        elif scene == "pointer":
+            self.file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
+        elif scene == "no codes":
+            self.codes.rename(aside)
+        elif scene == "flat":
+            table = {"subject_id": [3, 4], "split": ["train", "tuning"]}
+            write_table(self.codes.with_name("subject_splits.parquet"), _table(table))
+        try:
+            yield
+        finally:
+            self.codes.with_name("subject_splits.parquet").unlink(missing_ok=True)
+            if scene == "folder":
+                self.file.rmdir()
+            if aside.exists():
+                aside.rename(self.codes)
+
+    def _events(self, scene: str = "") -> list[tuple]:
+        import numpy as np
+
+        from smbfast.data.meds import STATIC, MedsDataset
+
+        dataset = MedsDataset.open(self.folder, need_train=scene == "train")
+        said = {code: dataset.descriptions.get(code) for code in dataset.descriptions}
+        said |= {code: str(dataset.parents.get(code)) for code in dataset.parents}
+        events: list[tuple] = [tuple(said.items())]
+        known: set[int] = set()
+        split = "train" if scene == "flat" else ""
+        asked = {"some": np.array([3]), "nobody": np.array([9])}.get(scene)
+        for batch in dataset.batches(split, asked, text_chars=64):
+            subject_N, time_N = batch.subject_N, batch.time_N
+            same_N = subject_N[1:] == subject_N[:-1]
+            if (time_N[1:] < time_N[:-1])[same_N].any():
+                raise Wrong("events of a subject are not in order")
+            if not np.isfinite(batch.value_N[~np.isnan(batch.value_N)]).all():
+                raise Wrong("a value is infinite")
+            own = set(subject_N.tolist())
+            if own & known or len(own) != len(batch.offset_S1) - 1 - (not len(subject_N)):
+                raise Wrong("a subject is read in two pieces")
+            known |= own
+            far_N = (np.abs(time_N.astype(float)) > 2.0**62) & (time_N != STATIC)
+            if far_N.any() or (batch.code_N < 0).any():
+                raise Wrong("a time or a code that none can be")
+            rows = zip(subject_N, time_N, batch.code_N, batch.value_N, batch.text_N, strict=True)
+            for s, t, c, v, x in rows:
+                text = batch.texts[x] if x >= 0 else None
+                events.append((int(s), int(t), batch.codes[c], str(v), text))
+        return events
+
+
+def _table(columns: dict[str, list]) -> Any:
+    import pyarrow as pa
+
+    return pa.table(columns)
+
+
+class Labels(Tables):
+    """The labels of a task, of both kinds."""
+
+    name = "labels"
+
+    def __init__(self, folder: Path) -> None:
+        import numpy as np
+        import pyarrow as pa
+
+        from tests.factory import write_table
+        from tests.refusal import CANARY_SUBJECT
+
+        self.SCENES = ("gone", "empty", "two splits", "two kinds", "twice")
+        self.folder = folder / "labels" / "task"
+        self.file = self.folder / "train.parquet"
+        subject = pa.array([1, 1, 2, 3, CANARY_SUBJECT], pa.int64())
+        time = pa.array(np.arange(5) * 10**12, pa.timestamp("us"))
+        keys = {"subject_id": subject, "prediction_time": time}
+        true = pa.array([True, False, True, False, True])
+        days = pa.array([1.0, 2.5, 0.0, 100.0, 3.0])
+        survival = {"duration_days": days, "event": true}
+        self.bases = {
+            "binary": pa.table({**keys, "boolean_value": true}),
+            "survival": pa.table({**keys, **survival}),
+            "competing": pa.table({**keys, **survival, "competing": pa.array([False] * 5)}),
+        }
+        other = pa.table({"subject_id": [9], "prediction_time": time[:1], "boolean_value": [True]})
+        write_table(self.folder / "tuning.parquet", other)
+        self.bytes = {
+            name: write_table(self.file, table, write_page_checksum=True).read_bytes()
+            for name, table in self.bases.items()
+        }
+        columns = self.bases["competing"].column_names
+        sizes = {name: len(content) for name, content in self.bytes.items()}
+        super().__init__(5, [*columns, "boolean_value"], sizes)
+
+    def read(self, case: Case) -> None:
+        import numpy as np
+
+        from smbfast.data.labels import read_labels
+
+        if "table" in case:
+            if not self.write(self.file, self.bases[case["base"]], case):
+                return
+        else:
+            self.file.write_bytes(edit_bytes(self.bytes[case["base"]], case["edits"]))
+        values = len(json.dumps(case)) % 4 != 0  # a quarter as times of prediction alone
+        scene = case.get("scene", "")
+        where = self.folder if case["base"] == "binary" or scene == "two kinds" else self.file
+        if scene == "gone":
+            where = self.folder / "not there"
+        elif scene == "empty":
+            where = self.file.parents[1] / "empty"
+            where.mkdir(exist_ok=True)
+        elif scene in ("two splits", "twice"):
+            table = self.bases[case["base"]]
+            other = self.folder / "held_out.parquet"
+            try:
+                _write(table if scene == "two splits" else _doubled(table), other)
+                labels = read_labels(self.folder, values=True)
+            finally:
+                other.unlink()
+            raise Wrong(f"labels that are in {scene} are read")
+        labels = read_labels(where, values=values)
+        sizes = {len(a) for n, a in vars(labels).items() if n.endswith("_N") and a is not None}
+        if len(sizes) != 1:
+            raise Wrong("columns of labels are of several lengths")
+        if labels.kind == "time_to_event":
+            duration_N, event_N = labels.survival_N
+            if not (np.isfinite(duration_N).all() and (duration_N >= 0).all()):
+                raise Wrong("a duration that none can be")
+            if labels.competing_N is not None and (labels.competing_N & event_N).any():
+                raise Wrong("an event competes with itself")
+
+
+def _write(table: Any, file: Path) -> None:
+    import pyarrow.parquet as pq
+
+    pq.write_table(table, file)
+
+
+def _doubled(table: Any) -> Any:
+    import pyarrow as pa
+
+    return pa.concat_tables([table.slice(0, 1), table.slice(0, 1)])
+
+
+class Shards:
+    """Token shards, and the indices and records beside them."""
+
+    name = "shards"
+    OWN = ("train/0.shard", "tuning/0.shard")
+    RECORDS = ("prepare.json", "verified.json", "classes.json", "tokenizer/codes.json")
+    INDICES = ("source/files.arrow", "source/codes.arrow", "windows")
+
+    def __init__(self, folder: Path, made: sealed.Sealed) -> None:
+        import shutil
+
+        from smbfast.settings import load
+
+        self.data, self.made = made.data, made
+        self.folder = shutil.copytree(made.prepared, folder / "prepared")
+        self.objective = load("tiny", []).objective
+        self.windows = self._windows()  # whose name has a digest in it
+        names = [*self.OWN, *self.RECORDS, *self.INDICES]
+        self.bytes = {name: self._file(name).read_bytes() for name in names}
+        self.good = {name: self._timelines(name) for name in self.OWN}
+        self.fine = self._opened()
+        self.last: list[str] = []
+
+    def _file(self, name: str) -> Path:
+        return self.folder / (self.windows if name == "windows" else name)
+
+    def _windows(self) -> str:
+        from smbfast.data.prepared import Prepared
+
+        Prepared.open(self.folder).windows("train", 128, self.objective)
+        file = next((self.folder / "windows").rglob("*.windows"))
+        return str(file.relative_to(self.folder))
+
+    def draw(self, dice: random.Random) -> Case:
+        name = dice.choice([*self.OWN * 16, *self.RECORDS * 2, *self.INDICES])
+        case: Case = {"base": name, "seal": dice.random() < 0.6}
+        if name in self.RECORDS:
+            content = json.loads(self.bytes[name])
+            case["json"] = [draw_json(dice, content) for _ in range(dice.randint(1, 2))]
+            return case
+        case["edits"] = [self._edit(dice, name) for _ in range(dice.randint(1, 3))]
+        return case
+
+    def _edit(self, dice: random.Random, name: str) -> list:
+        content = self.bytes[name]
+        if name in self.RECORDS or name.endswith(".arrow") or dice.random() < 0.3:
+            return draw_bytes(dice, len(content))
+        (size,) = struct.unpack("<Q", content[8:16])
+        header = json.loads(content[sealed.PREFIX : sealed.PREFIX + size])
+        if dice.random() < 0.4:
+            return ["header", 0, draw_json(dice, header)]
+        if dice.random() < 0.1:  # an array that is shorter, as the header says
+            array = dice.choice(list(header["arrays"]))
+            num = header["arrays"][array][2]
+            return ["header", 0, ["put", ["arrays", array, 2], max(num - dice.choice([1, 8]), 0)]]
+        array = dice.choice(list(header["arrays"]))
+        dtype, first, num = header["arrays"][array]
+        width = int(dtype[-1])
+        at = sealed.PREFIX + size + first + width * dice.randrange(max(num, 1))
+        return ["int", at, dice.choice([0, 1, 3, 255, 10**6, (1 << 63) - 1, (1 << 64) - 1])]
+
+    def more(self, case: Case, dice: random.Random) -> Case:
+        if "json" in case:
+            new = draw_json(dice, json.loads(self.bytes[case["base"]]))
+            return {**case, "json": changed(case["json"], new, dice)}
+        new = self._edit(dice, case["base"])
+        return {**case, "edits": changed(case["edits"], new, dice), "seal": dice.random() < 0.8}
+
+    def read(self, case: Case) -> None:
+        name = case["base"]
+        for before in self.last:
+            self._file(before).write_bytes(self.bytes[before])
+        self.last = [name, "verified.json", "windows"]
+        content = self._content(case)
+        if case["seal"] and name in (*self.OWN, "windows"):
+            content = sealed.seal_arrays(content)
+        self._file(name).write_bytes(content)
+        whole = case["seal"]
+        if name in self.OWN:
+            sha = content[16:48].hex() if whole else self.bytes[name][16:48].hex()
+            self._shard(name, sha, whole)
+        elif name.startswith("source"):
+            from smbfast.data.meds import MedsDataset
+
+            dataset = MedsDataset.open(self.data, index=self.folder / "source")
+            dataset.digest(("train",))
+            for code in dataset.descriptions:
+                dataset.parents.get(code)
+        elif self._opened() != self.fine and not (whole or name in self.RECORDS):
+            raise Wrong("windows that were not written are read")
+
+    def _content(self, case: Case) -> bytes:
+        content = self.bytes[case["base"]]
+        if "json" in case:
+            made = edit_json(content.decode(), case["json"])
+            if case["base"].endswith("codes.json") and case["seal"]:
+                made = _with_digest(made)
+            return made.encode("utf-8", "surrogatepass")
+        for edit in case["edits"]:
+            if edit[0] == "header":
+                try:
+                    content = sealed.with_header(content, lambda h, e=edit[2]: edit_json(h, [e]))
+                except (ValueError, struct.error, RecursionError):
+                    continue
+            else:
+                content = edit_bytes(content, [edit])
+        return content
+
+    def _shard(self, name: str, sha256: str, whole: bool) -> None:
+        from smbfast.data.verified import verify_files
+
+        verify_files(self.folder, {name: sha256}, [self.folder], every=True)
+        read = self._timelines(name)
+        if not whole and read != self.good[name]:
+            raise Wrong("a shard is read that was not written")
+
+    def _timelines(self, name: str) -> list:
+        from smbfast.data.shards import FIELDS, Shard
+
+        shard = Shard(self.folder / name)
+        about = [shard.subjects().tolist(), shard.codes(), shard.subjects_of_codes().tolist()]
+        about += [shard.index["tokens"], len(shard)]
+        for block in shard.blocks():
+            about.append([len(block[i]) for i in range(len(block.about_S5))])
+            about.append(block.num_S3.tolist())
+        for timeline in shard:
+            about.append([getattr(timeline, field).tolist() for field in FIELDS])
+            about.append([timeline.subject, timeline.birth, timeline.header, timeline.last])
+        return about
+
+    def _opened(self) -> list:
+        from smbfast.data.prepared import Prepared
+
+        prepared = Prepared.open(self.folder)
+        windows = prepared.windows("train", 128, self.objective)
+        classes = prepared.classes()
+        shown = [prepared.size_text, prepared.left_out(), prepared.new_tokens, prepared.preamble]
+        return [
+            *map(str, shown),
+            classes.num_classes,
+            len(windows),
+            [windows[i].ids_T.tolist() for i in range(len(windows))],
+        ]
+
+
+def _with_digest(text: str) -> str:
+    """Return the file of a vocabulary with the digest of what it says."""
+    from smbfast.base.files import digest_of
+
+    try:
+        record = json.loads(text)
+        record["digest"] = digest_of(record["vocabulary"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return text
+    return json.dumps(record)
