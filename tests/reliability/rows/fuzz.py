@@ -73,8 +73,8 @@ def _limit_memory() -> None:
 
 FUZZ = Row(
     "M2",
-    "a damaged or hostile file of any of the five readers is read as what was written or refused "
-    "in words, within 20 s and 4 GB, also where its checksums were made anew",
+    "A damaged or hostile file of any of the five readers is read as what was written or refused "
+    "in words, within 20 s and 4 GB, also where its checksums were made anew.",
     {"push": 20_000, "nightly": 100_000, "recorded": 500_000},
     prove,
     (
