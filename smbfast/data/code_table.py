@@ -218,9 +218,11 @@ def _text(file: Path, column: pa.ChunkedArray | pa.Array) -> pa.LargeStringArray
 
 
 def _mapped(file: Path, state: dict[bytes, bytes]) -> pa.Table | None:
-    """Return the table of the index, or None where it is missing or of another state."""
+    """Return the table of the index, or None where it is missing, damaged or of another state."""
     table = map_arrow(file)
-    return table if table is not None and table.schema.metadata == state else None
+    if table is None or table.schema.metadata != state or not table.schema.equals(_EMPTY.schema):
+        return None
+    return table
 
 
 _EMPTY = pa.schema(
