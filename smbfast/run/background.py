@@ -13,7 +13,9 @@ import json
 import math
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 
 import torch
@@ -34,6 +36,7 @@ _DTYPES = {
     torch.int16: "I16",
 }
 _ORDER = list(_DTYPES)
+_PORTABLE = 1  # cudaHostRegisterPortable, as torch has it in torch/cuda/_pin_memory_utils.py
 
 
 class Buffer:
@@ -115,10 +118,12 @@ class Buffer:
     def _take(self, size: int) -> None:
         self._bytes = torch.empty(size, dtype=torch.uint8).fill_(0)
         if self._on_gpu and size:
-            # torch's own pinned memory would be the next power of two; if it cannot be pinned, a
-            # copy is waited for
-            code = torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), size, 0)
+            # torch's own pinned memory would be the next power of two
+            code = torch.cuda.cudart().cudaHostRegister(self._bytes.data_ptr(), size, _PORTABLE)
             self._is_pinned = int(code) == 0
+            if not self._is_pinned:  # then a copy is waited for
+                with suppress(RuntimeError):  # the next operation would fail of this error
+                    torch.zeros((), device="cuda")
 
     def _lay_out(self, form: dict[str, tuple[torch.dtype, torch.Size]]) -> None:
         """Give each tensor its place, as the format orders them, and make the file's header."""
@@ -147,7 +152,7 @@ class Buffer:
 
 
 class Writer:
-    """Runs one write after another in a thread of its own.
+    """Runs one write after another in a thread of its own, which lasts as long as the context.
 
     The thread does not keep the process alive: one that hangs ends with it, as by a kill.
     """
@@ -162,6 +167,7 @@ class Writer:
         self._idle = threading.Event()
         self._idle.set()
         self._error: BaseException | None = None
+        self._writes: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
 
     @property
     def has_failed(self) -> bool:
@@ -187,15 +193,10 @@ class Writer:
         """
         self.wait()
         self._idle.clear()
-        try:
-            threading.Thread(
-                target=self._run, args=(write,), name="checkpoint", daemon=True
-            ).start()
-        except BaseException:
-            self._idle.set()
-            raise
+        self._writes.put(write)
 
     def __enter__(self) -> "Writer":
+        threading.Thread(target=self._run, name="checkpoint", daemon=True).start()
         return self
 
     def __exit__(
@@ -205,6 +206,7 @@ class Writer:
         trace: TracebackType | None,
     ) -> None:
         """Wait for the write under way; after an interrupt for `PATIENCE` seconds at most."""
+        self._writes.put(None)
         if self._idle.wait(PATIENCE if isinstance(error, KeyboardInterrupt) else None):
             self.buffer.close()
         if error is None:
@@ -212,12 +214,12 @@ class Writer:
         elif self._error is not None:
             warn_failed("the checkpoint", self._error, "the one before it stays")
 
-    def _run(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except BaseException as error:
-            self._error = error
-        finally:
+    def _run(self) -> None:
+        while (write := self._writes.get()) is not None:
+            try:
+                write()
+            except BaseException as error:
+                self._error = error
             self._idle.set()
 
 
