@@ -22,7 +22,7 @@ from smbfast.data.meds import EventBatch, MedsDataset
 from smbfast.data.preparing import prepare
 from smbfast.data.quality import count_quality
 from smbfast.data.windows import WindowSet
-from smbfast.run import console, data_card, data_losses
+from smbfast.run import data_card, data_losses
 from smbfast.settings import load
 from tests.data.event_tables import batch_of
 from tests.factory import (
@@ -392,25 +392,6 @@ def test_no_small_count_and_no_small_rest_is_shown(count: int) -> None:
     assert recorded(count, 100) == (word or count)
     assert share(count, 100) == (word or f"{count}.0%")
     assert recorded(count) == ("<=10" if few else count)
-
-
-def test_a_step_that_trains_nothing_is_warned_of_once(capsys: pytest.CaptureFixture[str]) -> None:
-    sft, jepa = load("tiny", []).phases
-    known: set[tuple[str, str]] = set()
-    sound = {"step": 1, "labels": 9, "masked": 9, "grad_norm": 0.1}
-    for phase, wrong, words in (
-        (jepa, {"masked": 0}, "no masked token"),
-        (sft, {"labels": 0}, "no token that SFT predicts"),
-        (sft, {"grad_norm": 0.0}, "gradient of exactly 0"),
-    ):
-        console.warn_of_step(sound, phase, known)
-        assert not capsys.readouterr().err
-        console.warn_of_step(sound | wrong, phase, known)
-        assert words in capsys.readouterr().err
-        console.warn_of_step(sound | wrong, phase, known)
-        assert not capsys.readouterr().err
-    console.warn_of_step(sound | {"masked": 0, "grad_norm": None}, sft, known)
-    assert not capsys.readouterr().err
 
 
 def test_no_step_is_the_best_of_a_loss_that_was_not_measured(

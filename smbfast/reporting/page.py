@@ -25,6 +25,7 @@ from smbfast.reporting.runlog import (
     number,
     read_run,
 )
+from smbfast.reporting.signals import signals
 from smbfast.reporting.verdict import collapse, judged, trivial_ratio
 
 _CONTEXT_LINES, _FUTURE_LINES = 45, 60
@@ -68,6 +69,7 @@ def render(run: Run, *, final: bool = False) -> str:
         "report.html",
         name=run.path.resolve().name,
         verdict=verdict(run),
+        wrong=signals(run),
         facts=took.at_a_glance(run),
         command=took.command(run),
         notes=run.notes,

@@ -12,7 +12,8 @@ from smbfast.model.backbone import parameter_counts
 from smbfast.model.decoder import HfModule
 from smbfast.model.sharding import held_bytes
 from smbfast.model.target import target_bytes
-from smbfast.reporting.runlog import Finding, number
+from smbfast.reporting.runlog import Finding, number, read_run
+from smbfast.reporting.signals import before_training, signals
 from smbfast.reporting.verdict import KINDS, alarms, learning
 from smbfast.run.data_card import DataCard
 from smbfast.run.epochs import in_words
@@ -21,6 +22,7 @@ from smbfast.run.optim import total_steps
 from smbfast.run.startup import copied_bytes
 from smbfast.settings import PhaseSettings, TrainSettings
 
+WRONG = {"bad": "WRONG", "warn": "warning"}  # rows of the end card with which it begins
 LEGEND = (  # of the lines of steps and evaluations
     (
         "a step",
@@ -69,7 +71,7 @@ def header(run: OpenRun) -> dict:
             ),
         ]
     )
-    return {
+    record = {
         "config": run.settings.model_dump(mode="json"),
         "versions": package_versions,
         "git": git_state(),
@@ -79,6 +81,9 @@ def header(run: OpenRun) -> dict:
         "data": run.card.facts,
         "card": run.card.record,
     }
+    for finding in before_training({"config": record["config"]}):  # of data, the card has warned
+        terminal.warn(finding.text)
+    return record
 
 
 def show_data(card: DataCard) -> None:
@@ -146,43 +151,16 @@ def _better(health: dict, entry: dict) -> bool:
     return number(health.get("ratio")) < number(entry.get("ratio"))
 
 
-def warn_of_step(record: dict, phase: PhaseSettings, known: set[tuple[str, str]]) -> None:
-    """Warn if a step trained nothing, once for each reason in each phase.
-
-    Args:
-        record: of the step, as in `metrics.jsonl`.
-        known: phases and reasons that were warned of; what is new is added.
-    """
-    reasons = {
-        "labels": (
-            phase.w_sft > 0 and record["labels"] == 0,
-            "has no token that SFT predicts, so its SFT loss is not one; raise optim.batch",
-        ),
-        "masked": (
-            phase.w_jepa > 0 and record["masked"] == 0,
-            "has no masked token, so JEPA learns nothing from it; raise optim.batch",
-        ),
-        "gradient": (
-            record["grad_norm"] == 0.0,
-            "has a gradient of exactly 0, so nothing is learned; a model whose loss stays where it "
-            "is has died: lower the learning rate and begin again",
-        ),
-    }
-    for name, (wrong, text) in reasons.items():
-        if wrong and (phase.name, name) not in known:
-            known.add((phase.name, name))
-            terminal.warn(f"step {record['step']} of phase {phase.name} {text}")
-
-
 def end_card(opened: OpenRun, training: float, health: dict) -> None:
-    """Print the results of a run and the commands that can follow.
+    """Print what was wrong with a run, its results, and the commands that can follow.
 
     Args:
         training: seconds spent training, by all processes of this run.
         health: measures of the last evaluation.
     """
     run, settings, best = opened.folder, opened.settings, opened.progress.best
-    rows = [("trained", f"{total_steps(settings)} steps in {duration(training)}")]
+    rows = [(WRONG[f.level], f.text) for f in signals(read_run(run))]
+    rows += [("trained", f"{total_steps(settings)} steps in {duration(training)}")]
     rows += [
         (f"best {name}", f"step {b['step']}, tuning loss {b['loss']:.4f}: {run}/best/{name}")
         for name, b in best.items()

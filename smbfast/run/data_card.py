@@ -26,6 +26,7 @@ from smbfast.data.prepared import SHARED, Prepared
 from smbfast.data.quality import EVENTS_READ, FIRST_YEAR, LAST_YEAR
 from smbfast.data.splits import SPLITS
 from smbfast.data.windows import WindowSet
+from smbfast.reporting.signals import ALIKE
 from smbfast.run.data_losses import (
     LOST,
     MOST_LOST,
@@ -44,8 +45,10 @@ ODD = 0.01  # of events with an odd date or an empty code, and of subjects with 
 SEEN = 0.1  # of the tokens of records, by embeddings at their ends
 FEW_CUT = 0.5  # of tokens in windows with a cut, and of windows with a pair
 FEW_MASKED = 16  # masked tokens a step
+ALIKE_EVENTS = 0.98  # of the events of windows, the tokens of one and the same
 ENOUGH_DEATHS = 0.9  # of the pairs with a death inside, used
 _STEPS = 8  # with JEPA, whose masks are drawn
+_LINES = 64  # windows whose events are compared, and of them together at least as many events
 _WINDOWS = 512  # of these steps together, at most, beside those of the first one
 
 Level = Literal["good", "warn", "bad", "plain"]
@@ -119,6 +122,8 @@ def data_card(
             f"an embedding at a record's end sees at most {losses.seen:.1%} of the tokens of all "
             f"records with data.window={windows.window}: {longer}."
         )
+    alike = _are_alike(windows)
+    warnings += [f"{ALIKE}."] if alike else []
     warnings += _odd_warnings(settings, prepared)
     warnings += _cut_warnings(settings, windows, tuning, masks)
     for facts, (num_early, num_read) in zip(tasks, early, strict=True):
@@ -143,8 +148,19 @@ def data_card(
     num_tasks = f"{len(tasks)} task{'' if len(tasks) == 1 else 's'} to probe"
     size = f"{few(len(windows))} windows, {windows.num_tokens:,} tokens ({prepared.size_text})"
     summary = f"{size}; {_cuts(windows)}; {num_tasks}"
-    record = _facts(settings, prepared, windows, losses, masks, tasks, early)
+    record = _facts(settings, prepared, windows, losses, masks, tasks, early) | {"alike": alike}
     return DataCard(summary, record, rows, refusals, warnings)
+
+
+def _are_alike(windows: WindowSet) -> bool:
+    """Whether nearly all events of some windows have the same tokens, beside what tells time."""
+    places = np.linspace(0, len(windows) - 1, min(len(windows), _LINES))
+    counts: Counter[bytes] = Counter()
+    for window in (windows[int(i)] for i in places):
+        for start, end in zip(window.line_start_L, window.line_end_L, strict=True):
+            counts[window.ids_T[start:end].tobytes()] += 1
+    total = counts.total()
+    return total >= _LINES and counts.most_common(1)[0][1] >= ALIKE_EVENTS * total
 
 
 def _masks(settings: TrainSettings, windows: WindowSet) -> Masks | None:

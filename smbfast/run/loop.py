@@ -21,7 +21,7 @@ from smbfast.data.loader import prefetched
 from smbfast.model.flops import flops_in_phase
 from smbfast.model.target import TargetEncoder
 from smbfast.reporting.page import write_report
-from smbfast.run import checkpoint, console
+from smbfast.run import alarms, checkpoint, console
 from smbfast.run.evaluation import evaluate_entry, evaluate_step
 from smbfast.run.fixed import Fixed
 from smbfast.run.metrics import Meter, log_end, log_step, open_log
@@ -50,8 +50,9 @@ def train(settings: TrainSettings, command: str, ranks: Ranks = ALONE) -> str:
 
     Raises:
         ValueError: if data are bad, a model does not load, or the folder belongs to another run.
-        RunFailed: if the gradient was not finite in several steps in a row, or the run collapsed
-            and `eval.stop_on_collapse` asks to stop then.
+        RunFailed: if the gradient was not finite in several steps in a row, no step of a phase had
+            anything to learn from, or the run collapsed and `eval.stop_on_collapse` asks to stop
+            then.
     """
     AHEAD.expect({}, before="the first step")
     with ExitStack() as at_end:
@@ -117,10 +118,11 @@ def _train(settings: TrainSettings, command: str, ranks: Ranks, at_end: ExitStac
             grad_norm = updater.step(lr, target, tau(settings, step))
             # FLOPs of the shared forward; what the reference path computes beyond them is waste
             meter.add(batch, flops_in_phase(run.shape, batch.micro_batches, phase))
+            alarms.count(run, phase, batch)
 
             due = due_after(settings, at, step + 1, first, stopping)
             if due.anything:  # only here the CPU waits for the device
-                skipped = updater.report_skips(step + 1, phase.name)
+                skipped = updater.report_skips(step + 1, phase.name, run.progress.watch)
             if due.log:
                 log_step(
                     log,
@@ -131,6 +133,7 @@ def _train(settings: TrainSettings, command: str, ranks: Ranks, at_end: ExitStac
                     grad_norm=None if skipped else float(grad_norm),
                     pace=meter.read(step + 1),
                 )
+                alarms.require_signal(run, phase, step + 1)
             if due.evaluate:
                 health = evaluate_step(run, target, fixed, phase, step + 1, log)
             if due.save and not skipped:

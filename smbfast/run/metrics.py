@@ -1,6 +1,7 @@
 """metrics.jsonl, TensorBoard events and the step line of a run."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +11,7 @@ from smbfast.base.files import legal
 from smbfast.base.progress import duration
 from smbfast.base.runtime import GIB, MatmulRate, peak_memory_gib
 from smbfast.data.loader import Step
-from smbfast.run import console
+from smbfast.run import alarms, console
 from smbfast.run.board import Board
 from smbfast.run.open_run import OpenRun, Progress
 from smbfast.run.optim import place, total_steps
@@ -34,7 +35,6 @@ class MetricsLog:
     def __init__(
         self, run: Path, offset: int = 0, step: int = 0, trackers: Sequence[Tracker] = ()
     ) -> None:
-        self.warned: set[tuple[str, str]] = set()  # see `console.warn_of_step`
         self._path = run / "metrics.jsonl"
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         self.again = Recomputed.of(self._path, offset)
@@ -63,7 +63,9 @@ class MetricsLog:
             for tracker in self._trackers:
                 tracker.add(numbers(kind, values), step)
         for name, value in values.items():
-            if kind in ("step", "eval") and isinstance(step, int) and isinstance(value, float):
+            if kind not in ("step", "eval") or not isinstance(step, int):
+                continue
+            if isinstance(value, float) and math.isfinite(value):  # others TensorBoard grumbles at
                 self._board.add(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
@@ -82,7 +84,6 @@ class NoLog(MetricsLog):
     offset = 0
 
     def __init__(self) -> None:
-        self.warned = set()
         self.again = Recomputed()
 
     def write(self, kind: str, **values: object) -> None:
@@ -212,7 +213,8 @@ def log_step(
     """Log and print an optimizer step, with its unweighted mean losses.
 
     `tokens` counts the tokens of trunks since the first step of the run, `epochs` is that over the
-    tokens of the training windows, and `flops` counts what this rank computed.
+    tokens of the training windows, `flops` counts what this rank computed, and `counts` has how
+    many steps of the phase there were, and how many of them lacked what they could learn from.
 
     Args:
         summed: the weighted losses of the step; reading them waits for the device.
@@ -236,9 +238,10 @@ def log_step(
         "tokens": run.progress.tokens,
         "epochs": run.progress.tokens / max(run.windows.num_tokens, 1),
         "flops": run.progress.flops,
+        "counts": {name: n for name, n in run.progress.watch.counts.items() if n},
     }
     log.write("step", **record)
-    console.warn_of_step(record, phase, log.warned)
+    alarms.hear(run, phase, "step", record)
     print(step_line(record, total_steps(run.settings)), flush=True)
     if words := log.again.add(record):
         print(words, flush=True)
@@ -250,6 +253,7 @@ def log_evaluation(
     """Log and print an evaluation after `step` steps, from `smbfast.run.evaluation.evaluate`."""
     record = {"step": step, "phase": phase.name, **health}
     log.write("eval", **record)
+    alarms.hear(run, phase, "eval", record)
     best = run.progress.best.get(phase.name)
     print(evaluation_line(record, total_steps(run.settings), best), flush=True)
 

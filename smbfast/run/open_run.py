@@ -28,6 +28,7 @@ from smbfast.data.windows import WindowSet
 from smbfast.model.backbone import PatientEncoder, make_encoder, parameter_counts
 from smbfast.model.flops import ModelShape
 from smbfast.model.target import TargetEncoder, TargetForm
+from smbfast.reporting.signals import Watch
 from smbfast.run import checkpoint
 from smbfast.run.agreement import require_same_state
 from smbfast.run.background import Buffer, Writer
@@ -67,11 +68,15 @@ class Progress:
     matmul: str | None = None  # backend of `smbkernels.linear`, chosen when it began on a CPU
     tokens: int = 0  # of the trunks of all steps
     flops: int = 0  # of the matrix products of the main rank
+    watch: Watch = field(default_factory=Watch)  # whether the phase trains anything
 
     @classmethod
     def of(cls, record: dict) -> "Progress":
         """Read it from a checkpoint's record; a key that an older record lacks has its default."""
-        return cls(**{f.name: record[f.name] for f in fields(cls) if f.name in record})
+        values = {f.name: record[f.name] for f in fields(cls) if f.name in record}
+        known = values.pop("watch", {})
+        watch = Watch(**{f.name: known[f.name] for f in fields(Watch) if f.name in known})
+        return cls(**values, watch=watch)
 
 
 @dataclass
@@ -269,6 +274,7 @@ class OpenRun:
                 "seconds": self.seconds(),
                 "tokens": self.progress.tokens,
                 "flops": self.progress.flops,
+                "watch": asdict(self.progress.watch),
             }
             state = (step, self.encoder, target, self.optimizer, record)
             if self.writer is None:

@@ -7,6 +7,7 @@ Gradient accumulation: each summed loss is divided by the count of the whole ste
 backward, so the gradient is that of one large batch, however the step is cut into micro-batches.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from smbfast.data.loader import Step
 from smbfast.model.backbone import PatientEncoder
 from smbfast.model.target import TargetEncoder
 from smbfast.objective import Losses, latent_target
+from smbfast.reporting.signals import Watch
 from smbfast.run.ranks import ALONE, Ranks
 from smbfast.settings import PhaseSettings
 
@@ -140,8 +142,8 @@ class Updater:
         self.optimizer: Any = optimizer  # torch does not declare `found_inf`
         self.clip = clip
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        zero = torch.zeros((), device=self.parameters[0].device)
-        self._in_a_row = self._longest = self._total = zero
+        self._norms: list[Tensor] = []  # of the steps since the last report, on the device
+        self._in_a_row = 0  # skipped steps up to the last report
 
     def step(
         self, lr: float | None = None, target: TargetEncoder | None = None, tau: float = 1.0
@@ -160,11 +162,8 @@ class Updater:
                 group["lr"] = lr
         with part("optimizer"):
             grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
-            skipped = (~torch.isfinite(grad_norm)).float()
-            self.optimizer.found_inf = skipped
-            self._in_a_row = (self._in_a_row + 1) * skipped
-            self._longest = torch.maximum(self._longest, self._in_a_row)
-            self._total = self._total + skipped
+            self.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()
+            self._norms.append(grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         if target is not None:
@@ -172,12 +171,13 @@ class Updater:
                 target.update(tau)
         return grad_norm
 
-    def report_skips(self, step: int, phase: str) -> bool:
+    def report_skips(self, step: int, phase: str, watch: Watch | None = None) -> bool:
         """Print how many steps were skipped since the last call; this waits for a GPU.
 
         Args:
             step: number of steps done, for the message.
             phase: name of the phase, for the message.
+            watch: takes note of gradients that were not finite, or exactly 0.
 
         Returns:
             Whether the latest step was skipped.
@@ -185,15 +185,26 @@ class Updater:
         Raises:
             RunFailed: if `PATIENCE` steps in a row were skipped.
         """
-        counts = torch.stack([self._total, self._longest, self._in_a_row]).tolist()
-        total, longest, in_a_row = map(int, counts)
-        self._total = self._longest = torch.zeros_like(self._total)
-        if total:
-            text = f"step {step}: gradient not finite, steps skipped since the last line: {total}"
-            print(text, file=sys.stderr)
+        norms = torch.stack(self._norms).tolist() if self._norms else []
+        self._norms, longest = [], 0
+        for norm in norms:
+            self._in_a_row = 0 if math.isfinite(norm) else self._in_a_row + 1
+            longest = max(longest, self._in_a_row)
+        skipped = sum(not math.isfinite(norm) for norm in norms)
+        if watch is not None:
+            watch.count_gradients(zero=norms.count(0.0), skipped=skipped)
+        if skipped:
+            print(
+                f"step {step} of phase {phase}: gradient not finite, steps skipped since the last "
+                f"line: {skipped}",
+                file=sys.stderr,
+            )
         if longest >= PATIENCE:
             raise RunFailed(
                 f"the gradient was not finite in {longest} steps in a row, up to step {step} "
-                f"(phase `{phase}`); nothing of them was saved, and checkpoints before them stay"
+                f"(phase `{phase}`), so a loss or a state was not either; nothing of them was "
+                "saved, and checkpoints before them stay. Lower the learning rate or lengthen the "
+                "warm-up, and begin again in another --run.dir; if it is so from the first step, "
+                "the weights of the backbone hold numbers that are not finite, or far too large"
             )
-        return in_a_row > 0
+        return self._in_a_row > 0
