@@ -235,7 +235,7 @@ def self_check(
         return values, gradients
 
     judge = partial(reference.losses, normalize=normalize)
-    expected, expected_grads = computed(judge)
+    truth = expected, expected_grads = computed(judge)
     for what, tensors in (("losses", expected), ("gradients", expected_grads.values())):
         if not all(math.isfinite(float(t.detach().norm())) for t in tensors if t is not None):
             raise ValueError(
@@ -245,13 +245,12 @@ def self_check(
                 "numbers. Begin with others, or, if the steps before made them so, again in "
                 "another --run.dir with a lower learning rate"
             )
-    differences = _differences(computed(losses_of(settings)), (expected, expected_grads))
+    differences = _differences(computed(losses_of(settings)), truth)
     allowed = TOLERANCE.get(layer_dtype(encoder), TOLERANCE[torch.float32])
-    gaps = differences[:3]
-    if not _within(gaps, allowed):
+    if not _within(gaps := differences[:3], allowed):
         _require_trainable(encoder, expected[0], phase, step)
         with _nudged(encoder):
-            blur = _differences(computed(judge), (expected, expected_grads))[:3]
+            blur = _differences(computed(judge), truth)[:3]
         blurred = [math.inf if math.isnan(b) else BLUR * b for b in blur]
         if _within(gaps, list(map(max, allowed, blurred))):
             terminal.warn(
