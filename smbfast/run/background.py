@@ -12,6 +12,7 @@ Everything that a rank saves is whole on it, also where ranks share a backbone o
 import json
 import math
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,9 +22,11 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from smbfast.base.entry import RunFailed
 from smbfast.base.helpers import warn_failed
 
 PATIENCE = 10.0  # seconds that a second signal leaves to a write: our choice
+_LOOK = 1.0  # seconds after which a wait looks whether the thread lives
 # elements that torch reduces in the thread that asks: another pool of threads would be in the way
 _SERIAL = (1 << 15) - 1
 # as safetensors names and orders them: the widest first, and by name among those of a type
@@ -166,6 +169,7 @@ class Writer:
         self.buffer = buffer
         self._idle = threading.Event()
         self._idle.set()
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._error: BaseException | None = None
         self._writes: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
 
@@ -179,8 +183,9 @@ class Writer:
 
         Raises:
             BaseException: what it failed with.
+            RunFailed: if its thread has ended in the middle of it.
         """
-        self._idle.wait()
+        self._comes_to_rest()
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -196,7 +201,7 @@ class Writer:
         self._writes.put(write)
 
     def __enter__(self) -> "Writer":
-        threading.Thread(target=self._run, name="checkpoint", daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(
@@ -207,12 +212,23 @@ class Writer:
     ) -> None:
         """Wait for the write under way; after an interrupt for `PATIENCE` seconds at most."""
         self._writes.put(None)
-        if self._idle.wait(PATIENCE if isinstance(error, KeyboardInterrupt) else None):
+        if self._comes_to_rest(PATIENCE if isinstance(error, KeyboardInterrupt) else math.inf):
             self.buffer.close()
         if error is None:
             self.wait()
         elif self._error is not None:
             warn_failed("the checkpoint", self._error, "the one before it stays")
+
+    def _comes_to_rest(self, patience: float = math.inf) -> bool:
+        """Wait until nothing is written, for seconds at most; a thread that ended has failed."""
+        until = time.monotonic() + patience
+        while not self._idle.wait(max(0.0, min(_LOOK, until - time.monotonic()))):
+            if not self._thread.is_alive() and not self._idle.is_set():
+                self._error = RunFailed("the thread that writes a checkpoint has ended before it")
+                self._idle.set()
+            elif time.monotonic() >= until:
+                return False
+        return True
 
     def _run(self) -> None:
         while (write := self._writes.get()) is not None:
