@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from smbfast.base.config import command_line
-from smbfast.base.entry import entry
+from smbfast.base.entry import entry, own_folder
 from smbfast.base.hub_names import options_of
 from smbfast.base.terminal import say_first
 from smbfast.settings import PrepareSettings, require_meds_folder
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> None:
         start = time.monotonic()
         out, splits = Path(settings.out), tuple(settings.splits)
         prepared = prepare(settings, out, settings.tokenizer, splits, on=settings.on)
+        own_folder(out)
         for split in settings.splits:  # what a run with the defaults of its objective needs
             prepared.windows(split, settings.window, ObjectiveSettings(), settings.stride)
         seconds = time.monotonic() - start

@@ -104,7 +104,8 @@ def _run(settings: TrainSettings, command: str, start: float, ranks: "Ranks") ->
         return
     # from here on how it ends is written to the run's status
     end = partial(write_end, settings)
-    with _entry(on_end=end) as signals, ranks.loss_is_failure(end):
+    shown = _entry(on_end=end, private=not settings.run.share)
+    with shown as signals, ranks.loss_is_failure(end):
         with use(everywhere, **by_op):
             outcome = loop.train(settings, command, ranks)
         if outcome == "preempted":

@@ -9,7 +9,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from time import monotonic
 
 from smbfast.base.disk import cannot_write, system_error
@@ -24,6 +25,7 @@ _AGAIN = 10.0  # seconds after which an interrupt that nobody has answered is re
 _SOON = 0.05  # seconds after which one is that was raised where Python drops it
 MOMENT = 5.0  # seconds in which signals are one, which srun and torchrun hand on: our choice
 
+_UMASK: list[int] = []  # of the user, while a command works
 _NO_THREAD = "can't start new thread"  # what Python says where the system refuses one
 
 
@@ -201,14 +203,30 @@ def _is_the_program(prog: str) -> bool:
 
 @contextmanager
 def _modes(private: bool) -> Iterator[None]:
-    """Let new files be 0600 and new folders 0700 in the block, if `private`."""
+    """Let new files be 0600 and new folders 0700 in the block if `private`, else as the user's
+    umask has them, also within a block that is private."""
     before = os.umask(0o077)
+    is_first = not _UMASK
+    if is_first:
+        _UMASK.append(before)
     if not private:
-        os.umask(before)
+        os.umask(_UMASK[0])
     try:
         yield
     finally:
         os.umask(before)
+        if is_first:
+            _UMASK.clear()
+
+
+def own_folder(folder: Path, *, shared: bool = False) -> None:
+    """Let a folder that holds our files alone be 0700, or as the user's umask has it if `shared`.
+
+    It may have been made before, by anybody; one of another user stays as it is.
+    """
+    with suppress(OSError):
+        if folder.stat().st_uid == os.geteuid():
+            folder.chmod(0o777 & ~_UMASK[0] if shared and _UMASK else 0o700)
 
 
 def _nothing(state: str) -> None:

@@ -48,6 +48,7 @@ FREE_KEYS = (
     "run.keep",
     "run.threads",
     "run.profile",
+    "run.share",
     "run.track",
     "probe.",
 )

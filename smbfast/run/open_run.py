@@ -17,6 +17,7 @@ import torch
 
 from smbfast.base.config import to_toml
 from smbfast.base.digests import hub_commit
+from smbfast.base.entry import own_folder
 from smbfast.base.files import legal, write_text
 from smbfast.base.parts import is_part
 from smbfast.base.runtime import GIB, choose_device, held_memory, versions
@@ -173,6 +174,7 @@ class OpenRun:
     def begin(self) -> None:
         """Write the id and the settings of a new run: from here on the folder is this run's."""
         self.identity.write(self.folder)
+        own_folder(self.folder, shared=self.settings.run.share)
         write_text(self.folder / "config.toml", to_toml(as_asked(self.settings)))
 
     @property

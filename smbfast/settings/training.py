@@ -411,6 +411,13 @@ class RunSettings(Settings):
         "of `wandb login`, `mlflow` to MLFLOW_TRACKING_URI. `false` writes files only, which "
         "`wandb sync` may send later.",
     )
+    share: bool = Field(
+        False,
+        description="Whether others may read what this run writes from now on that holds no row of "
+        "a patient: its folder, log, report, checkpoints, best and final model then have the modes "
+        "of your umask. Token shards, embeddings, predictions, probe.json and what is known of "
+        "held-out patients stay readable by you alone, as everything is without it.",
+    )
     resume: Literal["auto", "never", "restart"] = Field(
         "auto",
         description="What happens if the run folder already holds a run. `auto` continues it, or "

@@ -111,6 +111,152 @@ def _copied(shared: Path, here: Path, words: str) -> Iterator[Path]:
         shutil.rmtree(here)
 
 
+def _tiny(folder: Path, *more: str) -> list[str]:
+    """Arguments of a run of two steps on the dataset `meds` of the folder."""
+    words = ["tiny", f"--data.path={folder / 'meds'}", f"--run.dir={folder / 'run'}"]
+    words += ["--phases.0.steps=1", "--phases.1.steps=1", "--run.threads=1", "--data.window=256"]
+    return [*words, *more]
+
+
+def _probed(labels: bool) -> list[str]:
+    own = ["--probe.labels=task", "--probe.bootstraps=100", "--probe.untrained=1"]
+    return own if labels else ["--probe.labels="]
+
+
+def only_the_user_reads(work: Work) -> Proof:
+    """Run commands under open umasks, in folders that were there, and look at every mode."""
+    from tests import canary
+    from tests.factory import write_labels, write_meds
+
+    count, bad = 0, []
+    for umask in work.pick(push=[0o000], recorded=[0o000, 0o022]):
+        for form in work.pick(push=["text"], recorded=["text", "codes"]):
+            root = work.folder / f"{umask:03o}-{form}"
+            write_labels(write_meds(root / "meds"))
+            before = os.umask(umask)
+            try:
+                for name in ("run", "shards", "labels"):
+                    (root / name).mkdir(mode=0o755)
+                for command, words in _writing(root, form, work):
+                    canary.said(command, words)
+                own, num = _open_to_others(root)
+            finally:
+                os.umask(before)
+            count, bad = count + num, bad + own
+    if work.size != "mutant" or not bad:
+        own, num = _shared(work)
+        count, bad = count + num, bad + own
+    own, num = _followed(work)
+    return Proof(count + num, "files, folders and links", bad + own)
+
+
+def _writing(root: Path, form: str, work: Work) -> Iterator[tuple[str, list[str]]]:
+    """Commands that write, in the order of a user."""
+    from tests.canary import TASKS
+
+    data, run, final = f"--data={root / 'meds'}", root / "run", f"--model={root / 'run' / 'final'}"
+    (root / "tasks.toml").write_text(TASKS)
+    yield "tasks", [str(root / "tasks.toml"), data, f"--out={root / 'labels'}"]
+    words = [f"--path={root / 'meds'}", f"--out={root / 'shards'}", "--window=256", "--workers=1"]
+    yield "prepare", [*words, f"--format={form}", "--vocab_size=700"]
+    if work.size == "mutant":
+        return
+    yield "train", _tiny(root, f"--data.format={form}", *_probed(work.size == "recorded"))
+    embeddings = f"{root / 'embeddings.parquet'}"
+    yield "embed", [final, data, "--labels=task", f"--out={embeddings}"]
+    yield "probe", [f"--embeddings={embeddings}", data, "--bootstraps=100", f"--out={root / 'p'}"]
+    predicted = root / "p" / "predictions" / "task"
+    methods = [f"a={predicted / 'smbfast.parquet'}", f"b={predicted / 'counts.parquet'}"]
+    yield "compare", [*methods, f"--out={root / 'compared'}", "--bootstraps=100"]
+    if work.size == "recorded":
+        yield "report", [f"--run={run}", "--patient=1", f"--out={root / 'patient.html'}"]
+        yield "check", _tiny(root, f"--run.dir={root / 'checked'}", f"--data.format={form}")
+        shutil.copytree(run, root / "run-2")
+        runs = [str(run), str(root / "run-2")]
+        yield "report", [*runs, f"--out={root / 'runs.html'}"]
+
+
+def _open_to_others(root: Path) -> tuple[list[str], int]:
+    """What others may read of all that was written, and how many files and folders that are."""
+    bad, num = [], 0
+    beside = ("labels", "meds", "tasks.toml", "run-2")  # that a user has made and others may need
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if name in beside or name.split("/")[0] in beside[1:]:
+            continue
+        num += 1
+        mode, least = path.stat().st_mode & 0o777, 0o700 if path.is_dir() else 0o600
+        if mode & ~least:
+            bad.append(f"{name} is {mode:03o}")
+    return bad, num
+
+
+def _shared(work: Work) -> tuple[list[str], int]:
+    """A run that is shared: by the umask, but for what has rows of patients."""
+    from tests import canary
+    from tests.factory import write_labels, write_meds
+
+    if work.size != "recorded":
+        return [], 0
+    root, bad, num = work.folder / "shared-run", [], 0
+    write_labels(write_meds(root / "meds"))
+    before = os.umask(0o022)
+    try:
+        canary.said("train", _tiny(root, "--run.share=true", *_probed(True)))
+    finally:
+        os.umask(before)
+    hidden = ("prepared", "embeddings", "predictions", "probe.json", ".smbfast.lock")
+    hidden += ("risk_functions.safetensors", "held_out.json", "digests.json", "source")
+    for path in sorted((root / "run").rglob("*")):
+        mode, name = path.stat().st_mode & 0o777, str(path.relative_to(root / "run"))
+        num += 1
+        if name.split("/")[0] in hidden:
+            if path.is_file() and mode != 0o600:
+                bad.append(f"{name} of a shared run is {mode:03o}")
+        elif mode != (0o755 if path.is_dir() else 0o644):
+            bad.append(f"{name} of a shared run is {mode:03o}")
+    if (root / "run").stat().st_mode & 0o777 != 0o755:
+        bad.append("the folder of a shared run cannot be entered")
+    return bad, num
+
+
+def _followed(work: Work) -> tuple[list[str], int]:
+    """Links at names that can be foreseen lead no write to a file of somebody else."""
+    import sys
+
+    from smbfast.base.files import committed_file, committed_folder
+    from smbfast.base.locks import LOCK, locked
+
+    root = work.folder / "links"
+    root.mkdir()
+    victim, bad, made = root / "victim", [], []
+    victim.write_text("mine")
+    sys.addaudithook(lambda name, words: made.append(str(words[0])) if name == "os.mkdir" else None)
+    ends = (".tmp", ".old", ".new", ".part", ".trash", ".lock", "~")
+    for name in ("out.parquet", "final", "tasks.json"):
+        for end in ends:
+            (root / f"{name}{end}").symlink_to(victim)
+        made.clear()
+        for _ in range(2):
+            with committed_file(root / "file" / name, private=True) as staging:
+                staging.write_text("secret")
+            with committed_folder(root / "folder" / name, replace=True, private=True) as staging:
+                (staging / "a").write_text("secret")
+        names = [one for one in made if ".tmp" in Path(one).name]
+        if len(set(names)) < 4:
+            bad.append(f"temporary folders of {name} can be foreseen")
+    (root / "held").mkdir()
+    (root / "held" / LOCK).symlink_to(victim)
+    try:
+        with locked(root / "held", "test"):
+            pass
+    except (OSError, ValueError):
+        pass
+    if victim.read_text() != "mine":
+        bad.append("a link at a name that can be foreseen was followed")
+    return bad, 3 * (len(ends) + 1) + 1
+
+
 ROWS: tuple[Row, ...] = (
     Row(
         id="P1",
@@ -132,6 +278,44 @@ ROWS: tuple[Row, ...] = (
                 "smbfast/data/source_index.py",
                 "{file}: the subject of row {row} must",
                 "{file}: subject {subject}, row {row}, must",
+            ),
+        ),
+        limit={"push": 300},
+    ),
+    Row(
+        id="P3",
+        property="what is written is readable by its user alone, in folders that were there too, "
+        "and no link at a foreseen name is followed",
+        bar={"push": 80, "recorded": 400},
+        prove=only_the_user_reads,
+        mutants=(
+            mutant(
+                "default-modes",
+                "files have the modes that the umask of a user leaves them",
+                "smbfast/base/entry.py",
+                "before = os.umask(0o077)",
+                "before = os.umask(0o022)",
+            ),
+            mutant(
+                "folder-stays-open",
+                "a folder that was there before shows what is in it",
+                "smbfast/base/entry.py",
+                "if folder.stat().st_uid == os.geteuid():",
+                "if folder.stat().st_uid != os.geteuid():",
+            ),
+            mutant(
+                "lock-follows-a-link",
+                "a lock is written through a link that somebody has put at its name",
+                "smbfast/base/locks.py",
+                "_OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC",
+                "_OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC",
+            ),
+            mutant(
+                "temporary-names-foreseen",
+                "what is written lies in a folder whose name everybody can know before",
+                "smbfast/base/staging.py",
+                "secrets.token_hex(8)",
+                "hash(path) % 2**64:016x",
             ),
         ),
         limit={"push": 300},
