@@ -257,6 +257,79 @@ def _followed(work: Work) -> tuple[list[str], int]:
     return bad, 3 * (len(ends) + 1) + 1
 
 
+def no_socket_is_opened(work: Work) -> Proof:
+    """Run commands and ask for models that are not there, and see who asks the network."""
+    import socket
+    import sys
+
+    from huggingface_hub import constants
+
+    from tests import canary
+    from tests.factory import write_labels, write_meds
+
+    constants.HF_HUB_OFFLINE = False  # which would hide that the Hub is asked
+    events: list[str] = []
+    asked = ("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg")
+    asked += ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr")
+    sys.addaudithook(lambda name, words: events.append(name) if name in asked else None)
+    with socket.socket() as own:  # the hook hears what is asked
+        own.bind(("127.0.0.1", 0))
+    if events != ["socket.bind"]:
+        return Proof(0, "commands", ["the hook does not hear of a socket"])
+    bad, count = [], 0
+    write_labels(write_meds(work.folder / "meds"))
+    for form in work.pick(push=["codes"], recorded=["codes", "text"]):
+        root = work.folder / form
+        root.mkdir()
+        shutil.copytree(work.folder / "meds", root / "meds")
+        for command, words in _writing(root, form, work):
+            events.clear()
+            canary.said(command, words)
+            count += 1
+            bad += [f"{command} ({form}): {name}" for name in sorted(set(events))]
+    os.chdir(work.folder)
+    for words in _absent_models():
+        command, *argv = words.split()
+        events.clear()
+        status, text = canary.ended(command, argv)
+        count += 1
+        bad += [f"`{words}`: {name}" for name in sorted(set(events))]
+        if not status:
+            bad.append(f"`{words}` ends as if there were a model")
+        if "Traceback" in text:
+            bad.append(f"`{words}` ends with a traceback")
+    if work.size == "recorded":
+        own_bad, own_count = _without_network(work)
+        bad, count = bad + own_bad, count + own_count
+    return Proof(count, "commands", bad)
+
+
+def _absent_models() -> Iterator[str]:
+    """Commands that name a model by a path, and there is none."""
+    train = "tiny --data.path=meds --run.dir=new"
+    for path in ("./nosuch", "a/b/nosuch", "../nosuch", "/nosuch/model", "meds/nosuch", "meds"):
+        yield f"train {train} --model.path={path}"
+        yield f"check {train} --model.path={path} --model.train=lora"
+        yield f"embed --model={path} --data=meds --at=last --out=o.parquet"
+        yield f"prepare --path=meds --out=shards --format=text --tokenizer={path}"
+        yield f"probe --embeddings=o.parquet --data=meds --model={path}"
+
+
+def _without_network(work: Work) -> tuple[list[str], int]:
+    """A whole run in a name space without any network, as a process of its own."""
+    import subprocess
+    import sys
+
+    try:
+        subprocess.run(["unshare", "-rn", "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return [], 0
+    words = _tiny(work.folder, f"--run.dir={work.folder / 'alone'}", *_probed(True))
+    command = ["unshare", "-rn", sys.executable, "-m", "smbfast.train", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return ([] if done.returncode == 0 else [f"without a network: {done.stderr[-300:]}"]), 1
+
+
 ROWS: tuple[Row, ...] = (
     Row(
         id="P1",
@@ -319,5 +392,28 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
         limit={"push": 300},
+    ),
+    Row(
+        id="S3",
+        property="a run, its embeddings, probes and report open no socket, nor does a path where "
+        "no model is",
+        bar={"push": 5 + 30, "recorded": 14 + 30},
+        prove=no_socket_is_opened,
+        mutants=(
+            mutant(
+                "name-of-the-host-asked-for",
+                "a lock asks a name server who this machine is",
+                "smbfast/base/locks.py",
+                'return {"host": socket.gethostname()',
+                'return {"host": socket.getfqdn()',
+            ),
+            mutant(
+                "path-is-a-name-of-the-hub",
+                "a path where there is no folder is asked for on the Hub",
+                "smbfast/base/hub_names.py",
+                'return "/" in name and Path(name).parent.exists()',
+                "return False",
+            ),
+        ),
     ),
 )
