@@ -62,11 +62,15 @@ class Row:
     """A line of the scorecard."""
 
     id: str
-    property: str  # one sentence
+    property: str  # one sentence, however it is capitalised
     bar: Mapping[str, int]  # by size, the least number of trials
     prove: Callable[[Work], Proof]
     mutants: tuple[Mutant, ...]  # the first of them is tried at every size
     limit: Mapping[str, int] = field(default_factory=dict)  # by size, seconds, beside LIMITS
+
+    def __post_init__(self) -> None:
+        sentence = self.property[:1].upper() + self.property[1:].rstrip(".") + "."
+        object.__setattr__(self, "property", sentence)
 
     def least(self, size: str) -> int:
         """The number of trials without which the row does not hold."""

@@ -70,7 +70,7 @@ ROWS: tuple[Row, ...] = (
                 "background-save-does-not-wait",
                 "a save copies into the buffer that is being written",
                 BACKGROUND,
-                "        self._idle.wait()\n        error, ",
+                "        self._comes_to_rest()\n        error, ",
                 "        error, ",
             ),
             mutant(
