@@ -34,6 +34,7 @@ from smbfast.base.staging import MARKER
 from smbfast.run import loop
 from tests.factory import write_meds
 
+PREEMPTED = 75  # the exit code of a run that was stopped and saved
 PATIENCE = 300.0  # seconds after which a run has hung
 SAVE_EVERY = 3
 COMMON = [
@@ -87,6 +88,8 @@ TOTAL = 12  # steps of each
 # what a clock, a memory meter or a path decides
 _CLOCKS = {"tokens_per_s", "masked_per_s", "matmul", "wait", "eta", "memory_gib", "seconds"}
 _CLOCKS |= {"metrics_offset", "time", "created", "pid"}
+# the manifest has digests of what names the run; the others have clocks
+_CLOCKED = ("manifest.json", "README.md", "verified.json")
 # who it is, which is random, and what is asked of the same run in other words
 _WHO = {"run", "identity", "settings"}
 
@@ -212,7 +215,7 @@ def run_here(words: list[str], run: Path, stop_after: int | None = None) -> bool
         try:
             entry.main(words)
         except SystemExit as stop:
-            if stop.code != entry.STOPPED or stop_after is None:
+            if stop.code != PREEMPTED or stop_after is None:
                 raise
             return False
     return True
@@ -529,8 +532,7 @@ def different_files(one: Path, other: Path) -> list[str]:
     ours, theirs = ({f.relative_to(d) for f in d.rglob("*") if f.is_file()} for d in (one, other))
     bad = [f"{other.name}/{name} is in one folder alone" for name in sorted(ours ^ theirs)]
     for name in sorted(ours & theirs):
-        # the manifest has digests of what names the run; the card has its seconds
-        if name.name not in ("manifest.json", "README.md") and not _same(one / name, other / name):
+        if name.name not in _CLOCKED and not _same(one / name, other / name):
             bad.append(f"{other.parent.name}/{other.name}/{name} differs")
     return bad
 

@@ -43,6 +43,47 @@ def _stopped(work: Work) -> Proof:
     return Proof(len(shapes) * TOTAL, "stops", bad, figure)
 
 
+def _golden(work: Work) -> Proof:
+    import shutil
+
+    from tests.reliability import golden
+
+    names = list(golden.SHAPES) if work.size != MUTANT else ["horizons"]
+    bad: list[str] = []
+    exact = refused = 0
+    for number, name in enumerate(names):
+        folder = work.folder / f"{name}-whole"
+        shutil.copytree(golden.HERE, folder)
+        if not number or work.size not in ("push", MUTANT):
+            bad += golden.refusals(name, work.folder / name)
+            refused += 4
+        problems = golden.open_golden(name, folder)
+        if not problems:
+            problems, same = golden.next_step(name, folder)
+            exact += same
+        bad += problems
+    figure = f"all tensors to the bit, and {exact} next losses (others: within {golden.ALIKE:.0e})"
+    figure += f"; {refused} of other formats refused by name"
+    return Proof(len(names), "golden checkpoints", bad, figure)
+
+
+def _repeated(work: Work) -> Proof:
+    from tests.reliability import small_runs
+    from tests.reliability.killing import EVERY_SHAPE
+    from tests.reliability.repeated import forked_twice, started_twice
+    from tests.reliability.small_runs import Shape
+
+    shapes = work.pick(
+        push=(Shape("codes", "whole", "hybrid", prepares=True),), nightly=EVERY_SHAPE
+    )
+    small_runs.make_data(work.folder, list(shapes))
+    bad = [text for shape in shapes for text in forked_twice(work, shape)]
+    anew = work.pick(push=0, nightly=1, recorded=4, mutant=0)
+    bad += [text for shape in shapes[:anew] for text in started_twice(work, shape)]
+    figure = f"{anew} of them with other hashes of strings, clocks and languages"
+    return Proof(len(shapes) + anew, "pairs of runs", bad, figure)
+
+
 ROWS = (
     Row(
         "R2",
@@ -114,6 +155,57 @@ ROWS = (
                 CHECKPOINT,
                 '"exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),',
                 '"exp_avg_sq": 0 * tensors[f"exp_avg_sq.{name}"].to(parameter.device),',
+            ),
+        ),
+    ),
+    Row(
+        "R8",
+        "A checkpoint of every released format loads to the bit and goes on as it did.",
+        {"push": 4},
+        _golden,
+        (
+            mutant(
+                "tensor-renamed",
+                "a tensor of the scale of horizons has another name",
+                "smbfast/model/horizon_scale.py",
+                '_NAMES = ("weight_H1",',
+                '_NAMES = ("weight_H",',
+            ),
+            mutant(
+                "any-format",
+                "a manifest of any format is read as today's",
+                "smbfast/base/files.py",
+                "    if version != FORMAT:\n        raise ForeignFormat(",
+                "    if version is None:\n        raise ForeignFormat(",
+            ),
+            mutant(
+                "moments-of-half-precision",
+                "moments of the optimizer are rounded where they are loaded",
+                CHECKPOINT,
+                '"exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),',
+                '"exp_avg": tensors[f"exp_avg.{name}"].bfloat16().to(parameter),',
+            ),
+        ),
+    ),
+    Row(
+        "D1",
+        "A command that is run twice leaves the same bits.",
+        {"push": 1, "nightly": 13, "recorded": 16},
+        _repeated,
+        (
+            mutant(
+                "unseeded-mask",
+                "masks are drawn without a seed",
+                "smbfast/data/masking.py",
+                'random = generator(seed, "mask", step, k, window.subject, window.start)',
+                "random = np.random.default_rng()",
+            ),
+            mutant(
+                "unseeded-weights",
+                "a new model begins with weights of no seed",
+                "smbfast/model/backbone.py",
+                "torch.manual_seed(settings.run.seed)",
+                "torch.seed()",
             ),
         ),
     ),
