@@ -23,7 +23,7 @@ from torch import Tensor
 import smbfast.train as entry
 from smbfast.base.runtime import MatmulRate
 from smbfast.batch import FuturePairs, PackedBatch
-from smbfast.run import evaluation, loop, open_run, startup
+from smbfast.run import checkpoint, evaluation, loop, open_run, startup
 from smbfast.run.folder import data_of, prepared_data
 from smbfast.settings import load
 from smbfast.simulation.dataset import simulate
@@ -185,7 +185,8 @@ def trained(
         measured: whether evaluations measure what every rank measures alike; they always compare
             the weights of ranks.
         unlike: on that rank: words `more` that come behind the others, `stop_after` steps, the
-            `seed` of its plan, or whether its weights are `moved` behind the first step.
+            `seed` of its plan, whether its weights are `moved` behind the first step, or the step
+            whose checkpoint is `lost` as the disk is full, before the next step begins.
     """
     rank = int(os.environ.get("RANK", "0"))
     unlike = unlike if rank == on else {}
@@ -197,6 +198,10 @@ def trained(
         vars(open_run)["make_step"] = partial(_of_seed, open_run.make_step, unlike["seed"])
     if unlike.get("moved"):
         vars(loop)["forward_backward"] = partial(_moved, loop.forward_backward)
+    if "lost" in unlike:
+        vars(checkpoint)["write"] = partial(_full, checkpoint.write, unlike["lost"])
+        save = open_run.OpenRun.save
+        setattr(open_run.OpenRun, "save", lambda *own: _settled(save, *own))  # noqa: B010
     return run(*words, *unlike.get("more", []), stop_after=unlike.get("stop_after"))
 
 
@@ -208,6 +213,17 @@ def _moved(real: Callable, losses: Any, encoder: Any, *words: Any, **more: Any) 
     with torch.no_grad():
         encoder.mask_vector[0] += 1e-7
     return real(losses, encoder, *words, **more)
+
+
+def _full(write: Callable, step: int, run: Path, snapshot: Any, *words: Any) -> Any:
+    if snapshot.step == step:
+        raise OSError(28, "No space left on device", str(run / "checkpoints"))
+    return write(run, snapshot, *words)
+
+
+def _settled(save: Callable, run: Any, *words: Any) -> None:
+    save(run, *words)
+    run.writer._idle.wait(60)  # but nobody has asked what became of it
 
 
 def waits(on: int, killed: bool = False) -> None:

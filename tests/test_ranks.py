@@ -169,6 +169,19 @@ def test_fewer_windows_than_ranks_and_data_not_prepared_are_refused(data, tmp_pa
     assert not (tmp_path / "none").exists()
 
 
+def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_behind_the_next_step(data, tmp_path):
+    """Also where a forward gathers layers, in which no rank must wait for one that has ended."""
+    words = [*words_of(data, "first", "text", "tracked"), f"--run.dir={tmp_path}"]
+    words += ["--model.fsdp=true", "--phases.0.steps=9", "--run.save_every=3"]
+    ends = run_ranks(2, TRAINED, words=words, on=0, lost=6)
+    assert "No space left on device" in (ends[0].error or ""), ends
+    assert "SystemExit: 1" in (ends[1].error or ""), ends
+    assert [line["step"] for line in steps_of(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 3)
+
+
 def test_torchrun_itself(data, tmp_path):
     """The one real launch: one voice, one log, and a command that goes on as it began."""
     words = [*words_of(data, "first", "text", "whole"), f"--run.dir={tmp_path}"]
