@@ -13,19 +13,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
 
 from smbfast import check, embed, prepare, probe, report, simulate, train
-from smbfast.base import runtime
-from smbfast.data import loader
 from smbfast.probing import embedding, run_probe
 from smbfast.reporting import figures, page
 from smbfast.run import console, loop, preflight
@@ -46,13 +41,11 @@ SETTINGS = [
     "--probe.labels=[]",
 ]
 LOADED = (console, embedding, figures, loop, page, preflight, run_probe)  # before any fork
-DOUBLES, PATIENCE, BLOCKED = 30, 2.0, 10.0  # starts; seconds
-BUSY: dict[int, float] = {}  # seconds that a process ran or waited for a core that others had
-PACKED = loader._packed  # as it is without a fault
+DOUBLES, PATIENCE = 30, 2.0  # starts; seconds
 Command = Callable[[list[str]], None]
 
 
-def forked(command: Command, argv: list[str], log: Path, fault: Callable[[], object] | None = None):
+def forked(command: Command, argv: list[str], log: Path) -> int:
     """Run a command in a forked process, and return its id."""
     pid = os.fork()
     if pid:
@@ -60,8 +53,6 @@ def forked(command: Command, argv: list[str], log: Path, fault: Callable[[], obj
     status = 70
     with suppress(BaseException), log.open("w") as out, redirect_stdout(out), redirect_stderr(out):
         try:
-            if fault:
-                fault()
             command(argv)
             status = 0
         except SystemExit as stop:
@@ -77,8 +68,6 @@ def ended(pid: int, patience: float = 120.0) -> tuple[int, float]:
     """Wait; return the exit status, or minus the signal, and when it ended."""
     end = time.monotonic() + patience
     while time.monotonic() < end:
-        with suppress(OSError, ValueError):
-            BUSY[pid] = sum(map(int, Path(f"/proc/{pid}/schedstat").read_text().split()[:2])) / 1e9
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status), time.monotonic()
@@ -104,11 +93,6 @@ def single(root: Path) -> tuple[Path, float]:
     status, end = ended(forked(train.main, [*SETTINGS, f"--run.dir={run}"], root / "single.log"))
     assert status == 0, (root / "single.log").read_text()
     return run, end - start
-
-
-def blocked(pid: int, seconds: float) -> float:
-    """The seconds of those that a process lived in which it waited for anything but a core."""
-    return seconds - BUSY[pid]
 
 
 def double_starts(root: Path, alone: Path, seconds: float) -> str:
@@ -143,85 +127,6 @@ def double_starts(root: Path, alone: Path, seconds: float) -> str:
         f"{DOUBLES} double starts: {DOUBLES - late} of them refused one, the slowest after "
         f"{slowest:.2f} s; {late} began after the first had ended"
     )
-
-
-def full(*_args: object, **_more: object) -> None:
-    raise OSError(28, "No space left on device")
-
-
-def wrong(*_args: object, **_more: object) -> None:
-    raise KeyError("Zebrafinch")
-
-
-def patched(name: str, value: object) -> Callable[[], object]:
-    return mock.patch(name, value).start
-
-
-def hangs(root: Path) -> Callable[[], object]:
-    (root / "bin").mkdir()
-    (root / "bin" / "git").write_text("#!/bin/sh\nexec /bin/sleep 600\n")
-    (root / "bin" / "git").chmod(0o700)
-
-    def fault() -> None:
-        runtime.git_state.cache_clear()
-        os.environ["PATH"] = f"{root / 'bin'}:{os.environ['PATH']}"
-
-    return fault
-
-
-def faults(root: Path) -> str:
-    missing = {"PATH": str(root / "none")}
-    helpers: dict[str, Callable[[], object]] = {
-        "TensorBoard's file is not made": patched("smbfast.run.board.EventsWriter", full),
-        "TensorBoard's write": patched("tensorboardX.record_writer.RecordWriter.write", full),
-        "TensorBoard's flush": patched("tensorboardX.record_writer.RecordWriter.flush", full),
-        "TensorBoard's close": patched("tensorboardX.record_writer.RecordWriter.close", wrong),
-        "a scalar": patched("smbfast.run.board.scalar", wrong),
-        "git is missing": lambda: (runtime.git_state.cache_clear(), os.environ.update(missing)),
-        "git hangs": hangs(root),
-        "the profile does not begin": patched("smbfast.run.profile.profile", wrong),
-        "the profile is not written": patched("smbfast.run.profile.committed_folder", full),
-        "the report": patched("smbfast.run.loop.write_report", wrong),
-        "the report's figures": patched("smbfast.reporting.page.render", wrong),
-        "the sample": patched("smbfast.run.probes.sample_of", wrong),
-        "the sample is not written": patched("smbfast.run.probes.write_text", full),
-        "old checkpoints stay": patched("smbfast.base.replace.discard", full),
-        "a loader's thread ends": patched("smbfast.data.loader.make_micro_batches", full),
-        "no thread starts": patched("threading.Thread.start", no_thread),
-        "the loader's threads are gone": patched("smbfast.data.loader._packed", thread_ends),
-    }
-    slowest, stopped = 0.0, 0
-    for number, (name, fault) in enumerate(helpers.items()):
-        run, log = root / f"fault-{number}", root / f"fault-{number}.log"
-        more = ["--run.profile=2"] if "profile" in name else []
-        start = time.monotonic()
-        pid = forked(train.main, [*SETTINGS, *more, f"--run.dir={run}"], log, fault)
-        status, end = ended(pid)
-        text = log.read_text()
-        assert "Traceback" not in text and "Zebrafinch" not in text, (name, text)
-        if name.startswith(("a loader", "no thread", "the loader")):
-            assert status == 1 and text.splitlines()[-1].startswith("smbfast.train: "), (name, text)
-            stopped += 1
-        else:
-            assert status == 0 and lines(run) >= 9, (name, status, text)
-            named = text.count("warning: ") - text.count("warning: 0") > 0
-            assert named or name == "old checkpoints stay", (name, text)
-        slowest = max(slowest, waited := blocked(pid, end - start))
-        assert waited < BLOCKED, (name, waited)
-    return (
-        f"{len(helpers)} faults in helpers: {stopped} end the run with a line, the others are said "
-        f"and it goes on; at most {slowest:.1f} s of waiting in a run"
-    )
-
-
-def no_thread(*_args: object) -> None:
-    raise RuntimeError("can't start new thread")
-
-
-def thread_ends(*args: Any, **more: Any) -> Any:
-    if threading.current_thread() is threading.main_thread():
-        return PACKED(*args, **more)  # evaluation packs batches too
-    raise SystemExit(3)
 
 
 def tree_hash(names: dict[Path, str]) -> str:
@@ -283,33 +188,6 @@ def foreign_files(root: Path, alone: Path) -> str:
     return f"{len(names)} files of others: unchanged by {len(commands)} commands"
 
 
-def signals(root: Path, alone: Path, seconds: float) -> str:
-    draw, statuses = random.Random(1), {0: 0, 75: 0}
-    trials = [(n, c) for n in ("SIGUSR1", "SIGTERM", "SIGINT") for c in (1, 2, 5)] * 3
-    for number, (name, count) in enumerate(trials):
-        run, log = root / f"signal-{number}", root / f"signal-{number}.log"
-        argv = [*SETTINGS, f"--run.dir={run}"]
-        pid = forked(train.main, argv, log)
-        time.sleep(0.05 + draw.random() * seconds * 0.95)
-        for _ in range(count):
-            with suppress(ProcessLookupError):
-                os.kill(pid, getattr(signal, name))
-            time.sleep(0.02 * draw.random())
-        sent = time.monotonic()
-        status, end = ended(pid)
-        assert end - sent < BLOCKED, (name, count, end - sent)
-        # after the command has ended, its forked process knows no handler
-        late = status == -getattr(signal, name) and "total" in log.read_text()
-        assert status in statuses or late, (name, count, status, log.read_text())
-        statuses[0 if late else status] += 1
-        status, _ = ended(forked(train.main, argv, log))
-        assert status == 0, log.read_text()
-        assert weights(run) == weights(alone), (name, count)
-        assert not list(run.rglob("*.tmp")), list(run.rglob("*.tmp"))
-        shutil.rmtree(run)
-    return f"{len(trials)} runs with 1 to 5 signals: exits {statuses}, then the weights of one run"
-
-
 def full_disk(root: Path, alone: Path) -> str:
     disk, said = root / "disk", []
     disk.mkdir()
@@ -350,14 +228,12 @@ def full_disk(root: Path, alone: Path) -> str:
 def main() -> None:
     """Run the proofs that are named, or all."""
     torch.set_num_threads(1)
-    wanted = sys.argv[1:] or ["doubles", "faults", "foreign", "signals", "disk"]
+    wanted = sys.argv[1:] or ["doubles", "foreign", "disk"]
     root = Path(tempfile.mkdtemp(prefix="harm-"))
     alone, seconds = single(root)
     proofs: dict[str, Callable[[], str]] = {
         "doubles": lambda: double_starts(root, alone, seconds),
-        "faults": lambda: faults(root),
         "foreign": lambda: foreign_files(root, alone),
-        "signals": lambda: signals(root, alone, seconds),
         "disk": lambda: full_disk(root, alone),
     }
     for name in wanted:

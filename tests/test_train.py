@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import signal
-import threading
 
 import pytest
 import torch
@@ -194,32 +191,6 @@ def test_damaged_checkpoints_never_push_out_the_good_one(cohort, tmp_path, monke
     kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert kept == ["damaged-step-000003", "damaged-step-000004", "step-000003"]
     verify_folder(folder / "checkpoints/step-000003")
-
-
-def test_a_real_sigterm_is_saved_and_told(cohort, tmp_path, capsys):
-    """Sent to this process, by a thread that waits for the third step of the log."""
-    folder = tmp_path / "signalled"
-    ended = threading.Event()
-
-    def send() -> None:
-        log = folder / "metrics.jsonl"
-        while not ended.wait(0.02):
-            if log.exists() and '"step": 3,' in log.read_text():
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
-
-    sender = threading.Thread(target=send)
-    sender.start()
-    try:
-        with pytest.raises(SystemExit) as stop:
-            run_tiny(cohort, folder, "--phases.0.steps=5000", "--phases.1.steps=5")
-    finally:
-        ended.set()
-        sender.join()
-    assert stop.value.code == 75 and "SIGTERM: stopped" in capsys.readouterr().out
-    status = json.loads((folder / "status.json").read_text())
-    assert status["state"] == "preempted" and status["step"] >= 3
-    verify_folder(folder / f"checkpoints/step-{status['step']:06d}")
 
 
 def test_a_finished_run_can_still_be_exported(cohort, whole, capsys):
