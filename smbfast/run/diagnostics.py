@@ -5,6 +5,7 @@ Everything is computed in fp32 at least, on what the losses read.
 Legend: N rows of states, M masked tokens, Q pairs of a position and a horizon, D width.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -103,13 +104,16 @@ def effective_rank(rows_ND: Tensor) -> float:
 
     This is RankMe (arXiv 2210.02885) of at most `RANK_ROWS` rows, spread evenly. The squares of the
     values are eigenvalues of the smaller of both Gram matrices, in fp64. A value that should be 0
-    is then some 1e-8 of the largest, which adds 3e-4 to the entropy if there are a thousand.
+    is then some 1e-8 of the largest, which adds 3e-4 to the entropy if there are a thousand. It is
+    nan where a value is not finite.
     """
     if len(rows_ND) > RANK_ROWS:
         rows_ND = rows_ND[torch.linspace(0, len(rows_ND) - 1, RANK_ROWS).long()]
     rows_ND = rows_ND.double()
     centred = rows_ND - rows_ND.mean(0)
     gram = centred @ centred.T if len(centred) <= centred.shape[1] else centred.T @ centred
+    if not bool(gram.isfinite().all()):
+        return math.nan
     values = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     share = values / values.sum().clamp_min(1e-300)
     share = share[share > 0]
