@@ -150,6 +150,21 @@ def test_what_a_kill_left_around_its_marker_is_cleared_a_minute_later(left: str,
     assert {p.name for p in tmp_path.iterdir()} == {"other"}
 
 
+def test_a_disk_that_takes_nothing_any_more_is_no_obstacle_later(tmp_path: Path, monkeypatch):
+    def refuses(*args: object, **more: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        for name in ("write", "unlink", "rmdir"):
+            patch.setattr(os, name, refuses)
+        with pytest.raises(OSError, match="Read-only"):
+            write_text(tmp_path / "other", "")
+    for folder in tmp_path.iterdir():
+        os.utime(folder, (1, 1))
+    write_text(tmp_path / "other", "")  # of the same process
+    assert {p.name for p in tmp_path.iterdir()} == {"other"}
+
+
 def test_a_manifest_that_cannot_be_read_now_costs_nobody_a_file(tmp_path: Path, monkeypatch):
     write(tmp_path / "step", model="1")
     (tmp_path / "step" / "mine").write_text("mine")

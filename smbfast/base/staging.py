@@ -82,14 +82,16 @@ def _made(path: Path) -> tuple[Path, int]:
     try:
         marker = os.open(folder / MARKER, flags, 0o600)
     except OSError:
-        folder.rmdir()
+        with suppress(OSError):  # the next write clears what stays
+            folder.rmdir()
         raise
     _OWN.add(folder)
     acquire(marker, wait=True)
     try:
         os.write(marker, json.dumps({"writes": path.name, **holder()}).encode())
     except OSError:
-        _remove(folder)
+        with suppress(OSError):
+            _remove(folder)
         _OWN.discard(folder)
         release(marker)
         raise

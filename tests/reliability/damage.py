@@ -82,6 +82,8 @@ class Checkpoints:
         whole = self.whole / damaged.relative_to(self.run)
         same = (whole / RECORD).read_bytes() == (damaged / RECORD).read_bytes()
         self.outcomes["means the same"] += 1
+        if json.loads((damaged / MANIFEST).read_text())["format"] != 1:
+            return "a manifest of another format is read"
         return "" if same else "the record that is gone on with is another"
 
     def restore(self) -> None:

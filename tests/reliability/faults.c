@@ -7,7 +7,8 @@
  * another way is not seen; the journal is therefore compared with the folder (see faults.py).
  *
  * While it is armed, each call below the watched folder has a number. The call with the number
- * `at` kills the process, or fails once with an error. What was done is written to a journal, a
+ * `at` kills the process or fails, once or with all that follow; or the folder is gone from then on
+ * (it has another name). What was done is written to a journal, a
  * line for each change, and the content of each file that is synced is copied, so that what a
  * power cut would leave can be made from it. Nothing is really synced.
  */
@@ -39,7 +40,7 @@
 #define RENAME_EXCHANGE 2 /* of linux/fs.h */
 #endif
 #define OURS 0x0FA17 /* any number that no argument is */
-enum { COUNT, KILL, FAIL };
+enum { COUNT, KILL, FAIL, FAIL_ON, GONE };
 enum { READS = 1, WRITES = 2, TAKES_SPACE = 4 };
 
 static char watched[PATH_MAX], store[PATH_MAX];
@@ -77,11 +78,20 @@ static void note(const char *op, const char *one, const char *other) {
   if (write(journal, line, (size_t)n) != n) _exit(98);
 }
 
+static int rename_now(int from, const char *one, int to, const char *other, unsigned flags);
+
 /* Give a call its number; whether it is to fail. */
 static int fails(int kind) {
   calls++;
-  if (calls != fails_at || what == COUNT) return 0;
+  if (what == COUNT || calls < fails_at || (calls > fails_at && what != FAIL_ON)) return 0;
   if (what == KILL) _exit(99);
+  if (what == GONE) {
+    char gone[PATH_MAX + 8];
+    snprintf(gone, sizeof gone, "%s.gone", watched);
+    rename_now(AT_FDCWD, watched, AT_FDCWD, gone, 0);
+    note("failed", "", "");
+    return 0;
+  }
   int of_space = error_number == ENOSPC || error_number == EDQUOT;
   if (kind == READS && error_number != EIO) return 0;
   if (of_space && !(kind & TAKES_SPACE)) return 0;

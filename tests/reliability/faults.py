@@ -30,7 +30,7 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("faults.c")
 ERRORS = {"ENOSPC": ENOSPC, "EIO": EIO, "EROFS": EROFS, "EDQUOT": EDQUOT}
 KILLED = 99  # exit status of a process that a fault has killed
-_COUNT, _KILL, _FAIL = range(3)
+_COUNT, _KILL, _FAIL, _FAIL_ON, _GONE = range(5)
 
 
 class Faults:
@@ -52,15 +52,24 @@ class Faults:
         self.exchanges = True  # whether the file system exchanges two names at once
 
     @contextmanager
-    def at(self, watched: Path, number: int = 0, error: int | None = None) -> Iterator[list[int]]:
+    def at(
+        self,
+        watched: Path,
+        number: int = 0,
+        error: int | None = None,
+        *,
+        goes_on: bool = False,
+    ) -> Iterator[list[int]]:
         """Count calls below `watched` in the block; the list has their number after it.
 
         Args:
             number: of the call that fails with `error`, or kills where that is None.
+            goes_on: whether later calls fail too; without an error, the folder is gone then.
         """
         shutil.rmtree(self.store, ignore_errors=True)
         self.store.mkdir()
-        how = _COUNT if number < 1 else _KILL if error is None else _FAIL
+        how = (_GONE if goes_on else _KILL) if error is None else (_FAIL_ON if goes_on else _FAIL)
+        how = how if number > 0 else _COUNT
         paths = [os.fsencode(p) for p in (watched, self.journal, self.store)]
         counted: list[int] = []
         self._library.faults_arm(*paths, ctypes.c_long(number), how, error or 0, self.exchanges)

@@ -20,6 +20,7 @@ from tests.reliability.faults import ERRORS, Faults, Journal
 PROG = "smbfast.train"
 KILLS = ("kill", "cut synced", "cut names")
 MODES = (*KILLS, "cut after", *ERRORS)
+WORDS = [os.strerror(number) for number in ERRORS.values()]
 _LONG_AGO = 3600.0  # seconds: a machine that had no power begins again minutes later
 
 
@@ -133,18 +134,8 @@ class Trials:
 
     def _fail(self, mode: str, call: int) -> None:
         self._fresh()
-        said, done = StringIO(), False
-        with self.faults.at(self.now, call, ERRORS[mode]), redirect_stderr(said):
-            try:
-                with entry(PROG):
-                    done = self.commit.write(self.now, 2) is not False
-            except SystemExit as stop:
-                why = self._odd_words(stop.code)
-            except BaseException as error:
-                last = traceback.extract_tb(error.__traceback__)[-1]
-                why = f"a traceback of {type(error).__name__} in {last.name}"
-            else:
-                why = ""
+        with self.faults.at(self.now, call, ERRORS[mode]):
+            done, why = self.attempt(WORDS)
         journal = self._journal()
         if not journal.failed:  # a call that this error is none of
             return
@@ -158,12 +149,25 @@ class Trials:
             self._become(remains)
             self._judge(f"{mode} and a cut", call, {2}, counts=False)
 
-    def _odd_words(self, words: object) -> str:
-        known = [os.strerror(number) for number in ERRORS.values()]
+    def attempt(self, known: list[str]) -> tuple[bool, str]:
+        """Write as a command does; whether it is done, and what is wrong with how it failed.
+
+        Args:
+            known: one of these must be said.
+        """
+        with redirect_stderr(StringIO()):
+            try:
+                with entry(PROG):
+                    return self.commit.write(self.now, 2) is not False, ""
+            except SystemExit as stop:
+                words = stop.code
+            except BaseException as error:
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                return False, f"a traceback of {type(error).__name__} in {last.name}"
         text = words if isinstance(words, str) else ""
         if text.startswith(f"{PROG}: ") and "\n" not in text and any(k in text for k in known):
-            return ""
-        return f"it says {text or words!r}"
+            return False, ""
+        return False, f"it says {text or words!r}"
 
     def _judge(self, mode: str, call: int, allowed: set[int], *, counts: bool = True) -> bool:
         """Whether the old or the new version is there, and the next write heals all."""

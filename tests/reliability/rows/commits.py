@@ -75,6 +75,35 @@ def _of_commit(
     return commit.name, count, trials.bad
 
 
+def prove_outages(work: Work) -> Proof:
+    """R5: disks that are full, small, read-only, failing or gone for a while."""
+    import shutil
+
+    quiet_libraries()
+    from tests.reliability.commit_cases import Model, commits
+    from tests.reliability.faults import Faults
+    from tests.reliability.outages import Outages
+    from tests.reliability.points import drawn
+
+    folder, count, bad, mounted = _scratch(work), 0, [], True
+    try:
+        faults = Faults(folder)
+        for commit in commits(Model()):
+            trials = Outages(faults, commit, folder / commit.name)
+            points = list(trials.points())
+            few = _AT_PUSH.get(commit.name, _AT_PUSH["checkpoint"])
+            num = work.pick(push=few, nightly=4 * few, recorded=len(points))
+            trials.run(drawn(points, num, work.seed))
+            mounted &= trials.real(work.pick(push=2, nightly=3, recorded=6))
+            count += sum(trials.count.values())
+            bad += trials.bad
+            work.say(f"{commit.name}: {dict(trials.count)}")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    figure = "" if mounted else "small file systems could not be mounted here"
+    return Proof(count, "outages", bad, figure)
+
+
 def prove_damage(work: Work) -> Proof:
     """R4: checkpoints with every kind of damage."""
     import shutil
@@ -178,5 +207,30 @@ ROWS = (
                 "",
             ),
         ),
+    ),
+    Row(
+        id="R5",
+        property="A disk that is full, small, read-only, failing or gone while something is "
+        "written damages nothing; a line says so, and afterwards the same write succeeds.",
+        bar={"push": 50, "nightly": 150, "recorded": 1000},
+        prove=prove_outages,
+        mutants=(
+            mutant(
+                "errors-of-the-system-alone",
+                "a full disk in the words of a library ends with its traceback",
+                "smbfast/base/disk.py",
+                "    text = str(error)\n",
+                "    if not isinstance(error, OSError):\n        return None\n"
+                "    text = str(error)\n",
+            ),
+            mutant(
+                "half-a-row-of-embeddings",
+                "a row that a full disk took in part is read as embeddings",
+                "smbfast/probing/embedding_file.py",
+                "            if done != row_D.nbytes:",
+                "            if done < 0:",
+            ),
+        ),
+        limit={"recorded": 3600},
     ),
 )
