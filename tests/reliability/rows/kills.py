@@ -26,7 +26,7 @@ def _killed(work: Work) -> Proof:
         killing.at_steps(first, (5, 5))
         return killing.proof()
     for shape in shapes:
-        killing.shape(shape, work.pick(push=4, nightly=5, recorded=10))
+        killing.shape(shape, work.pick(push=4, nightly=5, recorded=9))
     return killing.proof()
 
 
@@ -88,7 +88,7 @@ ROWS = (
     Row(
         "R2",
         "A run that is killed at any moment and begun again ends as one that nobody killed.",
-        {"push": 8, "nightly": 60, "recorded": 120},
+        {"push": 8, "nightly": 60, "recorded": 100},
         _killed,
         (
             mutant(
