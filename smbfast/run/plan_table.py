@@ -14,6 +14,7 @@ from smbfast.settings.plan import GPUS
 TABLE, TABLE_SOURCE = 5.8e-6, "measured: bench/results/start_windows.jsonl, AMD EPYC"
 PLANNING = 0.25e-3  # seconds of a thread for each window of a step, on each rank
 PLANNING_SOURCE = "measured: 0.11 to 0.27 ms, AMD EPYC, loaded"
+COPIED = 20e9  # bytes a second from a GPU into memory of its host that is pinned: assumed
 IMPORTS = 15.0  # seconds before a run reads anything: assumed
 DAY, HOUR = 86400.0, 3600.0
 PREPARED_SOURCE = "measured: eICU demo, AMD EPYC, bench/results/prepare.jsonl"
@@ -53,7 +54,7 @@ class Column:
             steps=steps,
             training=steps * run.step_seconds,
             evaluating=steps / settings.eval.every * evaluation,
-            saving=steps / settings.run.save_every * run.checkpoint / (run.plan.storage * 1e9),
+            saving=steps / settings.run.save_every * _stopped(run),
             shards=times * facts.events * facts.bytes_an_event,
             preparing=times * facts.events / rate,
         )
@@ -118,6 +119,13 @@ def _run_rows(run: Planned, sizes: list[Column]) -> list[Row]:
     ]
 
 
+def _stopped(run: Planned) -> float:
+    """Return the seconds that a step waits for a save: a copy, and for the write before it."""
+    written = run.checkpoint / (run.plan.storage * 1e9)
+    between = run.settings.run.save_every * run.step_seconds
+    return run.checkpoint / COPIED + max(written - between, 0.0)
+
+
 def _saved(run: Planned) -> str:
     return size(run.settings.run.keep * run.checkpoint)
 
@@ -135,6 +143,7 @@ def _memory_rows(run: Planned) -> list[Row]:
     rows.append(["sum", f"{memory.total / 1e9:,.2f}"])
     rows.append([f"{run.gpu.name} has", f"{run.gpu.memory / 1e9:,.2f}"])
     rows.append(["tokens of a micro-batch", f"{memory.tokens:,}"])
+    rows.append(["its host's copy of a checkpoint", f"{run.checkpoint / 1e9:,.2f}"])
     return rows
 
 
@@ -218,6 +227,7 @@ def _machine_known(run: Planned) -> list[Row]:
         ["an evaluation", evaluation, "assumed", "--eval.windows"],
         ["network of a GPU", network, _source(plan, "network", "assumed"), "--network"],
         ["storage", f"{plan.storage:g} GB/s", _source(plan, "storage", "assumed"), "--storage"],
+        ["copy of a checkpoint", f"{COPIED / 1e9:g} GB/s to the host", "assumed", ""],
         ["preparing", f"{rate:,.0f} events/s a core", prepared, "--prepared_events"],
         ["table of windows", f"{1e6 * TABLE:g} us a window", TABLE_SOURCE, ""],
         ["planning a step", f"{1e3 * PLANNING:g} ms a window, each rank", PLANNING_SOURCE, ""],
