@@ -293,7 +293,7 @@ def prove(work: Work) -> Proof:
         trials.ends("its thread dies", *ENDS["its thread dies"])
     elif work.size == "push":
         trials.stops(" and ".join(together), [fault for fault, _ in together.values()])
-        for name in ("one of its threads dies", "the loader's thread ends", "its thread dies"):
+        for name in ("one of its threads dies", "its thread dies"):
             trials.ends(name, *ENDS[name])
         trials.hangs()
     else:

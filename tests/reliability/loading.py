@@ -152,15 +152,15 @@ def hung_thread(work: Work, twin: Twin) -> list[str]:
     return [] if end.status == 75 else [f"a hung thread: status {end.status}: {end.said[-200:]}"]
 
 
-def worker_trials(work: Work, twin: Twin) -> list[tuple[str, str]]:
+def worker_trials(work: Work, twin: Twin, *, few: bool) -> list[tuple[str, str]]:
     """Workers of `prepare` that are killed, or hang until a signal: trials and what is wrong."""
     seen = []
-    for after in DIES_AT:
+    for after in DIES_AT[:1] if few else DIES_AT:
         end = _prepared(work, twin, _killed(0.0 if after == "at once" else 0.15))
         last = (end.said.splitlines() or [""])[-1]
         right = end.status == 1 and "a worker process was killed" in last
         seen.append((f"a worker is killed {after}", "" if right else _how(end)))
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM,) if few else (signal.SIGTERM, signal.SIGINT):
         end = _prepared(work, twin, lambda: time.sleep(3600), number)
         right = end.status == 75 and "Traceback" not in end.said
         seen.append((f"workers hang, {number.name}", "" if right else _how(end)))
@@ -224,12 +224,14 @@ def prove(work: Work) -> Proof:
     died = work.pick(push=4, recorded=40)
     bad += deaths(draw, died)
     twin = Twin(work.folder, NO_PROBES)
-    teams = work.pick(push=(0, 5), recorded=WORKERS, mutant=(5,))
+    teams = work.pick(push=(5,), recorded=WORKERS)
     bad += runs(work, twin, teams)
     bad += hung_thread(work, twin)
     count = 2 * number + died + len(teams) + 1
     if work.size != "mutant":
-        seen = worker_trials(work, twin)
+        seen = worker_trials(work, twin, few=work.size == "push")
         bad += [f"{name}: {text}" for name, text in seen if text]
         count += len(seen)
-    return Proof(count, "trials", bad, f"0 to {2 * max(WORKERS)} steps ahead, 4 workers of prepare")
+    return Proof(
+        count, "trials", bad, f"0 to {2 * max(WORKERS)} steps ahead, workers of prepare too"
+    )

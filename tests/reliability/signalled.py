@@ -308,13 +308,35 @@ def prove(work: Work) -> Proof:
             on = work.size == "push" and name in RESUMED
             trials.stop(BY_NAME[name], number, count, on=on)
         trials.stop(BY_NAME["sft"], signal.SIGTERM, 2, apart=True, on=False)
+    elif work.size == "nightly":
+        _nightly(trials)
     else:
         _many(trials)
     figure = f"the slowest {trials.slowest:.1f} s after the signal, {trials.resumed} followed to "
     return Proof(trials.count, "trials", trials.bad, figure + "the bits of their twin")
 
 
+def _nightly(trials: Trials) -> None:
+    """Every stage with each signal, in counts that take turns."""
+    counts = itertools.cycle((1, 2, 5, 2, 5, 1, 5, 1, 2))
+    for stage, number in itertools.product(STAGES, NUMBERS):
+        trials.stop(stage, number, next(counts), on=number == signal.SIGTERM)
+        trials.work.say(f"{trials.count} {stage.name} {len(trials.bad)} bad")
+    for (name, count), number in zip(
+        itertools.product(APART, (2, 5)), itertools.cycle(NUMBERS), strict=False
+    ):
+        trials.stop(BY_NAME[name], number, count, apart=True, on=count == 2)
+    for name, number in itertools.product(("prepare", "embed", "probe"), NUMBERS):
+        trials.command(name, number, next(counts))
+    for number, asked in zip(NUMBERS, ((0,), (1,), (0, 1)), strict=True):
+        trials.ranks(asked, number, 2)
+    for number, after in zip(2 * NUMBERS, (0.3, 0.6, 1.0, 2.0, 4.0, 8.0), strict=True):
+        trials.process(number, after * trials.draw.uniform(0.9, 1.1))
+    trials.work.say(f"{trials.count} {len(trials.bad)} bad")
+
+
 def _many(trials: Trials) -> None:
+    """Every stage with each signal and each count."""
     for stage, number, count in itertools.product(STAGES, NUMBERS, COUNTS):
         trials.stop(stage, number, count, on=count != 2)
         trials.work.say(f"{trials.count} {stage.name} {len(trials.bad)} bad")

@@ -126,7 +126,7 @@ ROWS = (
         "R6",
         "INT, TERM and USR1, once and in storms, end every stage of a run and of commands with 75 "
         "within a step, with its status right; the same command goes on to the same bits.",
-        {"push": 12, "recorded": 60},
+        {"push": 12, "nightly": 60, "recorded": 200},
         signals,
         SIGNAL_MISTAKES,
     ),
