@@ -12,6 +12,7 @@ of all gradients. For LoRA of an 8B backbone these are 0.3 GB: by their bytes ab
 import json
 import os
 import shlex
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from smbfast.run.watch import Watch
 PATIENCE = timedelta(hours=12)
 _DIGEST = 8  # bytes of a plan's digest
 _TRANSPORT = "gloo/transport"  # in what gloo says of a connection
+_NOTICE = 0.5  # seconds until a connection to a rank that has died is known to be closed
 _CONNECT = timedelta(seconds=60)  # torchrun's own store is there before its ranks
 
 
@@ -98,7 +100,10 @@ class Ranks:
             yield
         except KeyboardInterrupt:
             self._say("asked")
-            if (lost := self._lost()) is None:
+            end = time.monotonic() + _NOTICE
+            while (lost := self._lost()) is None and time.monotonic() < end:
+                time.sleep(0.02)
+            if lost is None:
                 raise
             raise self._failed(lost) from None
         except RuntimeError as error:

@@ -20,6 +20,7 @@ SILENCE = 120  # ticks without a number of the next rank until it counts as lost
 GRACE = 30  # ticks that a rank has once it is asked, as torchrun gives
 ELASTIC = "TORCHELASTIC_RUN_ID"  # which torchrun sets for those that it starts
 _LEFT = b"left"
+_WHY = "it was stopped, or its machine is lost. The same command goes on from the last checkpoint"
 
 
 class Watch:
@@ -34,7 +35,8 @@ class Watch:
         self.on_end: Callable[[str], None] | None = None  # called with "failed" before the exit
         self._parent = launcher if ELASTIC in os.environ else None
         self._next: int | None = None
-        self._silent, self._heard, self._over = 0, b"", threading.Event()
+        self._silent, self._heard, self._whom = 0, b"", ""
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -63,10 +65,7 @@ class Watch:
             if self._next is not None:
                 self._listen(str(number))
             if self._silent >= SILENCE:
-                self._leave(
-                    f"rank {self._next} has not been heard of for {SILENCE} s: it was stopped, or "
-                    "its machine is lost. The same command goes on from the last checkpoint"
-                )
+                self._leave(f"{self._whom} has not been heard of for {SILENCE} s: {_WHY}")
 
     def _listen(self, number: str) -> None:
         # own ticks are counted, so that ranks that were all suspended together are not lost
@@ -75,8 +74,10 @@ class Watch:
         try:
             self._store.set(f"beat {self._rank}", number)
             heard = self._store.get(key) if self._store.check([key]) else b""
-        except RuntimeError:  # the process that holds the store has gone
+        except RuntimeError:
+            self._whom = "the process that holds the ranks' store"
             return
+        self._whom = f"rank {self._next}"
         if heard != self._heard or heard == _LEFT:
             self._silent, self._heard = 0, heard
 

@@ -74,10 +74,16 @@ def adopt() -> None:
 
 
 def train(words: list[str]) -> None:
-    """Train by the command, without what costs seconds and no rank has a part in."""
+    """Train by the command."""
+    import smbfast.train as entry
+
+    entry.main(words)
+
+
+def _lighten() -> None:
+    """Leave out of this process's training what costs seconds and no rank has a part in."""
     from types import SimpleNamespace
 
-    import smbfast.train as entry
     from smbfast.base.runtime import MatmulRate
     from smbfast.run import loop, startup
 
@@ -85,7 +91,6 @@ def train(words: list[str]) -> None:
     vars(loop)["write_report"] = lambda *_words, **_more: None
     vars(loop)["matmul_rate"] = lambda *_: MatmulRate(1.0, "none")
     vars(startup)["predict_peak"] = lambda *_words, **_more: SimpleNamespace(total=0)
-    entry.main(words)
 
 
 def _probe_nothing(*_words: Any, **_more: Any) -> None:
@@ -233,6 +238,7 @@ def _be_rank(
     }
     code = 1
     try:
+        _lighten()
         before()
         if death is not None and death.rank == rank:
             _arm(death, folder)

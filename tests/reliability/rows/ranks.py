@@ -88,7 +88,11 @@ def _trials(work: Work) -> list[Any]:
         launchers.append(Death(rank, moment, turn, "launcher", slow))
     turns = {"step": 5, "collective": 5, "saving": 3, "saved": 2}
     kills = [Death(r, m, draw.randint(1, turns.get(m, 1))) for r, m in RANK_DEATHS]
-    stops = [Death(1, "step", 2, "stop"), Death(0, "saving", 1, "stop"), Death(0, "end", 1, "stop")]
+    stops = [
+        Death(1, "step", 2, "stop"),
+        Death(0, "saving", 1, "stop"),
+        Death(0, "evaluation", 1, "stop"),
+    ]
     if work.size == "mutant":
         return [next(d for d in launchers if d.moment == "step"), Death(1, "collective", 3)]
     few = [launchers[draw.choice((4, 5, 6))], kills[draw.choice((5, 6, 7, 8))]]
@@ -114,11 +118,16 @@ def _wrong(death: Any, ended: Any, status: dict[str, Any]) -> list[str]:
     others = {r: text for r, text in ended.said.items() if r != death.rank}
     if any("Traceback" in text for text in ended.said.values()):
         wrong.append("a traceback")
+    over = ("done",) if death.moment == "end" else ()
     if death.what == "launcher":
-        if not all(ended.codes.values()):
+        if not all(ended.codes.values()) and death.moment != "end":
             wrong.append(f"trained on without torchrun: {ended.codes}")
-        if status.get("state", "preempted") != "preempted":
+        if status.get("state", "preempted") not in ("preempted", *over):
             wrong.append(f"the status is {status['state']}")
+        return wrong
+    if not any(ended.launcher.values()):
+        wrong.append("torchrun has seen no failure")
+    if death.moment == "end":  # there the others have left, or leave with all that was to be done
         return wrong
     pattern = r"rank (\d+) has (?:ended|not been heard)"
     named = [int(n) for text in others.values() for n in re.findall(pattern, text)]
@@ -126,8 +135,6 @@ def _wrong(death: Any, ended: Any, status: dict[str, Any]) -> list[str]:
         wrong.append(f"rank {named} is named")
     if not named and death.moment not in BEFORE_MEETING:
         wrong.append("no rank says which has ended")
-    if not any(ended.launcher.values()):
-        wrong.append("torchrun has seen no failure")
     if status.get("state", "failed") != "failed":
         wrong.append(f"the status is {status['state']}")
     return wrong
