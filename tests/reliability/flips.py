@@ -55,7 +55,7 @@ def flips(work: Work) -> Proof:
     from smbfast.run.agreement import _sums, _total, state_of
 
     draw, bad = random.Random(work.seed), []
-    count = work.pick(push=300, nightly=3000, recorded=30_000, mutant=120)
+    count = work.pick(push=300, nightly=900, recorded=3000, mutant=120)
     by_kind: dict[str, int] = {}
     for which in range(3):
         held = _holding(which)
