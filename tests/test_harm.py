@@ -246,6 +246,23 @@ def test_files_are_for_their_writer_alone(tmp_path: Path):
     assert all(p.stat().st_mode & 0o077 == 0 for p in (tmp_path / "final").iterdir())
 
 
+def test_names_that_can_be_guessed_are_no_way_in(tmp_path: Path):
+    victim, out = tmp_path / "victim", tmp_path / "e.parquet"
+    victim.write_text("mine")
+    for name in ("e.parquet.tmp", "e.parquet.old"):
+        (tmp_path / name).symlink_to(victim)
+    before = os.umask(0)
+    try:
+        with committed_file(out, private=True) as staging:
+            assert staging.stat().st_mode & 0o777 == 0o600
+            assert staging.parent.stat().st_mode & 0o777 == 0o700
+            staging.write_text("ours")
+    finally:
+        os.umask(before)
+    assert victim.read_text() == "mine" and not out.is_symlink()
+    assert out.read_text() == "ours" and out.stat().st_mode & 0o777 == 0o600
+
+
 class SafetensorError(Exception):
     """As that of safetensors: neither an OSError nor a ValueError."""
 
