@@ -190,14 +190,6 @@ AHEAD = [
         AHEAD_STEPS,
     ),
     mutant(
-        "scale-forgotten",
-        "a run that is resumed begins its scale anew",
-        "smbfast/model/target.py",
-        "            self.scale.load(scale)\n",
-        "            pass\n",
-        "tests/test_train.py::test_lora_stopped_and_resumed_equals_never_stopped[merged]",
-    ),
-    mutant(
         "frozen-decoder-learns",
         "a predictor warm-up trains the decoder as well",
         "smbfast/objective.py",

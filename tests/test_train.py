@@ -122,59 +122,6 @@ def test_records_say_what_a_run_read_and_took(whole):
     assert end["memory_gib"] >= steps[-1]["memory_gib"]
 
 
-@pytest.mark.parametrize("form", ["merged", "tracked"])
-def test_lora_stopped_and_resumed_equals_never_stopped(cohort, whole, tmp_path, monkeypatch, form):
-    """After updates 1, 2 and 3 of the target; a tracked one is truncated at the third.
-
-    With a merged one, losses look ahead: the scale of their targets goes on where it was.
-    """
-    more = [f"--model.path={whole / 'final'}", "--model.train=lora", "--lora.r=2"]
-    more += [f"--objective.target_form={form}", "--objective.tracked_every=3", "--eval.every=1"]
-    more += ["--objective.tracked_rank=1"]
-    if form == "merged":
-        more += ["--objective.jepa=horizon", "--phases.1.w_codes=1", "--optim.micro_tokens=256"]
-    run_tiny(cohort, tmp_path / "never", *more)
-    folder = tmp_path / "stopped"
-    for steps in (4, 1, 1):
-        with monkeypatch.context() as patch:
-            StopAfter(patch, steps)
-            with pytest.raises(SystemExit):
-                run_tiny(cohort, folder, *more)
-    run_tiny(cohort, folder, *more)
-    for name in ("final", "checkpoints/step-000007"):
-        for file in sorted((tmp_path / "never" / name).glob("*.safetensors")):
-            assert file.read_bytes() == (folder / name / file.name).read_bytes(), file
-    assert told(tmp_path / "never") == told(folder)
-    last = [r for r in told(folder) if r["kind"] == "eval"][-1]
-    assert ("discarded_worst" in last) == (form == "tracked")
-    if form == "tracked":
-        assert last["target_error"] > 0 and last["discarded"] > 0
-
-
-def test_a_crash_between_checkpoints_replays_the_same_steps(cohort, whole, tmp_path, monkeypatch):
-    folder = tmp_path / "crashed"
-    real = loop.learning_rate
-
-    def dies(settings, at):
-        if (at.phase_index, at.phase_step) == (
-            1,
-            2,
-        ):  # step 6, after the evaluation and `best` of step 3
-            raise MemoryError
-        return real(settings, at)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "learning_rate", dies)
-        with pytest.raises(MemoryError):
-            run_tiny(cohort, folder)
-    assert json.loads((folder / "status.json").read_text())["state"] == "failed"
-    assert [r["step"] for r in told(folder) if r["kind"] == "step"] == [1, 2, 3, 4, 5]
-    run_tiny(cohort, folder)  # from step 4: what was logged after it is written again
-    assert told(folder) == told(whole)
-    same = (folder / "final/model.safetensors", whole / "final/model.safetensors")
-    assert same[0].read_bytes() == same[1].read_bytes()
-
-
 def test_damaged_checkpoints_never_push_out_the_good_one(cohort, tmp_path, monkeypatch):
     folder = tmp_path / "damaged"
     with monkeypatch.context() as patch:

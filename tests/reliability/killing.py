@@ -29,7 +29,7 @@ class Killing:
     work: Work
     per_life: int  # kills of a run before it is let be
     damages: int = 0  # checkpoints to damage
-    report: bool = False  # whether runs check themselves and draw their report
+    whole: bool = False  # whether those that prepare also check themselves and draw a report
     kills: int = 0
     damaged: int = 0
     redone: int = 0  # the most steps that a kill took, where the newest checkpoint was intact
@@ -80,8 +80,9 @@ class Killing:
 
     def _begin(self, shape: Shape, run: Path, aim: Aim | None = None) -> small_runs.Begun:
         words = small_runs.words_of(self.work.folder, shape, run)
-        words += [] if self.report else ["--objective.self_check=false"]
-        return small_runs.begin(words, run, aim, world=shape.world, report=self.report)
+        whole = self.whole and shape.prepares
+        words += [] if whole else ["--objective.self_check=false"]
+        return small_runs.begin(words, run, aim, world=shape.world, report=whole)
 
     def _twin(self, shape: Shape) -> "_Twin":
         run = self.work.folder / f"{shape}-twin"

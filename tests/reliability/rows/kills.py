@@ -20,7 +20,7 @@ def _killed(work: Work) -> Proof:
         work,
         per_life=work.pick(push=4, nightly=5),
         damages=work.pick(push=1, recorded=20),
-        report=work.pick(push=False, nightly=True),
+        whole=work.pick(push=False, nightly=True),
     )
     if work.size == MUTANT:
         killing.at_steps(first, (5, 5))
