@@ -99,7 +99,7 @@ class Ranks:
         try:
             yield
         except KeyboardInterrupt:
-            self._say("asked")
+            self.say("asked")
             end = time.monotonic() + _NOTICE
             while (lost := self._lost()) is None and time.monotonic() < end:
                 time.sleep(0.02)
@@ -114,7 +114,7 @@ class Ranks:
             if self.watch is not None:
                 self.watch.on_end = None
 
-    def _say(self, word: str) -> None:
+    def say(self, word: str) -> None:
         """Leave a word for the others why this rank ends."""
         if self.store is not None:
             with suppress(RuntimeError):  # its host has died
@@ -150,7 +150,7 @@ class Ranks:
         return next(iter(silent + [rank for rank in named if rank != self.rank]), None)
 
     def _failed(self, lost: int) -> RunFailed:
-        self._say(str(lost))
+        self.say(str(lost))
         return RunFailed(
             f"rank {lost} has ended; torchrun says below how, and the same command goes on from "
             "the last checkpoint"
@@ -289,6 +289,7 @@ def joined(launcher: int | None = None) -> Iterator[Ranks]:
             redirect_stderr(null),
         ):
             yield ranks
+        ranks.say("done")  # the main one goes on, and has not lost it
     except SystemExit as end:
         if isinstance(end.code, str) and not ranks.is_main:
             raise SystemExit(f"rank {ranks.rank}: {end.code}") from None
