@@ -126,6 +126,33 @@ def _not_finite(work: Work) -> Proof:
     return Proof(len(trials) + len(ends), "injections", bad, figure)
 
 
+def _memory(work: Work) -> Proof:
+    """Each trial is a secret: of ten patients, of nobody, of one whose codes nobody else has."""
+    from bench.memorisation import Plan, measured
+
+    plan = [Plan(10), Plan(0), Plan(0), Plan(1, rare=True)]
+    steps = 300 if work.size in ("nightly", "recorded") else 90
+    bad, seen = [], []
+    for seed in range(work.pick(push=1, nightly=2, recorded=6)):
+        folder = work.folder / str(seed)
+        folder.mkdir()
+        small = ["--model.hidden=32", "--model.layers=1", "--run.threads=1"]
+        said = measured(
+            folder, plan, format="codes", patients=60, length=3, steps=steps, seed=seed, more=small
+        )
+        for record in said:
+            bits, carriers, apart = (record[k] for k in ("exposure", "carriers", "read_apart"))
+            rare = record["codes"] == "of nobody else"
+            least, most = (1, 1) if rare else (5, 9) if carriers else (0, 6)
+            seen.append(f"{bits} of {'a rare one' if rare else carriers}")
+            work.say(seen[-1])
+            if not least <= bits <= most:
+                bad.append(f"{bits} bits of a secret of {carriers} in {steps} steps, seed {seed}")
+            if (apart == 1) != rare:
+                bad.append(f"{apart} orders read apart, of a secret of {carriers}")
+    return Proof(len(seen), "secrets", bad, f"bits, of 9: {', '.join(seen[:4])}")
+
+
 def logged(run: Path) -> str:
     """The log of a sound run as it is held in `LOGS`: what the alarm hears, and no more."""
     lines = []
@@ -204,6 +231,29 @@ ROWS: tuple[Row, ...] = (
                 "smbfast/run/step.py",
                 "        if longest >= PATIENCE:",
                 "        if longest >= 1000 * PATIENCE:",
+            ),
+        ),
+    ),
+    Row(
+        "P4",
+        "A secret is drawn from a model that saw it often, and by chance alone from one that never "
+        "did; one of codes that fewer than ten patients have is not even read",
+        {"push": 4, "nightly": 8, "recorded": 24},
+        _memory,
+        (
+            mutant(
+                "exposure-of-no-secret",
+                "the exposure is that of the mean order, not of the secret",
+                "bench/memorisation.py",
+                "own = losses[secret]",
+                "own = losses.mean()",
+            ),
+            mutant(
+                "exposure-of-what-stands-before",
+                "of each order the first event alone is judged",
+                "bench/memorisation.py",
+                "losses += (loss * real[:, common:]).sum(1).tolist()",
+                "losses += (loss * real[:, common:])[:, :1].sum(1).tolist()",
             ),
         ),
     ),
