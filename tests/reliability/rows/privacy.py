@@ -330,6 +330,123 @@ def _without_network(work: Work) -> tuple[list[str], int]:
     return ([] if done.returncode == 0 else [f"without a network: {done.stderr[-300:]}"]), 1
 
 
+def splits_do_not_leak(work: Work) -> Proof:
+    """Make held-out records unreadable, tuning otherwise, and let a subject be in two splits."""
+    import numpy as np
+
+    from tests import canary
+    from tests.factory import write_labels, write_meds
+    from tests.reliability.unread import differences, otherwise, turned, unreadable
+
+    rng = np.random.default_rng(work.seed)
+    bad, files, noise = [], 0, 0
+    for name in ("as-is", "unread", "tuning"):
+        meds = work.folder / name / "meds"
+        write_labels(write_meds(meds))
+        for file in (meds / "data" / "held_out").glob("*.parquet"):
+            noise += unreadable(file, rng) if name == "unread" else 0
+        if name == "unread":
+            turned(meds / "labels" / "task" / "held_out.parquet")
+        if name == "tuning":
+            otherwise(next((meds / "data" / "tuning").glob("*.parquet")))
+    for form in work.pick(push=["codes", "text"], mutant=["codes"]):
+        for command, words in _reading(form, work):
+            for name in ("as-is", "unread", "tuning"):
+                if name == "tuning" and command != "prepare":
+                    continue
+                os.chdir(work.folder / name)
+                status, text = canary.ended(command, words)
+                if status:
+                    bad.append(f"{command} ({form}, {name}) ends with {text[-200:]}")
+        made = [work.folder / name / form for name in ("as-is", "unread", "tuning")]
+        if bad:
+            continue
+        num, others = differences(made[0], made[1])
+        bad += [f"{form}: {other} is otherwise with other held-out records" for other in others]
+        # what is fitted, and the records of train
+        fitted = ("shards/tokenizer", "shards/train")
+        num_fitted, others = differences(made[0], made[2], fitted)
+        bad += [f"{form}: {other} is otherwise with other tuning records" for other in others]
+        files += num + num_fitted
+    count, own = _in_two_splits(work)
+    figure = f"{noise} parts of columns of held-out records are noise"
+    return Proof(files + count, "equal files and refusals", bad + own, figure)
+
+
+def _reading(form: str, work: Work) -> Iterator[tuple[str, list[str]]]:
+    """Commands that read a dataset `meds` and write below a folder `form`, before --final."""
+    words = ["--path=meds", f"--out={form}/shards", "--splits=train,tuning", "--window=256"]
+    yield "prepare", [*words, f"--format={form}", "--vocab_size=700", "--workers=1"]
+    if work.size == "mutant" or (work.size == "push" and form != "codes"):
+        return
+    run = ["tiny", "--data.path=meds", f"--run.dir={form}/run", f"--data.format={form}"]
+    run += ["--phases.0.steps=1", "--phases.1.steps=1", "--run.threads=1", "--data.window=256"]
+    yield "train", [*run, *_probed(True)]
+
+
+def _in_two_splits(work: Work) -> tuple[int, list[str]]:
+    """A subject that is in two splits is refused by every command that reads events."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from tests import canary
+    from tests.factory import SPLITS, write_labels, write_meds
+
+    bad, count = [], 0
+    commands = ["prepare --path=meds --out=shards", "tasks --check=task --data=meds"]
+    commands += ["train tiny --data.path=meds --run.dir=new", "check tiny --data.path=meds"]
+    for one, other in (("train", "tuning"), ("train", "held_out"), ("tuning", "held_out")):
+        root = work.folder / f"{one}-{other}"
+        meds = write_meds(root / "meds")
+        write_labels(meds)
+        rows = pq.read_table(meds / "data" / one / "0.parquet")
+        again = rows.filter(pa.compute.equal(rows["subject_id"], SPLITS[one][0]))
+        pq.write_table(again, meds / "data" / other / "1.parquet")
+        os.chdir(root)
+        for words in commands[: work.pick(push=4, mutant=1)]:
+            command, *argv = words.split()
+            status, text = canary.ended(command, argv)
+            count += 1
+            if not status or "one file and one split only" not in text:
+                bad.append(f"`{words}` takes a subject of {one} and {other}: {text[-200:]}")
+    return count, bad
+
+
+def no_small_cell_shows(work: Work) -> Proof:
+    """Let 1 to 10 patients have an outcome, or have it not, and read what commands tell."""
+    from tests import canary
+    from tests.canary import TASKS
+    from tests.reliability.small import told_by, write_predictions, write_task
+
+    bad, count = [], 0
+    few = [(n, rest) for n in range(1, 11) for rest in (False, True)]
+    bins = [(15, False)]  # of whom each bin of a curve has few
+    few = work.pick(push=few, mutant=few[4:6]) + bins
+    probed = work.pick(push=[few[0], few[-2]], recorded=few, mutant=[])
+    compared = work.pick(push=few[::4] + bins, recorded=few, mutant=few)
+    for number, rest in few:
+        root = work.folder / f"{number}-{rest}"
+        data = f"--data={write_task(root / 'meds', number, rest, work.seed + number)}"
+        (root / "tasks.toml").write_text(TASKS)
+        cases = [("tasks", [str(root / "tasks.toml"), data, f"--out={root / 'labels'}"], "labels")]
+        cases += [("tasks", ["--check=rare", data], "none")]
+        if (number, rest) in probed:
+            embedded = f"--embeddings={root / 'meds' / 'online.parquet'}"
+            words = [embedded, data, f"--out={root / 'probed'}", "--bootstraps=100"]
+            cases += [("probe", words, "probed")]
+        if (number, rest) in compared:
+            write_predictions(root, number, rest, work.seed)
+            words = [f"a={root / 'a.parquet'}", f"b={root / 'b.parquet'}", "--tasks=rare"]
+            words += [f"--out={root / 'compared'}", "--bootstraps=100"]
+            cases += [("compare", words, "compared")]
+        for command, words, out in cases:
+            text = canary.said(command, words)
+            own = told_by(text, root / out)
+            bad += [f"{command} of {number} patients{' less' * rest}: {hit}" for hit in own]
+            count += 1
+    return Proof(count, "outputs of commands", bad)
+
+
 ROWS: tuple[Row, ...] = (
     Row(
         id="P1",
@@ -413,6 +530,60 @@ ROWS: tuple[Row, ...] = (
                 "smbfast/base/hub_names.py",
                 'return "/" in name and Path(name).parent.exists()',
                 "return False",
+            ),
+        ),
+    ),
+    Row(
+        id="M5",
+        property="prepare and train read no record of a held-out patient, fit on train alone, and "
+        "refuse a subject in two splits",
+        bar={"push": 60, "recorded": 80},
+        prove=splits_do_not_leak,
+        mutants=(
+            mutant(
+                "fitted-on-every-split",
+                "the vocabulary counts the codes of all splits",
+                "smbfast/data/fitting.py",
+                '    files = dataset.splits["train"]\n    progress = ',
+                "    files = [file for own in dataset.splits.values() for file in own]\n"
+                "    progress = ",
+            ),
+            mutant(
+                "one-subject-twice-is-fine",
+                "a subject may be in two splits",
+                "smbfast/data/source_index.py",
+                "        if not len(both):",
+                "        if len(both) <= 1:",
+            ),
+        ),
+    ),
+    Row(
+        id="P2",
+        property="a count of 1 to 10 people, or of all but so many, is in no output: console, JSON "
+        "or page",
+        bar={"push": 45, "recorded": 80},
+        prove=no_small_cell_shows,
+        mutants=(
+            mutant(
+                "raw-counts",
+                "records keep their small counts",
+                "smbfast/judging/small_cells.py",
+                "    if 0 < count <= small:",
+                "    if False:",
+            ),
+            mutant(
+                "rest-by-subtraction",
+                "what a count leaves of its whole is not looked at",
+                "smbfast/base/counts.py",
+                'return f"all but {FEW_TEXT}" if 0 < whole - count <= FEW < count else few(count)',
+                "return few(count)",
+            ),
+            mutant(
+                "bins-of-few",
+                "a bin of a calibration curve tells of one patient",
+                "smbfast/statistics/binary.py",
+                "any(0 < n <= _FEW for n in people)",
+                "any(n < 0 for n in people)",
             ),
         ),
     ),
