@@ -26,6 +26,7 @@ _SOON = 0.05  # seconds after which one is that was raised where Python drops it
 MOMENT = 5.0  # seconds in which signals are one, which srun and torchrun hand on: our choice
 
 _UMASK: list[int] = []  # of the user, while a command works
+_NO_MEMORY = "DefaultCPUAllocator: "  # what PyTorch says where it can allocate nothing
 _NO_THREAD = "can't start new thread"  # what Python says where the system refuses one
 
 
@@ -101,6 +102,8 @@ def _in_words(error: BaseException) -> str | None:
             "a worker process was killed, perhaps because memory ran out; the same command goes "
             "on, with fewer `workers` if you set them"
         )
+    if isinstance(error, MemoryError) or _NO_MEMORY in str(error):
+        return "memory ran out; give the process more, or use fewer `workers` or a smaller file"
     if str(error) == _NO_THREAD:
         return (
             "the system starts no more threads; raise its limit (`ulimit -u`) and run the same "

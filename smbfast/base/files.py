@@ -107,7 +107,7 @@ def verify_folder(path: Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads(read_regular(path / MANIFEST))
         version = manifest["format"]
         entries = [(name, size, digest) for name, (size, digest) in manifest["files"].items()]
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
@@ -148,6 +148,18 @@ def legal(value: object) -> object:
     return [legal(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
+def read_regular(path: Path) -> str:
+    """Return the text of a file; a pipe would never end, and a device neither.
+
+    Raises:
+        ValueError: it is no regular file, or not UTF-8.
+        OSError: it cannot be read.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} must be a file; it is a folder, a pipe or a device")
+    return Path(path).read_text(encoding="utf-8")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
@@ -155,7 +167,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: if there is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):

@@ -6,6 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 TEXT = (pa.string(), pa.large_string())
+_ALIKE = 1 << 20  # rows up to which all may be alike: our choice
+_ROWS_A_BYTE = 64  # beyond that: rows that differ take more, and those alike fill any memory
 BUFFER = 1 << 20  # bytes of a column read at once: its chunk may be larger than the memory
 
 
@@ -25,21 +27,31 @@ def open_parquet(file: Path, buffer: pa.Buffer | None = None) -> pq.ParquetFile:
     Raises:
         ValueError: the file, which is named, is missing or cannot be read.
     """
+    if buffer is None and Path(file).exists() and not Path(file).is_file():
+        raise ValueError(f"{file} must be a parquet file; {_kind(file)}")
     try:
         source = file if buffer is None else buffer
         parquet = pq.ParquetFile(source, page_checksum_verification=True, buffer_size=BUFFER)
         _ = parquet.schema_arrow.names  # damaged names are not UTF-8
-        return parquet
     except FileNotFoundError:
         raise ValueError(f"no such file: {file}") from None
     except (pa.ArrowException, OSError, UnicodeDecodeError):
         raise ValueError(f"{file} must be a parquet file; {_kind(file)}") from None
+    num, size = parquet.metadata.num_rows, len(buffer) if buffer else Path(file).stat().st_size
+    if num > max(_ALIKE, size * _ROWS_A_BYTE):
+        raise ValueError(
+            f"{file} must have at most {_ROWS_A_BYTE:,} rows a byte, as rows of patients differ; "
+            f"it has {num:,} in {size:,} bytes"
+        )
+    return parquet
 
 
 def _kind(file: Path) -> str:
     """Return what a file is that is not read as parquet."""
     if Path(file).is_dir():
         return "it is a folder"
+    if Path(file).exists() and not Path(file).is_file():
+        return "it is a pipe or a device"
     if Path(file).is_file():
         with open(file, "rb") as opened:
             if opened.read(24).startswith(b"version https://git-lfs"):

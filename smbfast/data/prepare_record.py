@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from smbfast.base.files import read_regular
 from smbfast.data.sections import SECTIONS
 
 
@@ -66,7 +67,7 @@ def read_record(file: Path) -> dict[str, Any]:
         ValueError: there is none.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(file))
     except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):

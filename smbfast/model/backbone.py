@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from smbfast.base import hub_names
+from smbfast.base.files import read_regular
 from smbfast.batch import NewToken
 from smbfast.model.codes_head import CodesHead
 from smbfast.model.decoder import Each, HfModule, PackedDecoder, Recompute
@@ -398,7 +399,7 @@ def require_layers(folder: Path) -> None:
         ValueError: if `num_hidden_layers` is above the number of tensors in the folder.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_regular(folder / "config.json"))
         layers = config.get("num_hidden_layers", 0)
         num_tensors = 0
         for file in folder.glob("*.safetensors"):

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from smbfast.base.files import read_regular
 from smbfast.base.hub_names import PATIENCE, from_cache, is_local, require_model_folder
 from smbfast.settings.training import TrainSettings
 
@@ -53,7 +54,7 @@ def _config_of(path: str, folder: Path, names: set[str]) -> dict:
         hint = "; GGUF files are not read, so name the model that they were made of" if gguf else ""
         raise ValueError(f"`model.path` {path} must hold the config.json of a model; none{hint}")
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_regular(folder / "config.json"))
     except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Self, TypeGuard
 from pydantic import Field, field_validator
 
 from smbfast.base.config import Settings
+from smbfast.base.files import read_regular
 from smbfast.base.nearest import Foreign
 from smbfast.base.workers import engine_of
 from smbfast.settings import names
@@ -235,7 +236,7 @@ def _is_row(value: object) -> TypeGuard[list | tuple]:
 def _trained_floor(model: Path, default: int) -> int:
     """Return the shortest gap that a model was trained with, if its folder tells it."""
     try:
-        record = json.loads((model / "smbfast.json").read_text(encoding="utf-8"))
+        record = json.loads(read_regular(model / "smbfast.json"))
         floor = record["options"]["gap_floor"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return default

@@ -87,8 +87,8 @@ def _run(cases: int, seed: int, folder: Path, keep: bool) -> None:
 
     for name, share in SHARES.items():
         reader = reader_of(name, folder)
-        kept = fuzzing.corpus(name)
-        seen = fuzzing.run(reader, int(cases * share), seed, set(kept), [*kept.values()])
+        stored = fuzzing.corpus(name)
+        seen = fuzzing.run(reader, int(cases * share), seed, set(stored), [*stored.values()])
         if keep:
             fuzzing.keep(name, seen.new)
 

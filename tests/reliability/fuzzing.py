@@ -1,7 +1,7 @@
 """Changes files at random, reads them, and says what came of it: nothing, a refusal, or a defect.
 
 A case is JSON: the name of a base, and edits of it. So a case is small whatever the file, mutates
-into its like, and is kept in `corpus/`, one a line: those that were the first to reach a pair of
+into its like, and is stored in `corpus/`, one a line: those that were the first to reach a pair of
 (exception, line that raised it). A reader makes cases and reads them.
 
 Fine are: what reads, and a refusal in words, a plain ValueError (OSError with a file's name) that
@@ -101,13 +101,13 @@ class _TooLong(BaseException):
     pass
 
 
-def run(reader: Reader, num: int, seed: int, known: set[str], kept: list[Case]) -> Seen:
-    """Read `num` cases: first those that are kept, then new ones and mutants of all of these."""
+def run(reader: Reader, num: int, seed: int, known: set[str], stored: list[Case]) -> Seen:
+    """Read `num` cases: first those that are stored, then new ones and mutants of all of these."""
     seen, dice = Seen(), random.Random(f"{reader.name} {seed}")
-    pool = list(kept)
+    pool = list(stored)
     for turn in range(num):
-        if turn < len(kept):
-            case = kept[turn]
+        if turn < len(stored):
+            case = stored[turn]
         elif pool and dice.random() < 0.3:
             case = reader.more(dice.choice(pool), dice)
         else:
@@ -178,7 +178,7 @@ def pair_of(error: BaseException) -> str:
 
 
 def corpus(name: str) -> dict[str, Case]:
-    """Return the cases that are kept for a reader, by their pairs."""
+    """Return the cases that are stored for a reader, by their pairs."""
     file = CORPUS / f"{name}.jsonl"
     if not file.is_file():
         return {}
@@ -188,9 +188,9 @@ def corpus(name: str) -> dict[str, Case]:
 
 def keep(name: str, new: list[tuple[str, Case]]) -> None:
     """Add cases to a corpus, unless they are long."""
-    kept = corpus(name) | {pair: case for pair, case in new if len(json.dumps(case)) < 4000}
+    stored = corpus(name) | {pair: case for pair, case in new if len(json.dumps(case)) < 4000}
     CORPUS.mkdir(exist_ok=True)
-    lines = [json.dumps({"pair": p, "case": c}) for p, c in sorted(kept.items())]
+    lines = [json.dumps({"pair": p, "case": c}) for p, c in sorted(stored.items())]
     (CORPUS / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 

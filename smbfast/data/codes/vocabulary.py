@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from smbfast.base.files import digest_of, write_text
+from smbfast.base.files import digest_of, read_regular, write_text
 from smbfast.data.codes.alphabet import (
     BEGIN,
     FIRST_AGE,
@@ -125,7 +125,7 @@ class CodeVocabulary:
             ValueError: the file is missing, damaged or of another version.
         """
         try:
-            record = json.loads(Path(file).read_text(encoding="utf-8"))
+            record = json.loads(read_regular(Path(file)))
             content = record["vocabulary"]
             whole = record["digest"] == digest_of(content)
             version = content["version"]

@@ -14,7 +14,7 @@ MEMORY = 4 << 30  # bytes that reading may take beside what the process has
 
 
 def prove(work: Work) -> Proof:
-    """Read every reader's cases: those that are kept, then new ones by the seed of the proof."""
+    """Read every reader's cases: those that are stored, then new ones by the seed of the proof."""
     from tests.reliability import fuzzing
 
     total = work.pick(push=20_000, nightly=100_000, recorded=500_000, mutant=1_500)
@@ -27,8 +27,10 @@ def prove(work: Work) -> Proof:
         _limit_memory()
         for name, share in shares.items():
             reader = reader_of(name, folder)
-            kept = fuzzing.corpus(name)
-            seen = fuzzing.run(reader, int(total * share), work.seed, set(kept), [*kept.values()])
+            stored = fuzzing.corpus(name)
+            seen = fuzzing.run(
+                reader, int(total * share), work.seed, set(stored), [*stored.values()]
+            )
             work.say(f"{name}: {seen.count} cases, {seen.read} were read, {len(seen.pairs)} pairs")
             for pair, _ in seen.new:
                 work.say(f"  new: {pair}")
