@@ -703,8 +703,8 @@ UPDATE = [
         "bad-gradient-not-skipped",
         "a gradient that is not finite goes into the weights",
         "smbfast/run/step.py",
-        "self.optimizer.found_inf = skipped",
-        "self.optimizer.found_inf = 0 * skipped",
+        "self.optimizer.found_inf = (~torch.isfinite(grad_norm)).float()",
+        "self.optimizer.found_inf = torch.zeros_like(grad_norm)",
         "tests/test_step.py::test_a_gradient_that_is_not_finite_moves_no_weight_and_no_moment[nan]",
     ),
     mutant(

@@ -400,8 +400,7 @@ def require_layers(folder: Path) -> None:
     """
     try:
         config = json.loads(read_regular(folder / "config.json"))
-        layers = config.get("num_hidden_layers", 0)
-        num_tensors = 0
+        layers, num_tensors = config.get("num_hidden_layers", 0), 0
         for file in folder.glob("*.safetensors"):
             with safe_open(file, "pt") as tensors:
                 num_tensors += len(tensors.keys())

@@ -6,7 +6,7 @@ is read must be one of them, whole and verified by the readers that the program 
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from smbfast.base.files import committed_folder, standing, verify_folder
+from smbfast.batch import Timeline
 from smbfast.data.nodes import Nodes
 from smbfast.data.shards import Shard, ShardWriter
 from smbfast.data.source_index import map_arrow, write_arrow
@@ -250,8 +251,14 @@ def _read_embeddings(run: Path) -> int:
 def _write_shard(run: Path, version: int) -> None:
     with ShardWriter(run / "train" / "0.shard") as shard:
         for _ in range(3):
-            shard.add(random_window(version))
+            shard.add(_timeline(version))
         shard.add_codes(["A", "B"])
+
+
+def _timeline(version: int) -> Timeline:
+    """One whose lines have codes, as all have that are prepared."""
+    timeline = random_window(version)
+    return replace(timeline, line_code_L=np.zeros(len(timeline.line_start_L), np.int32))
 
 
 def _read_shard(run: Path) -> int:
