@@ -246,6 +246,20 @@ def test_files_are_for_their_writer_alone(tmp_path: Path):
     assert all(p.stat().st_mode & 0o077 == 0 for p in (tmp_path / "final").iterdir())
 
 
+def test_a_folder_that_was_gone_while_it_was_filled_is_not_taken_for_whole(tmp_path: Path):
+    write(tmp_path / "run" / "final", model="1")
+    with (
+        pytest.raises(FileNotFoundError, match="final"),
+        committed_folder(tmp_path / "run" / "final", replace=True) as folder,
+    ):
+        (folder / "config").write_text("2")
+        (tmp_path / "run").rename(tmp_path / "away")
+        folder.mkdir(parents=True)  # as PEFT does before it writes
+        (folder / "model").write_text("2")
+    assert not (tmp_path / "run" / "final").exists()
+    assert (tmp_path / "away" / "final" / "model").read_text() == "1"
+
+
 def test_names_that_can_be_guessed_are_no_way_in(tmp_path: Path):
     victim, out = tmp_path / "victim", tmp_path / "e.parquet"
     victim.write_text("mine")

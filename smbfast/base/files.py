@@ -17,6 +17,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from errno import ENOENT
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,10 @@ def committed_folder(path: Path, *, replace: bool = False, private: bool = False
         content = staging / path.name
         with _named(content, path):
             content.mkdir(mode=0o700 if private else 0o777)
+            made = content.stat()
             yield content
+            if not os.path.samestat(made, content.stat()):  # libraries make a folder that is gone
+                raise FileNotFoundError(ENOENT, os.strerror(ENOENT), str(content))
             _seal(content, private)
             put(content, path)
 
