@@ -248,17 +248,16 @@ def _read_embeddings(run: Path) -> int:
     return origin["version"]
 
 
-def _write_shard(run: Path, version: int) -> None:
-    with ShardWriter(run / "train" / "0.shard") as shard:
-        for _ in range(3):
-            shard.add(_timeline(version))
-        shard.add_codes(["A", "B"])
-
-
 def _timeline(version: int) -> Timeline:
     """One whose lines have codes, as all have that are prepared."""
-    timeline = random_window(version)
-    return replace(timeline, line_code_L=np.zeros(len(timeline.line_start_L), np.int32))
+    window = random_window(version)
+    return replace(window, line_code_L=np.zeros(len(window.line_start_L), np.int32))
+
+
+def _write_shard(run: Path, version: int) -> None:
+    with ShardWriter(run / "train" / "0.shard") as shard:
+        shard.add(*3 * [_timeline(version)])
+        shard.add_codes(["A", "B"])
 
 
 def _read_shard(run: Path) -> int:
@@ -266,7 +265,7 @@ def _read_shard(run: Path) -> int:
     shard.verify()
     versions = {shard[i].subject for i in range(len(shard))}
     (version,) = versions
-    expected = random_window(version)
+    expected = _timeline(version)
     for i in range(3):
         if not np.array_equal(shard[i].ids_T, expected.ids_T):
             raise ValueError("a shard has other tokens")

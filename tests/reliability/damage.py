@@ -36,7 +36,6 @@ _OTHERS = {
     "adapter": replace(_OWN, adapter="other"),
     "settings": replace(_OWN, settings={**_SETTINGS, "optim.clip": 2.0}),
 }
-Damage = Callable[[Path, random.Random], str]  # changes a checkpoint; what it did, in words
 
 
 class Checkpoints:
@@ -96,11 +95,22 @@ def _state(encoder: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in trained(encoder).items()}
 
 
-def _any_file(folder: Path, draw: random.Random) -> Path:
+class Draw(random.Random):
+    """Draws for one trial, and which turn of its kind of damage that is."""
+
+    turn = 0
+
+
+def _next(edits: dict[str, Callable[[], object]], draw: Draw) -> str:
+    """Each edit in its turn, so that none is left out by chance."""
+    return sorted(edits)[draw.turn % len(edits)]
+
+
+def _any_file(folder: Path, draw: Draw) -> Path:
     return folder / draw.choice((STATE, STATE, RECORD, MANIFEST))
 
 
-def _flip(folder: Path, draw: random.Random) -> str:
+def _flip(folder: Path, draw: Draw) -> str:
     file = _any_file(folder, draw)
     content = bytearray(file.read_bytes())
     at, bit = draw.randrange(len(content)), draw.randrange(8)
@@ -109,7 +119,7 @@ def _flip(folder: Path, draw: random.Random) -> str:
     return f"bit {bit} of byte {at} of {file.name} flipped"
 
 
-def _truncate(folder: Path, draw: random.Random) -> str:
+def _truncate(folder: Path, draw: Draw) -> str:
     file = _any_file(folder, draw)
     content = file.read_bytes()
     size = draw.randrange(len(content))
@@ -117,7 +127,7 @@ def _truncate(folder: Path, draw: random.Random) -> str:
     return f"{file.name} cut to {size} of {len(content)} bytes"
 
 
-def _zero(folder: Path, draw: random.Random) -> str:
+def _zero(folder: Path, draw: Draw) -> str:
     file = _any_file(folder, draw)
     content = bytearray(file.read_bytes())
     at = draw.randrange(-(-len(content) // _PAGE)) * _PAGE
@@ -127,7 +137,7 @@ def _zero(folder: Path, draw: random.Random) -> str:
     return f"page {at // _PAGE} of {file.name} zero"
 
 
-def _swap(folder: Path, draw: random.Random) -> str:
+def _swap(folder: Path, draw: Draw) -> str:
     one, other = draw.sample((STATE, RECORD, MANIFEST), 2)
     first, second = (folder / one).read_bytes(), (folder / other).read_bytes()
     (folder / one).write_bytes(second)
@@ -135,7 +145,7 @@ def _swap(folder: Path, draw: random.Random) -> str:
     return f"{one} and {other} exchanged"
 
 
-def _of_another_step(folder: Path, draw: random.Random) -> str:
+def _of_another_step(folder: Path, draw: Draw) -> str:
     other = checkpoint.folders(folder.parent.parent)[0]
     names = draw.choice(((STATE,), (RECORD,), (MANIFEST,), (STATE, RECORD), (STATE, MANIFEST)))
     for name in names:
@@ -143,13 +153,13 @@ def _of_another_step(folder: Path, draw: random.Random) -> str:
     return f"{', '.join(names)} of step {STEPS[0]}"
 
 
-def _all_of_another_step(folder: Path, draw: random.Random) -> str:
+def _all_of_another_step(folder: Path, draw: Draw) -> str:
     shutil.rmtree(folder)
     shutil.copytree(checkpoint.folders(folder.parent.parent)[0], folder)
     return "all of another step"
 
 
-def _delete(folder: Path, draw: random.Random) -> str:
+def _delete(folder: Path, draw: Draw) -> str:
     name = draw.choice((STATE, RECORD, MANIFEST))
     (folder / name).unlink()
     if draw.random() < 0.3:
@@ -158,7 +168,7 @@ def _delete(folder: Path, draw: random.Random) -> str:
     return f"{name} deleted"
 
 
-def _edit_manifest(folder: Path, draw: random.Random) -> str:
+def _edit_manifest(folder: Path, draw: Draw) -> str:
     manifest = json.loads((folder / MANIFEST).read_text())
     files, name = manifest["files"], draw.choice((STATE, RECORD))
     edits: dict[str, Callable[[], object]] = {
@@ -176,7 +186,7 @@ def _edit_manifest(folder: Path, draw: random.Random) -> str:
         "a file outside": lambda: files.update({"../../run.json": [1, "0" * 64]}),
         "a file that is not there": lambda: files.update({"more": [1, "0" * 64]}),
     }
-    what = draw.choice(sorted(edits))
+    what = _next(edits, draw)
     edits[what]()
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return f"manifest edited: {what}"
@@ -188,7 +198,7 @@ def _reseal(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": entries}))
 
 
-def _edit_record(folder: Path, draw: random.Random) -> str:
+def _edit_record(folder: Path, draw: Draw) -> str:
     """An edit with hashes that agree; weights that were edited so cannot be told."""
     record = json.loads((folder / RECORD).read_text())
     edits: dict[str, Callable[[], object]] = {
@@ -203,7 +213,7 @@ def _edit_record(folder: Path, draw: random.Random) -> str:
         "another offset": lambda: record.update(metrics_offset="x"),
         "no object": lambda: None,
     }
-    what = draw.choice(sorted(edits))
+    what = _next(edits, draw)
     edits[what]()
     text = "[]" if what == "no object" else json.dumps(record)
     (folder / RECORD).write_text(text)
@@ -211,7 +221,8 @@ def _edit_record(folder: Path, draw: random.Random) -> str:
     return f"record edited and resealed: {what}"
 
 
-DAMAGES: dict[str, Damage] = {
+# each changes a checkpoint, and returns what it did, in words
+DAMAGES: dict[str, Callable[[Path, Draw], str]] = {
     "flip": _flip,
     "truncate": _truncate,
     "zero": _zero,
@@ -226,8 +237,9 @@ DAMAGES: dict[str, Damage] = {
 
 def trial(checkpoints: Checkpoints, number: int, seed: int) -> tuple[str, str]:
     """Damage the newer checkpoint; what was done, and what is wrong with how it was met."""
-    draw, folder = random.Random(f"{seed}-{number}"), checkpoints.newest()
+    draw, folder = Draw(f"{seed}-{number}"), checkpoints.newest()
     kinds = [*DAMAGES, "foreign"]
+    draw.turn = number // len(kinds)
     kind = kinds[number % len(kinds)]
     if kind == "foreign":
         names = sorted(_OTHERS)

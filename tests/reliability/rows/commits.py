@@ -114,7 +114,7 @@ def prove_damage(work: Work) -> Proof:
     folder = _scratch(work)
     try:
         checkpoints, bad = Checkpoints(folder), []
-        count = work.pick(push=120, nightly=400, recorded=1000)
+        count = work.pick(push=140, nightly=400, recorded=1000)
         for number in range(count):
             what, why = trial(checkpoints, number, work.seed)
             if why:
