@@ -30,7 +30,6 @@ import torch
 import smbfast.train as entry
 from smbfast.base.files import write_text
 from smbfast.base.runtime import MatmulRate
-from smbfast.base.staging import MARKER
 from smbfast.run import loop
 from tests.factory import write_meds
 
@@ -482,12 +481,7 @@ def _left(run: Path) -> list[str]:
         write_text(folder.parent / "next", "")
         (folder.parent / "next").unlink()
     left = [p for kind in ("tmp", "old", "trash") for p in run.rglob(f"*.{kind}")]
-    return [f"{p.relative_to(run)} is left" for p in left if not _says_nothing(p)]
-
-
-def _says_nothing(folder: Path) -> bool:
-    marker = folder / MARKER
-    return not marker.is_file() or not marker.read_bytes()
+    return [f"{p.relative_to(run)} is left" for p in left]
 
 
 def _different_folders(twin: Path, run: Path, pattern: str) -> list[str]:
