@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from smbfast.base.entry import RunFailed
-from smbfast.base.helpers import warn_failed
+from smbfast.base.helpers import reason, warn_failed
 
 PATIENCE = 10.0  # seconds that a second signal leaves to a write: our choice
 _LOOK = 1.0  # seconds after which a wait looks whether the thread lives
@@ -234,8 +234,10 @@ class Writer:
         while (write := self._writes.get()) is not None:
             try:
                 write()
-            except BaseException as error:
+            except Exception as error:
                 self._error = error
+            except BaseException as error:  # it would end the process without a word
+                self._error = RunFailed(f"the thread of checkpoints ended: {reason(error)}")
             self._idle.set()
 
 

@@ -87,6 +87,7 @@ FEW = [
     ("embedding", signal.SIGUSR1, 2),
     ("the report", signal.SIGINT, 1),
 ]
+OF_PROBES = ("embeddings/", "predictions/", "risk_functions")
 BROKEN = ("preparing", "an exception is dropped", "sft")  # where mistakes are seen
 RESUMED = ("sft", "a checkpoint")  # at push, followed to their end
 APART = ("preparing", "sft", "a checkpoint", "an evaluation", "final", "embeddings")
@@ -136,7 +137,7 @@ class Trials:
         found = [*_words(end), *self._status(stage, run, count if apart else 1)]
         if not found and on:
             self.resumed += 1
-            found += self._go_on(words, run, log)
+            found += self._go_on(words, run, log, probed=stage.probes)
         self.bad += [f"{name}: {text}" for text in found]
         shutil.rmtree(run)
 
@@ -159,14 +160,14 @@ class Trials:
         if state[1] and not saved.is_dir():
             yield f"the status says step {state[1]}, which has no checkpoint"
 
-    def _go_on(self, words: list[str], run: Path, log: Path) -> Iterator[str]:
+    def _go_on(self, words: list[str], run: Path, log: Path, *, probed: bool) -> Iterator[str]:
         """What is wrong about the run that goes on."""
         end = begun(train.main, words, log, faults=(cheap,)).end()
         if end.status != 0:
             yield f"the same command ends with {end.status}: {end.said[-300:]}"
             return
         left = [str(p.relative_to(run)) for p in run.rglob("*") if p.suffix in (".tmp", ".trash")]
-        own = {n for n in self.twin.unlike(run) if not n.startswith(("embeddings", "predictions"))}
+        own = {n for n in self.twin.unlike(run) if probed or not n.startswith(OF_PROBES)}
         for what, names in (("leaves", left), ("has otherwise", sorted(own))):
             if names:
                 yield f"the run that went on {what} {', '.join(names[:3])}"
@@ -206,9 +207,14 @@ class Trials:
             ),
             "embed": (
                 embed.main,
-                [f"--model={twin / 'final'}", f"--data={cohort}", "--at=last", f"--out={out}"],
+                [
+                    f"--model={twin / 'final'}",
+                    f"--data={cohort}",
+                    "--at=last",
+                    f"--out={out}.parquet",
+                ],
                 Place("smbfast.probing.embedding:_ahead"),
-                out,
+                folder / "out.parquet",
             ),
             "probe": (
                 probe.main,

@@ -57,6 +57,7 @@ PROBES = "--probe.labels=death_3y"
 NO_PROBES = "--probe.labels=[]"
 LEFT = 60.0  # seconds in which a command must end that is not asked to
 MADE_AT_THE_END = ("final", "embeddings", "predictions", "probe.json", "report.html", "risk.json")
+MADE_AT_THE_END += ("risk_functions.safetensors", "sample.json")
 Fault = Callable[[], object]
 
 
