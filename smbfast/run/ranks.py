@@ -33,7 +33,7 @@ from smbfast.run.watch import Watch
 PATIENCE = timedelta(hours=12)
 _DIGEST = 8  # bytes of a plan's digest
 _TRANSPORT = "gloo/transport"  # in what gloo says of a connection
-_NOTICE = 0.5  # seconds until a connection to a rank that has died is known to be closed
+_NOTICE = 2.0  # seconds until a connection to a rank that has died is known to be closed
 _CONNECT = timedelta(seconds=60)  # torchrun's own store is there before its ranks
 
 
@@ -100,9 +100,8 @@ class Ranks:
             yield
         except KeyboardInterrupt:
             self.say("asked")
-            end = time.monotonic() + _NOTICE
-            while (lost := self._lost()) is None and time.monotonic() < end:
-                time.sleep(0.02)
+            is_orphan = self.watch is not None and self.watch.is_orphan
+            lost = None if is_orphan else self._lost_soon()
             if lost is None:
                 raise
             raise self._failed(lost) from None
@@ -148,6 +147,15 @@ class Ranks:
         # one that has left because it lost another says which
         named = [int(word) for word in words.values() if word.isdecimal()]
         return next(iter(silent + [rank for rank in named if rank != self.rank]), None)
+
+    def _lost_soon(self) -> int | None:
+        """Return `_lost` once its connection is closed; None once all others were asked too."""
+        end = time.monotonic() + _NOTICE
+        while (lost := self._lost()) is None and time.monotonic() < end:
+            if all(self._word(r) == "asked" for r in range(self.world) if r != self.rank):
+                break
+            time.sleep(0.02)
+        return lost
 
     def _failed(self, lost: int) -> RunFailed:
         self.say(str(lost))

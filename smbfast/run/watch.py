@@ -36,7 +36,7 @@ class Watch:
         self._parent = launcher if ELASTIC in os.environ else None
         self._next: int | None = None
         self._silent, self._heard, self._whom = 0, b"", ""
-        self._over = threading.Event()
+        self._over, self.is_orphan = threading.Event(), False  # whether torchrun has ended
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -83,6 +83,7 @@ class Watch:
 
     def _orphaned(self) -> None:
         """Ask this process to stop as torchrun would have done, and end it if it does not."""
+        self.is_orphan = True
         if self._next is None:
             self._leave("torchrun has ended before the ranks had met")
         _say("torchrun has ended, so this rank saves and ends as well")
