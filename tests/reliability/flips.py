@@ -171,7 +171,7 @@ def run_with_flip(words: list[str], on: int, step: int, kind: str) -> list[str]:
         norm = real(self, *words, **more)
         seen[0] += 1
         if seen[0] == step and int(os.environ["RANK"]) == on:
-            last = self.parameters[-1]
+            last = next(p for p in self.parameters if self.optimizer.state.get(p))
             state = {"weights": last, **self.optimizer.state[last]}
             _flip(state[kind], 0, 3)
         return norm

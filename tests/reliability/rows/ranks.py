@@ -156,7 +156,7 @@ def _real(work: Work) -> tuple[list[str], int]:
         ranks = jobs.children(launcher.pid)
         if name == "a second one":
             second = jobs.torchrun(2, job, work.folder / "log-second")
-            text = (work.folder / "log-second").read_text() if second.wait(300) else ""
+            text = (work.folder / "log-second").read_text() if second.wait(900) else ""
             if "is in use by" not in text:
                 bad.append(f"{name}: ended with {second.returncode}: {text[-300:]}")
         elif name == "rank killed":
@@ -164,7 +164,7 @@ def _real(work: Work) -> tuple[list[str], int]:
         else:
             os.kill(launcher.pid, signal.SIGKILL if number == 0 else signal.SIGINT)
         _until(lambda ranks=ranks: not any(_lives(pid) for pid in ranks))
-        launcher.wait(60)
+        launcher.wait(600)
         state = jobs.status_of(run).get("state")
         expected = {"rank killed": "failed", "a second one": "done"}.get(name, "preempted")
         if state != expected or any(_lives(pid) for pid in ranks):
@@ -181,7 +181,7 @@ def _real(work: Work) -> tuple[list[str], int]:
     return bad, len(trials)
 
 
-def _until(true: Callable[[], bool], seconds: float = 240.0) -> None:
+def _until(true: Callable[[], bool], seconds: float = 1200.0) -> None:
     end = time.monotonic() + seconds
     while not true() and time.monotonic() < end:
         time.sleep(0.1)
