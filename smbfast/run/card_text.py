@@ -109,8 +109,10 @@ python -m smbfast.embed --model={{ folder }} --data=MEDS_FOLDER --at=last --out=
   no diagnosis.
 - It holds what its data held, also what is wrong or unequal in them. On records of other hospitals,
   coding systems or years it may be of less use, which nobody has measured.
-- Weights may hold traces of the records that they were trained on. Who may have the data may have
-  the model, unless somebody has decided otherwise.
+- Weights may hold traces of the records that they were trained on: what stands in a record alone
+  can be drawn from a model that has seen it often. This model was not probed for that; the page "A
+  model for others" of smbfast has the exposure of planted secrets, and how it is measured. Who may
+  have the data may have the model, unless somebody has decided otherwise.
 
 ## Licence
 
