@@ -35,8 +35,8 @@ DEEP = "[" * 200_000
 HARMLESS = {"backbone missing", "chat template of tokenizer_config.json", "a cache of odd digests"}
 HARMLESS |= {"adapter auto_mapping", "adapter pissa", "code of a tokenizer"}
 HARMLESS |= {"a card of words", "a regular expression that never ends"}
-# of a task that has other files; 200,000 notes of 4 kB are many, and no harm
-HARMLESS |= {"labels that are a pipe", "labels: folder", "events of many notes"}
+# of a task that has other files; moments may repeat; 200,000 notes of 4 kB are many, and no harm
+HARMLESS |= {"labels that are a pipe", "labels: folder", "labels: rows", "events of many notes"}
 
 
 class Bomb:

@@ -25,6 +25,8 @@ def prove_hostile(work: Work) -> Proof:
     trials = hostile_cases.trials(fired)
     if work.size == "mutant":
         trials = [t for t in trials if t.command == "embed" and t.of == "whole"][:60]
+    elif work.size == "push":  # every other one; a seed takes the others
+        trials = trials[work.seed % 2 :: 2]
     run = hostile_cases.commands(made, folder, out)
     bad, slowest = [], 0.0
     for trial in trials:
@@ -75,7 +77,7 @@ HOSTILE = Row(
     "S2",
     "Models, adapters, data, labels, embeddings and runs that somebody has made to harm, sealed "
     "by right checksums, end in words within 20 s and 4 GB, no socket and none of their code.",
-    {"push": 120},
+    {"push": 70, "nightly": 140},
     prove_hostile,
     (
         mutant(
