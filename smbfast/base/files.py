@@ -225,13 +225,16 @@ def _seal(folder: Path, private: bool) -> None:
     """Write the manifest, after every file is on the disk."""
     files: dict[str, tuple[int, str]] = {}
     notes: dict[str, tuple[int, str]] = {}
+    (folder / MANIFEST).touch(0o600 if private else 0o666)
+    # some libraries make files 0600 whatever the umask says
+    mode = (folder / MANIFEST).stat().st_mode & 0o777
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-        if private:
-            file.chmod(0o600)
+        if file == folder / MANIFEST:
+            continue
+        file.chmod(mode)
         fsync(file)
         name = str(file.relative_to(folder))
         (notes if is_note(name) else files)[name] = (file.stat().st_size, sha256(file))
     manifest = {"format": FORMAT, "files": files} | ({"notes": notes} if notes else {})
-    (folder / MANIFEST).touch(0o600 if private else 0o666)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     fsync(folder / MANIFEST)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from smbfast.base.config import read_toml
+from smbfast.base.entry import own_folder
 from smbfast.base.files import read_json, write_text
 from smbfast.base.ours import require_prepared_folder
 from smbfast.data.labels import Labels, find_tasks, read_labels, require_splits, with_splits
@@ -253,7 +254,9 @@ def prepared_data(
         check_prepared(prepared, data, backbone)
         return prepared
     out = Path(data.prepared) if data.prepared else run / "prepared"
-    return prepare(data, out, backbone, ("train", "tuning"), verify)
+    prepared = prepare(data, out, backbone, ("train", "tuning"), verify)
+    own_folder(out)
+    return prepared
 
 
 def _require_prepared(data: DataSettings, run: Path, tokenizer: str | None, world: int) -> None:

@@ -211,7 +211,8 @@ def _shared(work: Work) -> tuple[list[str], int]:
         mode, name = path.stat().st_mode & 0o777, str(path.relative_to(root / "run"))
         num += 1
         if name.split("/")[0] in hidden:
-            if path.is_file() and mode != 0o600:
+            top = root / "run" / name.split("/")[0]  # a folder of 0700 hides what is in it
+            if path.is_file() and mode & 0o077 and top.stat().st_mode & 0o077:
                 bad.append(f"{name} of a shared run is {mode:03o}")
         elif mode != (0o755 if path.is_dir() else 0o644):
             bad.append(f"{name} of a shared run is {mode:03o}")
