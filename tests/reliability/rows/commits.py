@@ -137,8 +137,8 @@ ROWS = (
                 "no-fsync-of-files",
                 "the content of a file is not on the disk when its name is",
                 FILES,
-                "            file.chmod(0o600)\n        fsync(file)\n",
-                "            file.chmod(0o600)\n",
+                "        file.chmod(mode)\n        fsync(file)\n",
+                "        file.chmod(mode)\n",
             ),
             mutant(
                 "no-fsync-of-the-folder",
