@@ -437,6 +437,19 @@ def test_what_kills_have_left_is_gone_once_a_run_goes_on(box: Callable[..., Box]
     assert not list(mine.run.rglob("*.tmp"))
 
 
+def test_checkpoints_that_a_kill_has_left_over_go_though_none_is_saved_again(
+    box: Callable[..., Box],
+) -> None:
+    mine = box()
+    train.main(mine.argv())
+    newest = max((mine.run / "checkpoints").iterdir())
+    for name in ("step-000000", "step-000001"):
+        shutil.copytree(newest, newest.with_name(name))
+    shutil.rmtree(mine.run / "final")
+    train.main(mine.argv())
+    assert not (newest.with_name("step-000000")).exists() and newest.is_dir()
+
+
 def test_an_emptied_manifest_is_damage_and_the_older_checkpoint_is_used(
     box: Callable[..., Box], capsys: pytest.CaptureFixture[str]
 ) -> None:

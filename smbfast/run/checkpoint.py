@@ -139,9 +139,14 @@ def write(run: Path, snapshot: Snapshot, keep: int) -> Path:
     with committed_folder(folder, replace=True) as staging:
         snapshot.tensors.write(staging / "state.safetensors")
         (staging / "record.json").write_text(snapshot.record)
-    for old in [f for f in folders(run) if f != folder][: -keep + 1 or None]:
-        remove_folder(old)
+    rotate(run, folder, keep)
     return folder
+
+
+def rotate(run: Path, newest: Path, keep: int) -> None:
+    """Delete all checkpoints but `newest` and the newest `keep - 1` beside it."""
+    for old in [f for f in folders(run) if f != newest][: -keep + 1 or None]:
+        remove_folder(old)
 
 
 def latest(run: Path) -> tuple[Checkpoint | None, list[Path]]:

@@ -142,7 +142,7 @@ def newest_checkpoint(
 
     Args:
         set_aside: whether to rename checkpoints that are damaged or left behind, and to remove what
-            writes that were killed have left in the folder of the run.
+            writes that were killed have left in the folder of the run, and more than `run.keep`.
 
     Raises:
         ValueError: if there are checkpoints and none is intact, if the newest intact one is not of
@@ -161,6 +161,8 @@ def newest_checkpoint(
         if set_aside:
             checkpoint.leave_behind(run)
         return replace(identity, run=secrets.token_hex(8)), None
+    if newest is not None and set_aside:  # a kill may have come before the oldest was removed
+        checkpoint.rotate(run, newest.folder, settings.run.keep)
     return identity, newest
 
 

@@ -151,7 +151,8 @@ class Killing:
         newest = small_runs.step_of(saved[-1]) if saved else 0
         if not self._is_damaged:
             self.redone = max(self.redone, last - newest)
-        if last - newest > SAVE_EVERY * (2 if self._is_damaged else 1):
+        # the newest may be under way, and the loop goes on until the next is due
+        if last - newest > SAVE_EVERY * (3 if self._is_damaged else 2):
             self.bad.append(f"{shape}: of {last} steps, a kill left {newest}")
         self._is_damaged = self.damaged < self.damages and len(saved) > 1
         if self._is_damaged:
