@@ -332,13 +332,6 @@ ROWS: tuple[Row, ...] = (
                 "        backward(terms)\n",
                 "        backward([t if t is None else t / len(micro_batches) for t in terms])\n",
             ),
-            mutant(
-                "row-backward-of-sft-alone",
-                "the JEPA loss of a micro-batch is trained only where it has no labels",
-                "smbfast/run/step.py",
-                "torch.autograd.backward(present)",
-                "torch.autograd.backward(present[: 1 + len(present) % 2])",
-            ),
         ),
     ),
     Row(
