@@ -1,5 +1,7 @@
 """What a run leaves loads in transformers and PEFT, and gives the same hidden states."""
 
+import json
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
@@ -127,6 +129,12 @@ def test_an_adapter_loads_in_peft(scratch, adapted):
         assert (target.hidden(ids) - ours).abs().max() > 1e-6
     merged = AutoModelForCausalLM.from_pretrained(adapted / "merged")
     torch.testing.assert_close(hidden(merged, ids), ours, rtol=0, atol=1e-5)
+
+
+def test_two_runs_write_the_names_of_linears_in_one_order(adapted):
+    """PEFT has them in a set, whose order is another in each process."""
+    names = json.loads((adapted / "final" / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) == 7 and names == sorted(names)
 
 
 def test_a_foreign_backbone_learns_its_delimiter_rows(foreign):

@@ -322,6 +322,8 @@ def save_final(
             lm.peft_config["default"].base_model_name_or_path = record["backbone"]
             lm.peft_config["default"].revision = record.get("backbone_revision")
         lm.save_pretrained(str(staging), **options)
+        if encoder.is_lora:
+            _in_order(staging / "adapter_config.json")
         tokenizer.save_pretrained(staging)
         if vocabulary is not None:
             shutil.copy(vocabulary, staging / vocabulary.name)
@@ -335,6 +337,14 @@ def save_final(
         (staging / "smbfast.json").write_text(json.dumps(record, indent=1))
         if card is not None:  # in place of PEFT's empty one
             (staging / CARD).write_text(card, encoding="utf-8")
+
+
+def _in_order(file: Path) -> None:
+    """Sort the names of the linears with an adapter, a set whose order is that of a process."""
+    config = read_json(file)
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"].sort()
+    file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def amend_final(folder: Path, changes: dict, card: Callable[[dict], str]) -> None:
