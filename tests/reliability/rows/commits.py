@@ -223,13 +223,6 @@ ROWS = (
                 "    if not isinstance(error, OSError):\n        return None\n"
                 "    text = str(error)\n",
             ),
-            mutant(
-                "half-a-row-of-embeddings",
-                "a row that a full disk took in part is read as embeddings",
-                "smbfast/probing/embedding_file.py",
-                "            if done != row_D.nbytes:",
-                "            if done < 0:",
-            ),
         ),
         limit={"recorded": 3600},
     ),
