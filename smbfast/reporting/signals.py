@@ -15,6 +15,7 @@ from smbfast.reporting.runlog import Finding, Record, Run, number
 
 FAR = 2.0  # a loss is far above its start from this many times of it
 LINES = 2  # of the log, one after another, that have to say so; an evaluation alone is enough
+BEGINS = 2  # lines that say where a loss starts if no evaluation has; then so many more have to
 STILL = 1e-4  # of the tuning loss: a smaller change says that weights stand still
 PATIENCE = 20  # steps that weights are given to change it
 LOSSES = {  # what a step must have for a loss to learn from it
@@ -63,6 +64,7 @@ class Watch:
     # of its steps so far: all, those that lacked something, whose gradient was 0 or not finite
     counts: dict[str, int] = field(default_factory=dict)
     start: dict[str, float] = field(default_factory=dict)  # losses as they were when it began
+    begun: dict[str, int] = field(default_factory=dict)  # lines that these are of, if no evaluation
     far: dict[str, int] = field(default_factory=dict)  # lines in a row that are far above these
     span: list[float] = field(default_factory=list)  # first step, least and largest tuning loss
     known: list[str] = field(default_factory=list)  # causes that were named
@@ -102,9 +104,9 @@ class Watch:
             value = number(record.get(name))
             if weight <= 0 or value != value:
                 continue
-            start = self.start.setdefault(name, value)
+            start = self._start_of_line(name, value)
             self.far[name] = self.far.get(name, 0) + 1 if value > FAR * start > 0 else 0
-            if self.far[name] >= LINES:
+            if self.far[name] >= LINES + self.begun.get(name, 0):  # a step may be of a few pairs
                 said.append(_far(name, value, start))
         return self._new(record, said)
 
@@ -117,11 +119,21 @@ class Watch:
             value = number(record.get(name))
             if weight <= 0 or value != value:
                 continue
+            if self.begun.pop(name, 0):  # of lines, so of a few windows that are not these
+                self.start[name] = max(value, self.start[name])
             start = self.start.setdefault(name, value)
             if value > FAR * start > 0:
                 said.append(_far(name, value, start))
         said += self._standing(step, number(record.get("loss")))
         return self._new(record, said)
+
+    def _start_of_line(self, name: str, value: float) -> float:
+        """Return where a loss started; the largest of the first lines says it, or an evaluation."""
+        lines = self.begun.get(name, 0)
+        if name not in self.start or 0 < lines < BEGINS:
+            self.start[name] = max(value, self.start.get(name, value))
+            self.begun[name] = lines + 1
+        return self.start[name]
 
     def _standing(self, step: int, loss: float) -> Iterator[Said]:
         """Yield a warning if the tuning loss of the phase is what it was at its first evaluation.
