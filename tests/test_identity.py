@@ -450,6 +450,22 @@ def test_checkpoints_that_a_kill_has_left_over_go_though_none_is_saved_again(
     assert not (newest.with_name("step-000000")).exists() and newest.is_dir()
 
 
+def test_a_run_that_goes_on_is_shared_or_no_longer(box: Callable[..., Box]) -> None:
+    mine = box()
+    mine.run.chmod(0o755)  # as it was before, or by another program
+    train.main(mine.argv())
+    assert mine.run.stat().st_mode & 0o777 == 0o700
+    shutil.rmtree(mine.run / "final")
+    before = os.umask(0o022)
+    try:
+        train.main([*mine.argv(), "--run.share=true"])
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (mine.run, *mine.run.iterdir())}
+    assert modes[mine.run.name] == modes["checkpoints"] == modes["final"] == 0o755
+    assert modes["metrics.jsonl"] == modes["config.toml"] == 0o644
+
+
 def test_an_emptied_manifest_is_damage_and_the_older_checkpoint_is_used(
     box: Callable[..., Box], capsys: pytest.CaptureFixture[str]
 ) -> None:

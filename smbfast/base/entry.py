@@ -5,9 +5,10 @@ It imports only the standard library and files of this folder, so that `--help` 
 
 import os
 import signal
+import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -222,14 +223,20 @@ def _modes(private: bool) -> Iterator[None]:
             _UMASK.clear()
 
 
-def own_folder(folder: Path, *, shared: bool = False) -> None:
+def own_folder(folder: Path, *, shared: bool = False, entries: Sequence[str] = ()) -> None:
     """Let a folder that holds our files alone be 0700, or as the user's umask has it if `shared`.
 
-    It may have been made before, by anybody; one of another user stays as it is.
+    It may have been made before, by anybody; what is of another user stays as it is.
+
+    Args:
+        entries: names of files and folders in it, no links, that become as the umask has them too.
     """
-    with suppress(OSError):
-        if folder.stat().st_uid == os.geteuid():
-            folder.chmod(0o777 & ~_UMASK[0] if shared and _UMASK else 0o700)
+    mask = _UMASK[0] if shared and _UMASK else 0o077
+    for path in (folder, *(folder / name for name in entries if shared)):
+        with suppress(OSError):
+            about = path.stat(follow_symlinks=path == folder)  # a run may lie on another disk
+            if about.st_uid == os.geteuid() and not stat.S_ISLNK(about.st_mode):
+                path.chmod((0o777 if stat.S_ISDIR(about.st_mode) else 0o666) & ~mask)
 
 
 def _nothing(state: str) -> None:

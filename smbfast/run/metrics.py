@@ -178,6 +178,7 @@ def open_log(run: OpenRun) -> MetricsLog:
         return NoLog()
     if not progress.step:
         run.begin()
+    run.own()
     trackers = open_trackers(run.settings, run.identity.run)
     log = MetricsLog(run.folder, progress.metrics_offset, progress.step, trackers)
     header = console.header(run)

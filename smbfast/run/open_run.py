@@ -174,8 +174,12 @@ class OpenRun:
     def begin(self) -> None:
         """Write the id and the settings of a new run: from here on the folder is this run's."""
         self.identity.write(self.folder)
-        own_folder(self.folder, shared=self.settings.run.share)
         write_text(self.folder / "config.toml", to_toml(as_asked(self.settings)))
+
+    def own(self) -> None:
+        """Let the folder be this user's alone, or shared, whatever an earlier process made it."""
+        goes_on = ("config.toml", "run.json", "metrics.jsonl", "checkpoints", "best", "tensorboard")
+        own_folder(self.folder, shared=self.settings.run.share, entries=goes_on)
 
     @property
     def folder(self) -> Path:

@@ -135,7 +135,7 @@ def only_the_user_reads(work: Work) -> Proof:
             write_labels(write_meds(root / "meds"))
             before = os.umask(umask)
             try:
-                for name in ("run", "shards", "labels"):
+                for name in work.pick(push=("run", "shards", "labels"), mutant=("shards",)):
                     (root / name).mkdir(mode=0o755)
                 for command, words in _writing(root, form, work):
                     canary.said(command, words)
@@ -491,8 +491,8 @@ ROWS: tuple[Row, ...] = (
                 "folder-stays-open",
                 "a folder that was there before shows what is in it",
                 "smbfast/base/entry.py",
-                "if folder.stat().st_uid == os.geteuid():",
-                "if folder.stat().st_uid != os.geteuid():",
+                "about.st_uid == os.geteuid()",
+                "about.st_uid != os.geteuid()",
             ),
             mutant(
                 "lock-follows-a-link",
