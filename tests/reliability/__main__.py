@@ -8,7 +8,8 @@ copy of it, on which the same proof must find something. Rows run in processes o
     python -m tests.reliability --row=R1,R2 --verbose
     python -m tests.reliability --size=recorded --save # hours; into tests/reliability/record.json
 
-At push the first mistake of each row is tried, at other sizes all. Exit code 1 if a row does not
+At push the first mistake of each row is tried, at other sizes all, and the proof that looks for
+them also runs where none is and must find nothing. Exit code 1 if a row does not
 hold. --save writes what was seen, with commit and versions, and leaves other rows as they are.
 """
 
@@ -92,9 +93,9 @@ def _run(rows: list[Row], words: argparse.Namespace) -> dict[str, list[Task]]:
         for task in runner.run(tasks):
             done += 1
             seen[task.row.id].append(task)
-            if task.mutant is None and task.holds and not words.no_mutants:
+            if task.size == words.size and task.holds and not words.no_mutants:
                 tasks += mutants_of(task.row, words.size)
-            elif task.mutant is None and not words.no_mutants:
+            elif task.size == words.size and not words.no_mutants:
                 total -= len(mutants_of(task.row, words.size))  # nothing to see on a broken row
             spent = time.monotonic() - began
             left = spent / done * (total - done)
@@ -119,9 +120,10 @@ def _outcome(task: Task) -> str:
 
 def _print_row(tasks: list[Task], recorded: dict | None) -> bool:
     """Print a row of the card; return whether it holds."""
-    row, own, mutants = tasks[0].row, tasks[0], tasks[1:]
+    row, own, mutants = tasks[0].row, tasks[0], [task for task in tasks if task.mutant]
     survived = [task.name.split()[1] for task in mutants if not task.caught]
-    holds = own.holds and not survived
+    blind = [task for task in tasks if task.is_control and not task.holds]
+    holds = own.holds and not survived and not blind
     count = f"{own.proof.count:,} {own.proof.unit}" if own.proof else "not shown"
     parts = [f"{row.id:<3} {'holds' if holds else 'BROKEN':<6} {count}"]
     if own.proof and own.proof.bad:
@@ -132,6 +134,7 @@ def _print_row(tasks: list[Task], recorded: dict | None) -> bool:
         parts.append(f"{recorded['size']}: {recorded['count']:,} at {recorded['commit']}")
     caught = [task.name.split()[1] for task in mutants if task.caught]
     parts += [f"catches {', '.join(caught)}"] if caught else []
+    parts += ["SEES MISTAKES WHERE NONE IS"] if blind else []
     parts += [f"DOES NOT CATCH {', '.join(survived)}"] if survived else []
     print(f"{'; '.join(parts)}\n    {row.property}"[: 4 * WIDE])
     return holds
@@ -141,18 +144,20 @@ def _as_record(tasks: list[Task], words: argparse.Namespace) -> dict:
     """A row for the record."""
     import torch
 
-    own, proof = tasks[0], tasks[0].proof
+    proof, mutants = tasks[0].proof, [task for task in tasks if task.mutant]
+    controls = [task for task in tasks if task.is_control]
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {
         "size": words.size,
-        "holds": own.holds and all(task.caught for task in tasks[1:]),
+        "holds": all(task.caught if task.mutant else task.holds for task in tasks),
         "count": proof.count if proof else 0,
         "unit": proof.unit if proof else "",
         "figure": proof.figure if proof else "",
         "bad": len(proof.bad) if proof else None,
-        "caught": [task.mutant.name for task in tasks[1:] if task.mutant and task.caught],
-        "survived": [task.mutant.name for task in tasks[1:] if task.mutant and not task.caught],
+        "caught": [task.mutant.name for task in mutants if task.mutant and task.caught],
+        "survived": [task.mutant.name for task in mutants if task.mutant and not task.caught],
+        "control": all(task.holds for task in controls) if controls else None,
         "seconds": round(sum(task.seconds for task in tasks)),
         "seed": words.seed,
         "commit": commit,

@@ -69,13 +69,22 @@ class Task:
     @property
     def name(self) -> str:
         """The row, and the mistake."""
+        if self.is_control:
+            return f"{self.row.id} control"
         return f"{self.row.id} {self.mutant.name}" if self.mutant else self.row.id
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it looks for mistakes where none is."""
+        return self.size == MUTANT and self.mutant is None
 
     @property
     def holds(self) -> bool:
         """Whether the property holds in as many trials as are asked for."""
         if self.proof is None or self.proof.bad:
             return False
+        if self.is_control:
+            return True
         return self.proof.count >= self.row.least(self.size)
 
     @property
@@ -275,6 +284,10 @@ def tasks_of(rows: list[Row], size: str, first: tuple[str, ...]) -> list[Task]:
 
 
 def mutants_of(row: Row, size: str) -> list[Task]:
-    """The mistakes of a row that are tried at a size: at push the first, else all of them."""
-    mutants = row.mutants[:1] if size == "push" else row.mutants
-    return [Task(row, MUTANT, mutant) for mutant in mutants]
+    """The mistakes of a row that are tried at a size: at push the first, else all of them.
+
+    Beyond a push the same proof also runs where no mistake is, and must find nothing there.
+    """
+    if size == "push":
+        return [Task(row, MUTANT, mutant) for mutant in row.mutants[:1]]
+    return [Task(row, MUTANT), *(Task(row, MUTANT, mutant) for mutant in row.mutants)]
