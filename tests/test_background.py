@@ -3,7 +3,10 @@
 What a run of training does with them is row B1 of `tests.reliability`.
 """
 
+import os
+import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -96,3 +99,17 @@ def test_an_interrupt_does_not_wait_for_a_write_that_hangs(monkeypatch):
         writer.begin(lambda: never.wait(60))
         raise KeyboardInterrupt
     never.set()
+
+
+def test_a_rank_is_heard_while_safetensors_writes(tmp_path: Path):
+    pipe = tmp_path / "state.safetensors"
+    os.mkfifo(pipe)  # who opens it to write waits for a reader
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)  # in the system: Python answers nothing while its lock is held
+        tensors = {"a": torch.zeros(1 << 18)}
+        threading.Thread(target=save_file, args=(tensors, pipe), daemon=True).start()
+        time.sleep(0.2)  # comes back once the lock is free
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
