@@ -72,6 +72,16 @@ def test_a_run_that_was_stopped_is_not_done(tmp_path: Path) -> None:
     assert made[0].done == [False]
 
 
+def test_on_a_full_disk_the_log_is_named_also_when_it_is_closed(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log._file.close()
+    log._file = open("/dev/full", "w", encoding="utf-8")  # noqa: SIM115
+    for do in (lambda: log.write("step", step=1, sft=1.5), log.close):
+        with pytest.raises(OSError, match="No space left on device") as failed:
+            do()
+        assert failed.value.filename == str(tmp_path / "metrics.jsonl")
+
+
 def test_of_paths_the_last_part_is_shared() -> None:
     settings = load(
         "tiny",

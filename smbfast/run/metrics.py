@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from smbfast.base.files import legal
@@ -53,11 +54,9 @@ class MetricsLog:
         Raises:
             OSError: if the line cannot be written; it names the file.
         """
-        try:
+        with self._named():
             self._file.write(json.dumps(legal({"kind": kind, **values}), allow_nan=False) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
         step, self._is_done = values.get("step"), kind == "end"
         if kind in ("step", "eval", "end") and isinstance(step, int):
             for tracker in self._trackers:
@@ -72,10 +71,19 @@ class MetricsLog:
         """Flush and close all, once; trackers hear of the end though a file cannot be written."""
         trackers, self._trackers = self._trackers, ()
         try:
-            self._file.close()
+            with self._named():  # writes again what a full disk has refused
+                self._file.close()
             self._board.close()
         finally:
             close_trackers(trackers, done=self._is_done)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Let an error of the file name it."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
 
 
 class NoLog(MetricsLog):
