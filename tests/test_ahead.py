@@ -43,12 +43,14 @@ def test_a_thread_that_ends_ends_the_run_with_a_line() -> None:
 
 
 def test_one_of_two_threads_that_dies_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    work, dies = ahead._work, [True, False]
+    work, dies, taken = ahead._work, [False, True], threading.Event()
 
     def worker(jobs: Any) -> None:
         if dies.pop():
+            jobs.get()  # and nobody will ever hear of what it took
+            taken.set()
+        elif taken.wait(60):
             work(jobs)
-        jobs.get()  # and nobody will ever hear of what it took
 
     monkeypatch.setattr(ahead, "_work", worker)
     monkeypatch.setattr(ahead, "_LOOK", 0.01)

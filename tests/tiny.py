@@ -99,6 +99,7 @@ def random_window(
         line_end_L=np.array(stops, np.int32),
         line_time_L=np.array(times, np.int64),
         line_section_L=np.full(len(starts), 3, np.uint8),
+        line_code_L=np.zeros(len(starts), np.int32),
         start=start,
         labels_from=header if start else 0,
     )

@@ -6,7 +6,7 @@ is read must be one of them, whole and verified by the readers that the program 
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from smbfast.base.files import committed_folder, standing, verify_folder
-from smbfast.batch import Timeline
 from smbfast.data.nodes import Nodes
 from smbfast.data.shards import Shard, ShardWriter
 from smbfast.data.source_index import map_arrow, write_arrow
@@ -248,15 +247,9 @@ def _read_embeddings(run: Path) -> int:
     return origin["version"]
 
 
-def _timeline(version: int) -> Timeline:
-    """One whose lines have codes, as all have that are prepared."""
-    window = random_window(version)
-    return replace(window, line_code_L=np.zeros(len(window.line_start_L), np.int32))
-
-
 def _write_shard(run: Path, version: int) -> None:
     with ShardWriter(run / "train" / "0.shard") as shard:
-        shard.add(*3 * [_timeline(version)])
+        shard.add(*3 * [random_window(version)])
         shard.add_codes(["A", "B"])
 
 
@@ -265,7 +258,7 @@ def _read_shard(run: Path) -> int:
     shard.verify()
     versions = {shard[i].subject for i in range(len(shard))}
     (version,) = versions
-    expected = _timeline(version)
+    expected = random_window(version)
     for i in range(3):
         if not np.array_equal(shard[i].ids_T, expected.ids_T):
             raise ValueError("a shard has other tokens")
