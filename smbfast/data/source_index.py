@@ -6,6 +6,7 @@ corrected export of equal size is read anew. Subjects are ids of patients: the i
 Legend: F files, S subjects of all files in their order.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,8 @@ FOLDER = "source"  # of the index, beside the shards
 FILE = "files.arrow"
 ROWS = 1 << 20  # subject ids decoded at once: 8 MiB
 _FORMAT = b"1"
+_SEAL = b"smbarrow"
+_SEALED = len(_SEAL) + hashlib.sha256().digest_size  # bytes behind an arrow file
 _WHOLE = 1 << 26  # bytes of an index up to which every offset and text is checked: our choice
 _THREADS = 8  # files hashed at once; hashing leaves the interpreter free
 _SCHEMA = pa.schema(
@@ -235,16 +238,30 @@ def _nothing() -> _Known:
 
 
 def map_arrow(file: Path) -> pa.Table | None:
-    """Return the table of an arrow file, mapped; None where it is missing or damaged.
+    """Return the table of a file of `put_arrow`, mapped; None where it is missing or damaged.
 
-    Of a large file only the structure is read, as reading all of it is what the map is to save.
+    All of it is read once, for Arrow may end the process over a file that does not fit its header.
+    Of a large one only the structure is looked at then.
     """
     try:
-        table = pa.ipc.open_file(pa.memory_map(os.fspath(file))).read_all()
+        raw = pa.memory_map(os.fspath(file)).read_buffer()
+        body, seal = raw.slice(0, max(raw.size - _SEALED, 0)), raw.slice(max(raw.size - _SEALED, 0))
+        if bytes(seal) != _SEAL + hashlib.sha256(body).digest():
+            return None
+        table = pa.ipc.open_file(pa.BufferReader(body)).read_all()
         table.validate(full=table.nbytes <= _WHOLE)
     except (OSError, pa.ArrowException, UnicodeDecodeError):
         return None
     return table
+
+
+def put_arrow(file: Path, table: pa.Table) -> None:
+    """Write a table as an arrow file, and the SHA-256 of its bytes behind it."""
+    with pa.ipc.new_file(os.fspath(file), table.schema) as writer:
+        writer.write_table(table)
+    digest = bytes.fromhex(sha256(file))
+    with open(file, "ab") as end:
+        end.write(_SEAL + digest)
 
 
 def write_arrow(file: Path, table: pa.Table) -> bool:
@@ -254,11 +271,8 @@ def write_arrow(file: Path, table: pa.Table) -> bool:
     """
     try:
         make_folder(file.parent, 0o700)
-        with (
-            committed_file(file, private=True) as staging,
-            pa.ipc.new_file(os.fspath(staging), table.schema) as writer,
-        ):
-            writer.write_table(table)
+        with committed_file(file, private=True) as staging:
+            put_arrow(staging, table)
     except OSError:
         return False
     return True

@@ -36,7 +36,7 @@ from smbfast.base.progress import SECONDS, Progress
 from smbfast.base.staging import staged
 from smbfast.data.node_parts import NodePart
 from smbfast.data.nodes import Nodes, NodeText
-from smbfast.data.source_index import map_arrow
+from smbfast.data.source_index import map_arrow, put_arrow
 from smbfast.probing.embedding import Model, Task, embed_tasks
 from smbfast.probing.embedding_file import (
     EmbeddingFile,
@@ -192,11 +192,8 @@ class PartFolder:
         table = pa.table(columns).replace_schema_metadata(
             {"counts": json.dumps(counts), "of": self._of}
         )
-        with (
-            committed_file(self._file(number), private=True) as staging,
-            pa.ipc.new_file(os.fspath(staging), table.schema) as writer,
-        ):
-            writer.write_table(table)
+        with committed_file(self._file(number), private=True) as staging:
+            put_arrow(staging, table)
 
     def counts(self) -> list[dict[str, int]]:
         """Return what was counted in each part, whoever embedded it."""

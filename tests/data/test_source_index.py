@@ -4,6 +4,7 @@ import os
 import stat
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -111,6 +112,19 @@ def test_a_damaged_index_is_made_again(
     sink = pa.ipc.new_file(str(index / name), pa.schema([("x", pa.int64())]))
     sink.close()
     assert of(MedsDataset.open(data, index=index)) == plain
+
+
+@pytest.mark.parametrize("name", [source_index.FILE, "codes.arrow"])
+def test_any_flipped_bit_of_an_index_is_seen(data: Path, tmp_path: Path, name: str) -> None:
+    """Arrow itself would read other ids, or end the process."""
+    index = tmp_path / "index"
+    MedsDataset.open(data, index=index)
+    whole = (index / name).read_bytes()
+    for at in np.random.default_rng(0).integers(0, len(whole), 40).tolist():
+        flipped = bytearray(whole)
+        flipped[at] ^= 1 << at % 8
+        (index / name).write_bytes(flipped)
+        assert source_index.map_arrow(index / name) is None, at
 
 
 def test_an_index_that_cannot_be_written(data: Path, tmp_path: Path) -> None:

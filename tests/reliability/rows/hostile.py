@@ -94,13 +94,6 @@ HOSTILE = Row(
             'for key, size in (("predictor_layers", layers), ("vocabulary", ids)):',
             'for key, size in (("vocabulary", ids),):',
         ),
-        mutant(
-            "pipe-read",
-            "a pipe in place of a record is read, and never ends",
-            "smbfast/base/files.py",
-            "if Path(path).exists() and not Path(path).is_file():",
-            "if Path(path).is_dir():",
-        ),
     ),
     {"push": 300, "mutant": 300},
 )
