@@ -86,3 +86,5 @@ def require_record(file: Path, record: dict[str, Any]) -> None:
     names = [shard.file for of_split in checked.shards.values() for shard in of_split]
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
         raise ValueError(f"{file} names a shard outside its folder")
+    if not all(name.isascii() and name.isprintable() for name in names):
+        raise ValueError(f"{file} must name shards as they are named here; prepare the data again")

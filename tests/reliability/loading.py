@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from smbfast import prepare, train
@@ -73,16 +74,20 @@ def deaths(draw: random.Random, number: int) -> list[str]:
     ahead._LOOK = 0.02
     for trial in range(number):
         team, takes = WORKERS[1 + trial % 3], draw.randrange(5)
-        first = [True]
+        first, gone = [True], Event()
 
-        def worker(jobs: Any, first: list[bool] = first, takes: int = takes) -> None:
+        def worker(
+            jobs: Any, first: list[bool] = first, gone: Event = gone, takes: int = takes
+        ) -> None:
             if not first:
+                gone.wait(5.0)  # else it could do all before the other has taken its own
                 work(jobs)
                 return
             first.pop()
             for _ in range(takes):
                 jobs.get().do()
             jobs.get()
+            gone.set()
 
         ahead._work = worker
         got, words = [], ""
