@@ -62,19 +62,19 @@ SIGNAL_MISTAKES = (
 )
 HELPER_MISTAKES = (
     mutant(
+        "the-report-is-no-helper",
+        "a report that fails ends the run",
+        LOOP,
+        '    with helper("the report"):',
+        "    if True:",
+    ),
+    mutant(
         "events-by-a-thread",
         "TensorBoard's events go through a thread, whose queue is full once a write has failed",
         "smbfast/run/board.py",
         'self._writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")',
         'self._writer = __import__("tensorboardX").event_file_writer.EventFileWriter('
         "str(folder), 2)\n            self._writer.write_event = self._writer.add_event",
-    ),
-    mutant(
-        "the-report-is-no-helper",
-        "a report that fails ends the run",
-        LOOP,
-        '    with helper("the report"):',
-        "    if True:",
     ),
     mutant(
         "trackers-are-waited-for",
