@@ -341,8 +341,8 @@ def save_final(
 
 def _in_order(file: Path) -> None:
     """Sort the names of the linears with an adapter, a set whose order is that of a process."""
-    config = read_json(file)
-    if isinstance(config.get("target_modules"), list):
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(config["target_modules"], list):
         config["target_modules"].sort()
     file.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 

@@ -22,6 +22,9 @@ KINDS = ("step", "write", "time", "write", "step", "write at once")
 DAMAGES = ("flip", "cut", "remove", "zero", "record", "manifest")
 
 
+MANY = 40  # kills of which a tenth must come inside a write; of fewer it is chance
+
+
 @dataclass
 class Killing:
     """Kills runs, and counts what came of it."""
@@ -48,8 +51,6 @@ class Killing:
         twin = self._twin(shape)
         while self.kills - before < kills and len(self.bad) < 20:
             self._life(shape, twin, min(self.per_life, kills - (self.kills - before)))
-        if 10 * self.hit["inside a write"] < self.kills:
-            self.bad.append(f"only {self.hit['inside a write']} of {self.kills} inside a write")
         missed = sorted(set(twin.phases.values()) - set(self.hit))
         if missed:
             self.bad.append(f"{shape}: no kill came in {', '.join(missed)}")
@@ -65,10 +66,10 @@ class Killing:
 
     def proof(self) -> Proof:
         """What came of all kills."""
-        inside, wrong = (
-            self.hit["inside a write"],
-            "0 wrong bits" if not self.bad else f"{len(self.bad)} wrong",
-        )
+        inside = self.hit["inside a write"]
+        if self.kills >= MANY and 10 * inside < self.kills:
+            self.bad.append(f"only {inside} of {self.kills} inside a write")
+        wrong = "0 wrong bits" if not self.bad else f"{len(self.bad)} wrong"
         figure = f"{wrong}, <= {self.redone} steps redone, {inside} inside a write"
         if self.damages:
             figure += f", and {self.damaged} damaged checkpoints"
