@@ -20,9 +20,9 @@ from tests.reliability.small_runs import SAVE_EVERY, TOTAL, Aim, Shape, without_
 
 KINDS = ("step", "write", "time", "write", "step", "write at once")
 DAMAGES = ("flip", "cut", "remove", "zero", "record", "manifest")
-
-
-MANY = 40  # kills of which a tenth must come inside a write; of fewer it is chance
+# kills of which a tenth must come inside a write, and of a shape, some in every phase: of fewer, it
+# is chance
+MANY, MANY_OF_A_SHAPE = 40, 8
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Killing:
         while self.kills - before < kills and len(self.bad) < 20:
             self._life(shape, twin, min(self.per_life, kills - (self.kills - before)))
         missed = sorted(set(twin.phases.values()) - set(self.hit))
-        if missed:
+        if missed and kills >= MANY_OF_A_SHAPE:
             self.bad.append(f"{shape}: no kill came in {', '.join(missed)}")
         shutil.rmtree(twin.run)
 
