@@ -620,6 +620,27 @@ def test_an_interrupt_that_a_library_swallows_is_repeated(monkeypatch: pytest.Mo
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
+THROUGH_TEXT = """
+from smbfast.base.entry import entry
+
+def interrupted():
+    raise KeyboardInterrupt
+
+if __name__ == "__main__":
+    with entry("smbfast.name"):
+        exec("interrupted()")
+"""
+
+
+def test_an_interrupt_through_source_text_ends_with_75_too(tmp_path: Path):
+    """As in the import of a library: Python remembers it, and would end itself by SIGINT."""
+    (tmp_path / "program.py").write_text(THROUGH_TEXT)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    run = [sys.executable, "-m", "program"]
+    done = subprocess.run(run, env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    assert done.returncode == 75, done.stderr
+
+
 BEGINS = """
 import os, signal, sys
 sys.argv[0], number = sys.argv[1], getattr(signal, sys.argv[-1])

@@ -429,9 +429,11 @@ def test_finished_is_what_has_a_whole_final_folder(
 def test_what_kills_have_left_is_gone_once_a_run_goes_on(box: Callable[..., Box]) -> None:
     """Also beside what is not written again, as nothing is after the last checkpoint."""
     mine = box()
-    for path in (mine.run / "best" / "jepa", mine.checkpoint):
+    source = mine.run / "prepared" / "source"
+    source.mkdir(parents=True, exist_ok=True)
+    for path in (mine.run / "best" / "jepa", mine.checkpoint, source / "any"):
         killed_in_a_write(path)
-    assert len(list(mine.run.rglob("*.tmp"))) == 2
+    assert len(list(mine.run.rglob("*.tmp"))) == 3
     train.main(mine.argv())
     assert status_of(mine.run)["state"] == "done"
     assert not list(mine.run.rglob("*.tmp"))

@@ -78,14 +78,16 @@ def entry(
         except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
             signals.ignore()
             on_end("failed")
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # so that the flush at exit works
+            # so that the flush at exit works
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None
         except KeyboardInterrupt:
             signals.ignore()
             on_end("preempted")
             print(f"\n{prog}: stopped; {stopped}", file=sys.stderr)  # the terminal has printed ^C
+            # an interrupt that came through source text, which libraries run while they are
+            # imported, would make Python end itself by SIGINT; other text makes it forget
+            exec("")
             raise SystemExit(status) from None
         except BaseException as error:
             signals.ignore()

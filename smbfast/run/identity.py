@@ -150,8 +150,8 @@ def newest_checkpoint(
     """
     run, identity = settings.folder, Identity.of(settings, prepared)
     if set_aside:  # what kills have left, also beside what is not written again
-        for folder in (run, run / "checkpoints", run / "best"):
-            clear_left(folder)
+        for name in ("", "checkpoints", "best", "prepared", "prepared/source", "prepared/windows"):
+            clear_left(run / name)
     try:
         newest = _newest(run, identity, set_aside=set_aside)
     except ValueError as error:
