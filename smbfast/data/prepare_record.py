@@ -83,6 +83,9 @@ def require_record(file: Path, record: dict[str, Any]) -> None:
         errors = error.errors() if isinstance(error, pydantic.ValidationError) else []
         key = ".".join(map(str, errors[0]["loc"][:2])) if errors else "a key"
         raise ValueError(f"{file}: `{key}` is missing or odd; prepare the data again") from None
+    lacking = [split for split in {"train", *checked.splits} if split not in checked.counts]
+    if lacking or not {"tokens", "events"} <= checked.counts["train"].keys():
+        raise ValueError(f"{file}: `counts` must be of each split; prepare the data again")
     names = [shard.file for of_split in checked.shards.values() for shard in of_split]
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
         raise ValueError(f"{file} names a shard outside its folder")
