@@ -144,14 +144,15 @@ def read_codes(file: Path, buffer: pa.Buffer | None = None) -> pa.Table:
     new_R = np.ones(len(code_R), bool)
     new_R[1:] = pc.not_equal(code_R[1:], code_R[:-1]).to_numpy(zero_copy_only=False)
     group_R = np.cumsum(new_R) - 1
-    return pa.table(
-        {
+    try:
+        columns = {
             "code": code_R.filter(pa.array(new_R)),
             "description": _described(file, buffer, order_R, group_R),
             "parents": _parents(file, buffer, order_R, group_R),
-        },
-        schema=_EMPTY.schema,
-    )
+        }
+    except pa.ArrowIndexError:
+        raise ValueError(f"{file} must have columns of one length; it is damaged") from None
+    return pa.table(columns, schema=_EMPTY.schema)
 
 
 def _described(

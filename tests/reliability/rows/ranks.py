@@ -452,13 +452,6 @@ ROWS: tuple[Row, ...] = (
                 "order = step_windows(windows, objective, batch, seed, step, jepa=jepa)",
                 "order = step_windows(windows, objective, batch, seed + rank, step, jepa=jepa)",
             ),
-            mutant(
-                "last-micro-batches-lost",
-                "micro-batches that the ranks cannot share evenly are trained by none",
-                "smbfast/data/loader.py",
-                "mine = plan[rank::ranks]",
-                "mine = plan[rank : len(plan) // ranks * ranks : ranks]",
-            ),
         ),
     ),
     Row(
