@@ -64,6 +64,16 @@ def mutant(name: str, breaks: str, file: str, old: str, new: str, *tests: str) -
     return Mutant(name, breaks, file, old, new, tests)
 
 
+def require_made(mutant: Mutant) -> None:
+    """Fail unless the old text occurs once, and what the change makes can be read."""
+    text = (ROOT / mutant.file).read_text(encoding="utf-8")
+    assert text.count(mutant.old) == 1
+    changed = text.replace(mutant.old, mutant.new)
+    assert changed != text
+    if mutant.file.endswith(".py"):
+        compile(changed, mutant.file, "exec")
+
+
 OBJECTIVE = [
     mutant(
         "prediction-scaled",

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from tests.mutants import ROOT, Mutant
+from tests.mutants import ROOT, Mutant, require_made
 from tests.reliability import card
 from tests.reliability.__main__ import RECORD, listed
 from tests.reliability.proof import MUTANT, SIZES, Proof, Row, Work
@@ -22,17 +22,12 @@ def test_each_row_has_a_bar_and_mistakes() -> None:
     for row in ROWS:
         assert row.mutants, row.id
         assert row.least("push") >= 1 and row.bar.keys() <= set(SIZES), row.id
-        assert row.property.endswith(".") and callable(row.prove), row.id
+        assert len(row.property) > 20 and callable(row.prove), row.id
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_mistake_can_be_made(mutant: Mutant) -> None:
-    text = (ROOT / mutant.file).read_text(encoding="utf-8")
-    assert text.count(mutant.old) == 1
-    changed = text.replace(mutant.old, mutant.new)
-    assert changed != text
-    if mutant.file.endswith(".py"):
-        compile(changed, mutant.file, "exec")
+    require_made(mutant)
 
 
 def test_the_page_has_the_rows_as_they_are() -> None:

@@ -3,14 +3,13 @@
 A folder may come from another machine, so no key is used before it is known to be what it should.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from smbfast.base.files import read_regular
+from smbfast.base.files import read_json
 from smbfast.data.sections import SECTIONS
 
 
@@ -67,12 +66,9 @@ def read_record(file: Path) -> dict[str, Any]:
         ValueError: there is none.
     """
     try:
-        content = json.loads(read_regular(file))
-    except (OSError, ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must say what was prepared, as JSON; remove its folder")
-    return content
+        return read_json(file)
+    except ValueError:
+        raise ValueError(f"{file} must say what was prepared, as JSON; remove its folder") from None
 
 
 def require_record(file: Path, record: dict[str, Any]) -> None:
