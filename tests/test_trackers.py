@@ -143,15 +143,17 @@ def test_trackers_that_hang_are_waited_for_together(
     free, waited = threading.Event(), list[float]()
     join = threading.Thread.join
 
+    def hangs(a: About) -> Recorder:
+        free.wait()
+        return Recorder(a)
+
     def joined(thread: threading.Thread, seconds: float = 0.0) -> None:
         waited.append(seconds)
         join(thread, seconds)
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "join", joined)
-        log = MetricsLog(
-            tmp_path, trackers=[Tracker(n, lambda _: free.wait(), about(tmp_path)) for n in "ab"]
-        )
+        log = MetricsLog(tmp_path, trackers=[Tracker(n, hangs, about(tmp_path)) for n in "ab"])
         log.close()
     free.set()
     assert capsys.readouterr().err.count("has not written all within") == 2
