@@ -124,15 +124,19 @@ def test_a_tracker_that_hangs_is_not_waited_for(
 
     def hangs(a: About) -> Recorder:
         free.wait()
-        return Recorder(a)
+        made.append(Recorder(a))
+        return made[-1]
 
+    made: list[Recorder] = []
     tracker = Tracker("mlflow", hangs, about(tmp_path))
     for step in range(5):
         tracker.add({"a": 1.0}, step)  # returns though nothing is taken
     close_trackers([tracker], done=True)
     said = capsys.readouterr().err
     free.set()
-    assert "3 records are not in it" in said and "has not written all within" in said
+    tracker._thread.join(60)
+    assert "4 records are not in it" in said and "has not written all within" in said
+    assert made[0].done == [True], "the end has a place where records have none"
 
 
 def test_trackers_that_hang_are_waited_for_together(
@@ -153,9 +157,11 @@ def test_trackers_that_hang_are_waited_for_together(
 
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "join", joined)
-        log = MetricsLog(tmp_path, trackers=[Tracker(n, hangs, about(tmp_path)) for n in "ab"])
-        log.close()
+        both = [Tracker(name, hangs, about(tmp_path)) for name in "ab"]
+        MetricsLog(tmp_path, trackers=both).close()
     free.set()
+    for tracker in both:
+        tracker._thread.join(60)
     assert capsys.readouterr().err.count("has not written all within") == 2
     assert len(waited) == 2 and sum(waited) < 2 * 0.2
 
@@ -246,6 +252,7 @@ def test_mlflow_writes_files_and_a_resumed_run_goes_on(
     for name, module in fake_mlflow(runs, calls).items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server")  # not asked for, so not used
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # which the sink sets for its process
     for done, status in ((False, "KILLED"), (True, "FINISHED")):
         sink = trackers.SINKS["mlflow"](about(tmp_path))
         sink.log({"step/sft": 1.0}, 3)

@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -83,6 +84,10 @@ class Tracker:
 
     def end(self, *, done: bool) -> None:
         """Let the tracker write what is left; `wait` waits for it."""
+        while self._queue.full():  # the end has a place, or the tracker would never come to it
+            with suppress(queue.Empty):
+                self._queue.get_nowait()
+                self._dropped += 1
         if self._dropped:
             terminal.warn(f"{self._name} was too slow: {self._dropped} records are not in it")
         self._put(_End(done))
