@@ -195,6 +195,47 @@ def test_signals_stay_ignored_only_in_a_process_of_the_command(
             signal.signal(number, handler)
 
 
+# what is collected when modules go, behind the moment at which Python stops to handle signals
+AT_THE_END = """
+import os, runpy, sys
+class Late:
+    def __del__(self, own=os.getpid(), kill=os.kill, write=os.write):
+        write(2, b"late")
+        for number in NUMBERS:
+            kill(own, number)
+late = Late()
+sys.argv[1:] = ["--print"]
+runpy.run_module("smbfast.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_signal_while_python_ends_does_not_change_how_a_command_has_ended():
+    numbers = (*SIGNALS, signal.SIGALRM)
+    run = AT_THE_END.replace("NUMBERS", repr(tuple(map(int, numbers))))
+    done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "late")
+
+
+def test_a_signal_behind_the_last_line_of_a_command_is_not_heard(monkeypatch):
+    main = SimpleNamespace(__spec__=SimpleNamespace(name="smbfast.name"))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    before = {n: signal.getsignal(n) for n in (*SIGNALS, signal.SIGALRM)}
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    timer = signal.setitimer
+
+    def set_and_asked(*words):
+        timer(*words)
+        signal.raise_signal(signal.SIGTERM)
+
+    try:
+        with entry("smbfast.name"):
+            monkeypatch.setattr(signal, "setitimer", set_and_asked)
+    finally:
+        monkeypatch.setattr(signal, "setitimer", timer)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_a_bug_keeps_its_traceback_and_an_exit_its_status():
     states: list[str] = []
     with pytest.raises(KeyError), entry("smbfast.name", on_end=states.append):

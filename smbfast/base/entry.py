@@ -3,6 +3,7 @@
 It imports only the standard library and files of this folder, so that `--help` is quick.
 """
 
+import atexit
 import os
 import signal
 import stat
@@ -69,6 +70,8 @@ def entry(
     with _modes(private), _signals(module, status) as signals:
         try:
             yield signals
+            if signals.is_last:
+                signals.ignore()  # here, where one that came just before is still answered
         except SystemExit:
             raise
         except (ValueError, RunFailed) as error:
@@ -142,6 +145,7 @@ class Signals:
         self._requests, self._status, self._ignored = Requests(), status, False
         self._hook = sys.unraisablehook
         self.parent = os.getppid()  # which may die in the seconds that imports take
+        self.is_last = False  # whether the process ends with what they stop
 
     def handle(self, number: int, frame: object) -> None:
         if not self._requests.add():
@@ -178,7 +182,8 @@ def _signals(prog: str, status: int) -> Iterator[Signals]:
     before = {number: signal.signal(number, signals.handle) for number in SIGNALS}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, signals.interrupt)
     sys.unraisablehook, hook = signals.dropped, sys.unraisablehook
-    is_inner = isinstance(getattr(before[signal.SIGTERM], "__self__", None), Signals)
+    is_inner = _is_ours(before[signal.SIGTERM])
+    signals.is_last = not is_inner and _is_the_program(prog)
     ends = not is_inner
     try:
         yield signals
@@ -197,6 +202,22 @@ def _signals(prog: str, status: int) -> Iterator[Signals]:
             sys.unraisablehook = hook
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
+
+
+@atexit.register
+def _end_unheard() -> None:
+    """Let no signal kill a process whose command has ended.
+
+    Python gives signals that it handles their default back before it ends, which takes a tenth of a
+    second where torch was imported. Those that the system ignores stay as they are.
+    """
+    if _is_ours(signal.getsignal(signal.SIGTERM)):
+        for number in (*SIGNALS, signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _is_ours(handler: object) -> bool:
+    return isinstance(getattr(handler, "__self__", None), Signals)
 
 
 def _is_the_program(prog: str) -> bool:

@@ -74,10 +74,12 @@ def adopt() -> None:
 
 
 def train(words: list[str]) -> None:
-    """Train by the command."""
-    import smbfast.train as entry
+    """Train by the command, with which this process ends."""
+    import smbfast.train as command
+    from smbfast.base import entry
 
-    entry.main(words)
+    vars(entry)["_is_the_program"] = lambda _name: True
+    command.main(words)
 
 
 def _lighten() -> None:

@@ -27,6 +27,7 @@ from tests.reliability.trials import (
     each_counts,
     state_of,
 )
+from tests.test_commands import AT_THE_END
 
 WITHIN = 30.0  # seconds from the last signal to the end
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -253,6 +254,33 @@ class Trials:
         self.bad += [f"{signal.Signals(number).name} after {after:.1f} s: {t}" for t in found]
         shutil.rmtree(run, ignore_errors=True)
 
+    def ending(self, number: int) -> None:
+        """Send signals to a process from its last line on, until it has gone."""
+        self.count += 1
+        words = [*SETTINGS, NO_PROBES, f"--run.dir={self.twin.folder}"]
+        command = [sys.executable, "-u", "-m", "smbfast.train", *words]
+        out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, **out) as started:
+            first, sent = started.stdout.readline(), 0
+            while "finished" not in first and first:
+                first = started.stdout.readline()
+            while started.poll() is None:
+                started.send_signal(number)
+                sent += 1
+                time.sleep(0.002)
+            said = first + started.stdout.read()
+        name = f"{sent} {signal.Signals(number).name} while Python ends"
+        if started.returncode not in (0, 75) or "Traceback" in said:
+            self.bad.append(f"{name}: it ended with {started.returncode}: {said[-300:]}")
+
+    def at_the_end(self) -> None:
+        """Let a process send signals to itself when its modules are collected."""
+        self.count += 1
+        run = AT_THE_END.replace("NUMBERS", repr((*map(int, NUMBERS), int(signal.SIGALRM))))
+        done = subprocess.run([sys.executable, "-c", run], capture_output=True, text=True)
+        if (done.returncode, done.stderr) != (0, "late"):
+            self.bad.append(f"while modules are collected: it ended with {done.returncode}")
+
     def ranks(self, asked: tuple[int, ...], number: int, step: int) -> None:
         """Stop two ranks by a signal to one of them or to both."""
         self.count += 1
@@ -318,6 +346,7 @@ def prove(work: Work) -> Proof:
             on = work.size == "push" and name in RESUMED
             trials.stop(BY_NAME[name], number, count, on=on)
         trials.stop(BY_NAME["sft"], signal.SIGTERM, 2, apart=True, on=False)
+        trials.at_the_end()
     elif work.size == "nightly":
         _nightly(trials)
     else:
@@ -342,6 +371,9 @@ def _nightly(trials: Trials) -> None:
         trials.ranks(asked, number, 2)
     for number, after in zip(2 * NUMBERS, (0.3, 0.6, 1.0, 2.0, 4.0, 8.0), strict=True):
         trials.process(number, after * trials.draw.uniform(0.9, 1.1))
+    trials.at_the_end()
+    for number in NUMBERS:
+        trials.ending(number)
     trials.work.say(f"{trials.count} {len(trials.bad)} bad")
 
 
@@ -361,4 +393,7 @@ def _many(trials: Trials) -> None:
     for number, moment in itertools.product(NUMBERS, range(6)):
         after = 0.3 * 1.9**moment  # from the first imports to the end of the run
         trials.process(number, after * trials.draw.uniform(0.9, 1.1))
+    trials.at_the_end()
+    for number in (*NUMBERS, *NUMBERS):
+        trials.ending(number)
     trials.work.say(f"{trials.count} processes {len(trials.bad)} bad")

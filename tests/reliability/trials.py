@@ -158,6 +158,7 @@ def begun(
         sys.stdout = sys.stderr = sys.__stderr__ = out
         torch.set_num_threads(1)
         os.environ |= environment or {}
+        is_the_command()
         for fault in (*faults, *([lambda: _waits(place, tell, hear)] if place else [])):
             fault()
         status = _status(command, words)
@@ -226,6 +227,12 @@ def warm() -> None:
     torch.set_num_threads(1)
     registry.load("cpu")
     get_checkpoint_conversion_mapping("qwen3")  # kept by transformers: 900 patterns
+
+
+def is_the_command() -> None:
+    """Let this process end with its command, as one that a user starts: until then signals stay
+    with the command, and do not kill behind it."""
+    vars(entry)["_is_the_program"] = lambda _name: True
 
 
 def each_counts() -> None:

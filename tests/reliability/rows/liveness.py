@@ -59,6 +59,13 @@ SIGNAL_MISTAKES = (
         "signal.setitimer(signal.ITIMER_REAL, _SOON)",
         "pass",
     ),
+    mutant(
+        "a-signal-kills-while-python-ends",
+        "signals have their default again before the process has ended",
+        ENTRY,
+        "signal.signal(number, signal.SIG_IGN)",
+        "signal.signal(number, signal.SIG_DFL)",
+    ),
 )
 HELPER_MISTAKES = (
     mutant(
