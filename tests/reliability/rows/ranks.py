@@ -452,6 +452,27 @@ ROWS: tuple[Row, ...] = (
                 "order = step_windows(windows, objective, batch, seed, step, jepa=jepa)",
                 "order = step_windows(windows, objective, batch, seed + rank, step, jepa=jepa)",
             ),
+            mutant(
+                "masks-by-rank",
+                "each rank draws masks of its own",
+                "smbfast/data/loader.py",
+                "_packed(own, objective, seed, step, wanted) for own in mine]",
+                "_packed(own, objective, seed + rank, step, wanted) for own in mine]",
+            ),
+            mutant(
+                "counts-by-rank",
+                "each rank divides by the labels and masks of its own windows",
+                "smbfast/data/loader.py",
+                "counts = _counted(plan, objective, wanted)",
+                "counts = _counted(mine, objective, wanted)",
+            ),
+            mutant(
+                "order-by-step",
+                "an epoch is shuffled anew at each step, so that windows come twice or never",
+                "smbfast/data/loader.py",
+                'word(seed, "order", epoch)) for epoch',
+                'word(seed, "order", step)) for epoch',
+            ),
         ),
     ),
     Row(
