@@ -16,7 +16,6 @@ import json
 import os
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,8 +26,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tests.ports import free_port
+
 ROOT = Path(__file__).resolve().parents[1]
-GRACE = 5.0  # seconds that ranks may go on once another has failed
+GRACE = 30.0  # seconds that ranks may go on once another has failed
 SHOWN = 2000  # characters of what a rank printed
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -109,6 +110,8 @@ def _serve() -> None:
     """Answer cases from stdin, a line of JSON each, until it ends."""
     answers = os.dup(1)
     os.dup2(2, 1)  # what an import or a rank prints is no answer
+    # of forked ranks too, from their first moment on
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     _import()
     asked = b""
     while True:
@@ -133,9 +136,7 @@ def _import() -> None:
 def _run_case(world: int, function: str, timeout: float, arguments: dict) -> list[Outcome]:
     module, _, name = function.partition(":")
     run = getattr(importlib.import_module(module), name)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         ranks: list[_Rank] = []
         leave, leaves = os.pipe()  # closed where all ranks have answered
@@ -179,7 +180,6 @@ def _be_rank(
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     for name in [n for n in os.environ if n in TORCHRUN or n.startswith("TORCHELASTIC")]:
         del os.environ[name]
     if world:
@@ -224,9 +224,20 @@ def _wait(ranks: list[_Rank], timeout: float) -> None:
                     end = "no answer after another rank had failed"
     for rank in ranks:
         if rank.outcome is None:
-            os.kill(rank.pid, signal.SIGUSR1)  # it prints where it is
-            time.sleep(0.2)
+            _show(rank)
             rank.outcome = Outcome(error=end, printed=_printed(rank))
+
+
+def _show(rank: _Rank) -> None:
+    """Let a rank print where it is, and wait until it has."""
+    os.kill(rank.pid, signal.SIGUSR1)
+    before, until = "", time.monotonic() + GRACE
+    while time.monotonic() < until:
+        time.sleep(0.1)
+        text = _printed(rank)
+        if "most recent call first" in text and text == before:
+            return
+        before = text
 
 
 def _outcome(rank: _Rank) -> Outcome:

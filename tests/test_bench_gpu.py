@@ -259,7 +259,7 @@ def test_no_stage_begins_that_does_not_fit(tmp_path, capsys):
 def test_a_process_that_hangs_is_killed_with_all_that_it_started(tmp_path):
     script = (
         "import subprocess, time\n"
-        "print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)\n"
+        "print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-S", "-c", script],
@@ -268,16 +268,21 @@ def test_a_process_that_hangs_is_killed_with_all_that_it_started(tmp_path):
         process_group=0,
     )
     inner = int(process.stdout.readline())
-    began = time.monotonic()
-    assert driver._watched(process, tmp_path / "at.json", began + 0.2, 1) == (None, 0.0)
+    late = time.monotonic() + 0.2
+    assert driver._watched(process, tmp_path / "at.json", late, 1) == (None, 0.0)
     driver._kill(process)
-    assert process.returncode == -signal.SIGKILL and time.monotonic() - began < 10
-    stat = Path(f"/proc/{inner}/stat")
-    for _ in range(100):  # its parent is gone: whoever adopts it takes a moment
-        if not stat.exists() or stat.read_text().split()[2] == "Z":
-            break
+    assert process.returncode == -signal.SIGKILL
+    until = time.monotonic() + 60  # its parent is gone: whoever adopts it takes a moment
+    while not is_over(inner) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    assert is_over(inner)
+
+
+def is_over(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def test_an_item_over_its_own_limit_is_named(tmp_path):
@@ -300,8 +305,7 @@ def test_lines_are_whole_after_a_kill(tmp_path):
         "    journal.append(Path(sys.argv[1]), {'key': f's/{n}', 'text': 'x' * 5000}); n += 1\n"
     )
     process = subprocess.Popen([sys.executable, "-S", "-c", script, str(path)], cwd=ROOT)
-    deadline = time.monotonic() + 20
-    while (not path.exists() or path.stat().st_size < 200_000) and time.monotonic() < deadline:
+    while (not path.exists() or path.stat().st_size < 200_000) and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     process.wait()

@@ -20,7 +20,7 @@ def held_by_a_child(folder, name):
         try:
             with claimed(folder, name) as mine:
                 os.write(write, b"y" if mine else b"n")
-                time.sleep(60)
+                time.sleep(120)
         finally:
             os._exit(0)
     os.close(write)
@@ -92,7 +92,7 @@ def test_waiting_takes_the_claim_over(tmp_path):
     assert not turns, "the child has it"
     ended(child)
     for thread in waiting:
-        thread.join(20)
+        thread.join(120)
     assert turns == [True] * 3 and most == [1] * 3
     assert not list(tmp_path.iterdir())
 
@@ -101,7 +101,7 @@ def test_a_forked_process_does_not_hold_it_on(tmp_path):
     with claimed(tmp_path, "work"):
         pid = os.fork()
         if not pid:
-            time.sleep(60)
+            time.sleep(120)
             os._exit(0)
     with claimed(tmp_path, "work") as mine:
         assert mine

@@ -292,13 +292,13 @@ def test_texts_are_made_once_for_all_models_by_a_thread_ahead_of_them():
         for num_made, text in enumerate(texts, start=1):
             makers.add(threading.get_ident())
             if num_made == len(texts):
-                assert began.wait(20)
+                assert began.wait(60)
                 all_made.set()
             yield text
 
     def waiting(*inputs, **rows) -> Tensor:
         began.set()
-        assert all_made.wait(20)
+        assert all_made.wait(60)
         return states(*inputs, **rows)
 
     one, other = EmbeddingTable(nodes), EmbeddingTable(nodes)

@@ -88,7 +88,7 @@ def test_any_number_of_processes_write_the_same_bytes(tmp_path, expected, worker
 
         def counted(ids_T, *more, rows) -> Tensor:
             if not embedded[me]:
-                begun.wait(20)
+                begun.wait(60)
             embedded[me] += 1
             return states(ids_T, *more, rows=rows)
 
@@ -99,7 +99,7 @@ def test_any_number_of_processes_write_the_same_bytes(tmp_path, expected, worker
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
     assert len(results) == workers
     assert [r for r in results if r] == [{"nodes": COUNT, "embedded": len(texts())}]
     assert all(embedded.values()) and out.read_bytes() == expected

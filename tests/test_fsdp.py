@@ -20,7 +20,7 @@ from tests.rank_server import ranks_give, run_ranks
 from tests.tiny import tiny_lm
 
 CASES, STEPS = "tests.fsdp_case", 3
-HANGS = 20.0  # seconds: a case takes two, and a rank that waits for a forward waits for hours
+HANGS = 60.0  # seconds: a case takes two, and a rank that waits for a forward waits for hours
 
 
 @pytest.fixture(scope="module")

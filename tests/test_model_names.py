@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -185,8 +185,12 @@ def test_a_name_of_the_hub_is_asked_for_once(
 def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub_names, "PATIENCE", 0.01)
-    monkeypatch.setattr(hub_names, "_problem", lambda _name: time.sleep(1) or "")
+    free, left = threading.Event(), threading.enumerate()
+    monkeypatch.setattr(hub_names, "_problem", lambda _name: free.wait() and "")
     refused(start("some/model"), "does not answer")
+    free.set()
+    for thread in set(threading.enumerate()) - set(left):
+        thread.join(60)
 
 
 def test_the_cache_serves_where_the_hub_does_not(

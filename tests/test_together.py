@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -97,10 +98,10 @@ def test_what_another_has_begun_is_waited_for_and_taken_over(tmp_path, capsys):
     with ThreadPoolExecutor() as pool:
         with claimed(tmp_path, "0"):
             waiting = pool.submit(divide, tmp_path, pieces, make, None, progress)
-            while "waiting for 1 piece" not in capsys.readouterr().err:
-                pass
+            while "waiting for 1 piece" not in capsys.readouterr().err and not waiting.done():
+                time.sleep(0.01)
             assert not waiting.done() and not log.exists()
-        waiting.result(20)
+        waiting.result(120)
     assert log.read_text() == "0\n" and progress.done == 1
 
 

@@ -129,12 +129,14 @@ def test_of_two_processes_at_once_one_makes_the_table(
     with ThreadPoolExecutor() as pool:
         with claimed(folder, NAME):
             waiting = pool.submit(stored, [folder], shards)
-            while "waiting for another process" not in capsys.readouterr().err:
+            while (
+                "waiting for another process" not in capsys.readouterr().err and not waiting.done()
+            ):
                 time.sleep(0.01)
             assert not waiting.done()
             window_index._write(folder / NAME, shards, 40, Preamble(7), OBJECTIVE, None, None)
             made = (folder / NAME).stat().st_ino
-        assert_same_windows(waiting.result(20), expected)
+        assert_same_windows(waiting.result(120), expected)
     assert (folder / NAME).stat().st_ino == made
 
 

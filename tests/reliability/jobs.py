@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.mutants import ROOT
+from tests.ports import free_port
 
 PREEMPTED = 75
 ENDS = 90.0  # seconds in which a job must be gone; a launcher gives its ranks 30 of them
@@ -118,9 +118,7 @@ def run_job(
         before: called in each rank first.
     """
     folder.mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     launcher = os.fork()
     if not launcher:
         try:

@@ -15,7 +15,7 @@ from tests.mutants import Mutant
 SIZES = ("push", "nightly", "recorded")
 MUTANT = "mutant"  # the size at which a proof runs on a mistake: just enough to see it
 # seconds after which a proof is ended: it hangs, which breaks every property
-LIMITS = {MUTANT: 120, "push": 120, "nightly": 3600, "recorded": 6 * 3600}
+LIMITS = {MUTANT: 300, "push": 300, "nightly": 3600, "recorded": 6 * 3600}
 
 T = TypeVar("T")
 

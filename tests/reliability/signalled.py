@@ -4,7 +4,6 @@ import itertools
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smbfast import embed, prepare, probe, train
+from tests.ports import free_port
 from tests.reliability.proof import Proof, Work
 from tests.reliability.trials import (
     NO_PROBES,
@@ -309,10 +309,7 @@ class Trials:
         shutil.rmtree(run)
 
     def _pair(self, run: Path, place: Place | None) -> list:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        trials = []
+        port, trials = str(free_port()), []
         for rank in ("0", "1"):
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

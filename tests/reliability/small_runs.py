@@ -12,7 +12,6 @@ import os
 import random
 import select
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -32,6 +31,7 @@ from smbfast.base.files import write_text
 from smbfast.base.runtime import MatmulRate
 from smbfast.run import loop
 from tests.factory import write_meds
+from tests.ports import free_port
 
 PREEMPTED = 75  # the exit code of a run that was stopped and saved
 PATIENCE = 300.0  # seconds after which a run has hung
@@ -249,9 +249,7 @@ def begin(
     log = run.with_name(f"{run.name}.log")
     heard, tell = os.pipe()
     pids: list[int] = []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     sys.stdout.flush()
     for rank in range(world):
         pid = os.fork()
