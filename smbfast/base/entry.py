@@ -47,10 +47,9 @@ def entry(
 ) -> Iterator["Signals"]:
     """Run the work of command `prog`; if it fails, end the process with one line on stderr.
 
-    The exit status after an error is 1, after a signal 75. An error that is not listed below is a
-    bug and keeps its traceback. SIGTERM and SIGUSR1 stop the work as Ctrl-C does. A second signal
-    interrupts what the first one began; a third ends the process. Those within 5 seconds of one
-    that counts are it.
+    The exit status after an error is 1, after a signal 75; an error that is not listed below is a
+    bug with a traceback. SIGTERM and SIGUSR1 stop the work as Ctrl-C does. A second signal stops
+    what the first began, a third the process; those within 5 seconds of one that counts are it.
 
     Args:
         prog: the beginning of the line, such as `smbfast.embed`.
@@ -70,8 +69,7 @@ def entry(
     with _modes(private), _signals(module, status) as signals:
         try:
             yield signals
-            if signals.is_last:
-                signals.ignore()  # here, where one that came just before is still answered
+            signals.end()  # here, where one that came just before is still answered
         except SystemExit:
             raise
         except (ValueError, RunFailed) as error:
@@ -166,6 +164,11 @@ class Signals:
             signal.setitimer(signal.ITIMER_REAL, _SOON)
         else:
             self._hook(what)
+
+    def end(self) -> None:
+        """Hear nothing more if the process has done all that it was started for."""
+        if self.is_last:
+            self.ignore()
 
     def ignore(self) -> None:
         """Let the way out be interrupted no more: torchrun ends a rank when another has failed."""
