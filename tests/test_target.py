@@ -13,6 +13,7 @@ import smbfast.model.averages as averages
 import smbfast.model.decoder as decoder_module
 from smbfast.batch import pack_segments
 from smbfast.model.averages import held_rank
+from smbfast.model.horizon_scale import HorizonScale
 from smbfast.model.target import ROWS, TargetEncoder, TargetForm, target_bytes
 from smbfast.settings import load
 from tests.tiny import DELIMITERS, random_window, tiny_encoder
@@ -470,3 +471,21 @@ def test_memory_is_foretold():
     assert held_rank(64, 64, 4, 4) == 16 and held_rank(8, 64, 4, 4) == 8
     assert held_rank(8, 64, 16, 1) == 16  # an adapter wider than its matrix still fits
     assert encoder.trained_rows()[0] == DELIMITERS
+
+
+def test_a_first_step_that_is_not_finite_gives_horizons_no_scale():
+    """It is skipped, and the next one gives it, also where a run goes on from a checkpoint."""
+    scale, states_QD = HorizonScale(1, 2, torch.device("cpu")), torch.tensor([[1.0, 2.0], [3.0, 6]])
+    for factor in (float("nan"), 1.0):
+        sums = scale.new_sums()
+        sums.add(factor * states_QD, torch.tensor([0, 0]))
+        assert scale.lacks([2])
+        scale.begin(sums)
+        scale.update(sums, [2])
+    assert not scale.lacks([2])
+    again = HorizonScale(1, 2, torch.device("cpu"))
+    again.load(scale.state())
+    horizon_Q = torch.tensor([0, 0])
+    expected = torch.tensor([[-1.0, -1.0], [1.0, 1.0]]) * torch.tensor([1 / 1.01, 2 / 2.01])
+    for each in (scale, again):
+        torch.testing.assert_close(each.standardised(states_QD, horizon_Q), expected)

@@ -74,7 +74,8 @@ class HorizonScale:
     def update(self, sums: ScaleSums, num_by_horizon: Sequence[int]) -> None:
         """Move the running values by the sums of a step that was made.
 
-        A horizon without pairs stays as it is, and so do all if a state was not finite.
+        A horizon without pairs stays as it is, and so do all if a state was not finite. This waits
+        for a GPU at the first step of a horizon.
         """
         own, count_H1 = self._running, sums.count_H1.clamp_min(1)
         finite = torch.isfinite(sums.second_HD).all()
@@ -84,7 +85,8 @@ class HorizonScale:
         moved = [DECAY * v + (1 - DECAY) * s for v, s in zip(values, steps, strict=True)]
         pairs = zip(moved, values, strict=True)
         self._running = ScaleSums(*(torch.where(moves_H1, m, v) for m, v in pairs))
-        self._known = [k or n > 0 for k, n in zip(self._known, num_by_horizon, strict=True)]
+        if self.lacks(num_by_horizon) and bool(finite):
+            self._known = [k or n > 0 for k, n in zip(self._known, num_by_horizon, strict=True)]
         self._use()
 
     def standardised(self, mean_QD: Tensor, horizon_Q: Tensor) -> Tensor:
