@@ -45,7 +45,8 @@ class _Now:
     layers: int = 0
 
 
-def _inject(injection: Injection) -> list[AbstractContextManager]:
+def put_in(injection: Injection) -> list[AbstractContextManager]:
+    """What makes a number of a run not finite."""
     now = _Now()
 
     def hits(number: int) -> bool:
@@ -94,7 +95,7 @@ def _inject(injection: Injection) -> list[AbstractContextManager]:
     ]
 
 
-def _without(step: int) -> list[AbstractContextManager]:
+def passing_over(step: int) -> list[AbstractContextManager]:
     """Let the optimizer pass over a step, which is the run that an injected one must equal."""
 
     def stepped(real: Any) -> Any:
@@ -118,12 +119,12 @@ def _without(step: int) -> list[AbstractContextManager]:
 
 def skipping(folder: Path, data: list[str], step: int) -> Ran:
     """A run that passes over a step."""
-    return train(folder, [*WORDS, *data], *_without(step))
+    return train(folder, [*WORDS, *data], *passing_over(step))
 
 
 def injected(folder: Path, data: list[str], injection: Injection) -> Ran:
     """A run with a number that is not finite."""
-    return train(folder, [*WORDS, *data], *_inject(injection))
+    return train(folder, [*WORDS, *data], *put_in(injection))
 
 
 def wrong_with(ran: Ran, like: Ran, injection: Injection) -> list[str]:

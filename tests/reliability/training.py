@@ -91,9 +91,12 @@ def train(
 
 
 def replaced(place: str, make: Callable[[Any], Any]) -> AbstractContextManager:
-    """Put `make(what is there)` in the place of `module:name`."""
-    module, _, name = place.partition(":")
-    owner = importlib.import_module(module)
+    """Put `make(what is there)` in the place of `module:name`, or of `module:Class.name`."""
+    module, _, path = place.partition(":")
+    owner: Any = importlib.import_module(module)
+    *owners, name = path.split(".")
+    for part in owners:
+        owner = getattr(owner, part)
     return mock.patch.object(owner, name, make(getattr(owner, name)))
 
 

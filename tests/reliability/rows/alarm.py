@@ -6,6 +6,7 @@ from pathlib import Path
 from tests.mutants import mutant
 from tests.reliability import injections, training
 from tests.reliability.proof import Proof, Row, Work
+from tests.reliability.rank_injections import Pairs
 from tests.reliability.scenarios import BLAMED, ENDS, SCENARIOS, SOON, Scenario
 
 LOGS = Path(__file__).resolve().parents[1] / "logs"
@@ -122,8 +123,34 @@ def _not_finite(work: Work) -> Proof:
         at = trial._replace(step=1 + trial.step % 2)
         wrong = injections.gives_up(work.folder / f"end-{i}", data, at)
         bad += [f"{at.words} and on: {text}" for text in wrong]
-    figure = f"{len(ends)} of them in all steps from one on"
-    return Proof(len(trials) + len(ends), "injections", bad, figure)
+    count, of_ranks = len(trials) + len(ends), 0
+    if work.size in ("nightly", "recorded") or (work.size == "mutant" and not bad):
+        wrong, of_ranks = _on_one_rank(work, data)
+        bad += wrong
+    figure = f"{len(ends)} of them in all steps from one on, {of_ranks} on one rank of two"
+    return Proof(count + of_ranks, "injections", bad, figure)
+
+
+def _on_one_rank(work: Work, data: list[str]) -> tuple[list[str], int]:
+    """What two ranks do wrong where a number of one of them is not finite, and of how many."""
+    pairs = Pairs(work.folder / "pairs", data)
+    pairs.folder.mkdir()
+    count = work.pick(push=0, nightly=3, recorded=18, mutant=1)
+    trials = injections.drawn(count, work.seed + 2)
+    ends = [] if work.size == "mutant" else injections.drawn(count // 3, work.seed + 3)
+    bad = []
+    for i, trial in enumerate(trials):
+        name, on = f"{trial.words} of rank {i % 2}", i % 2
+        bad += [f"{name}: {text}" for text in pairs.wrong_with(str(i), trial, on)]
+        work.say(f"{name} {len(bad)} bad")
+    for i, trial in enumerate(ends):
+        at, on = trial._replace(step=1 + trial.step % 2), i % 2
+        name = f"{at.words} of rank {on} and on"
+        bad += [f"{name}: {text}" for text in pairs.gives_up(f"end-{i}", at, on)]
+        name = f"{at.value} in the sum that rank {on} has at step {at.step + 1}"
+        bad += [f"{name}: {text}" for text in pairs.splits(f"split-{i}", at, on)]
+        work.say(f"{name} {len(bad)} bad")
+    return bad, len(trials) + 2 * len(ends)
 
 
 def _memory(work: Work) -> Proof:
@@ -231,6 +258,13 @@ ROWS: tuple[Row, ...] = (
                 "smbfast/run/step.py",
                 "        if longest >= PATIENCE:",
                 "        if longest >= 1000 * PATIENCE:",
+            ),
+            mutant(
+                "a-rank-s-nan-is-summed-as-zero",
+                "a number of one rank that is not finite counts as 0 in the sum of all",
+                "smbfast/run/ranks.py",
+                "losses.to(dtype)])\n",
+                "losses.to(dtype)]).nan_to_num(0.0, 0.0, 0.0)\n",
             ),
         ),
     ),
