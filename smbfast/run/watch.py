@@ -4,6 +4,10 @@ A message between ranks waits as long as it takes, and while it waits Python hea
 that is stopped, or whose machine has vanished, breaks no connection, and one whose launcher was
 killed has nobody to end it. So a thread of every rank looks each second whether torchrun still
 runs, and leaves a number in the store; it hears those of the next rank, the last rank's is rank 0.
+
+At the very end rank 0 works alone, on probes and the report, and nobody hears it: the others have
+left, and would keep their GPUs only to hear. torchrun sees it die; one that is stopped there has
+saved its model, and is done once it goes on.
 """
 
 import os

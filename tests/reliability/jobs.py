@@ -38,6 +38,7 @@ MOMENTS = {
     "saving": ("smbfast.run.checkpoint", "committed_folder"),  # checkpoints and the best model
     "saved": ("smbfast.run.open_run", "write_status"),
     "end": ("smbfast.run.loop", "probe_run"),
+    "report": ("smbfast.run.loop", "write_report"),  # of the main rank, which the others have left
 }
 ON_MAIN = ("saving", "saved")  # which the others wait for
 
@@ -49,8 +50,8 @@ class Death:
     rank: int
     moment: str
     turn: int = 1  # the how manyth time that it comes there
-    what: str = "kill"  # kill, stop, or launcher: kills the process that started it
-    slow: float = 1.0  # seconds that this rank then stays there
+    what: str = "kill"  # kill, stop, pause, or launcher: kills the process that started it
+    slow: float = 1.0  # seconds that this rank then stays there, or that a pause lasts
 
     def __str__(self) -> str:
         victim = "launcher killed" if self.what == "launcher" else f"rank {self.rank} {self.what}"
@@ -141,6 +142,9 @@ def run_job(
             codes[pids[pid]] = os.waitstatus_to_exitcode(status)
         elif not pid:
             died = _died_at(folder)
+            if death and death.what == "pause" and died and time.monotonic() - died > death.slow:
+                with suppress(ProcessLookupError):
+                    os.kill(next(p for p, r in pids.items() if r == death.rank), signal.SIGCONT)
             if time.monotonic() - (began if died is None else died) > ENDS:
                 left = [r for p, r in pids.items() if r not in codes]
                 for p, r in pids.items():
@@ -273,7 +277,8 @@ def _arm(death: Death, folder: Path) -> None:
                 os.kill(launcher, signal.SIGKILL)
                 time.sleep(death.slow)
             else:
-                os.kill(os.getpid(), signal.SIGSTOP if death.what == "stop" else signal.SIGKILL)
+                is_kill = death.what == "kill"
+                os.kill(os.getpid(), signal.SIGKILL if is_kill else signal.SIGSTOP)
         return real(*own, **more)
 
     place[name] = reached
