@@ -295,7 +295,7 @@ def read_subjects(file: Path, parquet: pq.ParquetFile) -> tuple[np.ndarray, int]
     """
     event_columns(file, parquet.schema_arrow)
     runs: list[np.ndarray] = []
-    for ids in _id_batches(file, parquet):
+    for ids in id_batches(file, parquet):
         run = ids[np.concatenate([[0], np.flatnonzero(np.diff(ids)) + 1])]
         if runs and runs[-1][-1] == run[0]:
             run = run[1:]
@@ -314,13 +314,21 @@ def read_subjects(file: Path, parquet: pq.ParquetFile) -> tuple[np.ndarray, int]
 
 def row_of(file: Path, parquet: pq.ParquetFile, subject: int, *, second_run: bool = False) -> int:
     """Return the first row of a subject, or the first of those that stand by themselves later."""
-    ids = np.concatenate(list(_id_batches(file, parquet)))
+    ids = np.concatenate(list(id_batches(file, parquet)))
     rows = np.flatnonzero(ids == subject)
     gaps = np.flatnonzero(np.diff(rows) > 1)
     return int(rows[gaps[0] + 1] if second_run and len(gaps) else rows[0])
 
 
-def _id_batches(file: Path, parquet: pq.ParquetFile) -> Iterator[np.ndarray]:
+def id_batches(file: Path, parquet: pq.ParquetFile) -> Iterator[np.ndarray]:
+    """Yield the subject of each row of a file of events, as `event_columns` has accepted it.
+
+    Yields:
+        int64 [rows of a batch].
+
+    Raises:
+        ValueError: a row has none, or pages are damaged.
+    """
     name = subject_column(parquet.schema_arrow)
     row = 0
     try:

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smbfast.base.files import committed_file
-from smbfast.data.columns import subject_column
+from smbfast.data.columns import event_columns
 from smbfast.data.parquet import open_parquet
+from smbfast.data.source_index import id_batches
 from smbfast.data.splits import SPLITS, hashed
 
 TUNING = 0.15  # of the subjects outside the fold: our choice
@@ -30,14 +31,15 @@ def fold_view(data: Path, out: Path, fold: int, num_folds: int) -> Path:
     written again.
 
     Raises:
-        ValueError: the dataset has no parquet file, `fold` is not one of 1 to `num_folds`, or there
-            are fewer than two folds.
+        ValueError: the dataset has no parquet file, or one that holds no events; `fold` is not one
+            of 1 to `num_folds`, or there are fewer than two folds.
     """
     if num_folds < 2 or not 1 <= fold <= num_folds:
         raise ValueError(f"a fold must be one of 1 to 2 or more, got {fold} of {num_folds}")
     files = _parquets(data / "data")
     if not files:
         raise ValueError(f"{data / 'data'} must hold parquet files; it has none")
+    subject_S = _subjects(files)
     for number, file in enumerate(files):
         _link(file, out / "data" / f"{number}.parquet")
     for name in ("codes.parquet", "dataset.json"):
@@ -47,7 +49,6 @@ def fold_view(data: Path, out: Path, fold: int, num_folds: int) -> Path:
         for number, file in enumerate(_parquets(task)):
             # a name that says no split, so that the table does
             _link(file, out / "labels" / task.name / f"rows-{number}.parquet")
-    subject_S = _subjects(files)
     table = pa.table(
         {
             "subject_id": subject_S,
@@ -73,9 +74,9 @@ def _subjects(files: list[Path]) -> np.ndarray:
     parts = []
     for file in files:
         opened = open_parquet(file)
-        name = subject_column(opened.schema_arrow)
-        parts.append(np.unique(opened.read([name]).column(0).to_numpy().astype(np.int64)))
-    return np.unique(np.concatenate(parts))
+        event_columns(file, opened.schema_arrow)  # whose errors hold no cell
+        parts += [np.unique(ids) for ids in id_batches(file, opened)]
+    return np.unique(np.concatenate(parts or [np.empty(0, np.int64)]))
 
 
 def _parquets(folder: Path) -> list[Path]:

@@ -9,12 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.mistakes.case import mistakes
-from tests.mistakes.files import changed, column
+from tests.mistakes.files import EVENTS, changed, column
+from tests.refusal import CANARY
 
 NOW = "embed --model=run/final --data=meds --out=out.parquet --at=last"
 AT = "embed --model=run/final --data=meds --out=out.parquet --at="
 EMBEDDINGS = "run/embeddings/online.parquet"
 PROBE = f"probe --embeddings={EMBEDDINGS} --data=meds --out=probed --bootstraps=0"
+FOLDS = "experiment folds --work=w"
 PREDICTIONS = "run/predictions/task/smbfast.parquet"
 
 
@@ -144,6 +146,11 @@ def tasks_file(text: str, name: str) -> Callable[[Path], None]:
     return make
 
 
+def names_for_ids(here: Path) -> None:
+    names = column("subject_id", lambda v: pa.array([f"{CANARY} {x}" for x in v.to_pylist()]))
+    changed(EVENTS, names, "")(here)
+
+
 OTHERS = mistakes(
     (f"{PROBE} --embeddings=no.parquet", "no.parquet", "no such file", "no.parquet"),
     (f"{PROBE} --labels=tsk", "labels `tsk`", "a task of meds/labels", "(task)"),
@@ -176,5 +183,6 @@ OTHERS = mistakes(
     ("tasks t.toml --data=meds", "t.toml", "`tasks` is required", "", tasks_file("", "empty")),
     ("tasks t.toml --data=meds", "t.toml", "must be TOML", "", tasks_file("[", "torn")),
     ("tasks --data=meds --check=nosuch", "labels `nosuch`", "a task of meds/labels", "(task)"),
-    ("experiment folds --work=w --data=nosuch", "nosuch", "must be the folder", "no such folder"),
+    (f"{FOLDS} --data=nosuch", "nosuch", "must be the folder", "no such folder"),
+    (f"{FOLDS} --data=meds", EVENTS, "`subject_id` must be int64", "is string", names_for_ids),
 )

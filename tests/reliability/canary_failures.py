@@ -5,6 +5,7 @@ a run on it (`tests.canary`). What the command then says must hold nothing of th
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tests.canary import SUBJECT, planted_strings, shown
+from tests.canary import TASKS as TASKS_FILE
 
 Change = Callable[[pa.Table, list[bool]], pa.Table]
 Make = Callable[[Path], object]
@@ -31,6 +33,10 @@ EMBED = "embed --model=run/final --data=meds --out=out.parquet"
 PROBE = f"probe --embeddings={EMBEDDINGS} --data=meds --out=probed --bootstraps=100"
 EMBED_TASK, PROBE_TASK = f"{EMBED} --labels=task", f"{PROBE} --labels=task"
 COMPARE = "compare run other.parquet --bootstraps=100"
+TASKS = "tasks tasks.toml --data=meds --out=labels"
+FOLDS = "experiment folds --data=meds --work=work --folds=2 --labels=task --train=tiny\\ --nosuch=1"
+REPORT, COMPARED = "report --run=run", "report run run-2 --out=runs.html"
+PUSH = "push run/final --to=us/model --dry-run"
 WORDS = planted_strings()
 
 
@@ -59,12 +65,26 @@ def cases(*, every: bool = True) -> Iterator[tuple[str, Make]]:
     for change in _ROW_CHANGES:
         yield PROBE_TASK, _apply(EMBEDDINGS, change)
         yield COMPARE, _apply(PREDICTIONS, change, "other.parquet")
+    yield PUSH, _written("run/final/tokenizer.json", json.dumps({WORDS[0]: WORDS[1]}))
     for file in (LABELS, CODES, SPLITS, EMBEDDINGS):
         for how in _TORN:
             yield _reader(file), _torn(file, how)
     for file in ("run/final/tokenizer.json", "run/final/smbfast.json", "run/prepared/prepare.json"):
         yield EMBED_TASK, _written(file, json.dumps({WORDS[0]: WORDS[1]}))
     yield PREPARE, _written("meds/metadata/dataset.json", f'{{"{WORDS[0]}": ')
+    yield from _of_other_commands(every)
+
+
+def _of_other_commands(every: bool) -> Iterator[tuple[str, Make]]:
+    for change in _EVENT_CHANGES if every else _EVENT_CHANGES[:1]:
+        yield TASKS, _asked(_apply(EVENTS, change))
+    for change in _EVENT_CHANGES[: 5 if every else 1]:
+        yield FOLDS, _apply(EVENTS, change)
+    yield FOLDS, _as_is  # the views of folds are made before their runs are refused
+    for file in ("run/metrics.jsonl", "run/probe.json") if every else ():
+        torn = _in_the_middle(file, f'\n{{"{WORDS[0]}": "{WORDS[1]}\n')
+        yield REPORT, torn
+        yield COMPARED, _second_run(torn)
 
 
 def _reader(file: str) -> str:
@@ -223,6 +243,39 @@ def _torn(file: str, how: str) -> Make:
         path.write_bytes(bytes(content[: len(content) * 2 // 3] if how == "cut" else content))
 
     return make
+
+
+def _in_the_middle(file: str, text: str) -> Make:
+    def make(here: Path) -> None:
+        content = (here / file).read_text()
+        at = len(content) // 2
+        (here / file).write_text(content[:at] + text + content[at:])
+
+    return make
+
+
+def _second_run(make: Make) -> Make:
+    """A mistake in one of two runs."""
+
+    def made(here: Path) -> None:
+        shutil.copytree(here / "run", here / "run-2")
+        make(here)
+
+    return made
+
+
+def _as_is(here: Path) -> None:
+    """Leave the files as they are: the arguments are the mistake."""
+
+
+def _asked(make: Make) -> Make:
+    """A mistake beside definitions of tasks."""
+
+    def made(here: Path) -> None:
+        make(here)
+        (here / "tasks.toml").write_text(TASKS_FILE)
+
+    return made
 
 
 def _written(file: str, text: str) -> Make:

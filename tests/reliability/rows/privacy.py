@@ -14,7 +14,14 @@ from tests.reliability.proof import Proof, Row, Work
 if TYPE_CHECKING:
     from tests.canary import Planted
 
-GIVEN = ("meds", "run", "other.parquet", "at.csv")  # what a case of failure begins with
+GIVEN = (
+    "meds",
+    "run",
+    "run-2",
+    "other.parquet",
+    "at.csv",
+    "tasks.toml",
+)  # what a case of failure begins with
 FORMS = ("text", "codes", "text-paper")
 
 
@@ -32,8 +39,9 @@ def patients_are_nowhere(work: Work) -> Proof:
             root = work.folder / f"{patients}-{form}"
             split = ("tuning", "train", "held_out")[number]
             planted = canary.plant(root / "data", patients, split)
-            has_page = split != "held_out"
-            count, own = canary.run_all(planted, root / "out", form, has_page=has_page)
+            has_page, folds = split != "held_out", patients == 120
+            out = root / "out"
+            count, own = canary.run_all(planted, out, form, has_page=has_page, folds=folds)
             commands += count
             bad += [f"{patients} patients, {form}: {line}" for line in own]
             shutil.rmtree(root)
