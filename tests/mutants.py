@@ -1,13 +1,13 @@
 """python tests/mutants.py: does each of these small mistakes still fail the test that names it?
 
-A mutant is one change of one file that makes the program wrong. For each, the tracked files are
-copied to a temporary folder, the change is made there, and its tests alone are run. A mutant is
-caught where one of them fails; where they pass, it has survived. Before that, all tests that are
-named run once without a change. Exit code 1 if a mutant survived or cannot be made.
+A mutant is a small change that makes the program wrong. For each, the tracked files are copied to
+a temporary folder, the change is made there, and its tests alone are run. A mutant is caught where
+one of them fails; where they pass, it has survived. Before that, all tests that are named run once
+without a change. Exit code 1 if a mutant survived or cannot be made.
 
     python tests/mutants.py --list
     python tests/mutants.py --only=mask-count-floored --only=clip-dropped
-    python tests/mutants.py --jobs=2
+    python tests/mutants.py --only='*-off-by-one' --jobs=2
 """
 
 import argparse
@@ -19,6 +19,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Queue
@@ -49,7 +50,7 @@ MOMENT = "tests/data/test_prefix_law.py::test_a_node_sees_its_own_moment_and_not
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one file, and the tests that must fail."""
+    """A change, and the tests that must fail."""
 
     name: str
     breaks: str  # what becomes wrong, for a reader
@@ -57,21 +58,49 @@ class Mutant:
     old: str  # occurs once in the file
     new: str
     tests: tuple[str, ...]
+    more: tuple[tuple[str, str, str], ...] = ()  # the same elsewhere, where one guard has another
+
+    @property
+    def edits(self) -> tuple[tuple[str, str, str], ...]:
+        """Each change: its file, the old text and the new one."""
+        return (self.file, self.old, self.new), *self.more
 
 
-def mutant(name: str, breaks: str, file: str, old: str, new: str, *tests: str) -> Mutant:
+def mutant(
+    name: str,
+    breaks: str,
+    file: str,
+    old: str,
+    new: str,
+    *tests: str,
+    more: tuple[tuple[str, str, str], ...] = (),
+) -> Mutant:
     """A mutant of the list."""
-    return Mutant(name, breaks, file, old, new, tests)
+    return Mutant(name, breaks, file, old, new, tests, more)
+
+
+def changed(mutant: Mutant, tree: Path) -> dict[Path, str]:
+    """Return the files of a tree that a mutant changes, with their text then.
+
+    Raises:
+        ValueError: if an old text is not there once.
+    """
+    texts: dict[Path, str] = {}
+    for name, old, new in mutant.edits:
+        file = tree / name
+        text = texts.get(file) or file.read_text(encoding="utf-8")
+        if text.count(old) != 1:
+            raise ValueError(f"its old text occurs {text.count(old)} times")
+        texts[file] = text.replace(old, new)
+    return texts
 
 
 def require_made(mutant: Mutant) -> None:
-    """Fail unless the old text occurs once, and what the change makes can be read."""
-    text = (ROOT / mutant.file).read_text(encoding="utf-8")
-    assert text.count(mutant.old) == 1
-    changed = text.replace(mutant.old, mutant.new)
-    assert changed != text
-    if mutant.file.endswith(".py"):
-        compile(changed, mutant.file, "exec")
+    """Fail unless each old text occurs once, and what the change makes can be read."""
+    for file, text in changed(mutant, ROOT).items():
+        assert text != file.read_text(encoding="utf-8")
+        if file.suffix == ".py":
+            compile(text, str(file), "exec")
 
 
 OBJECTIVE = [
@@ -1224,22 +1253,28 @@ def reason_of(output: str) -> str:
 
 def try_mutant(mutant: Mutant, tree: Path) -> str:
     """Make the change, run its tests, take it back: "caught: why", or what else happened."""
-    file = tree / mutant.file
-    text = file.read_text(encoding="utf-8")
-    if text.count(mutant.old) != 1:
-        return f"NOT MADE: its old text occurs {text.count(mutant.old)} times"
-    file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    try:
+        texts = changed(mutant, tree)
+    except ValueError as error:
+        return f"NOT MADE: {error}"
+    before = {file: file.read_text(encoding="utf-8") for file in texts}
+    _write(texts)
     try:
         with tempfile.TemporaryDirectory() as cache:
             compiled = Path(cache) if mutant.file.startswith("csrc/") else None
             code, output = run_tests(tree, list(mutant.tests), compiled)
     finally:
-        file.write_text(text, encoding="utf-8")
+        _write(before)
     if code == TESTS_FAILED:
         return f"caught: {reason_of(output)}"
     if code == 0:
         return "SURVIVED"
     return f"NOT RUN: exit code {code} of pytest\n{output}"
+
+
+def _write(texts: dict[Path, str]) -> None:
+    for file, text in texts.items():
+        file.write_text(text, encoding="utf-8")
 
 
 def check_unmutated(mutants: list[Mutant], tree: Path) -> None:
@@ -1257,13 +1292,16 @@ def main() -> None:
     """Try mutants, say of each whether it was caught."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
-    parser.add_argument("--only", action="append", metavar="NAME", help="this mutant; repeatable")
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="this one; `*` is any; repeatable"
+    )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="mutants at a time")
     words = parser.parse_args()
-    unknown = set(words.only or ()) - {m.name for m in MUTANTS}
+    asked = words.only or ["*"]
+    unknown = [name for name in asked if not any(fnmatchcase(m.name, name) for m in MUTANTS)]
     if unknown:
         parser.error(f"--only must name a mutant (see --list), got {', '.join(sorted(unknown))}")
-    mutants = [m for m in MUTANTS if not words.only or m.name in words.only]
+    mutants = [m for m in MUTANTS if any(fnmatchcase(m.name, name) for name in asked)]
     if words.list:
         for m in mutants:
             print(f"{m.name}: {m.breaks}\n  {m.file}\n  " + "\n  ".join(m.tests))

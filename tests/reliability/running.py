@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from tests.mutants import ROOT, Mutant
+from tests.mutants import ROOT, Mutant, changed
 from tests.reliability.proof import MUTANT, Proof, Row, Work
 
 LIBRARIES = (
@@ -187,17 +187,15 @@ class Runner:
                 (tree.parent / "shared").symlink_to((ROOT.parent / "shared").resolve())
             self._trees.append(tree)
         tree = self._trees.pop()
-        file = tree / mutant.file
-        text = file.read_text(encoding="utf-8")
-        if text.count(mutant.old) != 1:
-            raise ValueError(f"the old text of {mutant.name} occurs {text.count(mutant.old)} times")
-        file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-        os.utime(file, (0, 0))  # compiled bytecode is known by the second and size of its source
+        for file, text in changed(mutant, tree).items():
+            file.write_text(text, encoding="utf-8")
+            os.utime(file, (0, 0))  # bytecode is known by the second and size of its source
         return tree
 
 
 def _restore(tree: Path, mutant: Mutant) -> None:
-    shutil.copy2(ROOT / mutant.file, tree / mutant.file)
+    for name, _, _ in mutant.edits:
+        shutil.copy2(ROOT / name, tree / name)
 
 
 def _copy(tree: Path) -> None:
