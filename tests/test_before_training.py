@@ -5,7 +5,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
 import smbfast.run.startup as startup
+from smbfast import train
 from smbfast.base.config import to_toml
+from smbfast.base.locks import LOCK, locked
 from smbfast.base.runtime import matmul_rate
 from smbfast.data.loader import Step
 from smbfast.model.backbone import PatientEncoder
@@ -15,6 +17,7 @@ from smbfast.run.metrics import Meter
 from smbfast.run.open_run import Progress
 from smbfast.run.startup import layer_dtype, micro_tokens, self_check
 from smbfast.settings import PhaseSettings, load
+from tests.refusal import refused
 from tests.tiny import random_window, tiny_encoder, window_set
 from tests.two_paths import make_encoder
 
@@ -67,8 +70,9 @@ def test_weights_that_are_no_good_are_not_the_kernels_fault(factor, words):
     with torch.no_grad():
         for weight in (p for p in encoder.parameters() if p.requires_grad):
             weight *= factor
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as refusal:
         self_check(encoder, None, windows, load("tiny", []), 0, SFT)
+    assert "checkpoint" not in str(refusal.value)  # there may be none
 
 
 def test_a_model_that_magnifies_rounding_is_not_compared(capsys):
@@ -108,6 +112,13 @@ def test_a_folder_that_holds_a_run_of_other_settings_is_refused(tmp_path):
             earlier(tmp_path, load("tiny", [f"--{name}=99"]))
     with pytest.raises(ValueError, match=r"run\.resume is never"):
         earlier(tmp_path, load("tiny", ["--run.resume=never"]))
+
+
+def test_a_folder_in_use_is_left_to_the_run_that_has_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "_run", lambda *words: None)
+    with locked(tmp_path / "run", "smbfast.train"):
+        refused(lambda: train.main(["tiny", f"--run.dir={tmp_path / 'run'}"]), "is in use by")
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
 
 
 def test_the_largest_window_counts_the_horizon_of_its_branches(monkeypatch):

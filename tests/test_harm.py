@@ -181,6 +181,33 @@ def test_a_manifest_that_cannot_be_read_now_costs_nobody_a_file(tmp_path: Path, 
     assert failed and tree(tmp_path) == {"step.left-1/mine": "mine"}
 
 
+def test_a_folder_that_cannot_be_removed_ends_nothing(tmp_path: Path, monkeypatch):
+    """Nor is the one that was to be replaced lost where the new one cannot take its place."""
+    write(tmp_path / "step", model="1")
+    rename, renamed = os.rename, []
+
+    def fails(one: Path, other: Path) -> None:
+        renamed.append(other)
+        if len(renamed) in (1, 3):
+            raise OSError(5, "Input/output error", str(one))
+        rename(one, other)
+
+    monkeypatch.setattr(os, "rename", fails)
+    remove_folder(tmp_path / "step")
+    assert tree(tmp_path / "step")["model"] == "1"
+    monkeypatch.setattr(replace, "exchange", lambda one, other: False)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(tmp_path / "step", model="2")
+    assert len(renamed) > 3 and tree(tmp_path / "step")["model"] == "1"
+
+
+def test_a_manifest_of_brackets_is_refused(tmp_path: Path):
+    write(tmp_path / "step", model="1")
+    (tmp_path / "step" / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"must hold a readable manifest\.json"):
+        verify_folder(tmp_path / "step")
+
+
 def test_a_removal_that_failed_half_way_leaves_one_folder(tmp_path: Path):
     write(tmp_path / "step", model="1")
     (tmp_path / "step" / "mine").write_text("mine")
@@ -518,6 +545,17 @@ def test_tensorboard_that_cannot_write_says_so_once(
     assert err.count("TensorBoard failed (No space left on device") == 1 == err.count("\n")
 
 
+def test_tensorboard_whose_disk_is_full_one_day_says_so_once(tmp_path: Path, monkeypatch, capsys):
+    board = Board(tmp_path / "tensorboard", 1)
+    board.add("x", 1.0, 1)
+    FAULTS["write"](monkeypatch)
+    for step in range(100):
+        board.add("x", 1.0, step)
+    board.close()
+    err = capsys.readouterr().err
+    assert err.count("TensorBoard failed (No space left on device") == 1 == err.count("\n")
+
+
 def test_tensorboard_reads_what_is_written(tmp_path: Path):
     board = Board(tmp_path, 1)
     board.add("eval/sft", 0.5, 3)
@@ -567,6 +605,7 @@ def test_every_signal_of_a_scheduler_stops_a_command(number: signal.Signals, cap
         states.append(state)
 
     with pytest.raises(SystemExit) as stop, entry("smbfast.name", status=75, on_end=on_end):
+        assert callable(signal.getsignal(number))  # else it would end the tests
         os.kill(os.getpid(), number)
         signal.pause()
     assert stop.value.code == 75 and states == ["preempted"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from smbfast.base.entry import RunFailed
-from smbfast.run.step import PATIENCE, Updater
+from smbfast.run.step import PATIENCE, Updater, backward
 
 
 def make_updater() -> Updater:
@@ -38,6 +38,15 @@ def test_a_gradient_that_is_not_finite_moves_no_weight_and_no_moment(value):
     assert len(before) == 8 and all(map(torch.equal, held_of(updater), before))
     assert torch.isfinite(take_step(updater, 1.0))
     assert not any(map(torch.equal, held_of(updater), before))
+
+
+def test_a_step_without_anything_to_predict_has_no_gradient():
+    """As of JEPA alone where no token is masked: the run goes on, and such steps are counted."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    backward([None, None])
+    assert parameter.grad is None
+    backward([None, parameter.sum()])
+    assert parameter.grad is not None
 
 
 def test_a_run_gives_up_after_steps_in_a_row_alone(capsys):

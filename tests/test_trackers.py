@@ -1,5 +1,6 @@
 """Trackers get numbers and settings, offline, and never stop or hold up a run."""
 
+import json
 import sys
 import threading
 from pathlib import Path
@@ -80,6 +81,18 @@ def test_on_a_full_disk_the_log_is_named_also_when_it_is_closed(tmp_path: Path) 
         with pytest.raises(OSError, match="No space left on device") as failed:
             do()
         assert failed.value.filename == str(tmp_path / "metrics.jsonl")
+
+
+def test_a_line_of_the_log_is_legal_json_whatever_the_loss(tmp_path: Path) -> None:
+    def refuses(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    log = MetricsLog(tmp_path)
+    log.write("step", step=1, sft=float("nan"), jepa=float("inf"))
+    log.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    record = json.loads(line, parse_constant=refuses)
+    assert (record["sft"], record["jepa"], record["step"]) == (None, None, 1)
 
 
 def test_of_paths_the_last_part_is_shared() -> None:

@@ -64,6 +64,11 @@ def test_a_bad_toml_file(
     assert not (tmp_path / "run").exists()
 
 
+def test_brackets_without_end_on_the_command_line(tmp_path: Path) -> None:
+    refused(train_with(tmp_path / "run", "--optim.betas=" + "[" * 3000), "`optim.betas")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_toml_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     refused(lambda: train.main([str(tmp_path / "no.toml")]), tmp_path / "no.toml")
     (tmp_path / "folder.toml").mkdir()

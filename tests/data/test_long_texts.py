@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from smbfast.data import long_texts
 from smbfast.data.clean import _HIDDEN, clean, shortened
 from smbfast.data.codes.statistics import CodeStatistics, cut_text
-from smbfast.data.long_texts import beginnings, rows_at_once
+from smbfast.data.long_texts import beginnings, gathered, rows_at_once
 from smbfast.data.meds import MedsDataset
 from smbfast.data.preparing import prepare
 from smbfast.settings import DataSettings
@@ -137,6 +137,16 @@ def test_rows_at_once_are_bounded_by_bytes(tmp_path: Path) -> None:
     assert 300 < rows_at_once(long, ["text_value"]) < 340  # 32 MiB of 100,000 bytes
     assert rows_at_once(short, ["text_value"]) == long_texts.TEXT_ROWS
     assert rows_at_once(long, ["subject_id"]) == long_texts.ROWS
+
+
+def test_texts_that_are_decoded_together_are_bounded_by_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(long_texts, "TEXT_BYTES", 10_000)
+    text = pa.RecordBatch.from_pydict({"text_value": ["w" * 3_000]})
+    tables = [table for _, table in gathered(((i, text) for i in range(9)), None)]
+    assert [len(table) for table in tables] == [3, 3, 3]
+    assert max(table.nbytes for table in tables) <= 10_000
 
 
 def test_what_is_cut_off_must_be_text_as_well(tmp_path: Path) -> None:

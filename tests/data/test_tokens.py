@@ -5,7 +5,7 @@ import string
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -58,11 +58,13 @@ WORDS = st.lists(st.text("qxzj 7", min_size=1, max_size=9), max_size=4).map(" ".
 
 
 @given(st.lists(WORDS, min_size=9, max_size=14), st.integers(1, 40))
+@example([*[""] * 9, "qxz"], 12)
 @settings(max_examples=60, deadline=None)
 def test_every_token_lies_in_a_word_that_ten_texts_have(texts: list[str], times: int) -> None:
-    """However often the others repeat theirs."""
+    """However many lines of the others have theirs."""
     split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
-    texts = [*texts[:1], *(f"{t}\n" * times for t in texts[1:])]
+    own_lines = ("".join(f"{t} {i}\n" for i in range(times)) for t in texts[1:])
+    texts = [*texts[:1], *own_lines]
     words = [{w for line in t.splitlines(True) for w, _ in split(line)} for t in texts]
     model = content(train_tokenizer(texts, 500))["model"]
     special = {"<|pad|>", "<|begin|>", *OPEN, *CLOSE}
