@@ -19,12 +19,17 @@ WORDS = (
     "--run.save_every=1",
     "--run.keep=9",
 )
+HORIZONS = (  # what JEPA then predicts, on a running scale of the target's states
+    "--objective.jepa=horizon",
+    '--objective.horizons=["30d", "365d"]',
+    "--objective.positions=8",
+)
 
 
 class Injection(NamedTuple):
     """What becomes not finite, and when."""
 
-    place: str  # "loss", "gradient", "activation"
+    place: str  # "loss", "gradient", "activation", or "target": all that horizons compare with
     value: float
     step: int  # from 0
     number: int = 0  # of the micro-batch, the parameter or the call of a layer
@@ -43,6 +48,7 @@ class _Now:
     step: int = -1
     losses: int = 0  # calls in this step
     layers: int = 0
+    trains: bool = False  # not an evaluation
 
 
 def put_in(injection: Injection) -> list[AbstractContextManager]:
@@ -68,12 +74,12 @@ def put_in(injection: Injection) -> list[AbstractContextManager]:
 
     def forward_backward(real: Any) -> Any:
         def passes(losses: Any, encoder: Any, *args: Any, **more: Any) -> Any:
-            now.step, now.losses, now.layers = now.step + 1, 0, 0
+            now.step, now.losses, now.layers, now.trains = now.step + 1, 0, 0, True
             summed = real(losses, encoder, *args, **more)
             if injection.place == "gradient" and hits(injection.number):
                 grads = [p.grad for p in encoder.parameters() if p.grad is not None]
                 grads[injection.number % len(grads)].view(-1)[-1] = injection.value
-            now.layers = -1_000_000  # what evaluations compute is none of it
+            now.trains = False
             return summed
 
         return passes
@@ -81,22 +87,34 @@ def put_in(injection: Injection) -> list[AbstractContextManager]:
     def run_layer(real: Any) -> Any:
         def run(*args: Any, **more: Any) -> Any:
             first, *others = real(*args, **more)
-            now.layers += 1
-            if injection.place == "activation" and hits(now.layers - 1):
+            now.layers += now.trains
+            if injection.place == "activation" and now.trains and hits(now.layers - 1):
                 first = first * injection.value
             return (first, *others)
 
         return run
 
+    def averaged(real: Any) -> Any:
+        def states(*args: Any) -> Any:
+            is_hit = injection.place == "target" and now.trains and hits(injection.number)
+            return real(*args) * (injection.value if is_hit else 1.0)
+
+        return states
+
     return [
+        replaced("smbfast.objective:averaged", averaged),
         replaced("smbfast.run.loop:losses_of", losses_of),
         replaced("smbfast.run.loop:forward_backward", forward_backward),
         replaced("smbfast.model.decoder:run_layer", run_layer),
     ]
 
 
-def passing_over(step: int) -> list[AbstractContextManager]:
-    """Let the optimizer pass over a step, which is the run that an injected one must equal."""
+def passing_over(step: int, *, scale: bool = False) -> list[AbstractContextManager]:
+    """Let the optimizer pass over a step, which is the run that an injected one must equal.
+
+    Args:
+        scale: whether the running scale of horizons passes over it too.
+    """
 
     def stepped(real: Any) -> Any:
         calls = [0]
@@ -113,8 +131,20 @@ def passing_over(step: int) -> list[AbstractContextManager]:
 
         return make_step
 
-    updater = "smbfast.run.loop:Updater"
-    return [replaced(updater, lambda real: type("Skips", (real,), {"step": stepped(real.step)}))]
+    def kept(real: Any) -> Any:
+        calls = [STEPS // 2]  # the first steps have no JEPA
+
+        def update(*args: Any) -> None:
+            calls[0] += 1
+            if calls[0] - 1 != step:
+                real(*args)
+
+        return update
+
+    patches = [replaced("smbfast.run.loop:Updater.step", stepped)]
+    if scale:
+        patches.append(replaced("smbfast.model.horizon_scale:HorizonScale.update", kept))
+    return patches
 
 
 def skipping(folder: Path, data: list[str], step: int) -> Ran:

@@ -8,7 +8,15 @@ from typing import Any
 
 from tests.reliability import jobs
 from tests.reliability.cohort import imported
-from tests.reliability.injections import STEPS, WORDS, Injection, not_finite, passing_over, put_in
+from tests.reliability.injections import (
+    HORIZONS,
+    STEPS,
+    WORDS,
+    Injection,
+    not_finite,
+    passing_over,
+    put_in,
+)
 from tests.reliability.injections import wrong_with as unlike
 from tests.reliability.training import Ran, replaced
 
@@ -22,9 +30,9 @@ class Pairs:
         imported()
         jobs.adopt()
         self.folder, self.data = folder, data
-        self._like: dict[int, Ran] = {}
+        self._like: dict[tuple[int, bool], Ran] = {}
 
-    def train(self, name: str, patches: Patches) -> tuple[Ran, list[int]]:
+    def train(self, name: str, patches: Patches, *more: str) -> tuple[Ran, list[int]]:
         """A run as its main rank tells of it, and the exit statuses of both."""
 
         def work(words: list[str]) -> None:
@@ -34,18 +42,20 @@ class Pairs:
                 jobs.train(words)
 
         run = self.folder / name
-        words = [*WORDS, *self.data, f"--run.dir={run}"]
+        words = [*WORDS, *self.data, *more, f"--run.dir={run}"]
         ended = jobs.run_job(2, words, self.folder / f"{name}-log", grace=4.0, work=work)
         codes = [ended.codes[rank] for rank in sorted(ended.codes)]
         return Ran(run, codes[0], "", ended.said[0]), codes
 
     def wrong_with(self, name: str, injection: Injection, on: int) -> list[str]:
         """Say how a run with an injection on one rank differs from one that passes the step."""
-        if injection.step not in self._like:
-            like, _ = self.train(f"like-{injection.step}", lambda _: passing_over(injection.step))
-            self._like[injection.step] = like
-        ran, codes = self.train(name, lambda rank: put_in(injection) if rank == on else [])
-        bad = unlike(ran, self._like[injection.step], injection)
+        step, ahead = injection.step, injection.place == "target"
+        more = HORIZONS if ahead else ()
+        if (step, ahead) not in self._like:
+            patches = lambda _: passing_over(step, scale=ahead)  # noqa: E731
+            self._like[step, ahead], _ = self.train(f"like-{step}-{ahead}", patches, *more)
+        ran, codes = self.train(name, lambda rank: put_in(injection) if rank == on else [], *more)
+        bad = unlike(ran, self._like[step, ahead], injection)
         return bad if len(set(codes)) == 1 else [*bad, f"the ranks ended with {codes}"]
 
     def gives_up(self, name: str, injection: Injection, on: int) -> list[str]:

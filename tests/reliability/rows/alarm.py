@@ -1,6 +1,7 @@
 """Rows of runs that learn nothing, of numbers that are not finite, and of what models remember."""
 
 import json
+import math
 from pathlib import Path
 
 from tests.mutants import mutant
@@ -137,6 +138,9 @@ def _on_one_rank(work: Work, data: list[str]) -> tuple[list[str], int]:
     pairs.folder.mkdir()
     count = work.pick(push=0, nightly=3, recorded=18, mutant=1)
     trials = injections.drawn(count, work.seed + 2)
+    # the first and another step of the scale of horizons
+    places = work.pick(push=0, nightly=1, recorded=2, mutant=0)
+    trials += [injections.Injection("target", math.nan, 3 + i) for i in range(places)]
     ends = [] if work.size == "mutant" else injections.drawn(count // 3, work.seed + 3)
     bad = []
     for i, trial in enumerate(trials):
