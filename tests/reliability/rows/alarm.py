@@ -241,8 +241,9 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "N1",
-        "A step with a number that is not finite leaves the bits of a run that passes over it; no "
-        "such number is saved, the last good checkpoint stays, and step and phase are named",
+        "A step with a number that is not finite, on any rank, leaves the bits of a run that "
+        "passes over it; no such number is saved, the last good checkpoint stays, and step and "
+        "phase are named",
         {"push": 4, "nightly": 15, "recorded": 40},
         _not_finite,
         (
