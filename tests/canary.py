@@ -218,23 +218,31 @@ def shown(text: str) -> list[str]:
     return sorted(parts & pieces())
 
 
-def leaks(folder: Path, planted: Planted, but: tuple[str, ...] = ()) -> list[tuple[str, list[str]]]:
+def state(folder: Path) -> dict[Path, tuple[int, ...]]:
+    """The files below a folder, with what says whether they are still the same."""
+    files = {p: p.stat() for p in folder.rglob("*") if p.is_file()}
+    return {path: (about.st_ino, about.st_mtime_ns, about.st_size) for path, about in files.items()}
+
+
+def leaks(
+    folder: Path, planted: Planted, given: dict[Path, tuple[int, ...]] | None = None
+) -> list[tuple[str, list[str]]]:
     """Each file with what is in it of the patient, but for what must be there.
 
-    What is called `but` in the folder is left out. Shards and the index of the source hold
-    everything, and embeddings, predictions and labels ids and times. They must be readable by
-    nobody else: a file of them that others may read is listed. Of a link only its name counts: the
-    views of folds link the user's own dataset.
+    What was there before, as `state` says, and is the same is left out. Shards and the index of the
+    source hold everything, and embeddings, predictions and labels ids and times. They must be
+    readable by nobody else: a file of them that others may read is listed. Of a link only its name
+    counts: the views of folds link the user's own dataset.
     """
     found: list[tuple[str, list[str]]] = []
-    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for file, about in sorted(state(folder).items()):
         name = str(file.relative_to(folder))
+        if given is not None and given.get(file) == about:
+            continue
         if file.is_symlink():
             found += [(name, hits)] if (hits := planted.shown(name)) else []
             continue
         hidden = file.stat().st_mode & 0o077 == 0
-        if name.split("/")[0] in but:
-            continue
         if hidden and set(file.relative_to(folder).parts[:-1]) & set(PRIVATE):
             continue
         seek = shown if hidden and _OF_NODES.search(name) else planted.shown

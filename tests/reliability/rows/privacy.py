@@ -85,6 +85,7 @@ def _failures(work: Work, planted: "Planted", shared: Path) -> tuple[int, list[s
         with _copied(shared, work.folder / f"case-{number}", words) as here:
             if make is not None:
                 make(here)
+            given = canary.state(here)
             command, *argv = shlex.split(words)
             status, text = canary.ended(command, argv)
             count += bool(status)
@@ -92,7 +93,7 @@ def _failures(work: Work, planted: "Planted", shared: Path) -> tuple[int, list[s
             bad += [f"`{words}`, case {number}, prints {hit}" for hit in hits]
             if "Traceback" in text:
                 bad.append(f"`{words}`, case {number}, ends with a traceback")
-            for name, found in canary.leaks(here, planted, GIVEN):
+            for name, found in canary.leaks(here, planted, given):
                 bad.append(f"`{words}`, case {number}, leaves {name} with {found[0]}")
     return count, bad
 
@@ -138,20 +139,19 @@ def only_the_user_reads(work: Work) -> Proof:
     from tests.factory import write_labels, write_meds
 
     count, bad = 0, []
-    for umask in work.pick(push=[0o000], recorded=[0o000, 0o022]):
-        for form in work.pick(push=["text"], recorded=["text", "codes"]):
-            root = work.folder / f"{umask:03o}-{form}"
-            write_labels(write_meds(root / "meds"))
-            before = os.umask(umask)
-            try:
-                for name in work.pick(push=("run", "shards", "labels"), mutant=("shards",)):
-                    (root / name).mkdir(mode=0o755)
-                for command, words in _writing(root, form, work):
-                    canary.said(command, words)
-                own, num = _open_to_others(root)
-            finally:
-                os.umask(before)
-            count, bad = count + num, bad + own
+    for umask, form in work.pick(push=[(0o000, "text")], recorded=[(0, "text"), (0o022, "codes")]):
+        root = work.folder / f"{umask:03o}-{form}"
+        write_labels(write_meds(root / "meds"))
+        before = os.umask(umask)
+        try:
+            for name in work.pick(push=("run", "shards", "labels"), mutant=("shards",)):
+                (root / name).mkdir(mode=0o755)
+            for command, words in _writing(root, form, work):
+                canary.said(command, words)
+            own, num = _open_to_others(root)
+        finally:
+            os.umask(before)
+        count, bad = count + num, bad + own
     if work.size != "mutant" or not bad:
         own, num = _shared(work)
         count, bad = count + num, bad + own
