@@ -23,6 +23,13 @@ GIVEN = (
     "tasks.toml",
 )  # what a case of failure begins with
 FORMS = ("text", "codes", "text-paper")
+# patients that are simulated, the format, and the split of the planted one
+COHORTS = (
+    (120, "text", "tuning"),
+    (120, "codes", "tuning"),
+    *((400, form, "train") for form in FORMS),
+    (1500, "text", "held_out"),
+)
 
 
 def patients_are_nowhere(work: Work) -> Proof:
@@ -34,18 +41,16 @@ def patients_are_nowhere(work: Work) -> Proof:
     if work.size == "mutant":
         planted = canary.plant(work.folder / "data")
         bad += _prepared(planted, work.folder / "out", "text", "--vocab_size=4000")
-    for number, patients in enumerate(work.pick(push=[], recorded=[120, 400, 1500])):
-        for form in FORMS if patients == 400 else FORMS[:2]:
-            root = work.folder / f"{patients}-{form}"
-            split = ("tuning", "train", "held_out")[number]
-            planted = canary.plant(root / "data", patients, split)
-            has_page, folds = split != "held_out", patients == 120
-            out = root / "out"
-            count, own = canary.run_all(planted, out, form, has_page=has_page, folds=folds)
-            commands += count
-            bad += [f"{patients} patients, {form}: {line}" for line in own]
-            shutil.rmtree(root)
-            work.say(f"{patients} patients, {form}: {count} commands, {len(own)} bad")
+    for patients, form, split in work.pick(push=(), recorded=COHORTS):
+        root = work.folder / f"{patients}-{form}"
+        planted = canary.plant(root / "data", patients, split)
+        has_page, folds = split != "held_out", (patients, form) == COHORTS[0][:2]
+        out = root / "out"
+        count, own = canary.run_all(planted, out, form, has_page=has_page, folds=folds)
+        commands += count
+        bad += [f"{patients} patients, {form}: {line}" for line in own]
+        shutil.rmtree(root)
+        work.say(f"{patients} patients, {form}: {count} commands, {len(own)} bad")
     shared = work.folder / "shared"
     planted = canary.plant(shared / "meds")
     if work.size != "mutant":
