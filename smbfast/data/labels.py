@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from smbfast.base.counts import few
 from smbfast.data.columns import is_utc, subject_column
 from smbfast.data.meds import MedsDataset
 from smbfast.data.parquet import column_names, open_parquet
@@ -167,7 +168,7 @@ def with_splits(labels: Labels, dataset: MedsDataset) -> Labels:
     if wrong_N.any():
         raise ValueError(
             f"labels of {labels.task} must follow the splits of {dataset.path}; "
-            f"{int(wrong_N.sum())} rows stand in a file of another split"
+            f"{few(int(wrong_N.sum()))} rows stand in a file of another split"
         )
     return replace(labels, split_N=np.where(labels.split_N == "", dataset_N, labels.split_N))
 
@@ -186,7 +187,7 @@ def with_competing(labels: Labels, other: Labels) -> Labels:
     if (at_N < 0).any():
         raise ValueError(
             f"labels of {other.task} must have every row of {labels.task}, with whose event they "
-            f"compete; {int((at_N < 0).sum())} are missing"
+            f"compete; {few(int((at_N < 0).sum()))} are missing"
         )
     duration_N, event_N = labels.survival_N
     other_duration, other_event = other.survival_N
@@ -195,7 +196,7 @@ def with_competing(labels: Labels, other: Labels) -> Labels:
     if before_N.any():
         raise ValueError(
             f"an event of {other.task} must end the rows of {labels.task} to compete; "
-            f"{int(before_N.sum())} rows have their own event after it"
+            f"{few(int(before_N.sum()))} rows have their own event after it"
         )
     competing_N = happens_N & ~event_N & (ends_N <= duration_N)
     duration_N = np.where(competing_N, ends_N, duration_N)
@@ -316,7 +317,7 @@ def _read_label_file(
     if bad_N.any():
         raise ValueError(
             f"column `duration_days` of {file} must be finite and not negative; "
-            f"row {int(np.argmax(bad_N))} is not ({int(bad_N.sum())} rows in all)"
+            f"row {int(np.argmax(bad_N))} is not ({few(int(bad_N.sum()))} rows in all)"
         )
     arrays |= {"duration_N": duration_N, "event_N": _bool_column(table, "event", file)}
     if "competing" in names:
@@ -334,7 +335,7 @@ def _competing(table: pa.Table, event_N: np.ndarray, file: Path) -> np.ndarray:
     if both_N.any():
         raise ValueError(
             f"column `competing` of {file} must be false where `event` is true; row "
-            f"{int(np.argmax(both_N))} has both ({int(both_N.sum())} rows in all)"
+            f"{int(np.argmax(both_N))} has both ({few(int(both_N.sum()))} rows in all)"
         )
     return competing_N
 
@@ -352,7 +353,7 @@ def _without_null(table: pa.Table, name: str, file: Path) -> pa.ChunkedArray:
         row = pc.index(pc.is_null(column), True).as_py()
         raise ValueError(
             f"column `{name}` of {file} must have no nulls; row {row} is null "
-            f"({column.null_count} in all)"
+            f"({few(column.null_count)} in all)"
         )
     return column
 
@@ -395,7 +396,7 @@ def _refuse_repeats(labels: Labels, files: list[Path], sizes: list[int]) -> None
     at = int(np.searchsorted(starts, row, side="right")) - 1
     raise ValueError(
         f"a subject and prediction time must be labelled once; row {row - int(starts[at])} of "
-        f"{files[at]} repeats an earlier one ({int(again_N.sum())} rows in all)"
+        f"{files[at]} repeats an earlier one ({few(int(again_N.sum()))} rows in all)"
     )
 
 
@@ -405,5 +406,5 @@ def _refuse_two_splits(labels: Labels, path: Path) -> None:
     doubled = int((num_splits > 1).sum())
     if doubled:
         raise ValueError(
-            f"a subject must be in one split; in {path}, {doubled} subjects are in several"
+            f"a subject must be in one split; in {path}, {few(doubled)} subjects are in several"
         )

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from smbfast.base.counts import few
 from smbfast.base.files import digest_of
 from smbfast.data.code_table import CodeTable
 from smbfast.data.columns import event_columns, with_subject_id
@@ -408,8 +409,8 @@ def _times(file: Path, start: int, column: pa.ChunkedArray) -> np.ndarray:
     if far.any():
         raise ValueError(
             f"{file}: row {start + int(np.argmax(far))} must have a `time` within 146,000 years of "
-            f"1970, so that the time between two events can be counted; {int(far.sum())} of the "
-            "rows read with it have not"
+            "1970, so that the time between two events can be counted; "
+            f"{few(int(far.sum()))} of the rows read with it have not"
         )
     time_N[null] = STATIC
     return time_N

@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from smbfast.base.counts import of_whole
+from smbfast.base.counts import few, of_whole
 from smbfast.data.labels import Labels, find_tasks, read_labels, with_splits
 from smbfast.data.meds import EventBatch, MedsDataset
 from smbfast.labelling.giveaways import Giveaways
@@ -134,7 +134,7 @@ def check_labels(config: TasksSettings, say: Callable[[str], None] = print) -> b
         findings = one.findings(all_splits=True)
         findings += [Finding(one.labels.task, "warning", text) for text in search.sentences()]
         how = "against its definition" if one.task is not None else "without a definition"
-        say(f"{one.labels.task}: {len(one.labels):,} rows checked {how}")
+        say(f"{one.labels.task}: {few(len(one.labels))} rows checked {how}")
         for finding in findings:
             say(f"  {finding.level}: {finding.text}")
         if not findings:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csr_matrix, hstack
 
+from smbfast.base.counts import few
 from smbfast.data.meds import BIRTH, STATIC, EventBatch, MedsDataset
 from smbfast.data.splits import SPLITS
 from smbfast.probing.features import join
@@ -96,7 +97,7 @@ class VisibleEvents:
         if not self._seen_K.all():
             raise ValueError(
                 f"{dataset.path} must hold every labelled subject; "
-                f"{len(np.unique(self.subject_K[~self._seen_K]))} are not in it"
+                f"{few(len(np.unique(self.subject_K[~self._seen_K])))} are not in it"
             )
 
     def age_K(self) -> np.ndarray:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy.sparse import csr_matrix
 
+from smbfast.base.counts import few
 from smbfast.data.labels import Labels, integer_column, key_table, time_column
 from smbfast.data.nodes import SPLIT_NAMES, Nodes
 from smbfast.data.parquet import column_names, is_text, open_parquet
@@ -187,7 +188,7 @@ def matched(labels: Labels, embeddings: Embeddings) -> np.ndarray:
     matched_N = row_N >= 0
     if not matched_N.any():
         raise ValueError(
-            f"{embeddings.path} must hold embeddings of the {len(labels)} label rows of "
+            f"{embeddings.path} must hold embeddings of the {few(len(labels))} label rows of "
             f"{labels.task}; it has none of them"
         )
     split_N = embeddings.split_M[row_N[matched_N]]
@@ -195,7 +196,7 @@ def matched(labels: Labels, embeddings: Embeddings) -> np.ndarray:
     if wrong:
         raise ValueError(
             f"{embeddings.path} must have the splits of the labels of {labels.task}; "
-            f"{wrong} rows have another"
+            f"{few(wrong)} rows have another"
         )
     return row_N
 
@@ -217,7 +218,7 @@ def read_oracle(path: Path, labels: Labels) -> dict[str, np.ndarray]:
     if (row_N < 0).any():
         raise ValueError(
             f"{path} must score every label row of {labels.task}; "
-            f"{int(np.sum(row_N < 0))} of {len(labels)} are missing"
+            f"{few(int(np.sum(row_N < 0)))} of {few(len(labels))} are missing"
         )
     scores = {}
     for name in names:
@@ -225,7 +226,7 @@ def read_oracle(path: Path, labels: Labels) -> dict[str, np.ndarray]:
         if column.null_count or not pa.types.is_floating(column.type):
             raise ValueError(
                 f"column `{name}` of {path} must be double without nulls, is {column.type} "
-                f"with {column.null_count}"
+                f"with {few(column.null_count)}"
             )
         score_N = column.to_numpy().astype(np.float64)[row_N]
         bad_N = ~np.isfinite(score_N)
@@ -234,7 +235,8 @@ def read_oracle(path: Path, labels: Labels) -> dict[str, np.ndarray]:
         if bad_N.any():
             expected = "probabilities" if labels.kind == "binary" else "finite"
             raise ValueError(
-                f"column `{name}` of {path} must hold {expected}; {int(bad_N.sum())} rows do not"
+                f"column `{name}` of {path} must hold {expected}; "
+                f"{few(int(bad_N.sum()))} rows do not"
             )
         scores[name] = score_N
     return scores
@@ -272,7 +274,7 @@ def _refuse_repeats(subject_N: np.ndarray, time_N: np.ndarray, path: Path) -> No
     repeats = len(pair_N) - len(np.unique(pair_N))
     if repeats:
         raise ValueError(
-            f"{path} must hold each subject and prediction time once; {repeats} rows repeat"
+            f"{path} must hold each subject and prediction time once; {few(repeats)} rows repeat"
         )
 
 

@@ -108,7 +108,7 @@ def test_columns_are_chosen_on_train_alone() -> None:
 
 
 def test_an_unknown_subject_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"memory.*1 are not in it"):
+    with pytest.raises(ValueError, match=r"memory.*<=10 are not in it"):
         counts.count_codes(dataset(), np.array([1, 555]), np.array([DAY, DAY]))
 
 

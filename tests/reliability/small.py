@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 DAY = 86_400_000_000
 ROWS = 40  # judged, one of each patient
 SIZES = {"train": 120, "tuning": ROWS, "held_out": 12}
-_WORDS = r"(positive|patients|subjects|people|rows|true|events|with the event|have)"
+_WORDS = r"(positive|patients|subjects|people|rows|true|events|with the event|have|are|in all)"
 _COUNTS = (
     "rows",
     "positives",
@@ -68,6 +68,27 @@ def write_task(folder: Path, few: int, rest: bool, seed: int) -> Path:
     return folder
 
 
+def broken_labels(labels: Path, few: int) -> Iterator[str]:
+    """Break `few` rows of the tuning labels of a task, in one way after the other; yield which."""
+    files = [labels / f"{split}.parquet" for split in SIZES]
+    train, tuning, _ = tables = [pq.read_table(file) for file in files]
+    first, ids = tuning.slice(0, few), tuning["subject_id"].to_numpy()
+    true = tuning["boolean_value"].to_pylist()
+    broken = {
+        "null": tuning.set_column(2, "boolean_value", pa.array([None] * few + true[few:])),
+        "twice": pa.concat_tables([tuning, first]),
+        "unknown": tuning.set_column(0, "subject_id", pa.array(ids + 10**6 * (ids < ids[few]))),
+        "of another split": tuning.slice(few),
+    }
+    for name, table in broken.items():
+        _write(files[1], table)
+        if name == "of another split":
+            _write(files[0], pa.concat_tables([train, first]))
+        yield name
+    for file, table in zip(files, tables, strict=True):
+        _write(file, table)
+
+
 def write_predictions(folder: Path, few: int, rest: bool, seed: int) -> None:
     """Two methods that judge as many patients; `few` have the outcome, or have it not."""
     rng = np.random.default_rng(seed)
@@ -89,7 +110,8 @@ def told(text: str) -> Iterator[str]:
     """Counts of 1 to 10 people in a text, and what is left of the judged rows by as many."""
     plain = re.sub(r"<[^>]*>", " ", text)
     shown = "|".join(map(str, (*range(1, 11), *range(ROWS - 10, ROWS))))
-    for match in re.finditer(rf"(?<![\d.,=≤<-])(?<!than )\b({shown})\s+{_WORDS}\b", plain):
+    after = rf"({_WORDS}\b|of {ROWS}\b)"
+    for match in re.finditer(rf"(?<![\d.,=≤<-])(?<!than )\b({shown})\s+{after}", plain):
         yield match[0]
 
 
