@@ -5,10 +5,11 @@ That each row holds is what `python -m tests.reliability` says, which CI runs be
 
 import json
 import re
+from fnmatch import fnmatchcase
 
 import pytest
 
-from tests.mutants import ROOT, Mutant, require_made
+from tests.mutants import DEFECTS, ROOT, Mutant, require_made
 from tests.reliability import card
 from tests.reliability.__main__ import RECORD, listed
 from tests.reliability.proof import MUTANT, SIZES, Proof, Row, Work
@@ -35,6 +36,25 @@ def test_the_page_has_the_rows_as_they_are() -> None:
     assert listed(ROWS) in page, "run `python -m tests.reliability --list` and put it there"
     named = {name for words in re.findall(r"--row=([\w,]+)", page) for name in words.split(",")}
     assert named <= {row.id for row in ROWS}
+
+
+def test_what_was_wrong_once_is_brought_back_by_mistakes_that_are_there() -> None:
+    _, _, table = (ROOT / "docs" / "reliability.md").read_text().partition("## What was wrong once")
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows if len(row) != 3] == [], "say what brings it back"
+    defects = {mutant.name for mutant in DEFECTS}
+    brought_back = set()
+    for happened, held, by in rows:
+        assert re.search(r"\brows? |::test_", held), happened
+        names = re.findall(r"`([^`]+)`", by)
+        assert names, happened
+        for name in names:
+            those = {m.name for m in (*DEFECTS, *MUTANTS) if fnmatchcase(m.name, name)}
+            assert those, name
+            brought_back |= those
+        for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", held):
+            assert f"\ndef {test}(" in (ROOT / file).read_text(), test
+    assert len(rows) > 20 and defects <= brought_back, defects - brought_back
 
 
 def test_what_is_recorded_is_of_rows_that_are_there() -> None:
