@@ -1785,6 +1785,14 @@ DEFECTS = [
         "tests/test_agreement.py::test_a_flipped_bit_of_any_kind_is_named",
     ),
     mutant(
+        "defect-horizons-scale-of-nan",
+        "a first step of horizons that is not finite counts as one that gave them a scale",
+        "smbfast/model/horizon_scale.py",
+        "if self.lacks(num_by_horizon) and bool(finite):",
+        "if self.lacks(num_by_horizon):",
+        "tests/test_target.py::test_a_first_step_that_is_not_finite_gives_horizons_no_scale",
+    ),
+    mutant(
         "defect-sealed-deep-header",
         "a shard whose header is brackets without end is a traceback",
         "smbfast/data/array_file.py",
