@@ -14,6 +14,7 @@ FILES = (
     "alarm",
     "mathematics",
     "privacy",
+    "small_cells",
     "hostile",
     "fuzz",
 )

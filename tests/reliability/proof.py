@@ -16,6 +16,8 @@ SIZES = ("push", "nightly", "recorded")
 MUTANT = "mutant"  # the size at which a proof runs on a mistake: just enough to see it
 # seconds after which a proof is ended: it hangs, which breaks every property
 LIMITS = {MUTANT: 300, "push": 300, "nightly": 3600, "recorded": 6 * 3600}
+# of rows that cannot hang: on a busy machine a mistake of theirs must not be seen by waiting
+PATIENT = {MUTANT: 900}
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Rows of what nobody else may see: patients, small cells, files, held-out records, the network."""
+"""Rows of what nobody else may see: patients, files, held-out records, the network."""
 
 import os
 import shlex
@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.mutants import mutant
-from tests.reliability.proof import Proof, Row, Work
+from tests.reliability.proof import PATIENT, Proof, Row, Work
 
 if TYPE_CHECKING:
     from tests.canary import Planted
 
-# on a busy machine; a mistake is not seen by waiting, and no proof of these rows can hang
-PATIENT = {"push": 300, "mutant": 900}
 FORMS = ("text", "codes", "text-paper")
 # patients that are simulated, the format, and the split of the planted one
 COHORTS = (
@@ -419,52 +417,6 @@ def _in_two_splits(work: Work) -> tuple[int, list[str]]:
     return count, bad
 
 
-def no_small_cell_shows(work: Work) -> Proof:
-    """Let 1 to 10 patients have an outcome, or have it not, and read what commands tell."""
-    from tests import canary
-    from tests.canary import TASKS
-    from tests.reliability.small import (
-        broken_labels,
-        told,
-        told_by,
-        write_predictions,
-        write_task,
-    )
-
-    bad, count = [], 0
-    few = [(n, rest) for n in range(1, 11) for rest in (False, True)]
-    bins = [(15, False)]  # of whom each bin of a curve has few
-    few = work.pick(push=few, mutant=few[4:6]) + bins
-    probed = work.pick(push=[few[0], few[-2]], recorded=few, mutant=[])
-    compared = work.pick(push=few[::4] + bins, recorded=few, mutant=few)
-    for number, rest in few:
-        root = work.folder / f"{number}-{rest}"
-        data = f"--data={write_task(root / 'meds', number, rest, work.seed + number)}"
-        (root / "tasks.toml").write_text(TASKS)
-        cases = [("tasks", [str(root / "tasks.toml"), data, f"--out={root / 'labels'}"], "labels")]
-        cases += [("tasks", ["--check=rare", data], "none")]
-        if (number, rest) in probed:
-            embedded = f"--embeddings={root / 'meds' / 'online.parquet'}"
-            words = [embedded, data, f"--out={root / 'probed'}", "--bootstraps=100"]
-            cases += [("probe", words, "probed")]
-        if (number, rest) in compared:
-            write_predictions(root, number, rest, work.seed)
-            words = [f"a={root / 'a.parquet'}", f"b={root / 'b.parquet'}", "--tasks=rare"]
-            words += [f"--out={root / 'compared'}", "--bootstraps=100"]
-            cases += [("compare", words, "compared")]
-        labels = root / "meds" / "labels" / "rare"
-        for name in () if rest or number > 10 else broken_labels(labels, number):
-            _, text = canary.ended("tasks", ["--check=rare", data])
-            bad += [f"{number} labels {name}: prints `{hit}`" for hit in told(text)]
-            count += 1
-        for command, words, out in cases:
-            text = canary.said(command, words)
-            own = told_by(text, root / out)
-            bad += [f"{command} of {number} patients{' less' * rest}: {hit}" for hit in own]
-            count += 1
-    return Proof(count, "outputs of commands", bad)
-
-
 ROWS: tuple[Row, ...] = (
     Row(
         id="P1",
@@ -574,44 +526,6 @@ ROWS: tuple[Row, ...] = (
                 "smbfast/data/source_index.py",
                 "        if not len(both):",
                 "        if len(both) <= 1:",
-            ),
-        ),
-    ),
-    Row(
-        id="P2",
-        property="a count of 1 to 10 people, or of all but so many, is in no output: console, JSON "
-        "or page",
-        bar={"push": 45, "recorded": 80},
-        prove=no_small_cell_shows,
-        limit=PATIENT,
-        mutants=(
-            mutant(
-                "raw-counts",
-                "records keep their small counts",
-                "smbfast/judging/small_cells.py",
-                "    if 0 < count <= small:",
-                "    if False:",
-            ),
-            mutant(
-                "rows-in-an-error",
-                "an error says how many rows of a patient are there twice",
-                "smbfast/data/labels.py",
-                "repeats an earlier one ({few(int(again_N.sum()))} rows in all)",
-                "repeats an earlier one ({int(again_N.sum())} rows in all)",
-            ),
-            mutant(
-                "rest-by-subtraction",
-                "what a count leaves of its whole is not looked at",
-                "smbfast/base/counts.py",
-                'return f"all but {FEW_TEXT}" if 0 < whole - count <= FEW < count else few(count)',
-                "return few(count)",
-            ),
-            mutant(
-                "bins-of-few",
-                "a bin of a calibration curve tells of one patient",
-                "smbfast/statistics/binary.py",
-                "any(0 < n <= _FEW for n in people)",
-                "any(n < 0 for n in people)",
             ),
         ),
     ),
