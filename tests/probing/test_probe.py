@@ -310,7 +310,7 @@ def test_an_oracle_must_score_every_row(world: dict) -> None:
     file = world["data"] / "oracles" / "sick" / "held_out.parquet"
     scores = pq.read_table(file)
     pq.write_table(scores.slice(3), file)
-    refused(world, "held_out.parquet", "3 of 80", final=True)
+    refused(world, "held_out.parquet", "<=10 of 80", final=True)
     wild = pa.array([SECRET] * len(scores))
     pq.write_table(scores.set_column(2, "bayes_filter", wild), file)
     refused(world, "held_out.parquet", "`bayes_filter`", "probabilities", final=True)
