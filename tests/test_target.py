@@ -461,6 +461,14 @@ def test_a_state_of_another_model_is_refused(form):
             TargetEncoder.of_state(other.encoder, spoiled)
 
 
+@pytest.mark.parametrize("numbers", [[1, 10**6, 0], [1, 0, 0], [0, 4, 0], [1, 4], 4, [1.5, 4, 0]])
+def test_a_tracked_average_of_settings_that_none_has_takes_no_memory(numbers):
+    target = low_rank(tiny_encoder(lora=True))
+    state = {**target.state(), "tracked.settings": torch.tensor(numbers)}
+    with pytest.raises(ValueError, match=r"objective\.tracked_|whole number"):
+        TargetEncoder.of_state(target.encoder, state)
+
+
 def test_memory_is_foretold():
     encoder = tiny_encoder(lora=True)
     for form in FORMS:

@@ -34,8 +34,8 @@ class _Names:
         self.array = names
         _, offsets, data = names.buffers()
         first = names.offset
-        whole = np.frombuffer(offsets, np.int64) if offsets else np.zeros(1, np.int64)
-        self._offset_C1 = whole[first : first + len(names) + 1]
+        num = len(names) + 1 if len(names) else 0  # of none there may be no buffer
+        self._offset_C1 = np.frombuffer(offsets or b"", np.int64, num, 8 * first if num else 0)
         self._data = memoryview(data) if data else memoryview(b"")
 
     def row(self, name: str) -> int:
@@ -220,10 +220,8 @@ def _text(file: Path, column: pa.ChunkedArray | pa.Array) -> pa.LargeStringArray
 
 def _mapped(file: Path, state: dict[bytes, bytes]) -> pa.Table | None:
     """Return the table of the index, or None where it is missing, damaged or of another state."""
-    table = map_arrow(file)
-    if table is None or table.schema.metadata != state or not table.schema.equals(_EMPTY.schema):
-        return None
-    return table
+    wanted = _EMPTY.schema.with_metadata(state)
+    return map_arrow(file, lambda schema: schema.equals(wanted, check_metadata=True))
 
 
 _EMPTY = pa.schema(

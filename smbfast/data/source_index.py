@@ -8,7 +8,7 @@ Legend: F files, S subjects of all files in their order.
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,6 @@ ROWS = 1 << 20  # subject ids decoded at once: 8 MiB
 _FORMAT = b"1"
 _SEAL = b"smbarrow"
 _SEALED = len(_SEAL) + hashlib.sha256().digest_size  # bytes behind an arrow file
-_WHOLE = 1 << 26  # bytes of an index up to which every offset and text is checked: our choice
 _THREADS = 8  # files hashed at once; hashing leaves the interpreter free
 _SCHEMA = pa.schema(
     [
@@ -214,8 +213,8 @@ class _Known:
 
 def _read(folder: Path | None) -> _Known:
     """Return the index of a folder; an empty one where it is missing, damaged or of old form."""
-    table = map_arrow(folder / FILE) if folder is not None else None
-    if table is None or table.schema != _SCHEMA or table.schema.metadata != _SCHEMA.metadata:
+    table = map_arrow(folder / FILE, _fits) if folder is not None else None
+    if table is None:
         return _nothing()
     columns = {n: one_array(table[n]) for n in table.column_names}
     subjects = columns["subjects"]
@@ -237,19 +236,30 @@ def _nothing() -> _Known:
     return _Known([], [], [], [], np.empty(0, np.int64), np.zeros(1, np.int64))
 
 
-def map_arrow(file: Path) -> pa.Table | None:
+def _fits(schema: pa.Schema) -> bool:
+    return schema.equals(_SCHEMA, check_metadata=True)
+
+
+def map_arrow(file: Path, fits: Callable[[pa.Schema], bool]) -> pa.Table | None:
     """Return the table of a file of `put_arrow`, mapped; None where it is missing or damaged.
 
-    All of it is read once, for Arrow may end the process over a file that does not fit its header.
-    Of a large one only the structure is looked at then.
+    All of it is read once, its texts and offsets twice, for Arrow may end the process over a file
+    that does not fit its header. Over one of other types than expected it does so while it checks
+    them, so that nothing is made of those.
+
+    Args:
+        fits: whether a schema is one that is expected; None is returned where it is not.
     """
     try:
         raw = pa.memory_map(os.fspath(file)).read_buffer()
         body, seal = raw.slice(0, max(raw.size - _SEALED, 0)), raw.slice(max(raw.size - _SEALED, 0))
         if bytes(seal) != _SEAL + hashlib.sha256(body).digest():
             return None
-        table = pa.ipc.open_file(pa.BufferReader(body)).read_all()
-        table.validate(full=table.nbytes <= _WHOLE)
+        reader = pa.ipc.open_file(pa.BufferReader(body))
+        if not fits(reader.schema):
+            return None
+        table = reader.read_all()
+        table.validate(full=True)
     except (OSError, pa.ArrowException, UnicodeDecodeError):
         return None
     return table
@@ -316,6 +326,11 @@ def row_of(file: Path, parquet: pq.ParquetFile, subject: int, *, second_run: boo
     """Return the first row of a subject, or the first of those that stand by themselves later."""
     ids = np.concatenate(list(id_batches(file, parquet)))
     rows = np.flatnonzero(ids == subject)
+    if not len(rows):
+        raise ValueError(
+            f"{file} must hold the subjects that its index, {FOLDER}/{FILE} beside what was "
+            "prepared, says; it does not: remove the index"
+        )
     gaps = np.flatnonzero(np.diff(rows) > 1)
     return int(rows[gaps[0] + 1] if second_run and len(gaps) else rows[0])
 

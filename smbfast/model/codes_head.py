@@ -49,6 +49,23 @@ class CodesHead(nn.Module):
         weight = prevalence.clamp_min(_RARE).rsqrt().float() if weighted else None
         self.register_buffer("weight_HK", weight, persistent=False)
 
+    @classmethod
+    def of_state(cls, state: dict[str, Tensor], width: int) -> "CodesHead":
+        """Return a head with saved parameters, whose shapes are compared before it is made.
+
+        Raises:
+            KeyError: a parameter is missing.
+            RuntimeError: shapes or names are not those of a head of this width.
+        """
+        shapes = [tuple(state[name].shape) for name in ("inner_HED", "class_KE", "bias_HK")]
+        horizons, classes = (*shapes[2], 0, 0)[:2]
+        inner = min(width, _INNER)
+        if shapes != [(horizons, inner, width), (classes, inner), (horizons, classes)]:
+            raise RuntimeError(f"tensors of {shapes} are no head of width {width}")
+        head = cls(width, torch.sigmoid(state["bias_HK"].double()).numpy())
+        head.load_state_dict(state)
+        return head
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that it computes in."""

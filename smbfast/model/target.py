@@ -146,13 +146,17 @@ class TargetEncoder:
         """Restore a target encoder from a checkpoint's tensors, in the form they were saved in.
 
         Raises:
-            ValueError: if names or shapes are not those of this encoder.
+            ValueError: if names or shapes are not those of this encoder, or a tracked average was
+                saved with settings that none can have.
         """
         settings = state.get("tracked.settings")
         if settings is None:
             target = cls(encoder, TargetForm("merged"))
         else:
-            target = cls(encoder, TargetForm("tracked", int(settings[0]), int(settings[1])))
+            numbers = settings.flatten().tolist()
+            if len(numbers) != 3 or not all(isinstance(n, int) for n in numbers):
+                raise ValueError("the rank of a tracked target must be a whole number; it is not")
+            target = cls(encoder, TargetForm("tracked", *numbers[:2]))
         target.load(state)
         return target
 

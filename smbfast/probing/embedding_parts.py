@@ -240,8 +240,8 @@ class PartFolder:
         return self.path / f"{number:06d}.arrow"
 
     def _read(self, number: int) -> pa.Table:
-        table = map_arrow(self._file(number))
-        if table is None or table.schema.metadata.get(b"of") != self._of.encode():
+        table = map_arrow(self._file(number), _is_part)
+        if table is None or table.schema.metadata[b"of"] != self._of.encode():
             self._file(number).unlink(missing_ok=True)
             what = "was damaged" if table is None else "is of another model or other nodes"
             raise ValueError(
@@ -249,6 +249,21 @@ class PartFolder:
                 "command makes it again"
             )
         return table
+
+
+def _is_part(schema: pa.Schema) -> bool:
+    """Return whether a file has the columns of `PartFolder.write`."""
+    kinds = {field.name: field.type for field in schema}
+    vectors = [kind for name, kind in kinds.items() if name != "node"]
+    return (
+        (schema.metadata or {}).keys() >= {b"counts", b"of"}
+        and len(kinds) == len(schema)
+        and kinds.get("node") == pa.int64()
+        and all(
+            pa.types.is_fixed_size_list(kind) and kind.value_type == pa.float32()
+            for kind in vectors
+        )
+    )
 
 
 @contextmanager

@@ -480,8 +480,9 @@ def restore_final(
     computes = getattr(torch, record.get("compute") or record["dtype"])  # older records lack it
     narrow = None if computes == dtype else computes
     try:
-        horizons = len(extra.get("predictor.horizon_HD", ()))
-        layers, head = record["predictor_layers"], _codes_head(_part(extra, "codes."))
+        width, layers = base.config.hidden_size, record["predictor_layers"]
+        codes, horizons = _part(extra, "codes."), _num_horizons(_part(extra, "predictor."), width)
+        head = CodesHead.of_state(codes, width) if codes else None
         encoder = PatientEncoder(lm, layers, narrow, num_horizons=horizons, codes=head).to(device)
         encoder.predictor.load_state_dict(_part(extra, "predictor."))
         with torch.no_grad():
@@ -502,14 +503,17 @@ def restore_final(
     return encoder, target, record
 
 
-def _codes_head(state: dict[str, Tensor]) -> CodesHead | None:
-    """Return the head of codes to come with the weights in `state`, None if that is empty."""
-    if not state:
-        return None
-    bias_HK = state["bias_HK"]
-    head = CodesHead(state["inner_HED"].shape[2], torch.sigmoid(bias_HK.double()).numpy())
-    head.load_state_dict(state)
-    return head
+def _num_horizons(predictor: dict[str, Tensor], width: int) -> int:
+    """Return the number of horizons of a predictor; 0 without horizon JEPA.
+
+    Raises:
+        RuntimeError: a tensor is of another width, so that more would be made of it than it holds.
+    """
+    embedding = predictor.get("horizon_HD", torch.empty(0, width))
+    weights = [tensor for name, tensor in predictor.items() if name.endswith(".weight")]
+    if embedding.shape[1:] != (width,) or any(w.shape != (width, width) for w in weights):
+        raise RuntimeError(f"a tensor of the predictor is not of width {width}")
+    return len(embedding)
 
 
 def _backbone(record: dict, folder: Path, moved: str | None) -> str:

@@ -276,7 +276,7 @@ def _write_index(run: Path, version: int) -> bool:
 def _read_index(run: Path) -> int:
     if not _index_of(run).exists():
         return 0
-    table = map_arrow(_index_of(run))
+    table = map_arrow(_index_of(run), lambda schema: schema.names == ["version"])
     if table is None or len(table) != 100 or len(set(table["version"].to_pylist())) != 1:
         raise ValueError("the index is damaged")
     return table["version"][0].as_py()

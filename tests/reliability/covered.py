@@ -34,6 +34,7 @@ OTHERS = {
     "run/checkpoint.py": (
         *("save", "save_final", "amend_final", "write_card", "leave_behind", "_free", "set_aside"),
         *("were_damaged", "export_merged", "_optimizer_state", "_refuse_non_finite", "_contiguous"),
+        *("taken", "write", "rotate", "_in_order"),
     ),
 }
 

@@ -17,7 +17,7 @@ from tests.reliability.fuzzing import edit_json as edit_text
 
 STEP = "checkpoints/step-000002"
 FOLDERS = {"checkpoint": STEP, "whole": "final", "lora": "lora"}
-SCENES = ("gone", "more", "moved", "all gone")
+SCENES = ("gone", "more", "moved", "all gone", "no older one", "untouched", "no target")
 ODD: list[tuple[list, Any]] = [
     (["backbone"], None),
     (["backbone"], "someorg/not-there"),
@@ -30,8 +30,10 @@ ODD: list[tuple[list, Any]] = [
     (["weights_digest"], "0" * 64),
     (["compute"], "bfloat16"),
     (["predictor_layers"], 10**9),
+    (["weights_digest"], None),
     (["vocabulary"], 10**9),
 ]
+HOW = ("gone", "renamed", "shape", "dtype", "nan", "empty", "scalar", "long", "huge")
 LIGHT = ("smbfast.json", "record.json", "manifest.json")
 
 
@@ -70,12 +72,12 @@ class Models:
         kind = dice.choice(["checkpoint"] * 5 + ["whole"] * 4 + ["lora"] * 3)
         names = list(self.files[kind])
         light = [n for n in names if n in LIGHT]
-        name = dice.choice(light * 12 + names)
+        name = dice.choice(light * 5 + names)
         case: Case = {"base": kind, "file": name, "seal": dice.random() < 0.75}
-        if dice.random() < 0.04:
+        if dice.random() < 0.08:
             name = dice.choice(names)
             return {**case, "file": name, "scene": dice.choice(SCENES), "edits": [], "seal": True}
-        if dice.random() < 0.06 and kind != "checkpoint":
+        if dice.random() < 0.08 and kind != "checkpoint":
             key, value = dice.choice(ODD)
             return {**case, "file": "smbfast.json", "json": [["put", key, value]], "seal": True}
         if name.endswith(".json") and dice.random() < 0.85:
@@ -95,7 +97,7 @@ class Models:
         header = json.loads(content[8 : 8 + size])
         if dice.random() < 0.5:  # a tensor that is not there, another, or one too many
             tensor = dice.choice(list(header))
-            how = dice.choice(["gone", "renamed", "shape", "dtype", "nan", "empty"])
+            how = dice.choice(HOW)
             return ["tensor", how, tensor]
         return ["header", 0, draw_json(dice, header)]
 
@@ -142,22 +144,60 @@ class Models:
             gone = [file for file in named if file.is_file()]
         if scene == "more":
             more.write_text("{}")
-        before = {file: file.read_bytes() for file in (*gone, folder / "manifest.json")}
+        saved = [folder / own for own in self.files[kind]] if kind == "checkpoint" else gone
+        before = {file: file.read_bytes() for file in (*saved, folder / "manifest.json")}
         for file in gone:
             file.unlink()
         if scene != "more" and kind != "checkpoint":
             sealed.reseal(folder)
         try:
             if kind == "checkpoint":
-                newest, _ = checkpoint.latest(self.folder)
-                if newest is None:
-                    raise Wrong("the older checkpoint is passed over too")
+                self._checkpoint_scene(scene, folder)
             else:
                 checkpoint.restore_final(folder, self.cpu, moved)
         finally:
             more.unlink(missing_ok=True)
             for file, content in before.items():
                 file.write_bytes(content)
+
+    def _checkpoint_scene(self, scene: str, folder: Path) -> None:
+        """Read a checkpoint whose files agree with each other and are not those of this run."""
+        from safetensors.torch import load, save
+
+        from smbfast.run import checkpoint
+
+        if scene == "no older one":
+            older = folder.with_name("step-000001") / "record.json"
+            before, newer = older.read_bytes(), folder / "record.json"
+            older.write_bytes(b"{}")
+            newer.write_bytes(b"{}")
+            try:
+                if checkpoint.latest(self.folder)[0] is not None:
+                    raise Wrong("a checkpoint is read that is damaged")
+            finally:
+                older.write_bytes(before)
+                newer.write_bytes(self.files["checkpoint"]["record.json"])
+            return
+        if scene in ("untouched", "no target"):
+            record = json.loads((folder / "record.json").read_text())
+            tensors = load((folder / "state.safetensors").read_bytes())
+            gone = ("target.",)
+            if scene == "no target":
+                record["target_updates"] = None
+            else:  # a parameter that no step has moved has no moments
+                name = sorted(record["optimizer_steps"])[0]
+                del record["optimizer_steps"][name]
+                gone = (f"exp_avg.{name}", f"exp_avg_sq.{name}")
+            kept = {n: t for n, t in tensors.items() if not n.startswith(gone)}
+            (folder / "record.json").write_text(json.dumps(record))
+            (folder / "state.safetensors").write_bytes(save(kept))
+            sealed.reseal(folder)
+        newest, _ = checkpoint.latest(self.folder)
+        if newest is None:
+            raise Wrong("the older checkpoint is passed over too")
+        target = checkpoint.load(newest, self.encoder, self.optimizer)
+        if (target is None) != (scene == "no target"):
+            raise Wrong("a target encoder is made that was not saved, or is not")
 
     def _checkpoint(self, case: Case, content: bytes) -> None:
         from smbfast.run import checkpoint
@@ -175,12 +215,12 @@ class Models:
     def _final(self, case: Case, folder: Path, content: bytes) -> None:
         from smbfast.run.checkpoint import restore_final, verified_final
 
-        record = verified_final(folder)
+        verified_final(folder)
         same = content == self.files[case["base"]][case["file"]]
         if not same and not case["seal"] and case["file"] != "manifest.json":
             raise Wrong("a model is read that was not written")
-        if case["file"] == "manifest.json" or record.get("backbone") not in (None, str(self.base)):
-            return  # nothing of it is another, or a case of `hub_names`
+        if case["file"] == "manifest.json":
+            return  # nothing of it is another
         restore_final(folder, self.cpu)
 
     def _content(self, case: Case) -> bytes:
@@ -221,6 +261,9 @@ def _with_tensors(content: bytes, kind: str, how: Any, what: Any) -> bytes:
         "dtype": lambda t: {what: t.char()},
         "nan": lambda t: {what: t * float("nan")},
         "empty": lambda t: {what: t.flatten()[:0].clone()},
+        "scalar": lambda t: {what: t.flatten()[:1].sum()},
+        "long": lambda t: {what: t.new_zeros(10**8, 0)},  # of no bytes
+        "huge": lambda t: {what: t.double() + 1e300 if t.is_floating_point() else t + 2**40},
         "gone": lambda t: {},
     }[how](tensor)
     return save(tensors | made)

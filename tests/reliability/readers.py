@@ -1,30 +1,27 @@
-"""The five readers that are fuzzed: settings, events, labels, shards and indices, models.
+"""Three of the five readers that are fuzzed: settings, events and labels.
 
-A case of bytes is read from a file that lies where the real one does, in a folder made by
-`tests.reliability.sealed`. What is sealed by a checksum is read twice over: as it is, when nothing
-but what was written may be read, and sealed again, when it may be refused and must not break.
+A case of bytes is read from a file that lies where the real one does. The other two read what is
+sealed: `shard_reader` and `model_reader`.
 """
 
 import json
+import os
 import random
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.reliability import sealed
 from tests.reliability.fuzzing import (
     Case,
     Wrong,
     changed,
     draw_bytes,
-    draw_json,
     edit_bytes,
-    edit_json,
 )
 
 WORDS = ["x", "0", "-1", "1e400", "nan", "inf", "true", "none", "", "[", "[[1,2],[3]]", "{}", "a,b"]
+WORDS += ["jepa", "1,jepa", "[1]"]
 WORDS += ["'", '"""', "2020-01-01", "0x10", "1_000", "9" * 400, "é", "\0", "[" * 3000, "=", "../x"]
 PRESETS = ("tiny", "default", "lora", "sft", "nothing")
 
@@ -51,6 +48,7 @@ class Config:
         self.models = {m.__name__: m for m in (*commands, TasksSettings, ObjectiveSettings)}
         self.keys = known_keys(TrainSettings)
         self.keys += [f"phases.{row}.{key}" for row in ("0", "1", "jepa") for key in PHASE_KEYS]
+        self.keys += ["phases"] * 5
         root = Path(__import__("smbfast").__file__).parent / "configs"
         self.texts = {name: (root / f"{name}.toml").read_text() for name in presets()}
         self.file = folder / "run.toml"
@@ -67,6 +65,10 @@ class Config:
         if kind < 0.6:
             return {"preset": dice.choice(PRESETS), "words": words}
         edits = [self._line(dice) for _ in range(dice.randint(1, 3))]
+        if dice.random() < 0.05:  # what should be a table is none, and a word reaches into it
+            key = dice.choice([key for key in self.keys if "." in key])
+            edits = [["only", 0, dice.choice(WORDS), key]]
+            words = [f"--{key}={dice.choice(WORDS)}", *words]
         return {"toml": dice.choice(list(self.texts)), "edits": edits, "words": words}
 
     def more(self, case: Case, dice: random.Random) -> Case:
@@ -121,9 +123,12 @@ PHASE_KEYS = ("steps", "lr", "w_sft", "w_jepa", "warmup", "epochs", "name", "not
 
 
 def edit_lines(text: str, edits: list[list]) -> str:
-    """Return TOML with other values, without or with a line twice, or with a new table."""
+    """Return TOML with other values, without or with a line twice, a new table, or one value."""
     lines = text.splitlines()
     for kind, at, word, key in edits:
+        if kind == "only":
+            lines = [f"{key.partition('.')[0]} = {word}"]
+            continue
         at = at % max(len(lines), 1)
         if not lines or kind == "text":
             lines.insert(at, word)
@@ -213,7 +218,7 @@ class Tables:
 
 KINDS = ["cast", "cast", "null", "value", "value", "drop", "twice", "rename", "swap", "none"]
 KINDS += ["copy"]
-NUMBERS = [0, -1, 1, 1 << 31, (1 << 63) - 1, -(1 << 63), (1 << 62) + 1, 10**15]
+NUMBERS = [True, True, False, 0, -1, 1, 1 << 31, (1 << 63) - 1, -(1 << 63), (1 << 62) + 1, 10**15]
 TEXTS = ["", "\0", "é", "//", "LAB//", "\ud800", "x" * 5000, "MEDS_BIRTH", "<script>", "\x1b[2J"]
 
 
@@ -279,6 +284,7 @@ class Events(Tables):
     name = "events"
 
     def __init__(self, folder: Path) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         from tests.factory import subject_rows, table_of, write_codes, write_table
@@ -290,7 +296,8 @@ class Events(Tables):
         rows.append((CANARY_SUBJECT + 1, rows[-1][1], f"LAB//{CANARY}", 1.5, CANARY))
         self.base = table_of(rows)
         write_codes(self.folder, {"LAB//glucose": "Glucose", f"LAB//{CANARY}": CANARY})
-        self.said = pq.read_table(self.codes)
+        said = pq.read_table(self.codes)
+        self.said = pa.concat_tables([said, said.slice(0, 1)])  # a code may be there again
         self.bytes = {"codes": self.codes.read_bytes()}
         for name, options in {
             "sums": {"write_page_checksum": True, "compression": "none"},
@@ -317,7 +324,8 @@ class Events(Tables):
         with self._scene(case.get("scene", "")):
             self._events(case.get("scene", ""))
 
-    SCENES = ("train", "folder", "pointer", "flat", "no codes", "some", "nobody")
+    SCENES = ("train", "folder", "pointer", "flat", "no codes", "some", "nobody", "untrained")
+    SCENES += ("no data", "pipe", "alike", "in memory", "bare")
 
     @contextmanager
     def _scene(self, scene: str) -> Iterator[None]:
@@ -332,13 +340,27 @@ class Events(Tables):
             self.file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
         elif scene == "no codes":
             self.codes.rename(aside)
-        elif scene == "flat":
-            table = {"subject_id": [3, 4], "split": ["train", "tuning"]}
+        elif scene == "pipe":
+            self.file.unlink()
+            os.mkfifo(self.file)
+        elif scene == "alike":  # far more rows than bytes
+            write_table(self.file, _table({"subject_id": _same(1 << 21)}))
+        elif scene == "bare":
+            write_table(self.file, self.base.select(["subject_id", "time", "code"]))
+        elif scene == "no data":
+            self.file.parent.rename(self.folder / "elsewhere")
+        elif scene in ("flat", "untrained"):
+            splits = ["train" if scene == "flat" else "held_out", "tuning"]
+            table = {"subject_id": [3, 4], "split": splits}
             write_table(self.codes.with_name("subject_splits.parquet"), _table(table))
         try:
             yield
         finally:
             self.codes.with_name("subject_splits.parquet").unlink(missing_ok=True)
+            if scene == "no data":
+                (self.folder / "elsewhere").rename(self.file.parent)
+            if scene == "pipe":
+                self.file.unlink()
             if scene == "folder":
                 self.file.rmdir()
             if aside.exists():
@@ -349,7 +371,11 @@ class Events(Tables):
 
         from smbfast.data.meds import STATIC, MedsDataset
 
-        dataset = MedsDataset.open(self.folder, need_train=scene == "train")
+        if scene == "in memory":
+            dataset = MedsDataset.of_table(self.base, self.said)
+        else:
+            train = scene in ("train", "untrained", "no data")
+            dataset = MedsDataset.open(self.folder, need_train=train)
         said = {code: dataset.descriptions.get(code) for code in dataset.descriptions}
         said |= {code: str(dataset.parents.get(code)) for code in dataset.parents}
         events: list[tuple] = [tuple(said.items())]
@@ -377,10 +403,16 @@ class Events(Tables):
         return events
 
 
-def _table(columns: dict[str, list]) -> Any:
+def _table(columns: dict[str, Any]) -> Any:
     import pyarrow as pa
 
     return pa.table(columns)
+
+
+def _same(num: int) -> Any:
+    import numpy as np
+
+    return np.zeros(num, np.int64)
 
 
 class Labels(Tables):
@@ -441,7 +473,7 @@ class Labels(Tables):
             table = self.bases[case["base"]]
             other = self.folder / "held_out.parquet"
             try:
-                _write(table if scene == "two splits" else _doubled(table), other)
+                _write(_later(table) if scene == "two splits" else _doubled(table), other)
                 labels = read_labels(self.folder, values=True)
             finally:
                 other.unlink()
@@ -464,164 +496,18 @@ def _write(table: Any, file: Path) -> None:
     pq.write_table(table, file)
 
 
+def _later(table: Any) -> Any:
+    """Return the same labels at other times, which repeat none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    at = table.column_names.index("prediction_time")
+    return table.set_column(
+        at, "prediction_time", pc.add(table[at], pa.scalar(1, pa.duration("us")))
+    )
+
+
 def _doubled(table: Any) -> Any:
     import pyarrow as pa
 
     return pa.concat_tables([table.slice(0, 1), table.slice(0, 1)])
-
-
-class Shards:
-    """Token shards, and the indices and records beside them."""
-
-    name = "shards"
-    OWN = ("train/0.shard", "tuning/0.shard")
-    RECORDS = ("prepare.json", "verified.json", "classes.json", "tokenizer/codes.json")
-    INDICES = ("source/files.arrow", "source/codes.arrow", "windows")
-
-    def __init__(self, folder: Path, made: sealed.Sealed) -> None:
-        import shutil
-
-        from smbfast.settings import load
-
-        self.data, self.made = made.data, made
-        self.folder = shutil.copytree(made.prepared, folder / "prepared")
-        self.objective = load("tiny", []).objective
-        self.windows = self._windows()  # whose name has a digest in it
-        names = [*self.OWN, *self.RECORDS, *self.INDICES]
-        self.bytes = {name: self._file(name).read_bytes() for name in names}
-        self.good = {name: self._timelines(name) for name in self.OWN}
-        self.fine = self._opened()
-        self.last: list[str] = []
-
-    def _file(self, name: str) -> Path:
-        return self.folder / (self.windows if name == "windows" else name)
-
-    def _windows(self) -> str:
-        from smbfast.data.prepared import Prepared
-
-        Prepared.open(self.folder).windows("train", 128, self.objective)
-        file = next((self.folder / "windows").rglob("*.windows"))
-        return str(file.relative_to(self.folder))
-
-    def draw(self, dice: random.Random) -> Case:
-        name = dice.choice([*self.OWN * 16, *self.RECORDS * 2, *self.INDICES])
-        case: Case = {"base": name, "seal": dice.random() < 0.6}
-        if name in self.RECORDS:
-            content = json.loads(self.bytes[name])
-            case["json"] = [draw_json(dice, content) for _ in range(dice.randint(1, 2))]
-            return case
-        case["edits"] = [self._edit(dice, name) for _ in range(dice.randint(1, 3))]
-        return case
-
-    def _edit(self, dice: random.Random, name: str) -> list:
-        content = self.bytes[name]
-        if name in self.RECORDS or name.endswith(".arrow") or dice.random() < 0.3:
-            return draw_bytes(dice, len(content))
-        (size,) = struct.unpack("<Q", content[8:16])
-        header = json.loads(content[sealed.PREFIX : sealed.PREFIX + size])
-        if dice.random() < 0.4:
-            return ["header", 0, draw_json(dice, header)]
-        if dice.random() < 0.1:  # an array that is shorter, as the header says
-            array = dice.choice(list(header["arrays"]))
-            num = header["arrays"][array][2]
-            return ["header", 0, ["put", ["arrays", array, 2], max(num - dice.choice([1, 8]), 0)]]
-        array = dice.choice(list(header["arrays"]))
-        dtype, first, num = header["arrays"][array]
-        width = int(dtype[-1])
-        at = sealed.PREFIX + size + first + width * dice.randrange(max(num, 1))
-        return ["int", at, dice.choice([0, 1, 3, 255, 10**6, (1 << 63) - 1, (1 << 64) - 1])]
-
-    def more(self, case: Case, dice: random.Random) -> Case:
-        if "json" in case:
-            new = draw_json(dice, json.loads(self.bytes[case["base"]]))
-            return {**case, "json": changed(case["json"], new, dice)}
-        new = self._edit(dice, case["base"])
-        return {**case, "edits": changed(case["edits"], new, dice), "seal": dice.random() < 0.8}
-
-    def read(self, case: Case) -> None:
-        name = case["base"]
-        for before in self.last:
-            self._file(before).write_bytes(self.bytes[before])
-        self.last = [name, "verified.json", "windows"]
-        content = self._content(case)
-        if case["seal"] and name in (*self.OWN, "windows"):
-            content = sealed.seal_arrays(content)
-        self._file(name).write_bytes(content)
-        whole = case["seal"]
-        if name in self.OWN:
-            sha = content[16:48].hex() if whole else self.bytes[name][16:48].hex()
-            self._shard(name, sha, whole)
-        elif name.startswith("source"):
-            from smbfast.data.meds import MedsDataset
-
-            dataset = MedsDataset.open(self.data, index=self.folder / "source")
-            dataset.digest(("train",))
-            for code in dataset.descriptions:
-                dataset.parents.get(code)
-        elif self._opened() != self.fine and not (whole or name in self.RECORDS):
-            raise Wrong("windows that were not written are read")
-
-    def _content(self, case: Case) -> bytes:
-        content = self.bytes[case["base"]]
-        if "json" in case:
-            made = edit_json(content.decode(), case["json"])
-            if case["base"].endswith("codes.json") and case["seal"]:
-                made = _with_digest(made)
-            return made.encode("utf-8", "surrogatepass")
-        for edit in case["edits"]:
-            if edit[0] == "header":
-                try:
-                    content = sealed.with_header(content, lambda h, e=edit[2]: edit_json(h, [e]))
-                except (ValueError, struct.error, RecursionError):
-                    continue
-            else:
-                content = edit_bytes(content, [edit])
-        return content
-
-    def _shard(self, name: str, sha256: str, whole: bool) -> None:
-        from smbfast.data.verified import verify_files
-
-        verify_files(self.folder, {name: sha256}, [self.folder], every=True)
-        read = self._timelines(name)
-        if not whole and read != self.good[name]:
-            raise Wrong("a shard is read that was not written")
-
-    def _timelines(self, name: str) -> list:
-        from smbfast.data.shards import FIELDS, Shard
-
-        shard = Shard(self.folder / name)
-        about = [shard.subjects().tolist(), shard.codes(), shard.subjects_of_codes().tolist()]
-        about += [shard.index["tokens"], len(shard)]
-        for block in shard.blocks():
-            about.append([len(block[i]) for i in range(len(block.about_S5))])
-            about.append(block.num_S3.tolist())
-        for timeline in shard:
-            about.append([getattr(timeline, field).tolist() for field in FIELDS])
-            about.append([timeline.subject, timeline.birth, timeline.header, timeline.last])
-        return about
-
-    def _opened(self) -> list:
-        from smbfast.data.prepared import Prepared
-
-        prepared = Prepared.open(self.folder)
-        windows = prepared.windows("train", 128, self.objective)
-        classes = prepared.classes()
-        shown = [prepared.size_text, prepared.left_out(), prepared.new_tokens, prepared.preamble]
-        return [
-            *map(str, shown),
-            classes.num_classes,
-            len(windows),
-            [windows[i].ids_T.tolist() for i in range(len(windows))],
-        ]
-
-
-def _with_digest(text: str) -> str:
-    """Return the file of a vocabulary with the digest of what it says."""
-    from smbfast.base.files import digest_of
-
-    try:
-        record = json.loads(text)
-        record["digest"] = digest_of(record["vocabulary"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return text
-    return json.dumps(record)

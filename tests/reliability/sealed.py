@@ -59,9 +59,11 @@ class Sealed:
 
 def make(root: Path) -> Sealed:
     """Make all of them."""
+    import numpy as np
     import torch
     from peft import get_peft_model
 
+    from smbfast.base.digests import weights_digest
     from smbfast.data.preparing import prepare
     from smbfast.model.backbone import PatientEncoder, load_lm, lora_config, make_encoder
     from smbfast.model.target import TargetEncoder, TargetForm
@@ -77,7 +79,8 @@ def make(root: Path) -> Sealed:
     settings = load("tiny", [*WORDS, f"--data.path={made.data}", f"--run.dir={made.run}"])
     data = settings.data.model_copy(update={"format": "codes", "workers": 1})
     prepared = prepare(data, made.prepared, None, ("train", "tuning"))
-    encoder = make_encoder(settings, prepared.tokenizer, torch.device("cpu"))
+    heads: dict[str, Any] = {"num_horizons": 2, "prevalence_HK": np.full((2, 5), 0.1)}
+    encoder = make_encoder(settings, prepared.tokenizer, torch.device("cpu"), **heads)
     target = TargetEncoder(encoder, TargetForm("merged"))
     updater = Updater(make_optimizer(encoder, settings.optim), clip=1.0)
     record = _record(prepared)
@@ -95,6 +98,7 @@ def make(root: Path) -> Sealed:
     adapted = PatientEncoder(get_peft_model(lm, lora_config(lm, LoraSettings(r=2), [1, 2])), 2)
     tracked = TargetEncoder(adapted, TargetForm("tracked", 4, 1))
     lora = {**record, "trains": "lora", "backbone": str(made.base.resolve())}
+    lora["weights_digest"] = weights_digest(made.base)
     _final(made.lora, adapted, tracked, lora, *files)
     return made
 
@@ -144,6 +148,14 @@ def edit(file: Path, change: Callable[[dict], object]) -> None:
 def seal_arrays(content: bytes) -> bytes:
     """Return the bytes of an array file with the SHA-256 of what follows it."""
     return content[: PREFIX - 32] + hashlib.sha256(content[PREFIX:]).digest() + content[PREFIX:]
+
+
+def seal_arrow(content: bytes) -> bytes:
+    """Return the bytes of an arrow file, less their seal, with one that is right."""
+    from smbfast.data.source_index import _SEAL, _SEALED
+
+    body = content[: max(len(content) - _SEALED, 0)]
+    return body + _SEAL + hashlib.sha256(body).digest()
 
 
 def with_header(content: bytes, change: Callable[[str], str]) -> bytes:

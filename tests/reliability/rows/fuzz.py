@@ -51,13 +51,13 @@ def _memory(work: Work) -> Any:
 
 def reader_of(name: str, folder: Path) -> Any:
     """Return a reader of this name, whose files lie in a folder."""
-    from tests.reliability import model_reader, readers, sealed
+    from tests.reliability import model_reader, readers, sealed, shard_reader
 
     made: dict[str, Callable[[], Any]] = {
         "config": lambda: readers.Config(folder),
         "labels": lambda: readers.Labels(folder),
         "events": lambda: readers.Events(folder),
-        "shards": lambda: readers.Shards(folder, sealed.make(folder / "of_shards")),
+        "shards": lambda: shard_reader.Shards(folder, sealed.make(folder / "of_shards")),
         "models": lambda: model_reader.Models(folder, sealed.make(folder / "of_models")),
     }
     return made[name]()
