@@ -19,8 +19,8 @@ def prove(work: Work) -> Proof:
 
     total = work.pick(push=20_000, nightly=100_000, recorded=500_000, mutant=1_500)
     shares = SHARES
-    if work.size == "mutant":  # the mistakes are in what reads shards
-        shares = {"shards": 1.0}
+    if work.size == "mutant":  # the mistakes are in what reads shards and models
+        shares = {"shards": 0.9, "models": 0.1}
     counts, bad, new, slowest = {}, [], 0, 0.0
     with ExitStack() as stack:
         folder = Path(stack.enter_context(_memory(work)))
@@ -100,6 +100,13 @@ FUZZ = Row(
             "smbfast/data/array_file.py",
             "if min(at, num) < 0 or not _NUMBER.fullmatch(dtype):",
             "if not _NUMBER.fullmatch(dtype):",
+        ),
+        mutant(
+            "width-of-horizons-off",
+            "as many horizons are made as the shape of a tensor without bytes claims",
+            "smbfast/run/checkpoint.py",
+            "if embedding.shape[1:] != (width,) or any(",
+            "if any(",
         ),
     ),
     {"push": 240, "recorded": 12 * 3600},
