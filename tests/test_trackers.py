@@ -176,7 +176,7 @@ def test_trackers_that_hang_are_waited_for_together(
     for tracker in both:
         tracker._thread.join(60)
     assert capsys.readouterr().err.count("has not written all within") == 2
-    assert len(waited) == 2 and sum(waited) < 2 * 0.2
+    assert len(waited) == 2 and waited[1] <= waited[0] / 2  # what the first has left of it
 
 
 def test_a_tracker_without_a_thread_is_left(
