@@ -49,9 +49,11 @@ def test_what_was_wrong_once_is_brought_back_by_mistakes_that_are_there() -> Non
         names = re.findall(r"`([^`]+)`", by)
         assert names, happened
         for name in names:
-            those = {m.name for m in (*DEFECTS, *MUTANTS) if fnmatchcase(m.name, name)}
+            those = [m for m in (*DEFECTS, *MUTANTS) if fnmatchcase(m.name, name)]
             assert those, name
-            brought_back |= those
+            brought_back |= {mutant.name for mutant in those}
+            caught_by = {test.partition("[")[0] for mutant in those for test in mutant.tests}
+            assert all(f"`{test}`" in held for test in caught_by), (name, caught_by)
         for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", held):
             assert f"\ndef {test}(" in (ROOT / file).read_text(), test
     assert len(rows) > 20 and defects <= brought_back, defects - brought_back
