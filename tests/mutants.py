@@ -1793,6 +1793,22 @@ DEFECTS = [
         "tests/test_target.py::test_a_first_step_that_is_not_finite_gives_horizons_no_scale",
     ),
     mutant(
+        "defect-index-of-other-subjects",
+        "a subject that only a damaged index has is looked for in its file, with a traceback",
+        "smbfast/data/source_index.py",
+        "    if not len(rows):",
+        "    if False:",
+        "tests/test_fuzzed.py::test_what_once_broke_a_reader_is_refused",
+    ),
+    mutant(
+        "defect-columns-of-a-tracked-average",
+        "a tracked average takes as many columns as its settings say",
+        "smbfast/model/averages.py",
+        "if not 1 <= every <= most or rank < 1:",
+        "if rank < 1:",
+        "tests/test_target.py::test_a_tracked_average_of_settings_that_none_has_takes_no_memory",
+    ),
+    mutant(
         "defect-sealed-deep-header",
         "a shard whose header is brackets without end is a traceback",
         "smbfast/data/array_file.py",
