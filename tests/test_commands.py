@@ -13,7 +13,7 @@ import pytest
 
 from smbfast import commands
 from smbfast.base.entry import SIGNALS, RunFailed, entry
-from smbfast.base.progress import Progress
+from smbfast.base.progress import AHEAD, Progress, time_left
 from tests.test_floors import FLOORS
 
 COMMANDS = ["prepare", "simulate", "embed", "probe", "report", "tasks", "compare", "push"]
@@ -244,6 +244,13 @@ def test_a_bug_keeps_its_traceback_and_an_exit_its_status():
     with pytest.raises(SystemExit) as stop, entry("smbfast.name", on_end=states.append):
         raise SystemExit(75)
     assert stop.value.code == 75 and states == ["failed"]
+
+
+def test_a_command_that_fails_leaves_no_time_ahead_to_the_next():
+    with pytest.raises(SystemExit), entry("smbfast.name"):
+        AHEAD.expect({"probes": 9.0}, before="the first step")
+        raise ValueError("so it is")
+    assert time_left(3.0) == "3 s left"
 
 
 def test_progress_says_how_much_how_fast_and_how_long(monkeypatch, capsys):

@@ -64,9 +64,8 @@ def entry(
             `KeyboardInterrupt`, and for a full disk in the words of any library.
     """
     on_end = on_end or _nothing
-    AHEAD.expect({})
     module, prog = prog, prog_as_typed(prog)
-    with _modes(private), _signals(module, status) as signals:
+    with AHEAD, _modes(private), _signals(module, status) as signals:
         try:
             yield signals
             signals.end()  # here, where one that came just before is still answered

@@ -7,11 +7,20 @@ SECONDS = 5.0  # between two lines
 
 
 class Ahead:
-    """What a command has before it behind the stage that it is in: predicted seconds by stage."""
+    """What a command has before it behind the stage that it is in: predicted seconds by stage.
+
+    As a context it is that of one command, which neither finds nor leaves anything.
+    """
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
         self.before = ""
+
+    def __enter__(self) -> None:
+        self.expect({})
+
+    def __exit__(self, *_error: object) -> None:
+        self.expect({})
 
     def expect(self, seconds: dict[str, float], before: str = "") -> None:
         """Take the stages to come, in order, in place of all that were known.
