@@ -16,11 +16,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+from tests import left_behind
+
 if not torch.cuda.is_available():
     # before any kernel is decorated: Triton's interpreter proves their logic on a CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 NUM_THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing() -> Iterator[None]:
+    """No test depends on what another has left behind."""
+    before = left_behind.state()
+    yield
+    left = left_behind.left_since(before)
+    assert not left, f"the test has left {left}"
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import re
+import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory, few_trees: None) -> dict[str,
         yield made
 
 
+@pytest.fixture
+def run_as_it_was(runs: dict) -> Iterator[None]:
+    """Put the run back where a test has judged or broken it: each finds it as it was made."""
+    run, aside = runs["root"] / "run", runs["root"] / "aside"
+    shutil.copytree(run, aside)
+    yield
+    shutil.rmtree(run)
+    aside.rename(run)
+
+
 def test_inverted_outcomes_of_held_out_patients_change_nothing(runs: dict) -> None:
     before, after = (re.sub(" +", " ", CLOCK.sub("", text)) for text in runs["said"])
     assert before == after and "judged on" in before
@@ -100,6 +112,7 @@ def test_held_out_patients_are_not_embedded(runs: dict) -> None:
         assert set(table["split"].to_pylist()) == {"train", "tuning"}
 
 
+@pytest.mark.usefixtures("run_as_it_was")
 def test_a_finished_run_is_judged_by_the_same_command_and_that_is_counted(runs: dict) -> None:
     run, root = runs["root"] / "run", runs["root"]
     weights = {f: f.read_bytes() for f in run.rglob("*.safetensors")}
@@ -126,9 +139,10 @@ def test_a_finished_run_is_judged_by_the_same_command_and_that_is_counted(runs: 
     assert json.loads((run / "status.json").read_text())["state"] == "done"
 
 
+@pytest.mark.usefixtures("run_as_it_was")
 def test_final_needs_tasks_and_the_last_checkpoint(runs: dict) -> None:
     newest = runs["root"] / "run" / "checkpoints" / "step-000002"
-    checkpoints = newest.parent.rename(runs["root"] / "aside")
+    checkpoints = newest.parent.rename(runs["root"] / "elsewhere")
     with pytest.raises(SystemExit, match=r"last step, 2, .* smbfast\.embed"):
         entry.main([*words(runs["root"]), "--final"])
     checkpoints.rename(newest.parent)

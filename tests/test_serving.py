@@ -48,7 +48,7 @@ PLAIN = rounding(2 * 7 * 24)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory, no_report: None) -> Path:
-    """`base`, a backbone; `run`, a LoRA run on it that named it by a relative path."""
+    """`base`, a backbone; `run`, a LoRA run that named it by a relative path; `new` patients."""
     home = tmp_path_factory.mktemp("home")
     tokenizer = train_tokenizer([f"word{i} value {i}.5, glucose\n" for i in range(60)], 400)
     tokenizer.save_pretrained(home / "base")
@@ -60,6 +60,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, no_report: None) -> Path:
         short = ["--phases.0.steps=1", "--phases.1.steps=1", "--optim.micro_tokens=512"]
         paths = [f"--data.path={data}", f"--run.dir={home / 'run'}", "--model.path=base"]
         train.main(["tiny", *paths, *short, "--lora.r=4", "--objective.self_check=false"])
+    write_new(home / "new" / "data" / "0.parquet")
     return home
 
 
@@ -78,7 +79,6 @@ def command(home: Path, tmp_path: Path) -> Callable[..., pa.Table]:
         embed.main([*argv, f"--out={tmp_path / 'e.parquet'}"])
         return pq.read_table(tmp_path / "e.parquet")
 
-    write_new(home / "new" / "data" / "0.parquet")
     return run
 
 

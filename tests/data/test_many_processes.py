@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -177,9 +178,10 @@ def test_bad_data_end_all_of_them_and_leave_nothing(data: Path, tmp_path: Path) 
 
 
 def test_a_dask_cluster_makes_what_one_process_makes(
-    data: Path, alone: dict, tmp_path: Path
+    data: Path, alone: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its workers are threads here, which must not share a serializer."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which a worker adds its folder
     distributed = pytest.importorskip("distributed", reason="the extra dask is not installed")
     threads = {"n_workers": 2, "threads_per_worker": 2, "processes": False}
     with distributed.LocalCluster(**threads, protocol="tcp", dashboard_address=None) as cluster:
