@@ -154,7 +154,7 @@ def _flips_of_ranks(work: Work, count: int, seed: int) -> list[str]:
 
     imported()
     arguments = {"count": count, "seed": seed}
-    ended = rank_server._run_case(2, f"{__name__}:ranks_flip", 300.0, arguments)
+    ended = rank_server._run_case(2, f"{__name__}:ranks_flip", 900.0, arguments)
     return [text for rank in ended for text in (rank.value or [])] + [
         f"two ranks: {rank.error[-300:]}" for rank in ended if rank.error
     ]
@@ -195,7 +195,7 @@ def _flip_in_a_run(work: Work, number: int) -> list[str]:
     kind = ("weights", "exp_avg", "exp_avg_sq", "step")[number % 4]
     arguments = {"words": [*words, f"--run.dir={run}"], "on": number % 2, "kind": kind}
     ended = rank_server._run_case(
-        2, f"{__name__}:run_with_flip", 120.0, {**arguments, "step": 2 + number % 3}
+        2, f"{__name__}:run_with_flip", 900.0, {**arguments, "step": 2 + number % 3}
     )
     name = f"a run, {kind} of rank {number % 2}"
     if not all("no longer those of rank 0" in " ".join(e.value or []) for e in ended):

@@ -25,7 +25,8 @@ from tests.mutants import ROOT
 from tests.ports import free_port
 
 PREEMPTED = 75
-ENDS = 90.0  # seconds in which a job must be gone; a launcher gives its ranks 30 of them
+ENDS = 90.0  # seconds from a death to the end of a job; a launcher gives its ranks 30 of them
+LASTS = 900.0  # seconds until a job in which nobody died counts as hung, at any load
 # where a rank can be: module and name of a function that it calls there, or of a method
 MOMENTS = {
     "start-up": ("smbfast.run.ranks", "_require_launch"),
@@ -145,7 +146,8 @@ def run_job(
             if death and death.what == "pause" and died and time.monotonic() - died > death.slow:
                 with suppress(ProcessLookupError):
                     os.kill(next(p for p, r in pids.items() if r == death.rank), signal.SIGCONT)
-            if time.monotonic() - (began if died is None else died) > ENDS:
+            spent = time.monotonic() - (began if died is None else died)
+            if spent > (LASTS if died is None else ENDS):
                 left = [r for p, r in pids.items() if r not in codes]
                 for p, r in pids.items():
                     if r in left:

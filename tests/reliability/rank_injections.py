@@ -43,7 +43,7 @@ class Pairs:
 
         run = self.folder / name
         words = [*WORDS, *self.data, *more, f"--run.dir={run}"]
-        ended = jobs.run_job(2, words, self.folder / f"{name}-log", grace=4.0, work=work)
+        ended = jobs.run_job(2, words, self.folder / f"{name}-log", grace=60.0, work=work)
         codes = [ended.codes[rank] for rank in sorted(ended.codes)]
         return Ran(run, codes[0], "", ended.said[0]), codes
 

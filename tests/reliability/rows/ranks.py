@@ -290,7 +290,7 @@ def changes(work: Work) -> Proof:
 
     def given(world: int, words: list[str], **more: Any) -> list[Any]:
         arguments = {"words": words, **more}
-        outcomes = rank_server._run_case(world, trained, 300.0, arguments)
+        outcomes = rank_server._run_case(world, trained, 900.0, arguments)
         if errors := [o.error for o in outcomes if o.error]:
             raise AssertionError(errors[0][-300:])
         return [o.value for o in outcomes]
