@@ -93,7 +93,7 @@ def deaths(draw: random.Random, number: int) -> list[str]:
         got, words = [], ""
         # an alarm: a thread that is waited for would hold the proof
         signal.signal(signal.SIGALRM, _too_long)
-        signal.setitimer(signal.ITIMER_REAL, 10.0)
+        signal.setitimer(signal.ITIMER_REAL, 60.0)
         try:
             for one in loader.prefetched([partial(int, i) for i in range(40)], workers=team):
                 got.append(one)

@@ -109,6 +109,6 @@ FUZZ = Row(
             "if any(",
         ),
     ),
-    {"push": 240, "recorded": 12 * 3600},
+    {"push": 600, "recorded": 12 * 3600},
 )
 ROWS = (FUZZ,)
