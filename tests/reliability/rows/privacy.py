@@ -469,6 +469,13 @@ ROWS: tuple[Row, ...] = (
                 "smbfast/base/locks.py",
                 "_OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC",
                 "_OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC",
+                more=(  # without which a lock that is a link is taken again and again
+                    (
+                        "smbfast/base/locks.py",
+                        "os.stat(file, follow_symlinks=False)",
+                        "os.stat(file)",
+                    ),
+                ),
             ),
             mutant(
                 "temporary-names-foreseen",
