@@ -3,7 +3,8 @@
 A mutant is a small change that makes the program wrong. For each, the tracked files are copied to
 a temporary folder, the change is made there, and its tests alone are run. A mutant is caught where
 one of them fails; where they pass, it has survived. Before that, all tests that are named run once
-without a change. Exit code 1 if a mutant survived or cannot be made.
+without a change. Exit code 1 if a mutant survived or cannot be made. Libraries are imported once:
+tests run in forked processes.
 
 Those named `defect-...` bring back what was once wrong (docs/reliability.md): their tests are the
 ones that failed before it was mended.
@@ -14,21 +15,29 @@ ones that failed before it was mended.
 """
 
 import argparse
+import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Queue
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 600  # seconds after which tests are stopped: they have hung, and caught nothing
+# what tests/conftest.py says before libraries are imported
+BEFORE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 # where the suite runs in several processes, one is enough for a test
 ALONE = ["-n", "0"] if find_spec("xdist") else []
 TESTS_FAILED = 1  # exit code of pytest; others say that no test could be run
@@ -2062,24 +2071,59 @@ def run_tests(tree: Path, tests: list[str], cache: Path | None = None) -> tuple[
         cache: where C++ is built, None: where it always is. The folder of a build is named by a
             digest of the sources, so no mutant can be taken for another; but none should stay.
     """
-    # compiled bytecode is known by the size and second of its source, which a mutant may share
-    more = {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'kernels'}", "PYTHONDONTWRITEBYTECODE": "1"}
-    more |= {"COLUMNS": "240"}  # pytest cuts its summary to the width of the terminal
-    more |= {"XDG_CACHE_HOME": str(cache)} if cache else {}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", *ALONE, "-p", "no:cacheprovider"]
+    running = importlib.import_module("tests.reliability.running")
+    running.import_libraries()
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
+        pid = os.fork()
+        if not pid:
+            _be_pytest(tree, tests, cache, output.fileno(), running.enter)
+        code = _ended(pid)
+        output.seek(0)
+        end = "" if code >= 0 else f"\nended by a signal, or stopped after {LIMIT} s"
+        return code, output.read() + end
+
+
+def _be_pytest(
+    tree: Path,
+    tests: list[str],
+    cache: Path | None,
+    output: int,
+    enter: Callable[[Path], None],
+) -> NoReturn:
+    """Run tests in a forked process, which ends here; it has a group of its own."""
+    code = 3  # as pytest says of an error of its own
     try:
-        done = subprocess.run(
-            [*command, *tests],
-            cwd=tree,
-            env={"OMP_NUM_THREADS": "1", **os.environ, **more},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=LIMIT,
-        )
-    except subprocess.TimeoutExpired:
-        return -1, f"stopped after {LIMIT} s"
-    return done.returncode, done.stdout
+        os.setpgid(0, 0)
+        for stream, to in ((0, os.open(os.devnull, os.O_RDONLY)), (1, output), (2, output)):
+            os.dup2(to, stream)
+        os.environ["COLUMNS"] = "240"  # pytest cuts its summary to the width of the terminal
+        if cache:
+            os.environ["XDG_CACHE_HOME"] = str(cache)
+        enter(tree)
+        pytest = importlib.import_module("pytest")
+        code = int(pytest.main(["-x", "-q", *ALONE, "-p", "no:cacheprovider", *tests]))
+    except BaseException:  # whatever it is, this process must not go on as its parent would
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _ended(pid: int) -> int:
+    """Wait for a forked process; its exit code, or -1 if it was stopped or ended by a signal."""
+    end, code = time.monotonic() + LIMIT, -1
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            code = max(-1, os.waitstatus_to_exitcode(status))
+            break
+        time.sleep(0.05)
+    with suppress(ProcessLookupError):  # and what it has left running
+        os.killpg(pid, signal.SIGKILL)
+    if code < 0:
+        with suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+    return code
 
 
 def reason_of(output: str) -> str:
@@ -2143,6 +2187,9 @@ def main() -> None:
         for m in mutants:
             print(f"{m.name}: {m.breaks}\n  {m.file}\n  " + "\n  ".join(m.tests))
         return
+    for name, value in BEFORE.items():
+        os.environ.setdefault(name, value)
+    sys.path.insert(0, str(ROOT))
     with tempfile.TemporaryDirectory(prefix="mutants-") as temporary:
         trees: Queue[Path] = Queue()
         for number in range(max(1, words.jobs)):

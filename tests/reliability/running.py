@@ -232,7 +232,7 @@ def _be_child(task: Task, tree: Path, own: Path, seed: int, verbose: bool) -> No
             os.dup2(file, 1)
             os.dup2(file, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        _enter(tree)
+        enter(tree)
         (own / "work").mkdir()
         prove = _prover(task.row.id)
         proof = prove(Work(task.size, own / "work", seed))
@@ -246,7 +246,7 @@ def _be_child(task: Task, tree: Path, own: Path, seed: int, verbose: bool) -> No
     os._exit(code)
 
 
-def _enter(tree: Path) -> None:
+def enter(tree: Path) -> None:
     """Let smbfast and the tests be those of a tree, in this process and in those it starts."""
     import matplotlib
 
