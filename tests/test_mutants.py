@@ -7,6 +7,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterable
+from functools import cache
 
 import pytest
 
@@ -27,9 +28,14 @@ def test_its_tests_are_functions_of_their_files(mutant: Mutant) -> None:
     assert mutant.tests
     for test in mutant.tests:
         file, _, name = test.partition("::")
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
-        assert name.partition("[")[0] in functions, test
+        assert name.partition("[")[0] in functions(file), test
+
+
+@cache
+def functions(file: str) -> set[str]:
+    """The functions of a file of tests."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 @pytest.mark.slow
