@@ -19,8 +19,10 @@ from typing import Any
 PATIENCE = 20.0  # seconds in which threads and processes must end that a test has asked to
 # of one process of tests, for all that come: servers that fork, and threads of libraries
 KEPT = ("tests.rank_server", "multiprocessing.forkserver", "multiprocessing.resource_tracker")
-KEPT += ("tqdm_monitor", "Dask-Offload")
-_SIGNALS = [number for number in signal.valid_signals() if number < signal.SIGRTMIN]
+KEPT += ("tqdm_monitor", "Dask-Offload", "compile_worker")
+# what our commands answer and read; libraries set others when they are imported, in any test
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+_NAMES = ("SMBFAST", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "SLURM", "PYTHON")
 _CHILDREN = Path("/proc/self/task")
 
 
@@ -28,11 +30,10 @@ def state() -> dict[str, Any]:
     """What tests share, by what it is called: what is the same before a test and after it."""
     umask = os.umask(0o077)
     os.umask(umask)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    environment = {k: v for k, v in os.environ.items() if k.startswith(_NAMES)}
     return {
         "threads": {t for t in threading.enumerate() if not t.name.startswith(KEPT)},
         "processes": _processes(),
-        "sockets": _sockets(),
         "locks": set(vars(sys.modules.get("smbfast.base.locks", stat)).get("_HELD", ())),
         "signal handlers": {number: signal.getsignal(number) for number in _SIGNALS},
         "environment": environment,
@@ -40,7 +41,6 @@ def state() -> dict[str, Any]:
         "umask": umask,
         "working directory": os.getcwd(),
         "arguments": list(sys.argv),
-        "import path": list(sys.path),
     }
 
 
@@ -103,13 +103,3 @@ def _children() -> set[str]:
                 if not any(kept in command for kept in KEPT):
                     named.add(f"{pid} {command[:100]}")
     return named
-
-
-def _sockets() -> set[int]:
-    """Handles of open sockets."""
-    found = set()
-    for name in os.listdir("/proc/self/fd") if _CHILDREN.is_dir() else []:
-        with suppress(OSError):  # the one by which the folder was read
-            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
-                found.add(int(name))
-    return found
