@@ -89,3 +89,6 @@ def test_a_proof_has_the_trials_of_its_size(tmp_path) -> None:
     }
     assert chosen == {"push": 1, "nightly": 3, "recorded": 3, MUTANT: 7}
     assert Work(MUTANT, tmp_path).pick(push=1, nightly=2) == 1
+    enough = [(size, bad) for size in (*SIZES, MUTANT) for bad in ([], [None], [None, "broke"])]
+    enough = [pair for pair in enough if Work(pair[0], tmp_path).has_enough(pair[1])]
+    assert enough == [(MUTANT, [None, "broke"])], "else every trial is made"

@@ -5,7 +5,7 @@ mistake is made in a copy of the tree, and the proof then imports smbfast from t
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +43,10 @@ class Work:
         values = {"push": push, MUTANT: more.get(MUTANT, push), "recorded": large}
         values["nightly"] = large if nightly is None else nightly
         return values[self.size]
+
+    def has_enough(self, bad: Sequence[str | None]) -> bool:
+        """Whether the rest need not be tried: one trial that broke shows that a mistake is seen."""
+        return self.size == MUTANT and any(bad)
 
     def say(self, text: str) -> None:
         """Print a line of progress, which `--verbose` shows."""

@@ -22,6 +22,8 @@ def in_background(work: Work) -> Proof:
             if died == "over":
                 break
             outcomes.append(died)
+    if work.has_enough(outcomes):
+        return Proof(len(outcomes), "saves", [text for text in outcomes if text is not None])
     ends = [*SAVES, "--eval.every=100"]
     alone = trials.trained(work.folder, "alone", *ends, foreground=True)
     held = trials.trained(work.folder, "held", *ends, held=True)
