@@ -1,12 +1,14 @@
 """Patients whose outcome nobody knows yet: from Python and by the command, wherever things lie."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -120,6 +122,19 @@ def test_no_labels(command: Any, model: Any, home: Path, tmp_path: Path, capsys:
     assert then["embedding"].equals(command("--at=2150-01-03T23:59")["embedding"])
     capsys.readouterr()
     assert "no decision node" in refused(lambda: command("--at=2149-01-01"))
+
+
+def test_the_command_says_no_count_of_few_nodes_nor_what_it_leaves(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    counts = {"nodes": 40, "embedded": 37, "before_first_event": 0, "unknown_subjects": 3}
+    model = SimpleNamespace(write=lambda *_, **__: counts)
+    monkeypatch.setattr(serving, "load", lambda *_, **__: model)
+    run, data = str(home / "run" / "final"), str(home / "data")
+    embed.main([f"--model={run}", f"--data={data}", "--at=last", "--out=o.parquet"])
+    printed = capsys.readouterr().out
+    assert "embedded all but <=10 nodes" in printed and "unknown subjects <=10" in printed
+    assert not re.search(r"\b(3|37)\b", printed)
 
 
 def test_births_are_nobody_s_last_event() -> None:

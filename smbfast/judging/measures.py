@@ -117,26 +117,30 @@ def _survival_bin(part: Labels, chance_M: np.ndarray, days: float) -> dict[str, 
 def incidence_curve(judged: Labels) -> dict[str, Any]:
     """Return how common the event, and what competes with it, is by up to 25 times up to the last
     event (Aalen and Johansen; without competing events one less Kaplan and Meier). Between two of
-    the times more than ten people have each of them, or none has: a step tells of nobody."""
+    the times more than ten people have each of them, or none has: a step tells of nobody. What
+    competes for one to ten people in all is left out."""
     rows = follow_up(judged)
     last = float(rows.duration_N[rows.ended_N].max(initial=0.0))
-    days_H = _without_few(np.linspace(0, last, _POINTS), judged, rows)
+    competes_J = competing_of(judged)
+    is_few = competes_J is not None and 0 < len(np.unique(judged.subject_N[competes_J])) <= FEW
+    kinds = [outcome(judged)] + ([] if competes_J is None or is_few else [competes_J])
+    days_H = _without_few(np.linspace(0, last, _POINTS), judged.subject_N, kinds, rows)
     event_H, competing_H = incidence.aalen_johansen(rows, days_H)
     return {
         "days": days_H.tolist(),
         "event": event_H.tolist(),
-        "competing": None if competing_H is None else competing_H.tolist(),
+        "competing": None if competing_H is None or is_few else competing_H.tolist(),
     }
 
 
-def _without_few(days_H: np.ndarray, judged: Labels, rows: FollowUp) -> np.ndarray:
+def _without_few(
+    days_H: np.ndarray, subject_J: np.ndarray, kinds: list[np.ndarray], rows: FollowUp
+) -> np.ndarray:
     """Return the days without those that come 1 to 10 people's events after the day before."""
-    competes_J = competing_of(judged)
-    kinds = [outcome(judged)] + ([] if competes_J is None else [competes_J])
 
     def tells(after: float, until: float) -> bool:
         within_J = (rows.duration_N > after) & (rows.duration_N <= until)
-        people = (len(np.unique(judged.subject_N[within_J & kind_J])) for kind_J in kinds)
+        people = (len(np.unique(subject_J[within_J & kind_J])) for kind_J in kinds)
         return any(0 < n <= FEW for n in people)
 
     ends = [-np.inf]

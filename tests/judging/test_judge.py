@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from smbfast.judging.groups import FEW, Group, groups
 from smbfast.judging.headline import headline, too_few_draws
 from smbfast.judging.judge import Protocol, judge
-from smbfast.judging.measures import PRIMARY
+from smbfast.judging.measures import PRIMARY, incidence_curve
 from smbfast.judging.scored import Scored
 from smbfast.probing.table import table
 from tests.judging.planted import HORIZONS, example_record, planted
@@ -157,6 +157,28 @@ def test_time_to_event_is_judged_at_its_horizons() -> None:
     assert max(with_other["incidence"]["competing"]) > 0
     # who dies of something else cannot have the event: it is less common than Kaplan-Meier says
     assert with_other["incidence"]["event"][-1] < event[-1]
+
+
+def test_no_step_of_a_curve_of_incidence_tells_of_ten_people_or_fewer() -> None:
+    """Steps of three people, or of a few who die of something else, would tell how many."""
+    judged, _, _ = planted(1.0, kind="time_to_event")
+    judged = judged.take(np.unique(judged.subject_N, return_index=True)[1][:120])
+    row_N = np.arange(120)
+    event_N = row_N < 26
+    days = [10.0] * 12 + [50.0] * 3 + [90.0] * 11
+    for others in (0, 5, 14):
+        times = np.array(days + [30.0] * (others // 2) + [80.0] * (others - others // 2))
+        times = np.pad(times, (0, 120 - len(times)), constant_values=100.0)
+        competing_N = ~event_N & (row_N < 26 + others)
+        own = replace(judged, duration_N=times, event_N=event_N, competing_N=competing_N)
+        curve = incidence_curve(own)
+        assert len(curve["days"]) > 1 and curve["event"][-1] > 0.2
+        assert (curve["competing"] is None) == (others == 5)
+        for kind_N in (event_N, competing_N) if others != 5 else (event_N,):
+            starts = [-np.inf, *curve["days"][:-1]]
+            for after, until in zip(starts, curve["days"], strict=True):
+                people = int(np.sum(kind_N & (times > after) & (times <= until)))
+                assert not 0 < people <= 10, curve["days"]
 
 
 def test_what_cannot_be_measured_says_why() -> None:
