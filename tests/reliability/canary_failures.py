@@ -35,6 +35,7 @@ EMBED_TASK, PROBE_TASK = f"{EMBED} --labels=task", f"{PROBE} --labels=task"
 COMPARE = "compare run other.parquet --bootstraps=100"
 TASKS = "tasks tasks.toml --data=meds --out=labels"
 FOLDS = "experiment folds --data=meds --work=work --folds=2 --labels=task --train=tiny\\ --nosuch=1"
+ONE_PATIENT = "report --run=run --patient=1 --out=patient.html"
 REPORT, COMPARED = "report --run=run", "report run run-2 --out=runs.html"
 PUSH = "push run/final --to=us/model --dry-run"
 WORDS = planted_strings()
@@ -81,6 +82,10 @@ def _of_other_commands(every: bool) -> Iterator[tuple[str, Make]]:
     for change in _EVENT_CHANGES[: 5 if every else 1]:
         yield FOLDS, _apply(EVENTS, change)
     yield FOLDS, _as_is  # the views of folds are made before their runs are refused
+    readers = (CHECK, EMBED_TASK, PROBE_TASK, ONE_PATIENT) if every else ()
+    for file, changes in ((EVENTS, _EVENT_CHANGES), (SPLITS, _SPLIT_CHANGES)):
+        for change in changes:
+            yield from ((command, _apply(file, change)) for command in readers)
     for file in ("run/metrics.jsonl", "run/probe.json") if every else ():
         torn = _in_the_middle(file, f'\n{{"{WORDS[0]}": "{WORDS[1]}\n')
         yield REPORT, torn
