@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from smbkernels.attention import Segments
@@ -27,6 +28,7 @@ from smbfast.data.nodes import (
     node_texts,
     sorted_nodes,
 )
+from smbfast.data.source_index import put_arrow
 from smbfast.probing import embedding_parts
 from smbfast.probing.embedding import Model
 from smbfast.probing.embedding_parts import PartFolder, embed_nodes, part_folder, parts_of
@@ -173,6 +175,14 @@ def test_a_damaged_part_is_said_and_made_again(tmp_path, expected, monkeypatch):
         embed(out)
     part = sorted(parts_of(out).glob("*.arrow"))[2]
     part.write_bytes(part.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=rf"{part.name} must hold embeddings; it was damaged"):
+        embed(out)
+    assert not part.exists()
+    other = pa.table({"node": ["x"]}, metadata={"of": "it", "counts": "{}"})
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(PartFolder, "fill", stop)
+        embed(out)
+    put_arrow(part, other)  # whole by its checksum, and of other columns
     with pytest.raises(ValueError, match=rf"{part.name} must hold embeddings; it was damaged"):
         embed(out)
     assert embed(out) and out.read_bytes() == expected

@@ -241,7 +241,8 @@ class PartFolder:
 
     def _read(self, number: int) -> pa.Table:
         table = map_arrow(self._file(number), _is_part)
-        if table is None or table.schema.metadata[b"of"] != self._of.encode():
+        is_ours = table is not None and table.schema.metadata[b"of"] == self._of.encode()
+        if table is None or not is_ours or not table.num_columns:
             self._file(number).unlink(missing_ok=True)
             what = "was damaged" if table is None else "is of another model or other nodes"
             raise ValueError(
@@ -252,13 +253,13 @@ class PartFolder:
 
 
 def _is_part(schema: pa.Schema) -> bool:
-    """Return whether a file has the columns of `PartFolder.write`."""
+    """Return whether a file has the columns of `PartFolder.write`, none if it has no model."""
     kinds = {field.name: field.type for field in schema}
     vectors = [kind for name, kind in kinds.items() if name != "node"]
     return (
         (schema.metadata or {}).keys() >= {b"counts", b"of"}
         and len(kinds) == len(schema)
-        and kinds.get("node") == pa.int64()
+        and (not kinds or kinds.get("node") == pa.int64())
         and all(
             pa.types.is_fixed_size_list(kind) and kind.value_type == pa.float32()
             for kind in vectors
