@@ -314,8 +314,10 @@ class Events(Tables):
         if case["base"] == "codes":
             self.file.write_bytes(self.bytes["snappy"])
             file, base = self.codes, self.said
-        else:
+        elif "scene" in case:
             self.codes.write_bytes(self.bytes["codes"])
+        else:  # which would take longer to read than the events
+            self.codes.unlink(missing_ok=True)
         if "table" in case:
             if not self.write(file, base, case):
                 return

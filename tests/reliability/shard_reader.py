@@ -217,9 +217,12 @@ class Shards:
         prepared = Prepared.open(self.folder)
         windows = prepared.windows("train", 128, self.objective)
         classes = prepared.classes()
-        shown = [prepared.size_text, prepared.left_out(), prepared.new_tokens, prepared.preamble]
+        shown = [prepared.size_text, prepared.left_out(), prepared.new_tokens]
+        begins = prepared.preamble
         return [
             *map(str, shown),
+            begins.begin,
+            [ids.tolist() for ids in (*begins.age_ids, *begins.section_ids)],
             classes.num_classes,
             len(windows),
             [windows[i].ids_T.tolist() for i in range(len(windows))],
