@@ -64,6 +64,14 @@ def test_all_rows_of_a_patient_move_together() -> None:
     first_BP = weight_BN[:, [0, 1, 3]]  # one row of each patient
     assert (first_BP.sum(1) == 3).all()
     assert len(np.unique(first_BP, axis=0)) > 3
+    seen = []
+
+    def sees(weight_BN: np.ndarray) -> np.ndarray:
+        seen.append(weight_BN)
+        return weight_BN.mean(1)
+
+    resample.resampled({"mean": sees}, subject_N, 200, seed=1)
+    np.testing.assert_array_equal(np.concatenate(seen[1:]), weight_BN)  # after that of all rows
 
 
 def test_draws_do_not_depend_on_chunks(monkeypatch) -> None:
