@@ -1812,9 +1812,9 @@ DEFECTS = [
     mutant(
         "defect-columns-of-a-tracked-average",
         "a tracked average takes as many columns as its settings say",
-        "smbfast/model/averages.py",
-        "if not 1 <= every <= most or rank < 1:",
-        "if rank < 1:",
+        "smbfast/model/target.py",
+        "if not 1 <= self.every <= most or self.rank < 1:",
+        "if self.rank < 1:",
         "tests/test_target.py::test_a_tracked_average_of_settings_that_none_has_takes_no_memory",
     ),
     mutant(

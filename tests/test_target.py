@@ -14,7 +14,7 @@ import smbfast.model.decoder as decoder_module
 from smbfast.batch import pack_segments
 from smbfast.model.averages import held_rank
 from smbfast.model.horizon_scale import HorizonScale
-from smbfast.model.target import ROWS, TargetEncoder, TargetForm, target_bytes
+from smbfast.model.target import ROWS, TargetEncoder, TargetForm, state_bytes, target_bytes
 from smbfast.settings import load
 from tests.tiny import DELIMITERS, random_window, tiny_encoder
 from tests.two_paths import CASES, make_encoder, move, moved_target
@@ -467,6 +467,19 @@ def test_a_tracked_average_of_settings_that_none_has_takes_no_memory(numbers):
     state = {**target.state(), "tracked.settings": torch.tensor(numbers)}
     with pytest.raises(ValueError, match=r"objective\.tracked_|whole number"):
         TargetEncoder.of_state(target.encoder, state)
+
+
+def test_columns_that_no_tracked_average_has_are_refused_before_the_first_step():
+    """A first phase may have no target, and take days."""
+    encoder = tiny_encoder(lora=True)  # of rank 4
+    TargetEncoder(encoder, TargetForm("tracked", every=300))
+    for every in (1, 4096):
+        assert TargetForm("tracked", every=every).resolved(encoder).every == every
+    for form in (TargetForm("tracked", every=4097), TargetForm("tracked", rank=0)):
+        with pytest.raises(ValueError, match=r"tracked_every 1 to 4096 with an adapter of rank 4"):
+            form.resolved(encoder)
+        with pytest.raises(ValueError, match=r"tracked_every 1 to 4096"):
+            state_bytes(encoder, form)
 
 
 def test_memory_is_foretold():

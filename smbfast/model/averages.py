@@ -18,9 +18,6 @@ from torch import Tensor
 
 from smbfast.model.sharding import gathered
 
-# columns that a tracked average may take in any case; else as many as its weight has: our choice
-_COLUMNS = 4096
-
 
 @dataclass(frozen=True)
 class Source:
@@ -267,12 +264,6 @@ class _Group:
         n, self.r = b.shape
         k = a.shape[1]
         self.held_rank = held_rank(n, k, self.r, rank)
-        most = max(n, k, _COLUMNS) // self.r
-        if not 1 <= every <= most or rank < 1:
-            raise ValueError(
-                f"objective.tracked_rank must be 1 or more, and objective.tracked_every 1 to "
-                f"{most} with an adapter of rank {self.r}, got {rank} and {every}"
-            )
         q = self.held_rank + every * self.r
         dtype = torch.promote_types(b.dtype, torch.float32)
         self.u_MNQ = torch.zeros(len(sources), n, q, dtype=dtype, device=b.device)

@@ -32,6 +32,9 @@ ROWS = "token_rows"
 SCALE = "horizon_scale."  # before the names of its tensors
 _COUNTERS = 3 * 8 + 2 * 8  # bytes: the settings and the discarded norms of a tracked target
 NARROW = 0.2  # largest share of FLOPs that tracked columns may add to a forward: our choice
+# columns that updates of a tracked average may add in any case; else as many as its weight has, and
+# those of one update always: our choice
+_COLUMNS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -56,26 +59,39 @@ class TargetForm:
         (our choice).
 
         Raises:
-            ValueError: if the form is tracked and the encoder has no LoRA adapter.
+            ValueError: if the form is tracked, and the encoder has no LoRA adapter, or no average
+                can have its rank or its columns.
         """
         if self.name == "tracked" and not encoder.is_lora:
             raise ValueError(
                 "a tracked target needs LoRA; without it, objective.target_form must be merged"
             )
-        if self.name != "auto":
-            return self
-        merges = not encoder.is_shared_out and self._merges(encoder)
-        return replace(self, name="merged" if merges else "tracked")
+        form = self
+        if self.name == "auto":
+            merges = not encoder.is_shared_out and self._merges(encoder)
+            form = replace(self, name="merged" if merges else "tracked")
+        if form.name == "tracked":
+            form._require_columns(encoder)
+        return form
 
     def columns(self, n: int, k: int, r: int) -> int:
         """Return the number of columns that the average of an adapter [n, r] [r, k] has."""
         return held_rank(n, k, r, self.rank) + self.every * r
 
+    def _require_columns(self, encoder: PatientEncoder) -> None:
+        for n, k, r in _shapes(_adapted(encoder)):
+            most = max(max(n, k, _COLUMNS) // r, 1)
+            if not 1 <= self.every <= most or self.rank < 1:
+                raise ValueError(
+                    "objective.tracked_rank must be 1 or more, and objective.tracked_every 1 to "
+                    f"{most} with an adapter of rank {r}, got {self.rank} and {self.every}"
+                )
+
     def _merges(self, encoder: PatientEncoder) -> bool:
-        adapted = [s for s in _sources(encoder) if s.b is not None]
+        adapted = _adapted(encoder)
         if adapted and not all(s.weight.element_size() >= 4 for s in adapted):
             return False
-        shapes = [(*s.weight.shape, s.factors[0].shape[1]) for s in adapted]
+        shapes = _shapes(adapted)
         added = sum(self.columns(n, k, r) * (n + k) for n, k, r in shapes)
         return added >= NARROW * sum(n * k for n, k, _ in shapes)
 
@@ -345,6 +361,16 @@ def _sources(encoder: PatientEncoder) -> list[Source]:
     ]
     rows = encoder.trained_rows()
     return [*sources, Source(ROWS, rows[1])] if rows else sources
+
+
+def _adapted(encoder: PatientEncoder) -> list[Source]:
+    return [s for s in _sources(encoder) if s.b is not None]
+
+
+def _shapes(adapted: list[Source]) -> list[tuple[int, int, int]]:
+    """Return [n, k, r] of each weight [n, k] with an adapter of rank r."""
+    factors = (s.factors for s in adapted)
+    return [(b.shape[0], a.shape[1], b.shape[1]) for b, a in factors]
 
 
 def _embedding_name(encoder: PatientEncoder) -> str:

@@ -325,7 +325,7 @@ class ObjectiveSettings(Settings):
         description="Each optimizer step adds columns to the EMA teacher's low-rank average; after "
         "this many steps the average is truncated back to its rank. A larger number truncates less "
         "often, and its columns take more memory and time in each forward: this times the "
-        "adapters' rank, which may be 4096, or as much as a matrix is wide. It is used where the "
+        "adapters' rank, which may be 16384, or as much as a matrix is wide. It is used where the "
         "teacher is tracked, which `auto` normally chooses with LoRA.",
     )
     predictor_layers: int = Field(
