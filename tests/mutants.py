@@ -1123,6 +1123,13 @@ RANKS = [
         "require_same_state(run.ranks, run.encoder, run.optimizer, target)",
         "pass",
         f"{UNLIKE}[weights]",
+        more=(
+            (
+                "smbfast/run/open_run.py",
+                "        require_same_state(self.ranks, self.encoder, self.optimizer, target)\n",
+                "",
+            ),
+        ),
     ),
 ]
 
