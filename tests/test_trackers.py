@@ -152,6 +152,26 @@ def test_a_tracker_that_hangs_is_not_waited_for(
     assert made[0].done == [True], "the end has a place where records have none"
 
 
+def test_a_tracker_that_failed_was_not_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trackers, "RECORDS", 2)
+    full = threading.Event()
+
+    def fails(_about: About) -> Recorder:
+        full.wait()
+        raise OSError("no server")
+
+    tracker = Tracker("mlflow", fails, about(tmp_path))
+    for step in range(2):
+        tracker.add({"a": 1.0}, step)
+    full.set()
+    tracker._thread.join(60)
+    close_trackers([tracker], done=True)
+    said = capsys.readouterr().err
+    assert "mlflow failed" in said and "slow" not in said
+
+
 def test_trackers_that_hang_are_waited_for_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

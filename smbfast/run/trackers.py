@@ -84,12 +84,14 @@ class Tracker:
 
     def end(self, *, done: bool) -> None:
         """Let the tracker write what is left; `wait` waits for it."""
-        while self._queue.full():  # the end has a place, or the tracker would never come to it
+        # the end has a place, or the tracker would never come to it
+        while self._queue.full() and not self._failed:
             with suppress(queue.Empty):
                 self._queue.get_nowait()
                 self._dropped += 1
         if self._dropped:
-            terminal.warn(f"{self._name} was too slow: {self._dropped} records are not in it")
+            many = "1 record is" if self._dropped == 1 else f"{self._dropped:,} records are"
+            terminal.warn(f"{self._name} was too slow: {many} not in it")
         self._put(_End(done))
 
     def wait(self, until: float) -> None:
