@@ -6,6 +6,7 @@ the failure names a test that did nothing wrong.
 """
 
 import gc
+import math
 import os
 import signal
 import stat
@@ -16,14 +17,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 20.0  # seconds in which threads and processes must end that a test has asked to
+PATIENCE = 60.0  # seconds in which threads and processes must end that a test has asked to
+SOON = 0.5  # seconds after which garbage is collected: what nobody holds any more may wait for it
 # of one process of tests, for all that come: servers that fork, and threads of libraries
 KEPT = ("tests.rank_server", "multiprocessing.forkserver", "multiprocessing.resource_tracker")
-KEPT += ("tqdm_monitor", "Dask-Offload", "compile_worker")
+KEPT += ("tqdm_monitor", "Dask-Offload", "compile_worker", "InductorSubproc")
 # what our commands answer and read; libraries set others when they are imported, in any test
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 _NAMES = ("SMBFAST", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "SLURM", "PYTHON")
-_CHILDREN = Path("/proc/self/task")
+_TASKS = Path("/proc/self/task")
+# not on macOS, nor in every container
+SEES_PROCESSES = hasattr(os, "waitid") and (_TASKS / str(os.getpid()) / "children").is_file()
 
 
 def state() -> dict[str, Any]:
@@ -32,7 +36,7 @@ def state() -> dict[str, Any]:
     os.umask(umask)
     environment = {k: v for k, v in os.environ.items() if k.startswith(_NAMES)}
     return {
-        "threads": {t for t in threading.enumerate() if not t.name.startswith(KEPT)},
+        "threads": {t for t in threading.enumerate() if _is_ours(t)},
         "processes": _processes(),
         "locks": set(vars(sys.modules.get("smbfast.base.locks", stat)).get("_HELD", ())),
         "signal handlers": {number: signal.getsignal(number) for number in _SIGNALS},
@@ -51,14 +55,15 @@ def left_since(before: dict[str, Any], patience: float = PATIENCE) -> str:
         before: of `state`.
         patience: seconds in which threads and processes may end.
     """
-    until, after = time.monotonic() + patience, state()
-    while _begun(before, after) and time.monotonic() < until:
+    began, after = time.monotonic(), state()
+    collected_at = began + SOON
+    while (more := _begun(before, after)) and time.monotonic() < began + patience:
+        if time.monotonic() > collected_at:
+            gc.collect()
+            collected_at = math.inf
         time.sleep(0.01)
         after = state()
-    if _begun(before, after):  # what nobody holds any more may wait for a collection of garbage
-        gc.collect()
-        after = state()
-    begun = [f"{name} {sorted(map(str, more))}" for name, more in _begun(before, after).items()]
+    begun = [f"{name} {said}" for name, said in more.items()]
     changed = [
         f"{name} {_unlike(before[name], after[name])}"
         for name in before
@@ -67,10 +72,17 @@ def left_since(before: dict[str, Any], patience: float = PATIENCE) -> str:
     return "; ".join([*begun, *changed])
 
 
-def _begun(before: dict[str, Any], after: dict[str, Any]) -> dict[str, set]:
+def _begun(before: dict[str, Any], after: dict[str, Any]) -> dict[str, list[str]]:
     """What there is more of than before, of what ends by itself."""
     more = {name: after[name] - was for name, was in before.items() if isinstance(was, set)}
-    return {name: new for name, new in more.items() if new}
+    said = {name: sorted(map(str, new)) for name, new in more.items() if name != "processes"}
+    commands = ((pid, _command(pid)) for pid in sorted(more["processes"]))
+    said["processes"] = [
+        f"{pid} {command[:100]}"
+        for pid, command in commands
+        if command is not None and not any(kept in command for kept in KEPT)
+    ]
+    return {name: new for name, new in said.items() if new}
 
 
 def _unlike(before: Any, after: Any) -> str:
@@ -85,21 +97,26 @@ def _times_ahead() -> tuple[float, str]:
     return (module.AHEAD.seconds, module.AHEAD.before) if module else (0, "")
 
 
-def _processes() -> set[str]:
-    """Ids and commands of processes that this one has started, also of those not waited for."""
+def _is_ours(thread: threading.Thread) -> bool:
+    """Whether Python has started a thread: those of libraries, as of autograd, stay."""
+    return not isinstance(thread, threading._DummyThread) and not thread.name.startswith(KEPT)
+
+
+def _processes() -> set[int]:
+    """Ids of processes that this one has started, also of those not waited for."""
+    pids: set[int] = set()
+    if not SEES_PROCESSES:
+        return pids
     with suppress(ChildProcessError):
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if _CHILDREN.is_dir():
-            return _children()
-    return set()
+        for task in _TASKS.iterdir():
+            with suppress(OSError):  # a thread that has just ended
+                pids |= {int(pid) for pid in (task / "children").read_text().split()}
+    return pids
 
 
-def _children() -> set[str]:
-    named = set()
-    for task in _CHILDREN.iterdir():
-        with suppress(OSError):  # a thread that has just ended
-            for pid in (task / "children").read_text().split():
-                command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-                if not any(kept in command for kept in KEPT):
-                    named.add(f"{pid} {command[:100]}")
-    return named
+def _command(pid: int) -> str | None:
+    """The command of a process, empty of one that has ended; None once it was waited for."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+    return None
