@@ -27,7 +27,7 @@ from sklearn.utils import Tags
 
 import smbfast
 from smbfast.base.claims import claimed
-from smbfast.base.counts import few
+from smbfast.base.counts import of_whole
 from smbfast.base.files import digest_of
 from smbfast.data.meds import MedsDataset
 from smbfast.data.moments import as_table, node_keys, nodes_at
@@ -263,9 +263,10 @@ def _bound(made: NodeCache) -> None:
 def _refuse(dataset: MedsDataset, subject_M: np.ndarray, num_rows: int) -> None:
     known = [dataset.subjects(split) for split in dataset.splits]
     unknown = int((~np.isin(subject_M, np.concatenate([np.empty(0, np.int64), *known]))).sum())
-    early = len(subject_M) - unknown
+    none = len(subject_M)
     raise ValueError(
-        f"every row of X must have an embedding, but {few(len(subject_M))} of {num_rows:,} have "
-        f"none: {few(unknown)} of subjects that are not in `data`, {few(early)} at a time before "
-        "the first event of their subject. missing='nan' gives them NaN"
+        f"every row of X must have an embedding, but {of_whole(none, num_rows)} of {num_rows:,} "
+        f"have none: {of_whole(unknown, none)} of subjects that are not in `data`, "
+        f"{of_whole(none - unknown, none)} at a time before the first event of their subject. "
+        "missing='nan' gives them NaN"
     )

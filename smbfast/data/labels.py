@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from smbfast.base.counts import few
+from smbfast.base.counts import few, of_whole
 from smbfast.data.columns import is_utc, subject_column
 from smbfast.data.meds import MedsDataset
 from smbfast.data.parquet import column_names, open_parquet
@@ -168,7 +168,7 @@ def with_splits(labels: Labels, dataset: MedsDataset) -> Labels:
     if wrong_N.any():
         raise ValueError(
             f"labels of {labels.task} must follow the splits of {dataset.path}; "
-            f"{few(int(wrong_N.sum()))} rows stand in a file of another split"
+            f"{of_whole(int(wrong_N.sum()), len(labels))} rows stand in a file of another split"
         )
     return replace(labels, split_N=np.where(labels.split_N == "", dataset_N, labels.split_N))
 
@@ -187,7 +187,7 @@ def with_competing(labels: Labels, other: Labels) -> Labels:
     if (at_N < 0).any():
         raise ValueError(
             f"labels of {other.task} must have every row of {labels.task}, with whose event they "
-            f"compete; {few(int((at_N < 0).sum()))} are missing"
+            f"compete; {of_whole(int((at_N < 0).sum()), len(labels))} are missing"
         )
     duration_N, event_N = labels.survival_N
     other_duration, other_event = other.survival_N
@@ -196,7 +196,7 @@ def with_competing(labels: Labels, other: Labels) -> Labels:
     if before_N.any():
         raise ValueError(
             f"an event of {other.task} must end the rows of {labels.task} to compete; "
-            f"{few(int(before_N.sum()))} rows have their own event after it"
+            f"{of_whole(int(before_N.sum()), len(labels))} rows have their own event after it"
         )
     competing_N = happens_N & ~event_N & (ends_N <= duration_N)
     duration_N = np.where(competing_N, ends_N, duration_N)

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from smbfast.base.counts import few
+from smbfast.base.counts import few, of_whole
 from smbfast.data.labels import Labels
 from smbfast.judging import measures
 from smbfast.judging.headline import headline, too_few_draws
@@ -182,8 +182,8 @@ def _require_equal(task: str, one: tuple[str, Predictions], other: tuple[str, Pr
     if wrong_J.any():
         raise ValueError(
             f"outcomes of {task} must be the same in all methods; {one[0]} and {other[0]} differ "
-            f"in {few(int(wrong_J.sum()))} of {few(len(wrong_J))} rows that both have. Their "
-            "labels are not of the same task or data"
+            f"in {of_whole(int(wrong_J.sum()), len(wrong_J))} of {few(len(wrong_J))} rows that "
+            "both have. Their labels are not of the same task or data"
         )
 
 

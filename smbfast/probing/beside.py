@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from smbfast.base.counts import few
+from smbfast.base.counts import few, of_whole
 from smbfast.data.labels import Labels, integer_column, key_table, time_column
 from smbfast.data.parquet import open_parquet
 from smbfast.judging.scored import Scored
@@ -143,4 +143,5 @@ def _scores(file: Path, name: str, labels: Labels, judged_on: str) -> np.ndarray
 def _require(fine_J: np.ndarray, text: str, labels: Labels) -> None:
     if not fine_J.all():
         wrong = int(np.sum(~fine_J))
-        raise ValueError(f"{text} of {labels.task}; {few(wrong)} of {few(len(fine_J))} are not so")
+        share = f"{of_whole(wrong, len(fine_J))} of {few(len(fine_J))}"
+        raise ValueError(f"{text} of {labels.task}; {share} are not so")

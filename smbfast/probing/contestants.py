@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smbfast.base.counts import few
+from smbfast.base.counts import few, of_whole
 from smbfast.base.held_out import run_of
 from smbfast.data.labels import Labels
 from smbfast.data.meds import MedsDataset
@@ -195,8 +195,8 @@ def _require_rows(labels: Labels, name: str, file: Embeddings) -> None:
     missing = int(np.sum(matched(labels, file) < 0))
     if missing:
         raise ValueError(
-            f"beside `{name}`: {file.path} must have every row of {labels.task}; {few(missing)} of "
-            f"{few(len(labels))} are missing"
+            f"beside `{name}`: {file.path} must have every row of {labels.task}; "
+            f"{of_whole(missing, len(labels))} of {few(len(labels))} are missing"
         )
 
 

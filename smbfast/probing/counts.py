@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csr_matrix, hstack
 
-from smbfast.base.counts import few
+from smbfast.base.counts import of_whole
 from smbfast.data.meds import BIRTH, STATIC, EventBatch, MedsDataset
 from smbfast.data.splits import SPLITS
 from smbfast.probing.features import join
@@ -95,9 +95,13 @@ class VisibleEvents:
                     code_V = code_C[batch.code_N[row_V]]
                     yield Piece(node_V, code_V, batch.value_N[row_V], batch.time_N[row_V])
         if not self._seen_K.all():
+            missing, labelled = (
+                len(np.unique(subject_K))
+                for subject_K in (self.subject_K[~self._seen_K], self.subject_K)
+            )
             raise ValueError(
                 f"{dataset.path} must hold every labelled subject; "
-                f"{few(len(np.unique(self.subject_K[~self._seen_K])))} are not in it"
+                f"{of_whole(missing, labelled)} are not in it"
             )
 
     def age_K(self) -> np.ndarray:

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from scipy.sparse import csr_matrix
 
-from smbfast.base.counts import few
+from smbfast.base.counts import few, of_whole
 from smbfast.data.labels import Labels, integer_column, key_table, time_column
 from smbfast.data.nodes import SPLIT_NAMES, Nodes
 from smbfast.data.parquet import column_names, is_text, open_parquet
@@ -196,7 +196,7 @@ def matched(labels: Labels, embeddings: Embeddings) -> np.ndarray:
     if wrong:
         raise ValueError(
             f"{embeddings.path} must have the splits of the labels of {labels.task}; "
-            f"{few(wrong)} rows have another"
+            f"{of_whole(wrong, int(matched_N.sum()))} rows have another"
         )
     return row_N
 
@@ -218,7 +218,7 @@ def read_oracle(path: Path, labels: Labels) -> dict[str, np.ndarray]:
     if (row_N < 0).any():
         raise ValueError(
             f"{path} must score every label row of {labels.task}; "
-            f"{few(int(np.sum(row_N < 0)))} of {few(len(labels))} are missing"
+            f"{of_whole(int(np.sum(row_N < 0)), len(labels))} of {few(len(labels))} are missing"
         )
     scores = {}
     for name in names:
@@ -236,7 +236,7 @@ def read_oracle(path: Path, labels: Labels) -> dict[str, np.ndarray]:
             expected = "probabilities" if labels.kind == "binary" else "finite"
             raise ValueError(
                 f"column `{name}` of {path} must hold {expected}; "
-                f"{few(int(bad_N.sum()))} rows do not"
+                f"{of_whole(int(bad_N.sum()), len(bad_N))} rows do not"
             )
         scores[name] = score_N
     return scores

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from smbfast.base.counts import few
+from smbfast.base.counts import of_whole
 from smbfast.data.labels import Labels
 from smbfast.data.splits import SPLITS
 from smbfast.judging.judge import Protocol, judge, outline
@@ -60,8 +60,8 @@ def measure(
     foreign = int(np.isin(labels.split_N, unread).sum())
     if foreign:
         raise ValueError(
-            f"rows of {labels.task} must be of {', '.join(protocol.splits)}; {few(foreign)} are of "
-            f"{', '.join(unread)}"
+            f"rows of {labels.task} must be of {', '.join(protocol.splits)}; "
+            f"{of_whole(foreign, len(labels))} are of {', '.join(unread)}"
         )
     judged_N = labels.split_N == protocol.judged_on
     judged, own = labels.take(judged_N), traits.take(judged_N)

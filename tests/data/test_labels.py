@@ -113,7 +113,12 @@ def test_splits_come_from_the_dataset_where_files_have_none(tmp_path: Path) -> N
 
 def test_a_split_that_the_dataset_contradicts_is_refused(tmp_path: Path) -> None:
     labels = read_labels(write(tmp_path / "t" / "train.parquet", binary([1, 21])).parent)
-    with pytest.raises(ValueError, match="<=10 rows stand in a file of another split"):
+    with pytest.raises(ValueError, match="; <=10 rows stand in a file of another split"):
+        with_splits(labels, Dataset())
+    labels = read_labels(
+        write(tmp_path / "u" / "train.parquet", binary([1, *range(10, 22)])).parent
+    )
+    with pytest.raises(ValueError, match="; all but <=10 rows stand in a file of another split"):
         with_splits(labels, Dataset())
 
 

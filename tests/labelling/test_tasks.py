@@ -1,6 +1,7 @@
 """Task definitions: what they label, what they refuse, and leaks that are planted and caught."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import meds
@@ -371,6 +372,17 @@ def test_the_event_of_another_task_competes():
         with_competing(death, home.take(np.array([0])))
     with pytest.raises(ValueError, match="<=10 rows have their own event after it"):
         with_competing(death, task("early", [1, 5, 9], [True, False, False]))
+
+
+def test_what_a_count_leaves_of_all_rows_is_no_small_count_either():
+    at_N = np.arange(14)
+    event_N, days_N = at_N < 12, np.full(14, 2.0)
+    rows = Labels("death", "time_to_event", at_N, at_N, np.full(14, "train"))
+    death = replace(rows, duration_N=days_N, event_N=event_N)
+    with pytest.raises(ValueError, match="; all but <=10 are missing"):
+        with_competing(death, death.take(at_N[:3]))
+    with pytest.raises(ValueError, match="; all but <=10 rows have their own event after it"):
+        with_competing(death, replace(death, task="early", duration_N=days_N / 2))
 
 
 @pytest.mark.slow  # 6 s of CPU

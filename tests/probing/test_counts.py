@@ -110,6 +110,9 @@ def test_columns_are_chosen_on_train_alone() -> None:
 def test_an_unknown_subject_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"memory.*<=10 are not in it"):
         counts.count_codes(dataset(), np.array([1, 555]), np.array([DAY, DAY]))
+    unknown_K = np.arange(555, 567)
+    with pytest.raises(ValueError, match=r"; all but <=10 are not in it"):
+        counts.count_codes(dataset(), np.append(unknown_K, 1), np.full(13, DAY))
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real records lie outside the repository")
