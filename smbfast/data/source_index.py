@@ -324,7 +324,7 @@ def read_subjects(file: Path, parquet: pq.ParquetFile) -> tuple[np.ndarray, int]
 
 def row_of(file: Path, parquet: pq.ParquetFile, subject: int, *, second_run: bool = False) -> int:
     """Return the first row of a subject, or the first of those that stand by themselves later."""
-    ids = np.concatenate(list(id_batches(file, parquet)))
+    ids = np.concatenate([np.empty(0, np.int64), *id_batches(file, parquet)])
     rows = np.flatnonzero(ids == subject)
     if not len(rows):
         raise ValueError(

@@ -134,6 +134,13 @@ def test_an_index_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_subject_that_only_an_index_has_is_sought_in_an_empty_file_too(tmp_path: Path) -> None:
+    for number, rows in enumerate(([], subject_rows(30))):
+        file = written(tmp_path / f"{number}.parquet", rows)
+        with pytest.raises(ValueError, match=r"must hold the subjects .*: remove the index"):
+            source_index.row_of(file, pq.ParquetFile(file), 31)
+
+
 def test_every_byte_is_in_the_digest(tmp_path: Path) -> None:
     data = write_flat(tmp_path / "meds")
     index, seen = tmp_path / "index", set()
