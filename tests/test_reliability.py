@@ -5,14 +5,16 @@ That each row holds is what `python -m tests.reliability` says, which CI runs be
 
 import json
 import re
+import signal
 from fnmatch import fnmatchcase
 
 import pytest
 
 from tests.mutants import DEFECTS, ROOT, Mutant, require_made
-from tests.reliability import card
+from tests.reliability import card, running
 from tests.reliability.__main__ import RECORD, listed
-from tests.reliability.proof import MUTANT, SIZES, Proof, Row, Work
+from tests.reliability.__main__ import _outcome as outcome
+from tests.reliability.proof import MUTANT, SIZES, Proof, Row, Work, from_tests
 from tests.reliability.running import Task
 
 ROWS = card.rows()
@@ -81,6 +83,28 @@ def test_a_row_holds_where_enough_trials_broke_nothing(proof, holds, caught) -> 
     task = Task(row, "push", proof=proof)
     assert (task.holds, task.caught) == (holds, caught)
     assert [row.least(size) for size in SIZES] == [5, 5, 50]
+
+
+def test_a_mistake_is_not_seen_by_waiting(tmp_path, monkeypatch) -> None:
+    """A proof that came to its limit breaks its row, and shows nothing of a mistake."""
+    mistake, limit = MUTANTS[0], {"push": 0, MUTANT: 0}
+    row = Row("X", "A property.", {"push": 1}, lambda work: None, (mistake,), limit)
+    tasks = [Task(row, "push"), Task(row, MUTANT, mistake)]
+    monkeypatch.setattr(running, "_be_child", lambda *_: signal.pause())
+    monkeypatch.setattr(running.Runner, "_mutated", lambda *_: tmp_path)
+    monkeypatch.setattr(running, "_restore", lambda *_: None)
+    for task in running.Runner(1, 0, tmp_path).run(list(tasks)):
+        assert task.proof is not None and "no end after" in task.proof.bad[0]
+        assert not task.holds and not task.caught
+    assert outcome(tasks[1]).startswith(f"X {mistake.name}: NOT CAUGHT: no end after 0 s")
+
+
+@pytest.mark.parametrize("code", [2, 4, 5])
+def test_tests_that_cannot_be_run_show_nothing(monkeypatch, code) -> None:
+    """As where a mistake keeps their file from being imported: none of them has failed."""
+    monkeypatch.setattr(pytest, "main", lambda *_, **_more: code)
+    with pytest.raises(RuntimeError, match=f"pytest ended with {code} and has not run tests/a.py"):
+        from_tests("tests/a.py")
 
 
 def test_a_proof_has_the_trials_of_its_size(tmp_path) -> None:

@@ -110,7 +110,8 @@ def _outcome(task: Task) -> str:
         return f"{task.name}: NOT SHOWN ({time_})\n{task.why}"
     bad = task.proof.bad
     if task.mutant is not None:
-        return f"{task.name}: {f'caught: {bad[0][:90]}' if bad else 'SURVIVED'} ({time_})"
+        outcome = "caught" if task.caught else "NOT CAUGHT" if bad else "SURVIVED"
+        return f"{task.name}: {': '.join([outcome, *(text[:90] for text in bad[:1])])} ({time_})"
     said = f"{task.proof.count:,} {task.proof.unit}"
     if task.holds:
         return f"{task.name}: {said} ({time_})"

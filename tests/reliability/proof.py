@@ -95,6 +95,9 @@ def from_tests(*tests: str, unit: str = "tests", work: Work | None = None) -> Pr
         tests: as pytest is given them, from the root of the tree.
         unit: what a test is.
         work: whose folder they write to.
+
+    Raises:
+        RuntimeError: if pytest could not run them, which shows nothing, of a mistake neither.
     """
     import pytest
 
@@ -108,17 +111,13 @@ def from_tests(*tests: str, unit: str = "tests", work: Work | None = None) -> Pr
             if report.when == "call" or report.outcome != "passed":
                 getattr(self, report.outcome).append(report.nodeid)
 
-        def pytest_collectreport(self, report: Any) -> None:
-            if report.outcome == "failed":
-                self.failed.append(f"{report.nodeid} cannot be collected")
-
     seen = Outcomes()
     words = ["-q", "-n", "0", "-p", "no:cacheprovider", "--no-header"]
     words += [f"--basetemp={work.folder / 'pytest'}"] if work else []
     code = pytest.main([*words, *tests], plugins=[seen])
     sys.stdout.flush()
+    if code not in (0, 1):  # such as a file that cannot be imported
+        raise RuntimeError(f"pytest ended with {int(code)} and has not run {', '.join(tests)}")
     bad = [f"{name} failed" for name in seen.failed]
-    if code not in (0, 1):
-        bad.append(f"pytest ended with {int(code)}")
     figure = f"{len(seen.skipped)} skipped" if seen.skipped else ""
     return Proof(len(seen.passed) + len(seen.failed), unit, bad, figure)

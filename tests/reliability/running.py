@@ -64,6 +64,7 @@ class Task:
     mutant: Mutant | None = None
     proof: Proof | None = None
     why: str = ""  # why there is no proof
+    hung: bool = False  # whether it was ended at its limit
     seconds: float = 0.0
 
     @property
@@ -89,8 +90,11 @@ class Task:
 
     @property
     def caught(self) -> bool:
-        """Whether a mistake was seen: trials broke, which is more than a proof that fails."""
-        return self.proof is not None and bool(self.proof.bad)
+        """Whether a mistake was seen: trials broke, which is more than a proof that fails.
+
+        Nor is it seen by waiting: on a busy machine any proof may come to its limit.
+        """
+        return self.proof is not None and bool(self.proof.bad) and not self.hung
 
 
 def import_libraries() -> None:
@@ -160,6 +164,7 @@ class Runner:
             return False
         _kill(child.pid)
         os.waitpid(child.pid, 0)
+        child.task.hung = True
         text = f"no end after {spent:.0f} s"
         child.answer.write_text(json.dumps({"count": 0, "unit": "trials", "bad": [text]}))
         return True
