@@ -6,6 +6,7 @@ That each row holds is what `python -m tests.reliability` says, which CI runs be
 import json
 import re
 import signal
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import pytest
@@ -14,7 +15,9 @@ from tests.mutants import DEFECTS, ROOT, Mutant, require_made
 from tests.reliability import card, running
 from tests.reliability.__main__ import RECORD, listed
 from tests.reliability.__main__ import _outcome as outcome
+from tests.reliability.jobs import Death, Ended
 from tests.reliability.proof import MUTANT, SIZES, Proof, Row, Work, from_tests
+from tests.reliability.rows import ranks
 from tests.reliability.running import Task
 
 ROWS = card.rows()
@@ -105,6 +108,17 @@ def test_tests_that_cannot_be_run_show_nothing(monkeypatch, code) -> None:
     monkeypatch.setattr(pytest, "main", lambda *_, **_more: code)
     with pytest.raises(RuntimeError, match=f"pytest ended with {code} and has not run tests/a.py"):
         from_tests("tests/a.py")
+
+
+@pytest.mark.parametrize(
+    "death", [Death(0, "end", 1, "launcher"), Death(0, "report", 1, "pause", 30.0)], ids=str
+)
+def test_a_job_in_which_nobody_died_shows_nothing(death) -> None:
+    ended = Ended({0: 0, 1: 0}, {0: "", 1: ""}, {"0": 0, "1": 0})
+    assert ranks._wrong(death, ended, {"state": "done"}) == [
+        "the moment never came, or nothing was done then"
+    ]
+    assert ranks._wrong(death, replace(ended, seconds=31.0), {"state": "done"}) == []
 
 
 def test_a_proof_has_the_trials_of_its_size(tmp_path) -> None:

@@ -121,6 +121,8 @@ def _wrong(death: Any, ended: Any, status: dict[str, Any]) -> list[str]:
     import re
 
     wrong = [f"ranks {ended.left} had to be killed"] if ended.left else []
+    if ended.seconds <= (death.slow if death.what == "pause" else 0.0):
+        wrong.append("the moment never came, or nothing was done then")
     others = {r: text for r, text in ended.said.items() if r != death.rank}
     if any("Traceback" in text for text in ended.said.values()):
         wrong.append("a traceback")
