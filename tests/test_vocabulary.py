@@ -15,7 +15,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from smbfast.batch import NewToken
 from smbfast.data.formats import VERSIONS
@@ -193,6 +199,34 @@ def loss_of(encoder, target, batch):
     return losses(encoder, target, batch, sft_scale=1e-2, jepa_scale=1e-2, normalize=True)
 
 
+def record_of(tokenizer):
+    record = {"trains": "all", "backbone": None, "dtype": "float32", "predictor_layers": 2}
+    record |= {"window": 128, "pool": "last", "data_format": "codes", "delimiters": "text"}
+    record |= {"format": VERSIONS["codes"], "encoder": "", "vocabulary": len(tokenizer)}
+    record |= {"section_rules": SectionMap({}, 0).record()}
+    return record | {"options": {"gap_floor": 5, "max_codes": 2000, "text_chars": 64}}
+
+
+@pytest.mark.parametrize("num_horizons", [0, 2])
+def test_a_model_whose_embeddings_have_a_width_of_their_own_is_loaded_again(num_horizons, tmp_path):
+    """As in OPT: the width of its configuration is that of its layers, not of its states."""
+    tokenizer = tokenizer_of(names_of(codes()))
+    config = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        word_embed_proj_dim=8,
+        ffn_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        do_layer_norm_before=False,
+    )
+    encoder = PatientEncoder(OPTForCausalLM(config), 2, num_horizons=num_horizons)
+    save_final(tmp_path / "final", encoder, None, tokenizer, record_of(tokenizer))
+    again, _, _ = restore_final(tmp_path / "final", CPU)
+    held, read = encoder.state_dict(), again.state_dict()
+    assert held.keys() == read.keys() and all(torch.equal(held[n], read[n]) for n in held)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tie", [True, False])
 def test_two_thousand_rows_are_saved_and_loaded(tie, dtype, tmp_path):
@@ -200,14 +234,10 @@ def test_two_thousand_rows_are_saved_and_loaded(tie, dtype, tmp_path):
     tokens = codes()
     base = saved_base(tmp_path / "base", tie=tie)
     encoder, target = trained_encoder(base, tokens, f"dtype={dtype}")
-    record = {"trains": "lora", "backbone": str(base), "dtype": dtype, "predictor_layers": 2}
-    record |= {"window": 128, "pool": "last", "data_format": "codes", "delimiters": "text"}
-    record |= {"format": VERSIONS["codes"], "encoder": ""}
-    record |= {"section_rules": SectionMap({}, 0).record()}
-    record |= {"options": {"gap_floor": 5, "max_codes": 2000, "text_chars": 64}}
     final = tmp_path / "final"
     tokenizer = tokenizer_of(names_of(tokens))
-    save_final(final, encoder, target, tokenizer, {**record, "vocabulary": len(tokenizer)})
+    record = {"trains": "lora", "backbone": str(base), "dtype": dtype}
+    save_final(final, encoder, target, tokenizer, record_of(tokenizer) | record)
     held = load_file(final / "adapter_model.safetensors")
     rows = [n for n in held if "lora_" not in n]
     assert len(rows) == 2 - tie and all(held[n].shape == (NUM_ROWS, 16) for n in rows)

@@ -473,6 +473,8 @@ def restore_final(
     if path is not None and not is_lora:
         raise ValueError(f"{folder} holds all weights of its model: leave out --model.path={path}")
     base = load_lm(_backbone(record, folder, path) if is_lora else str(folder), dtype)
+    table: HfModule = base.get_input_embeddings()  # the configuration may have other widths
+    width, layers = table.weight.shape[-1], record["predictor_layers"]
     lm: PreTrainedModel | PeftModel = base
     if is_lora:
         grow(base, record["vocabulary"])
@@ -480,7 +482,6 @@ def restore_final(
     computes = getattr(torch, record.get("compute") or record["dtype"])  # older records lack it
     narrow = None if computes == dtype else computes
     try:
-        width, layers = base.config.hidden_size, record["predictor_layers"]
         codes, horizons = _part(extra, "codes."), _num_horizons(_part(extra, "predictor."), width)
         head = CodesHead.of_state(codes, width) if codes else None
         encoder = PatientEncoder(lm, layers, narrow, num_horizons=horizons, codes=head).to(device)
