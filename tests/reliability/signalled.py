@@ -264,13 +264,16 @@ class Trials:
             first, sent = started.stdout.readline(), 0
             while "finished" not in first and first:
                 first = started.stdout.readline()
-            while started.poll() is None:
+            until = time.monotonic() + WITHIN
+            while started.poll() is None and time.monotonic() < until:
                 started.send_signal(number)
                 sent += 1
                 time.sleep(0.002)
+            started.kill()  # if it hangs
             said = first + started.stdout.read()
         name = f"{sent} {signal.Signals(number).name} while Python ends"
-        if started.returncode not in (0, 75) or "Traceback" in said:
+        told = bool(first and sent)  # else nothing was tried
+        if not told or started.returncode not in (0, 75) or "Traceback" in said:
             self.bad.append(f"{name}: it ended with {started.returncode}: {said[-300:]}")
 
     def at_the_end(self) -> None:
