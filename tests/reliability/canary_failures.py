@@ -35,7 +35,7 @@ EMBED_TASK, PROBE_TASK = f"{EMBED} --labels=task", f"{PROBE} --labels=task"
 COMPARE = "compare run other.parquet --bootstraps=100"
 TASKS = "tasks tasks.toml --data=meds --out=labels"
 FOLDS = "experiment folds --data=meds --work=work --folds=2 --labels=task --train=tiny\\ --nosuch=1"
-ONE_PATIENT = "report --run=run --patient=1 --out=patient.html"
+ONE_PATIENT = "report --run=run --data=meds --patient=1 --out=patient.html"
 REPORT, COMPARED = "report --run=run", "report run run-2 --out=runs.html"
 PUSH = "push run/final --to=us/model --dry-run"
 WORDS = planted_strings()
