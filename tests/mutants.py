@@ -36,6 +36,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 600  # seconds after which tests are stopped: they have hung, and caught nothing
+EACH = 60  # seconds more for each test where those of all mutants run together
 # what tests/conftest.py says before libraries are imported
 BEFORE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 # where the suite runs in several processes, one is enough for a test
@@ -2071,12 +2072,15 @@ def copy_tracked(folder: Path) -> None:
             shutil.copy(ROOT / name, folder / name)
 
 
-def run_tests(tree: Path, tests: list[str], cache: Path | None = None) -> tuple[int, str]:
-    """Run tests of a copied tree; pytest's exit code (-1: stopped after `LIMIT`) and its output.
+def run_tests(
+    tree: Path, tests: list[str], cache: Path | None = None, limit: float = LIMIT
+) -> tuple[int, str]:
+    """Run tests of a copied tree; pytest's exit code (-1: stopped at the limit) and its output.
 
     Args:
         cache: where C++ is built, None: where it always is. The folder of a build is named by a
             digest of the sources, so no mutant can be taken for another; but none should stay.
+        limit: seconds after which they are stopped.
     """
     running = importlib.import_module("tests.reliability.running")
     running.import_libraries()
@@ -2084,9 +2088,9 @@ def run_tests(tree: Path, tests: list[str], cache: Path | None = None) -> tuple[
         pid = os.fork()
         if not pid:
             _be_pytest(tree, tests, cache, output.fileno(), running.enter)
-        code = _ended(pid)
+        code = _ended(pid, limit)
         output.seek(0)
-        end = "" if code >= 0 else f"\nended by a signal, or stopped after {LIMIT} s"
+        end = "" if code >= 0 else f"\nended by a signal, or stopped after {limit} s"
         return code, output.read() + end
 
 
@@ -2116,9 +2120,9 @@ def _be_pytest(
     os._exit(code)
 
 
-def _ended(pid: int) -> int:
+def _ended(pid: int, limit: float) -> int:
     """Wait for a forked process; its exit code, or -1 if it was stopped or ended by a signal."""
-    end, code = time.monotonic() + LIMIT, -1
+    end, code = time.monotonic() + limit, -1
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -2169,7 +2173,7 @@ def check_unmutated(mutants: list[Mutant], tree: Path) -> None:
     """Run all named tests without a change; exit if one fails or is skipped."""
     began = time.monotonic()
     tests = sorted({test for mutant in mutants for test in mutant.tests})
-    code, output = run_tests(tree, tests)
+    code, output = run_tests(tree, tests, limit=LIMIT + EACH * len(tests))
     last = output.strip().splitlines()[-1]
     if code or "skipped" in last:
         raise SystemExit(f"{output}\nwithout a mutant, all tests must pass and none be skipped")

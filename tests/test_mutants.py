@@ -84,3 +84,17 @@ def test_a_mutant_is_caught_survives_or_is_not_made(tmp_path, monkeypatch) -> No
         assert file.read_text() == "total = 1 + 1\n"
     file.write_text("total = 2\n")
     assert mutants.try_mutant(one, tmp_path) == "NOT MADE: its old text occurs 0 times"
+
+
+def test_tests_that_run_together_have_time_for_each(tmp_path, monkeypatch) -> None:
+    """Those of all mutants take longer than those of one may."""
+    tests = [f"test_sum.py::test_{i}" for i in range(100)]
+    seen = []
+
+    def run_tests(tree, tests, cache=None, limit=mutants.LIMIT):
+        seen.append((tree, len(tests), limit))
+        return 0, "100 passed"
+
+    monkeypatch.setattr(mutants, "run_tests", run_tests)
+    mutants.check_unmutated([Mutant(t, "", "", "", "", (t,)) for t in tests], tmp_path)
+    assert seen == [(tmp_path, 100, mutants.LIMIT + 100 * mutants.EACH)]
