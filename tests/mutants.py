@@ -1818,6 +1818,15 @@ DEFECTS = [
         "tests/test_fuzzed.py::test_what_once_broke_a_reader_is_refused",
     ),
     mutant(
+        "defect-width-of-embeddings",
+        "a model is compared with the width of its layers, which OPT's embeddings do not have",
+        "smbfast/run/checkpoint.py",
+        "width, layers = table.weight.shape[-1],",
+        "width, layers = base.config.hidden_size,",
+        "tests/test_vocabulary.py::"
+        "test_a_model_whose_embeddings_have_a_width_of_their_own_is_loaded_again",
+    ),
+    mutant(
         "defect-columns-of-a-tracked-average",
         "a tracked average takes as many columns as its settings say",
         "smbfast/model/target.py",
