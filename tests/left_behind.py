@@ -21,7 +21,7 @@ PATIENCE = 60.0  # seconds in which threads and processes must end that a test h
 SOON = 0.5  # seconds after which garbage is collected: what nobody holds any more may wait for it
 # of one process of tests, for all that come: servers that fork, and threads of libraries
 KEPT = ("tests.rank_server", "multiprocessing.forkserver", "multiprocessing.resource_tracker")
-KEPT += ("tqdm_monitor", "Dask-Offload", "compile_worker", "InductorSubproc")
+KEPT += ("Dask-Offload", "compile_worker", "InductorSubproc")
 # what our commands answer and read; libraries set others when they are imported, in any test
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 _NAMES = ("SMBFAST", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "TORCHELASTIC", "SLURM", "PYTHON")
@@ -99,7 +99,9 @@ def _times_ahead() -> tuple[float, str]:
 
 def _is_ours(thread: threading.Thread) -> bool:
     """Whether Python has started a thread: those of libraries, as of autograd, stay."""
-    return not isinstance(thread, threading._DummyThread) and not thread.name.startswith(KEPT)
+    is_monitor = type(thread).__module__.startswith("tqdm.")  # older ones give it no name
+    is_known = is_monitor or thread.name.startswith(KEPT)
+    return not is_known and not isinstance(thread, threading._DummyThread)
 
 
 def _processes() -> set[int]:

@@ -120,3 +120,15 @@ def test_what_garbage_has_held_has_a_moment_to_end() -> None:
     before = state()
     Pool()
     assert left_since(before, patience=20.0) == ""
+
+
+def test_the_monitor_of_bars_is_known_without_a_name() -> None:
+    """It comes with the first bar of a process, and stays."""
+    before, free = state(), threading.Event()
+    monitor = type("TMonitor", (threading.Thread,), {"__module__": "tqdm._monitor"})
+    thread = monitor(target=free.wait)
+    thread.start()
+    said = left_since(before, patience=0.0)
+    free.set()
+    thread.join(60)
+    assert said == ""
