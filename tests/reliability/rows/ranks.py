@@ -302,7 +302,7 @@ def changes(work: Work) -> Proof:
     for form, worlds in work.pick(
         push=[("codes", (2, 1, 4)), ("text", (1, 2))],
         nightly=[(f, w) for f in ("codes", "text") for w in ((2, 1, 4), (1, 2, 1), (4, 2))],
-        mutant=[("codes", (1, 2))],
+        mutant=[("codes", (2, 1))],  # of two ranks one alone is asked to stop
     ):
         cases.append((form, worlds, small.words(form, steps=3, save=1000)))
     if work.size == "recorded":
