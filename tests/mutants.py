@@ -1835,6 +1835,16 @@ DEFECTS = [
         "tests/test_target.py::test_a_tracked_average_of_settings_that_none_has_takes_no_memory",
     ),
     mutant(
+        "defect-skips-of-one-rank",
+        "a rank that alone skipped a step compares nothing, and the others wait for it",
+        "smbfast/run/open_run.py",
+        "        require_same_state(self.ranks, self.encoder, self.optimizer, target)\n"
+        "        if skipped:\n            return\n",
+        "        if skipped:\n            return\n"
+        "        require_same_state(self.ranks, self.encoder, self.optimizer, target)\n",
+        "tests/test_agreement.py::test_ranks_are_compared_where_a_step_was_skipped_on_one_of_them",
+    ),
+    mutant(
         "defect-sealed-deep-header",
         "a shard whose header is brackets without end is a traceback",
         "smbfast/data/array_file.py",

@@ -1,9 +1,13 @@
 """A bit that one rank has otherwise is seen, whatever it is of, and its kind is named."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 from smbfast.base.entry import RunFailed
 from smbfast.run.agreement import require_same_state
+from smbfast.run.open_run import OpenRun, Progress
 from smbfast.run.ranks import Ranks
 from tests.reliability.flips import _flip, _holding, _own_tensors
 
@@ -45,3 +49,17 @@ def test_a_flipped_bit_of_any_kind_is_named(held: int) -> None:
                 require_same_state(ranks, encoder, optimizer, target)
             _flip(tensor, tensor.nbytes - 1, 3)
     require_same_state(ranks, encoder, optimizer, target)
+
+
+def test_ranks_are_compared_where_a_step_was_skipped_on_one_of_them() -> None:
+    """One that saves would else wait for ever for one that does not."""
+    encoder, optimizer, target = _holding(0)
+    run: Any = SimpleNamespace(
+        ranks=Other(), encoder=encoder, optimizer=optimizer, progress=Progress()
+    )
+    OpenRun.save(run, target, 1, 0, "", skipped=True)
+    assert run.progress.step == 0, "nothing is saved where all skipped it"
+    weight = next(iter(_own_tensors(encoder, optimizer, target)["weights"].values()))
+    _flip(weight, 0, 3)
+    with pytest.raises(RunFailed, match="no longer those of rank 0"):
+        OpenRun.save(run, target, 2, 0, "", skipped=True)

@@ -136,8 +136,8 @@ def _train(settings: TrainSettings, command: str, ranks: Ranks, at_end: ExitStac
                 alarms.require_signal(run, phase, step + 1)
             if due.evaluate:
                 health = evaluate_step(run, target, fixed, phase, step + 1, log)
-            if due.save and not skipped:
-                run.save(target, step + 1, log.offset, command)
+            if due.save:
+                run.save(target, step + 1, log.offset, command, skipped=skipped)
             if due.stop:
                 run.settle()
                 run.write_status("preempted", run.progress.step, command)

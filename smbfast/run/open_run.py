@@ -256,16 +256,30 @@ class OpenRun:
                 self.writer.wait()
 
     @is_part("checkpoint")
-    def save(self, target: TargetEncoder | None, step: int, offset: int, command: str) -> None:
+    def save(
+        self,
+        target: TargetEncoder | None,
+        step: int,
+        offset: int,
+        command: str,
+        *,
+        skipped: bool = False,
+    ) -> None:
         """Write a checkpoint after `step` steps, when metrics.jsonl has `offset` bytes.
 
         In `saves_in_background` it is copied, once the one before is on the disk, and written while
         steps go on. `status.json` says the step then.
 
+        Args:
+            skipped: whether the last of the steps was, after which nothing is written. One rank
+                alone skips a step if a number went wrong in it, so all compare their state first.
+
         Raises:
             RunFailed: if a rank's state is not that of the others. Then nothing is written.
         """
         require_same_state(self.ranks, self.encoder, self.optimizer, target)
+        if skipped:
+            return
         self.progress.step = step
         with self.ranks.main_first():  # the others must not be inside a layer if this fails
             if not self.ranks.is_main:
