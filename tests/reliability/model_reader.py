@@ -250,7 +250,7 @@ def _with_tensors(content: bytes, kind: str, how: Any, what: Any) -> bytes:
             raw = text.encode("utf-8", "surrogatepass")
             return struct.pack("<Q", len(raw)) + raw + content[8 + size :]
         tensors = load(content)
-    except (ValueError, SafetensorError, struct.error, MemoryError, OverflowError):
+    except (ValueError, SafetensorError, struct.error, MemoryError, OverflowError, RecursionError):
         return content
     tensor = tensors.pop(what, None)
     if tensor is None:
