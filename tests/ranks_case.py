@@ -201,7 +201,8 @@ def trained(
     if "lost" in unlike:
         vars(checkpoint)["write"] = partial(_full, checkpoint.write, unlike["lost"])
         save = open_run.OpenRun.save
-        setattr(open_run.OpenRun, "save", lambda *own: _settled(save, *own))  # noqa: B010
+        settled = lambda *own, **more: _settled(save, *own, **more)  # noqa: E731
+        setattr(open_run.OpenRun, "save", settled)  # noqa: B010
     return run(*words, *unlike.get("more", []), stop_after=unlike.get("stop_after"))
 
 
@@ -221,8 +222,8 @@ def _full(write: Callable, step: int, run: Path, snapshot: Any, *words: Any) -> 
     return write(run, snapshot, *words)
 
 
-def _settled(save: Callable, run: Any, *words: Any) -> None:
-    save(run, *words)
+def _settled(save: Callable, run: Any, *words: Any, **more: Any) -> None:
+    save(run, *words, **more)
     run.writer._idle.wait(60)  # but nobody has asked what became of it
 
 

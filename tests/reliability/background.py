@@ -251,7 +251,7 @@ class _Watch:
         yield patch.object(loop, "learning_rate", self.stepped)
         yield patch.object(loop, "write_report", lambda *_run, **_more: None)
         yield patch.object(loop, "probe_run", lambda *_run, **_more: None)
-        yield patch.object(OpenRun, "save", lambda *words: self.saved(*words))
+        yield patch.object(OpenRun, "save", lambda *words, **more: self.saved(*words, **more))
         for name in ("settle", "save_model"):
             yield patch.object(OpenRun, name, self.waiting(name))
 
@@ -272,13 +272,13 @@ class _Watch:
         finally:
             self.active -= 1
 
-    def saved(self, run: OpenRun, target: Any, step: int, *words: Any) -> None:
+    def saved(self, run: OpenRun, target: Any, step: int, *words: Any, **more: Any) -> None:
         self.wait()
         self.goes_on[step] = threading.Event()
         self.writers = [run.writer] if run.writer is not None else []
         if step == self.not_finite:
             next(iter(run.optimizer.state.values()))["exp_avg_sq"].view(-1)[-1] = float("inf")
-        self.real["save"](run, target, step, *words)
+        self.real["save"](run, target, step, *words, **more)
 
     def wait(self) -> None:
         for event in self.goes_on.values():
