@@ -95,13 +95,6 @@ FUZZ = Row(
             "if not start <= end:",
         ),
         mutant(
-            "negative-place-taken",
-            "an array of a shard may begin before its file",
-            "smbfast/data/array_file.py",
-            "if min(at, num) < 0 or not _NUMBER.fullmatch(dtype):",
-            "if not _NUMBER.fullmatch(dtype):",
-        ),
-        mutant(
             "width-of-horizons-off",
             "as many horizons are made as the shape of a tensor without bytes claims",
             "smbfast/run/checkpoint.py",
